@@ -1,0 +1,96 @@
+"""Errors that say what was asked, what was found, what is allowed and how to mend it.
+
+Only the standard library is imported here, so that every floor and the command line can raise them cheaply.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class XarchError(Exception):
+    """Parent of every error that `xarch_kd` raises on purpose.
+
+    `exit_code` is what the command line returns for it: 1 a gate failed, 2 usage or mapping file, 3 data or model,
+    130 interrupted and resumable.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        asked: object | None = None,
+        found: object | None = None,
+        allowed: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.message = message
+        self.asked = asked
+        self.found = found
+        self.allowed = allowed
+        self.fix = fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        details = (("asked", self.asked), ("found", self.found), ("allowed", self.allowed), ("fix", self.fix))
+        lines = [f"  {label + ':':<9}{value}" for label, value in details if value is not None]
+        return "\n".join([self.message, *lines])
+
+
+class UsageError(XarchError):
+    """A call, an option or a folder that cannot be used as asked."""
+
+    exit_code = 2
+
+
+class MappingFileError(UsageError):
+    """One or more problems of a mapping file, each already formatted as `file:line:column: place: what`."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ModelError(XarchError):
+    """A model, checkpoint or tokenizer that cannot be read or is not what was asked for."""
+
+
+class ConversionError(ModelError):
+    """A teacher that no stock student class holds exactly, or a conversion whose check failed."""
+
+
+class TapError(ModelError):
+    """A tap that a family lacks, or a model whose inner modules are not known."""
+
+
+class DataError(XarchError):
+    """Text that is empty, too short or unreadable."""
+
+
+class NonFiniteLoss(XarchError):
+    """A loss or gradient that is NaN or infinite; raised before the optimiser step."""
+
+
+class CheckpointError(XarchError):
+    """A checkpoint that cannot be written or does not belong to this run."""
+
+
+class Interrupted(XarchError):
+    """The run was stopped by a signal after its checkpoint was written."""
+
+    exit_code = 130
+
+
+class GateFailed(XarchError):
+    """A measured figure is outside the bound it was asked to hold."""
+
+    exit_code = 1
+
+
+def suggest(word: str, options: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the option nearest to `word`, or an empty string."""
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

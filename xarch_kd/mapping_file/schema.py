@@ -1,0 +1,270 @@
+"""The mapping file's schema: frozen pydantic models, foreign keys refused, scalars strict.
+
+Each field has one owner here; nothing becomes a command-line flag by accident.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+BlockTap = Literal["hidden", "mixer_input", "mixer_output", "mlp_output"]
+Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "head_input"]
+Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
+
+# A YAML integer is a number too: strict floats would refuse `weight: 1`.
+Number = Annotated[float, BeforeValidator(lambda value: float(value) if type(value) is int else value)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
+LayerIndex = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """Parent of every part of a mapping file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Paths(Part):
+    """Where the parts of a model outside the table of families are, as attribute paths.
+
+    `blocks`, `embedding`, `final_norm` and `head` start at the model; `mixer` and `mlp` start at a block.
+    """
+
+    blocks: str
+    mixer: str
+    mlp: str | None = None
+    embedding: str | None = None
+    final_norm: str | None = None
+    head: str | None = None
+
+
+class Model(Part):
+    """A model reference: hub id, local folder, `.gguf` file, or `package:distribution/file.gguf`."""
+
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Dtype = "float32"
+    paths: Paths | None = None
+
+
+class Conversion(Part):
+    """How the teacher becomes a stock hybrid. Exactly one of `keep_attention` and `replace`, in the same language."""
+
+    mixer: Literal["mamba2"]
+    keep_attention: str | tuple[LayerIndex, ...] | None = None
+    replace: str | tuple[LayerIndex, ...] | None = None
+    target: Literal["auto", "bamba"] = "auto"
+    initialisation: Literal["attention", "random"] = "attention"
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> Conversion:
+        if (self.keep_attention is None) == (self.replace is None):
+            raise ValueError(
+                "exactly one of keep_attention | replace must be given, e.g. keep_attention: every 4, or replace: [6, 13]"
+            )
+        return self
+
+
+class Student(Part):
+    """Exactly one of `model` (an existing student), `config` (built fresh from a config folder) or `convert`."""
+
+    model: str | None = None
+    config: str | None = None
+    convert: Conversion | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    paths: Paths | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Student:
+        given = [name for name in ("model", "config", "convert") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of model | config | convert must be given, found {' and '.join(given) or 'none'}")
+        return self
+
+
+class Text(Part):
+    """A text source: exactly one of `builtin`, `files` (paths or glob patterns) and `dataset` (Hugging Face `datasets`)."""
+
+    builtin: Literal["python-docs", "python-sources", "licences"] | None = None
+    files: tuple[str, ...] | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str | None = None
+    column: str = "text"
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Text:
+        given = [name for name in ("builtin", "files", "dataset") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of builtin | files | dataset must be given, found {' and '.join(given) or 'none'}")
+        return self
+
+
+class Data(Text):
+    """Training text: tokenised by the teacher's tokenizer, packed into rows of `sequence_length` tokens.
+
+    `held_out` is the share of documents (at least one) kept for evaluation; `batch_size` is rows per micro-batch.
+    """
+
+    sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+
+
+class MeanSquaredError(Part):
+    """Mean over the width of the squared difference."""
+
+    kind: Literal["mse"]
+    weight: Positive = 1.0
+
+
+class RelativeMeanSquaredError(Part):
+    """Squared difference over squared teacher norm, both summed over all unmasked tokens of the batch."""
+
+    kind: Literal["relative_mse"]
+    weight: Positive = 1.0
+
+
+class Cosine(Part):
+    """One minus the cosine of the angle, per token."""
+
+    kind: Literal["cosine"]
+    weight: Positive = 1.0
+
+
+class NormalisedMeanSquaredError(Part):
+    """Squared difference over squared teacher norm, per token."""
+
+    kind: Literal["normalised_mse"]
+    weight: Positive = 1.0
+    epsilon: Positive = 1e-6
+
+
+FeatureLoss = Annotated[
+    MeanSquaredError | RelativeMeanSquaredError | Cosine | NormalisedMeanSquaredError, Field(discriminator="kind")
+]
+
+
+class LayerPair(Part):
+    """Student block `student` learns from teacher block `teacher` (both count from 0)."""
+
+    student: LayerIndex
+    teacher: LayerIndex
+
+
+class Align(Part):
+    """A tap of student blocks matched to the same tap of teacher blocks.
+
+    `layers`: `same` (block i to block i), `replaced` (`same`, only the blocks whose mixer was replaced), `uniform`
+    (end-aligned), or explicit pairs. `embedding` and `head_input` have no layers.
+    """
+
+    name: Name
+    tap: Tap
+    layers: Literal["same", "replaced", "uniform"] | tuple[LayerPair, ...] | None = None
+    loss: FeatureLoss = NormalisedMeanSquaredError(kind="normalised_mse")
+    projector: Literal["auto", "none", "linear"] = "auto"
+
+
+class Tokens(Part):
+    """Next-token distributions: weight × T² × divergence + cross_entropy × cross-entropy with the data's next token."""
+
+    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    temperature: Positive = 1.0
+    weight: NonNegative = 1.0
+    cross_entropy: NonNegative = 0.0
+    temperature_squared: bool = True
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Tokens:
+        if self.weight == 0 and self.cross_entropy == 0:
+            raise ValueError("weight and cross_entropy are both 0, so this stage would learn nothing from tokens")
+        return self
+
+
+class Optimizer(Part):
+    """AdamW. `projector_lr` defaults to `lr`; `warmup` is a share of the stage's steps."""
+
+    lr: Positive = 1e-3
+    projector_lr: Positive | None = None
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = 0.05
+    max_grad_norm: Positive = 1.0
+
+
+class Cache(Part):
+    """Where the teacher's features of an `inputs: teacher` stage are kept, and at most how much."""
+
+    where: Literal["memory", "disk", "off"] = "memory"
+    limit_gib: Positive = 4.0
+
+
+class Stage(Part):
+    """One `transformers.Trainer` run.
+
+    `batches` bounds the number of different batches drawn: further steps go over them again in a new order, which
+    with a cache costs no teacher pass. `precision` is the autocast type of the student's pass.
+    """
+
+    name: Name
+    steps: Annotated[int, Field(ge=1)]
+    train: tuple[Trainable, ...]
+    inputs: Literal["teacher", "student"] = "student"
+    align: tuple[Align, ...] = ()
+    tokens: Tokens | None = None
+    optimizer: Optimizer = Optimizer()
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    batches: Annotated[int, Field(ge=1)] | None = None
+    cache: Literal["memory", "disk", "off"] | Cache = "off"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _has_an_objective(self) -> Stage:
+        if not self.align and self.tokens is None:
+            raise ValueError("a stage needs at least one objective: give align and/or tokens")
+        if len(self.train) == 0:
+            raise ValueError("train is empty, so nothing would learn")
+        return self
+
+
+class Evaluate(Part):
+    """What is measured when training is done: `tokens` at most of the held-out text, and of each of `also`."""
+
+    suites: tuple[Literal["likelihood"], ...] = ("likelihood",)
+    tokens: Annotated[int, Field(ge=64)] = 16_384
+    also: tuple[Text, ...] = ()
+
+
+class MappingFile(Part):
+    """A whole mapping file."""
+
+    version: Literal[1]
+    teacher: Model
+    student: Student
+    data: Data
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tracking: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    evaluate: Evaluate | None = None
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> MappingFile:
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stage names must differ, found twice: {', '.join(twice)}")
+        return self
