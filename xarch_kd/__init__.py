@@ -1,0 +1,60 @@
+"""Distil a Hugging Face Transformer into any student stack from one mapping file.
+
+Public names load on first use, so that importing the package costs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from xarch_kd.errors import XarchError
+
+if TYPE_CHECKING:
+    from xarch_kd import ops
+    from xarch_kd.evaluation.run import evaluate
+    from xarch_kd.mapping_file.load import load_mapping
+    from xarch_kd.mapping_file.resolve import make_plan as plan
+    from xarch_kd.models.convert import convert
+    from xarch_kd.taps.trace import trace
+    from xarch_kd.training.aligner import Aligner
+    from xarch_kd.training.run import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Aligner",
+    "XarchError",
+    "__version__",
+    "convert",
+    "evaluate",
+    "load_mapping",
+    "ops",
+    "plan",
+    "trace",
+    "train",
+]
+
+# Public name → the module that holds it and the name it has there (None: the module itself).
+_ORIGINS: dict[str, tuple[str, str | None]] = {
+    "Aligner": ("xarch_kd.training.aligner", "Aligner"),
+    "convert": ("xarch_kd.models.convert", "convert"),
+    "evaluate": ("xarch_kd.evaluation.run", "evaluate"),
+    "load_mapping": ("xarch_kd.mapping_file.load", "load_mapping"),
+    "ops": ("xarch_kd.ops", None),
+    "plan": ("xarch_kd.mapping_file.resolve", "make_plan"),
+    "trace": ("xarch_kd.taps.trace", "trace"),
+    "train": ("xarch_kd.training.run", "train"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ORIGINS:
+        raise AttributeError(f"module 'xarch_kd' has no attribute '{name}'")
+    module, attribute = _ORIGINS[name]
+    loaded = import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,156 @@
+"""The command `xarch-kd`: a table of commands, each loaded from its own file when it is called.
+
+Exit codes: 0 done, 1 a gate failed, 2 usage or mapping file, 3 data or model, 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+import xarch_kd
+from xarch_kd.errors import XarchError
+
+
+class Entry(NamedTuple):
+    """One line of `xarch-kd --help`, and the examples under the command's own help."""
+
+    summary: str
+    examples: tuple[str, ...]
+
+
+# Command → entry. Its code is the function `command` of `xarch_kd/cli/<command>.py`.
+COMMANDS: dict[str, Entry] = {
+    "init": Entry(
+        "Write a mapping file for a teacher.",
+        ('xarch-kd init ./teacher --mixer mamba2 --keep-attention "every 4" --output mapping.yaml',),
+    ),
+    "plan": Entry(
+        "Check a mapping file and show what it would do; reads no weights.",
+        ("xarch-kd plan mapping.yaml", "xarch-kd plan mapping.yaml --json"),
+    ),
+    "train": Entry(
+        "Run a mapping file: distil, save the student, measure it.",
+        ("xarch-kd train mapping.yaml --output runs/first", "xarch-kd train mapping.yaml --output runs/first --resume"),
+    ),
+    "evaluate": Entry(
+        "Measure a run's student against its teacher on the same tokens.",
+        ("xarch-kd evaluate runs/first",),
+    ),
+    "show": Entry(
+        "Show a run's result: the table, two generations, how to load the student.",
+        ("xarch-kd show runs/first", 'xarch-kd show runs/first --prompt "Once upon a time" --tokens 60'),
+    ),
+    "convert": Entry(
+        "Turn a Transformer into a stock hybrid checkpoint, untrained.",
+        ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),
+    ),
+    "inspect": Entry(
+        "List what can be tapped in a model, with shapes; reads no weights.",
+        ("xarch-kd inspect ./teacher", "xarch-kd inspect ./teacher --json"),
+    ),
+    "doctor": Entry(
+        "Say what runs on this machine: versions, devices, optional parts.",
+        ("xarch-kd doctor", "xarch-kd doctor --json"),
+    ),
+}
+
+
+def examples(lines: Sequence[str]) -> str:
+    """Return the text under a help page; `\\b` keeps its line breaks."""
+    return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+def load_command(name: str) -> TyperCommand:
+    """Import `xarch_kd.cli.<name>` and return its function `command` as a command with `--debug`."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name, epilog=examples(COMMANDS[name].examples))(import_module(f"xarch_kd.cli.{name}").command)
+    loaded = typer.main.get_command(app)
+    if not isinstance(loaded, TyperCommand):
+        raise TypeError(f"xarch_kd.cli.{name}.command is not one command")
+    loaded.params.append(_debug_option())
+    return loaded
+
+
+def _debug_option() -> TyperOption:
+    # `main` looks for the flag in the arguments themselves, since it must also hold for errors met while parsing.
+    return TyperOption(
+        param_decls=["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."
+    )
+
+
+class LazyGroup(TyperGroup):
+    """A group that lists its commands from the table and imports only the one that is called."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]):  # type: ignore[override]
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+
+def build_app() -> TyperGroup:
+    """Return the command line; no command's file is imported yet."""
+    app = typer.Typer(
+        cls=LazyGroup,
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        epilog=examples([entry.examples[0] for entry in COMMANDS.values()]),
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    )
+
+    @app.callback()
+    def callback(
+        version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version)] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    ) -> None:
+        """Distil a Hugging Face Transformer into any student stack from one mapping file."""
+
+    group = typer.main.get_command(app)
+    if not isinstance(group, LazyGroup):
+        raise TypeError("typer did not build the group it was asked for")
+    for name, entry in COMMANDS.items():
+        group.add_command(TyperCommand(name, help=entry.summary, short_help=entry.summary))
+    return group
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"xarch-kd {xarch_kd.__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line with `arguments` (default: the process's own) and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        returned = build_app().main(given, prog_name="xarch-kd", standalone_mode=False)
+    except Exception as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        return _report(error)
+    return returned if isinstance(returned, int) else 0
+
+
+def _report(error: Exception) -> int:
+    """Print what went wrong to stderr, plainly, and return the exit code that it stands for."""
+    match error:
+        case XarchError():
+            text, code = str(error), error.exit_code
+        case typer.TyperException():
+            context = getattr(error, "ctx", None)
+            hint = f"\nTry '{context.command_path} --help' for help." if context is not None else ""
+            text, code = error.format_message() + hint, 2
+        case typer.Abort():
+            text, code = "stopped", 130
+        case OSError():
+            text, code = str(error), 3
+        case _:
+            text, code = f"{type(error).__name__}: {error}\nThis is a fault of xarch-kd; --debug shows where.", 3
+    print(text if isinstance(error, typer.Abort) else f"error: {text}", file=sys.stderr)
+    return code
