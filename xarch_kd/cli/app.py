@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, NamedTuple
@@ -98,7 +99,6 @@ def build_app() -> TyperGroup:
     app = typer.Typer(
         cls=LazyGroup,
         add_completion=False,
-        no_args_is_help=True,
         rich_markup_mode=None,
         epilog=examples([entry.examples[0] for entry in COMMANDS.values()]),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
@@ -128,13 +128,19 @@ def _print_version(asked: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (default: the process's own) and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        returned = build_app().main(given, prog_name="xarch-kd", standalone_mode=False)
-    except Exception as error:
-        if "--debug" in given:
-            traceback.print_exc()
-        return _report(error)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            returned = build_app().main(given or ["--help"], prog_name="xarch-kd", standalone_mode=False)
+        except Exception as error:
+            if "--debug" in given:
+                traceback.print_exc()
+            return _report(error)
     return returned if isinstance(returned, int) else 0
+
+
+def _show_warning(message: Warning | str, *_place: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _report(error: Exception) -> int:
@@ -144,13 +150,13 @@ def _report(error: Exception) -> int:
             text, code = str(error), error.exit_code
         case typer.TyperException():
             context = getattr(error, "ctx", None)
-            hint = f"\nTry '{context.command_path} --help' for help." if context is not None else ""
-            text, code = error.format_message() + hint, 2
+            usage = f"\n{context.get_usage()}\nTry '{context.command_path} --help'." if context is not None else ""
+            text, code = error.format_message() + usage, 2
         case typer.Abort():
             text, code = "stopped", 130
         case OSError():
             text, code = str(error), 3
         case _:
             text, code = f"{type(error).__name__}: {error}\nThis is a fault of xarch-kd; --debug shows where.", 3
-    print(text if isinstance(error, typer.Abort) else f"error: {text}", file=sys.stderr)
+    print(text if code == 130 else f"error: {text}", file=sys.stderr)
     return code
