@@ -1,0 +1,223 @@
+"""The parts of one loaded (or meta) model, resolved: blocks, mixers, MLPs, embedding, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from xarch_kd.errors import TapError, UsageError, suggest
+from xarch_kd.taps.families import Family, family_of
+
+SELECTIONS = ("mixers", "blocks", "embeddings", "norms", "head", "all")
+MIXER_KINDS_BY_CLASS_WORD = {"attention": "attention", "attn": "attention", "mamba2": "mamba2", "mamba": "mamba"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """The resolved parts of `model`.
+
+    `base` is the module whose forward ends with the final norm and never runs the head. `mixer_outputs` and
+    `mlp_outputs` are the modules whose output, times `residual_scale`, joins the residual sum. The logits are
+    softcap(`logit_scale` · (hidden · `head_weight`ᵀ + `head_bias`)), with softcap(x) = c · tanh(x / c) if c is not None.
+    """
+
+    model: PreTrainedModel
+    base: nn.Module
+    family: Family
+    container: nn.ModuleList
+    blocks: tuple[nn.Module, ...]
+    mixers: tuple[nn.Module, ...]
+    mixer_kinds: tuple[str, ...]
+    mixer_outputs: tuple[nn.Module, ...]
+    mlps: tuple[nn.Module, ...] | None
+    mlp_outputs: tuple[nn.Module, ...] | None
+    embedding: nn.Module
+    final_norm: nn.Module | None
+    head: nn.Module | None
+    width: int
+    residual_scale: float
+    logit_scale: float
+    logit_softcap: float | None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's weight, [vocabulary, width]. Raises TapError when the model has no head."""
+        weight = getattr(self.head, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise TapError(
+                f"{type(self.model).__name__} has no output head with a weight, so it has no next-token distribution.",
+                fix="load it as a causal language model, or name its head: `paths: {head: lm_head}`",
+            )
+        return weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The head's bias, [vocabulary], or None."""
+        bias = getattr(self.head, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    def path_of(self, module: nn.Module) -> str:
+        """The attribute path of `module` in the model, e.g. `model.layers.3.self_attn`."""
+        return next(name for name, other in self.model.named_modules(remove_duplicate=False) if other is module)
+
+    def mixer_parameter_names(self, layer: int) -> tuple[str, ...]:
+        """Names, as in `model.named_parameters()`, of the parameters of the mixer of block `layer`."""
+        return _names(self.model, self.mixers[layer].parameters())
+
+
+def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] | object | None = None) -> Layout:
+    """Resolve the parts of `model`, on any device, the meta device included. A Layout is returned as it is.
+
+    Raises TapError when the type is not known and no `paths` are given, or when a path leads nowhere.
+    """
+    if isinstance(model, Layout):
+        return model
+    model = eager_module(model)  # type: ignore[assignment]  # torch.compile(model) wraps it
+    family = family_of(model.config.model_type, paths)
+    container = _part(model, family.blocks, model)
+    if not isinstance(container, nn.ModuleList):
+        raise TapError(
+            "The path of the blocks does not lead to a list of blocks.",
+            asked=f"blocks: {family.blocks}",
+            found=type(container).__name__,
+            allowed="a torch.nn.ModuleList",
+        )
+    blocks = tuple(container)
+    mixers, kinds = zip(*(_mixer(eager_module(block), family, model) for block in blocks), strict=True)
+    mlps = _each(blocks, family.mlp, model)
+    embedding = _part(model, family.embedding, model) if family.embedding else model.get_input_embeddings()
+    head_path = None if model.base_model is model else family.head
+    config = model.config.get_text_config()
+    return Layout(
+        model=model,
+        base=model.base_model,
+        family=family,
+        container=container,
+        blocks=blocks,
+        mixers=mixers,
+        mixer_kinds=kinds,
+        mixer_outputs=_each(blocks, family.mixer_output, model) or mixers,
+        mlps=mlps,
+        mlp_outputs=_each(blocks, family.mlp_output, model) or mlps,
+        embedding=embedding,
+        final_norm=_part(model, family.final_norm, model) if family.final_norm else None,
+        head=_part(model, head_path, model) if head_path else model.get_output_embeddings(),
+        width=int(config.hidden_size),
+        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
+        logit_scale=float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0)),
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def head_logits(layout: Layout, head_input: Tensor) -> Tensor:
+    """Logits [..., vocabulary] of final-normed hidden states [..., width], as the model itself computes them."""
+    weight = layout.head_weight
+    logits = torch.nn.functional.linear(head_input.to(weight.dtype), weight, layout.head_bias) * layout.logit_scale
+    cap = layout.logit_softcap
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def trainable_names(
+    model: PreTrainedModel, layout: Layout, selection: Sequence[str], mixer_layers: Sequence[int] | None = None
+) -> tuple[str, ...]:
+    """Names of the parameters that `selection` trains, in the order of `model.named_parameters()`.
+
+    `mixers`: the mixers of `mixer_layers` (all when None); `blocks`: everything inside the blocks; `embeddings`; `norms`:
+    every module whose class name has "Norm", those inside mixers included; `head`; `all`. A tied head and embedding are
+    one parameter, under its first name. Raises UsageError for an unknown word or layer, TapError for a part that the
+    model lacks.
+    """
+    for word in selection:
+        if word not in SELECTIONS:
+            raise UsageError(f"train: unknown part.{suggest(word, SELECTIONS)}", asked=word, allowed=", ".join(SELECTIONS))
+    wanted: set[int] = set()
+    for word in selection:
+        parameters = [id(parameter) for module in _selected(layout, word, mixer_layers) for parameter in module.parameters()]
+        if not parameters:
+            raise TapError(
+                f"train: {type(layout.model).__name__} has no parameters of the part that was asked for.",
+                asked=word,
+                allowed=", ".join(SELECTIONS),
+            )
+        wanted.update(parameters)
+    return tuple(name for name, parameter in eager_module(model).named_parameters() if id(parameter) in wanted)
+
+
+def checked_layers(layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:
+    """`layers` in ascending order, each once. Raises UsageError for one that the model does not have."""
+    count = len(layout.blocks)
+    for layer in layers:
+        if not 0 <= layer < count:
+            raise UsageError(
+                "A layer is out of range.",
+                asked=layer,
+                found=f"{layout.model.config.model_type} with {count} blocks",
+                allowed=f"0 to {count - 1}",
+            )
+    return tuple(sorted(set(layers)))
+
+
+def eager_module(module: nn.Module) -> nn.Module:
+    """The module inside the wrapper that `torch.compile(module)` returns; any other module as it is."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _selected(layout: Layout, word: str, mixer_layers: Sequence[int] | None) -> Iterator[nn.Module]:
+    if word == "mixers":
+        chosen = range(len(layout.mixers)) if mixer_layers is None else checked_layers(layout, mixer_layers)
+        yield from (layout.mixers[layer] for layer in chosen)
+    elif word == "norms":
+        yield from (module for module in layout.base.modules() if "norm" in type(module).__name__.lower())
+    elif word == "head" and layout.head is None:
+        return
+    else:
+        parts = {"all": (layout.model,), "blocks": layout.blocks, "embeddings": (layout.embedding,), "head": (layout.head,)}
+        yield from (module for module in parts[word] if module is not None)
+
+
+def _names(model: nn.Module, parameters: Iterator[nn.Parameter]) -> tuple[str, ...]:
+    wanted = {id(parameter) for parameter in parameters}
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in wanted)
+
+
+def _each(blocks: Sequence[nn.Module], path: str | None, model: PreTrainedModel) -> tuple[nn.Module, ...] | None:
+    return None if path is None else tuple(_part(eager_module(block), path, model) for block in blocks)
+
+
+def _mixer(block: nn.Module, family: Family, model: PreTrainedModel) -> tuple[nn.Module, str]:
+    for path, kind in family.mixers[:-1]:
+        if hasattr(block, path.split(".")[0]):
+            mixer = _part(block, path, model)
+            return mixer, kind or _kind(mixer)
+    path, kind = family.mixers[-1]
+    mixer = _part(block, path, model)
+    return mixer, kind or _kind(mixer)
+
+
+def _kind(mixer: nn.Module) -> str:
+    name = type(eager_module(mixer)).__name__.lower()
+    return next((kind for word, kind in MIXER_KINDS_BY_CLASS_WORD.items() if word in name), "other")
+
+
+def _part(root: nn.Module, path: str, model: PreTrainedModel) -> nn.Module:
+    """The module at `path` under `root`. A base model (no head) drops its own prefix from the path."""
+    names = path.split(".")
+    if root is model and model.base_model is model and names[0] == model.base_model_prefix:
+        names = names[1:]
+    module = root
+    for name in names:
+        child = getattr(module, name, None)
+        if not isinstance(child, nn.Module):
+            inside = ", ".join(child_name for child_name, _ in module.named_children())
+            raise TapError(
+                f"A path leads nowhere in {type(root).__name__}.{suggest(name, dict(module.named_children()))}",
+                asked=path,
+                found=f"{type(module).__name__} with {inside}",
+                fix="correct it under `paths:` in the mapping file; print(model) shows the names",
+            )
+        module = child
+    return module

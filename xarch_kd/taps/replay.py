@@ -1,0 +1,170 @@
+"""Single blocks and mixers of a model run on given inputs, with everything else they need recorded beforehand.
+
+This is how a student's blocks are fed what the teacher's were fed without a full student pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from xarch_kd.errors import UsageError
+from xarch_kd.taps.layout import Layout, checked_layers, eager_module, layout_of
+from xarch_kd.taps.sites import (
+    WHOLE_TAPS,
+    Site,
+    hidden_argument,
+    is_checkpointing,
+    recording,
+    refuse_unreadable,
+    sites_of,
+)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is called with besides the hidden state: masks, positions, rotary tables."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def block_calls(
+    model: PreTrainedModel | Layout,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    paths: Mapping[str, str | None] | object | None = None,
+) -> tuple[BlockCall, ...]:
+    """Record what each block is called with for `input_ids` [batch, time], one BlockCall a block.
+
+    One pass of the base model without gradients, in which identities stand in for the blocks; they are taken out again
+    whatever happens. For a family that is not in the table the first block of each class runs once, to see what it returns.
+    """
+    layout = layout_of(model, paths)
+    calls: dict[int, BlockCall] = {}
+    returns: dict[type[nn.Module], str] = {}
+
+    def stand_in(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        hidden = hidden_argument(args, kwargs)
+        extra = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls[index] = BlockCall(args[1:], extra)
+        form = layout.family.block_returns or returns.get(type(layout.blocks[index]))
+        if form is None:
+            form = "tuple" if isinstance(layout.blocks[index](*args, **kwargs), tuple) else "tensor"
+            returns[type(layout.blocks[index])] = form
+        return (hidden, None) if form == "tuple" else hidden
+
+    with torch.no_grad(), _stand_ins(layout, stand_in):
+        layout.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return tuple(calls[index] for index in range(len(layout.blocks)))
+
+
+def read_block(
+    layout: Layout, layer: int, hidden: Tensor, calls: Sequence[BlockCall], taps: Sequence[str] = ("hidden",)
+) -> dict[str, Tensor]:
+    """Run block `layer` on `hidden` [batch, time, width] and return the tensors at `taps` of that block.
+
+    When only the mixer's taps are read, the block's MLP does not run. Raises UsageError and TapError as `trace` does.
+    """
+    outside = [tap for tap in taps if tap in WHOLE_TAPS]
+    if outside:
+        raise UsageError("A block has no such tap.", asked=", ".join(outside), allowed="hidden, mixer_input, mixer_output, mlp_output")
+    sites = sites_of(layout, taps, [layer])
+    refuse_unreadable(layout, sites)
+    block = layout.blocks[layer]
+    mixer_only = {site.tap for site in sites} <= {"mixer_input", "mixer_output"}
+    # An exception may not cross a block that is going to be recomputed.
+    stop_after = layout.mixer_outputs[layer] if mixer_only and not is_checkpointing(block) else None
+    with recording(layout, sites, stop_after=stop_after) as values:
+        block(hidden, *calls[layer].args, **calls[layer].kwargs)
+    return {site.tap: values[site] for site in sites}
+
+
+def run_block(layout: Layout, layer: int, hidden: Tensor, calls: Sequence[BlockCall]) -> Tensor:
+    """The residual stream [batch, time, width] after block `layer`, fed `hidden` [batch, time, width]."""
+    return read_block(layout, layer, hidden, calls)["hidden"]
+
+
+def run_mixer(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Tensor:
+    """What the mixer of block `layer` adds to the residual stream when it is fed `mixer_input` [batch, time, width].
+
+    The block itself calls its mixer, so that the mixer gets its own arguments; the mixer's input is put in place, and
+    the pass ends when its output is there. A block under gradient checkpointing recomputes its mixer in the backward.
+    """
+    checked_layers(layout, [layer])
+    refuse_unreadable(layout, [Site("mixer_output", layer)])
+    if not is_checkpointing(layout.blocks[layer]):
+        return _run_mixer(layout, layer, mixer_input, calls[layer])
+    return checkpoint(_run_mixer, layout, layer, mixer_input, calls[layer], use_reentrant=False)
+
+
+def _run_mixer(layout: Layout, layer: int, mixer_input: Tensor, call: BlockCall) -> Tensor:
+    def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (mixer_input, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": mixer_input}
+
+    site = Site("mixer_output", layer)
+    handle = layout.mixers[layer].register_forward_pre_hook(feed, with_kwargs=True)
+    try:
+        with (
+            _without_checkpointing(layout.blocks[layer]),
+            recording(layout, [site], stop_after=layout.mixer_outputs[layer]) as values,
+        ):
+            layout.blocks[layer](mixer_input.detach(), *call.args, **call.kwargs)
+    finally:
+        handle.remove()
+    return values[site]
+
+
+@contextmanager
+def _without_checkpointing(block: nn.Module) -> Iterator[None]:
+    inner = eager_module(block)
+    was = getattr(inner, "gradient_checkpointing", None)
+    if not was:
+        yield
+        return
+    inner.gradient_checkpointing = False  # type: ignore[assignment]  # a plain flag of transformers' layers
+    try:
+        yield
+    finally:
+        inner.gradient_checkpointing = was
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a block in its list; answers for the block's attributes, which some models read there."""
+
+    def __init__(self, block: nn.Module, answer: Callable[[tuple[Any, ...], dict[str, Any]], object]) -> None:
+        super().__init__()
+        self.answer = answer
+        # In a tuple, so that the block is not registered as a child.
+        self.block = (block,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> object:
+        return self.answer(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("block", "answer"):
+            raise AttributeError(name)
+        return getattr(self.block[0], name)
+
+
+@contextmanager
+def _stand_ins(
+    layout: Layout, answer: Callable[[int, tuple[Any, ...], dict[str, Any]], object]
+) -> Iterator[None]:
+    try:
+        for index, block in enumerate(layout.blocks):
+            layout.container[index] = _StandIn(block, lambda args, kwargs, index=index: answer(index, args, kwargs))
+        yield
+    finally:
+        for index, block in enumerate(layout.blocks):
+            layout.container[index] = block
