@@ -17,9 +17,9 @@ class Family:
     """Attribute paths of one model type.
 
     `blocks`, `embedding`, `final_norm` and `head` start at the causal language model; the others start at a block.
-    `mixers` are (path, kind) alternatives, of which each block has exactly one. `mixer_output` and `mlp_output` name the
-    module whose output joins the residual sum where that is not the mixer or MLP itself (a norm or dropout after it).
-    `block_returns` is what a block's forward returns; None means that it is not known and must be tried.
+    `mixers` are (path, kind) alternatives, of which each block has exactly one. `mixer_output` and `mlp_output` name
+    the module whose output joins the residual sum where that is not the mixer or MLP itself (a norm or dropout after
+    it). `block_returns` is what a block's forward returns; None means that it is not known and must be tried.
     """
 
     blocks: str

@@ -40,14 +40,19 @@ def inspect_model(
             model = AutoModelForCausalLM.from_config(model)
     layout = layout_of(model, paths)
     every = tuple(range(len(layout.blocks)))
-    rows = [_row(layout, "embedding", (), layout.blocks[0], "input"), _row(layout, "hidden", every, layout.blocks[0], "output")]
+    rows = [
+        _row(layout, "embedding", (), layout.blocks[0], "input"),
+        _row(layout, "hidden", every, layout.blocks[0], "output"),
+    ]
     for kind in dict.fromkeys(layout.mixer_kinds):
         layers = tuple(layer for layer in every if layout.mixer_kinds[layer] == kind)
         rows.append(_row(layout, "mixer_input", layers, layout.mixers[layers[0]], "input", kind))
         rows.append(_row(layout, "mixer_output", layers, layout.mixer_outputs[layers[0]], "output", kind))
     if layout.mlp_outputs is not None:
         rows.append(_row(layout, "mlp_output", every, layout.mlp_outputs[0], "output"))
-    rows.append(_row(layout, "head_input", (), layout.base if layout.final_norm is None else layout.final_norm, "output"))
+    rows.append(
+        _row(layout, "head_input", (), layout.base if layout.final_norm is None else layout.final_norm, "output")
+    )
     return tuple(rows)
 
 

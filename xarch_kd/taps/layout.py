@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from xarch_kd.errors import TapError, UsageError, suggest
 from xarch_kd.taps.families import Family, family_of
 
 SELECTIONS = ("mixers", "blocks", "embeddings", "norms", "head", "all")
-MIXER_KINDS_BY_CLASS_WORD = {"attention": "attention", "attn": "attention", "mamba2": "mamba2", "mamba": "mamba"}
+# What a mixer of a family outside the table is told by: parameters and modules that it owns.
+MIXER_SIGNS = {"mamba2": ("A_log", "D", "dt_bias"), "mamba": ("A_log", "D", "x_proj")}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +24,7 @@ class Layout:
 
     `base` is the module whose forward ends with the final norm and never runs the head. `mixer_outputs` and
     `mlp_outputs` are the modules whose output, times `residual_scale`, joins the residual sum. The logits are
-    softcap(`logit_scale` · (hidden · `head_weight`ᵀ + `head_bias`)), with softcap(x) = c · tanh(x / c) if c is not None.
+    softcap(`logit_scale` · (hidden · `head_weight`ᵀ + `head_bias`)), softcap(x) = c · tanh(x / c) if c is not None.
     """
 
     model: PreTrainedModel
@@ -66,7 +68,7 @@ class Layout:
 
     def mixer_parameter_names(self, layer: int) -> tuple[str, ...]:
         """Names, as in `model.named_parameters()`, of the parameters of the mixer of block `layer`."""
-        return _names(self.model, self.mixers[layer].parameters())
+        return _names(self.model, {id(parameter) for parameter in self.mixers[layer].parameters()})
 
 
 def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] | object | None = None) -> Layout:
@@ -76,7 +78,8 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
     """
     if isinstance(model, Layout):
         return model
-    model = eager_module(model)  # type: ignore[assignment]  # torch.compile(model) wraps it
+    # torch.compile(model) wraps the model.
+    model = cast(PreTrainedModel, eager_module(model))
     family = family_of(model.config.model_type, paths)
     container = _part(model, family.blocks, model)
     if not isinstance(container, nn.ModuleList):
@@ -126,25 +129,28 @@ def trainable_names(
 ) -> tuple[str, ...]:
     """Names of the parameters that `selection` trains, in the order of `model.named_parameters()`.
 
-    `mixers`: the mixers of `mixer_layers` (all when None); `blocks`: everything inside the blocks; `embeddings`; `norms`:
-    every module whose class name has "Norm", those inside mixers included; `head`; `all`. A tied head and embedding are
-    one parameter, under its first name. Raises UsageError for an unknown word or layer, TapError for a part that the
+    `mixers`: the mixers of `mixer_layers` (all when None); `blocks`: everything inside the blocks; `embeddings`;
+    `norms`: every module whose class name has "Norm", those inside mixers included; `head`; `all`. A tied head and
+    embedding are one parameter, under its first name. Raises UsageError for an unknown word or layer, TapError for a part that the
     model lacks.
     """
     for word in selection:
         if word not in SELECTIONS:
-            raise UsageError(f"train: unknown part.{suggest(word, SELECTIONS)}", asked=word, allowed=", ".join(SELECTIONS))
+            raise UsageError(
+                f"train: unknown part.{suggest(word, SELECTIONS)}", asked=word, allowed=", ".join(SELECTIONS)
+            )
     wanted: set[int] = set()
     for word in selection:
-        parameters = [id(parameter) for module in _selected(layout, word, mixer_layers) for parameter in module.parameters()]
+        modules = _selected(layout, word, mixer_layers)
+        parameters = {id(parameter) for module in modules for parameter in module.parameters()}
         if not parameters:
             raise TapError(
                 f"train: {type(layout.model).__name__} has no parameters of the part that was asked for.",
                 asked=word,
                 allowed=", ".join(SELECTIONS),
             )
-        wanted.update(parameters)
-    return tuple(name for name, parameter in eager_module(model).named_parameters() if id(parameter) in wanted)
+        wanted |= parameters
+    return _names(eager_module(model), wanted)
 
 
 def checked_layers(layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:
@@ -175,12 +181,16 @@ def _selected(layout: Layout, word: str, mixer_layers: Sequence[int] | None) -> 
     elif word == "head" and layout.head is None:
         return
     else:
-        parts = {"all": (layout.model,), "blocks": layout.blocks, "embeddings": (layout.embedding,), "head": (layout.head,)}
+        parts = {
+            "all": (layout.model,),
+            "blocks": layout.blocks,
+            "embeddings": (layout.embedding,),
+            "head": (layout.head,),
+        }
         yield from (module for module in parts[word] if module is not None)
 
 
-def _names(model: nn.Module, parameters: Iterator[nn.Parameter]) -> tuple[str, ...]:
-    wanted = {id(parameter) for parameter in parameters}
+def _names(model: nn.Module, wanted: set[int]) -> tuple[str, ...]:
     return tuple(name for name, parameter in model.named_parameters() if id(parameter) in wanted)
 
 
@@ -199,8 +209,10 @@ def _mixer(block: nn.Module, family: Family, model: PreTrainedModel) -> tuple[nn
 
 
 def _kind(mixer: nn.Module) -> str:
-    name = type(eager_module(mixer)).__name__.lower()
-    return next((kind for word, kind in MIXER_KINDS_BY_CLASS_WORD.items() if word in name), "other")
+    inner = eager_module(mixer)
+    if any(word in type(inner).__name__.lower() for word in ("attention", "attn")):
+        return "attention"
+    return next((kind for kind, signs in MIXER_SIGNS.items() if all(hasattr(inner, sign) for sign in signs)), "other")
 
 
 def _part(root: nn.Module, path: str, model: PreTrainedModel) -> nn.Module:
@@ -208,7 +220,7 @@ def _part(root: nn.Module, path: str, model: PreTrainedModel) -> nn.Module:
     names = path.split(".")
     if root is model and model.base_model is model and names[0] == model.base_model_prefix:
         names = names[1:]
-    module = root
+    module: nn.Module = root
     for name in names:
         child = getattr(module, name, None)
         if not isinstance(child, nn.Module):

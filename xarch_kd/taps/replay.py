@@ -46,7 +46,8 @@ def block_calls(
     """Record what each block is called with for `input_ids` [batch, time], one BlockCall a block.
 
     One pass of the base model without gradients, in which identities stand in for the blocks; they are taken out again
-    whatever happens. For a family that is not in the table the first block of each class runs once, to see what it returns.
+    whatever happens. For a family that is not in the table the first block of each class runs once, to see what it
+    returns.
     """
     layout = layout_of(model, paths)
     calls: dict[int, BlockCall] = {}
@@ -76,7 +77,11 @@ def read_block(
     """
     outside = [tap for tap in taps if tap in WHOLE_TAPS]
     if outside:
-        raise UsageError("A block has no such tap.", asked=", ".join(outside), allowed="hidden, mixer_input, mixer_output, mlp_output")
+        raise UsageError(
+            "A block has no such tap.",
+            asked=", ".join(outside),
+            allowed="hidden, mixer_input, mixer_output, mlp_output",
+        )
     sites = sites_of(layout, taps, [layer])
     refuse_unreadable(layout, sites)
     block = layout.blocks[layer]
@@ -107,7 +112,9 @@ def run_mixer(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[B
 
 
 def _run_mixer(layout: Layout, layer: int, mixer_input: Tensor, call: BlockCall) -> Tensor:
-    def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def feed(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (mixer_input, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": mixer_input}
@@ -158,9 +165,7 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _stand_ins(
-    layout: Layout, answer: Callable[[int, tuple[Any, ...], dict[str, Any]], object]
-) -> Iterator[None]:
+def _stand_ins(layout: Layout, answer: Callable[[int, tuple[Any, ...], dict[str, Any]], object]) -> Iterator[None]:
     try:
         for index, block in enumerate(layout.blocks):
             layout.container[index] = _StandIn(block, lambda args, kwargs, index=index: answer(index, args, kwargs))

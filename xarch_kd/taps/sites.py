@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from xarch_kd.errors import TapError, UsageError, suggest
@@ -58,8 +59,8 @@ def sites_of(
                 allowed=", ".join(name for name in TAPS if name != tap),
                 fix="leave this tap out, or, if its blocks have one, give it: `paths: {mlp: …}`",
             )
-        chosen = own_layers if own_layers is not None else layers
-        sites += [Site(tap, layer) for layer in checked_layers(layout, range(len(layout.blocks)) if chosen is None else chosen)]
+        chosen = next((given for given in (own_layers, layers) if given is not None), range(len(layout.blocks)))
+        sites += [Site(tap, layer) for layer in checked_layers(layout, chosen)]
     return tuple(sites)
 
 
@@ -81,26 +82,20 @@ def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
         )
     for site in sites:
         block = layout.blocks[site.layer or 0]
-        if getattr(block, "_compiled_call_impl", None) is not None and site.tap != "head_input":
-            raise TapError(
-                "A block compiled in place runs its hooks inside the compiled graph, which does not see hooks that are "
-                "added later, so a tap there would silently stay empty.",
-                asked=_said(site),
-                found=f"{type(block).__name__} after block.compile()",
-                fix="wrap the block instead: model.…layers[i] = torch.compile(block)",
-            )
-        if site.tap in INSIDE_TAPS and eager_module(block) is not block:
+        if site.tap in INSIDE_TAPS and _is_compiled(block):
             raise TapError(
                 "A tap inside a compiled block cannot be read: compiled code does not call hooks that are added later.",
                 asked=_said(site),
-                found="a block wrapped by torch.compile",
+                found="a block compiled by torch.compile",
                 allowed="embedding, hidden, head_input",
                 fix="read `hidden`, or compile the mixer and the MLP of the block instead of the whole block",
             )
 
 
 @contextmanager
-def recording(layout: Layout, sites: Sequence[Site], *, stop_after: nn.Module | None = None) -> Iterator[dict[Site, Tensor]]:
+def recording(
+    layout: Layout, sites: Sequence[Site], *, stop_after: nn.Module | None = None
+) -> Iterator[dict[Site, Tensor]]:
     """Fill a dict with the tensors at `sites` while models run inside the `with`; hooks are gone when it ends.
 
     The first value of a site wins (a module may be called again). When `stop_after` has returned, the pass ends there.
@@ -134,7 +129,9 @@ def first_tensor(output: object) -> Tensor:
     """The hidden state in what a block or mixer returned: a tensor, or the first entry of a tuple."""
     tensor = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(tensor, Tensor):
-        raise TapError("A module returned no hidden state.", found=type(output).__name__, allowed="a tensor, or a tuple")
+        raise TapError(
+            "A module returned no hidden state.", found=type(output).__name__, allowed="a tensor, or a tuple"
+        )
     return tensor
 
 
@@ -185,9 +182,16 @@ def _output_hook(site: Site, values: dict[Site, Tensor]) -> Callable[[nn.Module,
     return read
 
 
+def _is_compiled(block: nn.Module) -> bool:
+    return eager_module(block) is not block or getattr(block, "_compiled_call_impl", None) is not None
+
+
 def _is_reentrant(block: nn.Module) -> bool:
     function = getattr(eager_module(block), "_gradient_checkpointing_func", None)
-    return isinstance(function, functools.partial) and bool(function.keywords.get("use_reentrant", False))
+    # torch's checkpoint is reentrant when the choice is left out.
+    if isinstance(function, functools.partial):
+        return function.keywords.get("use_reentrant") is not False
+    return function is checkpoint
 
 
 def _said(site: Site) -> str:

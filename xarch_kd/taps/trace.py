@@ -43,7 +43,9 @@ class Trace:
         """The tensor [batch, time, width] at one site; `layer` is None for `embedding` and `head_input`."""
         if Site(tap, layer) not in self._values:
             raise UsageError(
-                "This site was not traced.", asked=f"{tap}, layer {layer}", found=", ".join(f"{t} {n}" for t, n in self._values)
+                "This site was not traced.",
+                asked=f"{tap}, layer {layer}",
+                found=", ".join(f"{t} {n}" for t, n in self._values),
             )
         return self._values[Site(tap, layer)]
 
