@@ -1,0 +1,1 @@
+"""Loading models, and turning a Transformer teacher into a stock hybrid student."""

@@ -1,0 +1,1 @@
+"""Tiny models and input factories; nothing imports this but tests and benchmarks."""

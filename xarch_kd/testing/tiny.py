@@ -1,0 +1,110 @@
+"""Tiny random models and a tiny tokenizer, built from configs in milliseconds; imported by tests and benchmarks only.
+
+Every norm weight and bias is non-trivial and attention is far from uniform, so that a weight which is dropped,
+swapped or folded wrongly shows in the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 97
+
+_TRANSFORMER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+_GPT_NEOX = {key: value for key, value in _TRANSFORMER.items() if key != "num_key_value_heads"}
+_RECURRENT: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 16, "tie_word_embeddings": False}
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
+_BAMBA = {
+    "attn_layer_indices": [1],
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 4,
+    "mamba_d_state": 16,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 16,
+}
+
+# Sizes beyond the config class's own defaults, by `model_type`.
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": _TRANSFORMER,
+    "mistral": {**_TRANSFORMER, "sliding_window": None},
+    "qwen2": _TRANSFORMER,
+    "qwen3": {**_TRANSFORMER, "head_dim": 16},
+    "phi3": _TRANSFORMER,
+    "granite": {**_TRANSFORMER, **_GRANITE},
+    "smollm3": {**_TRANSFORMER, "num_hidden_layers": 4},
+    "gemma": {**_TRANSFORMER, "head_dim": 16},
+    "gemma2": {**_TRANSFORMER, "head_dim": 16},
+    "gemma3_text": {**_TRANSFORMER, "head_dim": 16},
+    "olmo2": _TRANSFORMER,
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "gpt_neox": _GPT_NEOX,
+    "bamba": {**_TRANSFORMER, **_BAMBA},
+    "mamba": {**_RECURRENT, "expand": 2},
+    "mamba2": {**_RECURRENT, "expand": 2, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16},
+}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """Return a config of `model_type` of width 64 with 3 or 4 blocks and 97 tokens; `overrides` win over the sizes."""
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return AutoConfig.for_model(model_type, **{**tokens, **SIZES[model_type], **overrides})
+
+
+def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Return a float32 model of `tiny_config(model_type, **overrides)` in eval mode, the same for the same seed."""
+    config = tiny_config(model_type, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                _perturb(name, parameter)
+    return model.eval()
+
+
+def _perturb(name: str, parameter: nn.Parameter) -> None:
+    """Give one parameter values of the size that a trained model's have, none of them special."""
+    if name.endswith(("A_log", ".D")):
+        return
+    if parameter.ndim == 1:
+        parameter.add_(0.2 * torch.randn_like(parameter))
+        return
+    is_embedding = any(part in name for part in ("embed", "wte", "wpe"))
+    sharpens = any(part in name for part in ("q_proj", "k_proj"))
+    fan_in = 1 if is_embedding else parameter[0].numel()
+    parameter.copy_(torch.randn_like(parameter) * fan_in**-0.5 * (2.0 if sharpens else 1.0))
+
+
+def tiny_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token a character: `<|end|>`, newline, then ASCII 32 to 126; others become `?`.
+
+    With another `vocabulary` the table is cut, or filled up with tokens that no text has.
+    """
+    characters = ["<|end|>", "\n", *map(chr, range(ord("?"), ord("?") + 1))]
+    characters += [chr(code) for code in range(32, 127) if chr(code) != "?"]
+    filler = [f"<|filler-{index}|>" for index in range(vocabulary - len(characters))]
+    table = {token: index for index, token in enumerate([*characters, *filler][:vocabulary])}
+    tokenizer = Tokenizer(models.WordLevel(table, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>", unk_token="?"
+    )
