@@ -1,0 +1,212 @@
+"""What a teacher's config says about conversion, and which teachers no stock Mamba-2 class holds.
+
+A family enters `FACTS` only with a test that its converted logits equal the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from xarch_kd.errors import ConversionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFacts:
+    """A pre-norm Transformer with rotary attention and a gated MLP, in numbers.
+
+    `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
+    mixer or MLP adds to the residual stream, `embedding_scale` the embedding, `logit_scale` the logits.
+    `rotary_layers[i]` is False where block i has no position encoding. `output_bias` is that of o_proj.
+    """
+
+    model_type: str
+    layers: int
+    width: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    activation: str
+    epsilon: float
+    rope_parameters: dict[str, Any]
+    rotary_layers: tuple[bool, ...]
+    input_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied: bool
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float
+    logit_scale: float = 1.0
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether embedding and head are scaled apart, so that a folded student cannot tie them."""
+        return self.embedding_scale != 1.0 or self.logit_scale != 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a family is not converted to Mamba-2, and the nearest thing that works."""
+
+    reason: str
+    instead: str
+
+
+def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
+    """Return the facts of a teacher's config. Raises `ConversionError` with the reason and what works instead."""
+    refusal = REFUSALS.get(config.model_type)
+    if refusal is not None:
+        raise ConversionError(
+            f"A {config.model_type} teacher cannot become a stock Mamba-2 student: {refusal.reason}.",
+            asked=f"model_type: {config.model_type}",
+            allowed=", ".join(FACTS),
+            fix=refusal.instead,
+        )
+    if config.model_type not in FACTS:
+        raise ConversionError(
+            f"Conversion of a {config.model_type} teacher is not known to be exact, so it is refused.",
+            asked=f"model_type: {config.model_type}",
+            allowed=", ".join(FACTS),
+            fix="build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion",
+        )
+    _refuse_window(config)
+    return FACTS[config.model_type](config)
+
+
+def _refuse_window(config: PreTrainedConfig) -> None:
+    window = getattr(config, "sliding_window", None)
+    if config.model_type in ("qwen2", "smollm3") and not getattr(config, "use_sliding_window", False):
+        window = None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        window = None
+    if window is None or window >= config.max_position_embeddings:
+        return
+    raise ConversionError(
+        f"The teacher attends through a sliding window of {window} tokens, and no stock Mamba-2 class builds such a mask.",
+        asked=f"sliding_window: {window}, max_position_embeddings: {config.max_position_embeddings}",
+        allowed="a teacher without a window",
+        fix=f"if no sequence is longer than {window} tokens, the window changes nothing: set sliding_window to null and "
+        f"max_position_embeddings to {window} in a copy of the teacher's config.json",
+    )
+
+
+def _llama_like(config: PreTrainedConfig) -> TeacherFacts:
+    """Facts under the names that Llama's config gave them; a family's own deviations are replaced afterwards."""
+    values: Any = config
+    head_dim = getattr(config, "head_dim", None) or values.hidden_size // values.num_attention_heads
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    return TeacherFacts(
+        model_type=config.model_type,
+        layers=values.num_hidden_layers,
+        width=values.hidden_size,
+        intermediate=values.intermediate_size,
+        heads=values.num_attention_heads,
+        key_value_heads=values.num_key_value_heads or values.num_attention_heads,
+        head_dim=head_dim,
+        vocabulary=values.vocab_size,
+        activation=values.hidden_act,
+        epsilon=values.rms_norm_eps,
+        rope_parameters=dict(values.rope_parameters),
+        rotary_layers=(True,) * values.num_hidden_layers,
+        input_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        tied=bool(values.tie_word_embeddings),
+        attention_scale=head_dim**-0.5,
+    )
+
+
+def _full_rotary(config: PreTrainedConfig) -> TeacherFacts:
+    """Llama's facts for a family that ignores `partial_rotary_factor`, whatever its config says."""
+    facts = _llama_like(config)
+    return replace(facts, rope_parameters={**facts.rope_parameters, "partial_rotary_factor": 1.0})
+
+
+def _mistral(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), input_bias=False, output_bias=False, mlp_bias=False)
+
+
+def _qwen2(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), input_bias=True, output_bias=False, mlp_bias=False)
+
+
+def _phi3(config: PreTrainedConfig) -> TeacherFacts:
+    facts = replace(_llama_like(config), input_bias=False, output_bias=False, mlp_bias=False)
+    original = getattr(config, "original_max_position_embeddings", None)
+    if facts.rope_parameters.get("rope_type") == "longrope" and original is not None:
+        rope = {"original_max_position_embeddings": original, **facts.rope_parameters}
+        return replace(facts, rope_parameters=rope)
+    return facts
+
+
+def _granite(config: PreTrainedConfig) -> TeacherFacts:
+    values: Any = config
+    return replace(
+        _full_rotary(config),
+        embedding_scale=values.embedding_multiplier,
+        residual_scale=values.residual_multiplier,
+        attention_scale=values.attention_multiplier,
+        logit_scale=1.0 / values.logits_scaling,
+    )
+
+
+def _smollm3(config: PreTrainedConfig) -> TeacherFacts:
+    values: Any = config
+    return replace(_full_rotary(config), rotary_layers=tuple(bool(value) for value in values.no_rope_layers))
+
+
+def _gemma(config: PreTrainedConfig) -> TeacherFacts:
+    facts = _full_rotary(config)
+    return replace(facts, mlp_bias=False, norm_offset=1.0, embedding_scale=facts.width**0.5)
+
+
+FACTS: dict[str, Callable[[PreTrainedConfig], TeacherFacts]] = {
+    "llama": _full_rotary,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "phi3": _phi3,
+    "granite": _granite,
+    "smollm3": _smollm3,
+    "gemma": _gemma,
+}
+
+_FRESH = "build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion"
+
+REFUSALS: dict[str, Refusal] = {
+    "qwen3": Refusal(
+        reason="its query and key norms are not linear and no Mamba-2 class has them",
+        instead="a Qwen2 or Llama teacher converts exactly; a gated-delta student (Qwen3.5) would hold Qwen3; or " + _FRESH,
+    ),
+    "gemma2": Refusal(
+        reason="it has norms before and after each sub-block, soft-capped attention and logits, and a sliding window",
+        instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
+    ),
+    "gemma3_text": Refusal(
+        reason="it has norms before and after each sub-block, query and key norms, a sliding window and two rotary bases",
+        instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
+    ),
+    "gemma3": Refusal(
+        reason="it reads images too, and its text model has norms before and after each sub-block and a sliding window",
+        instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
+    ),
+    "gpt2": Refusal(
+        reason="it adds learned positions to its embedding and normalises with LayerNorm, and no Mamba-2 class has either",
+        instead=_FRESH,
+    ),
+    "gpt_neox": Refusal(
+        reason="its attention and MLP read the same input in parallel and it normalises with LayerNorm",
+        instead=_FRESH,
+    ),
+    "olmo2": Refusal(
+        reason="it normalises after each sub-block only and norms queries and keys over their whole width",
+        instead="a Llama teacher converts exactly; olmo_hybrid (gated delta) would hold OLMo 2; or " + _FRESH,
+    ),
+}
