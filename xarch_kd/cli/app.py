@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a gate failed, 2 usage or mapping file, 3 data or model, 1
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -125,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Taken out here, since it must also hold for errors met while the rest is parsed.
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    # Its notices of kernels that are not installed would drown ours; `doctor` tells what is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -1,0 +1,66 @@
+"""`xarch-kd convert`: a Transformer as a stock hybrid checkpoint, untrained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from xarch_kd.errors import UsageError
+
+
+def command(
+    teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
+    mixer: Annotated[Literal["mamba2"], typer.Option(help="What takes the place of attention.")] = "mamba2",
+    keep_attention: Annotated[
+        str | None,
+        typer.Option(
+            help='Blocks that keep attention: "every N", "first N", "last N", "none", "all", or a list 0,4,8.'
+        ),
+    ] = None,
+    replace: Annotated[str | None, typer.Option(help="Blocks whose attention is replaced, in the same words.")] = None,
+    initialisation: Annotated[
+        Literal["attention", "random"], typer.Option(help="Where the new mixers start from.")
+    ] = "attention",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of whatever is drawn.")] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Number format of the student.")] = "float32",
+) -> None:
+    """Turn a Transformer into a stock hybrid checkpoint with new mixers, untrained."""
+    if (keep_attention is None) == (replace is None):
+        raise UsageError(
+            "Exactly one of --keep-attention and --replace must be given.",
+            found="neither" if replace is None else "both",
+            fix='e.g. --keep-attention "every 4", or --replace 6,13,20,27',
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not an empty folder.", fix="give a new folder as --output")
+
+    import torch
+
+    from xarch_kd.models.convert import convert
+    from xarch_kd.models.load import load_model, load_tokenizer
+    from xarch_kd.models.save import save_student
+
+    student = convert(
+        load_model(teacher, revision=revision),
+        mixer=mixer,
+        keep_attention=selection(keep_attention),
+        replace=selection(replace),
+        initialisation=initialisation,
+        seed=seed,
+        dtype=getattr(torch, dtype),
+    )
+    save_student(student, load_tokenizer(teacher, revision), output)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    print(f"{output}: {type(student).__name__}, {parameters:,} parameters, untrained")
+
+
+def selection(text: str | None) -> str | list[int] | None:
+    """Return `0,4,8` as a list of blocks; other words are left to `kept_layers`, which knows them."""
+    if text is not None and re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
+        return [int(part) for part in text.split(",")]
+    return text

@@ -1,0 +1,98 @@
+"""`xarch-kd show`: a run's result in one screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from xarch_kd.errors import UsageError
+
+PROMPTS = ("The with statement is used to", "Once upon a time there was a little girl who")
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder, as written by `xarch-kd train`.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Prompt to go on from; may be given several times.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Show a run's result: the table, what teacher and student write after the same prompts, how to load the student."""
+    check_run(run)
+    console = Console()
+    print_result(console, run)
+    console.print(generations(run, prompt or list(PROMPTS), tokens=tokens, temperature=temperature, seed=seed))
+    console.print()
+    console.print(loading_lines(run / "student"), highlight=False, markup=False, soft_wrap=True)
+
+
+def check_run(run: Path) -> None:
+    """Raise UsageError unless `run` is a run folder with a finished student."""
+    if not run.is_dir():
+        raise UsageError(f"There is no run folder {run}.", fix=f"xarch-kd train MAPPING.yaml --output {run}")
+    if not (run / "mapping.yaml").is_file():
+        raise UsageError(
+            f"{run} is not a run folder: it holds no mapping.yaml.", fix="give the folder that --output named"
+        )
+    if not (run / "student" / "config.json").is_file():
+        raise UsageError(
+            f"The run {run} is not finished: it holds no student yet.",
+            fix=f"xarch-kd train {run / 'mapping.yaml'} --output {run} --resume",
+        )
+
+
+def print_result(console: Console, run: Path) -> None:
+    """Print the table of `evaluation.json`, or how to make one."""
+    file = run / "evaluation.json"
+    if not file.is_file():
+        console.print(f"Not measured yet: xarch-kd evaluate {run}", highlight=False, markup=False, soft_wrap=True)
+        return
+    from xarch_kd.evaluation.results import read_evaluation, render
+
+    console.print(render(read_evaluation(file)))
+
+
+def generations(run: Path, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:
+    """Return a table of what teacher and student write after each prompt."""
+    from xarch_kd.generation.continuation import continuation
+    from xarch_kd.mapping_file.load import load_mapping
+    from xarch_kd.models.load import load_model, load_tokenizer
+
+    mapping, *_ = load_mapping(run / "mapping.yaml")
+    student_folder = str(run / "student")
+    # The student's tokenizer is the teacher's, and it is read faster from its own folder than from a .gguf file.
+    tokenizer = load_tokenizer(student_folder)
+    written: list[list[str]] = []
+    for reference, revision in ((mapping.teacher.model, mapping.teacher.revision), (student_folder, None)):
+        model = load_model(reference, revision=revision)
+        written.append(
+            [
+                continuation(model, tokenizer, text, tokens=tokens, temperature=temperature, seed=seed)
+                for text in prompts
+            ]
+        )
+        del model
+    table = Table(title="The same prompt, two models", title_justify="left", show_lines=True, expand=True)
+    table.add_column("teacher", ratio=1)
+    table.add_column("student", ratio=1)
+    for text, teacher, student in zip(prompts, *written, strict=True):
+        table.add_row(*(Text.assemble((text, "bold"), answer) for answer in (teacher, student)))
+    return table
+
+
+def loading_lines(folder: Path) -> str:
+    """Return the three lines of Python that load a student."""
+    return "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+            f'student = AutoModelForCausalLM.from_pretrained("{folder}")',
+        ]
+    )
