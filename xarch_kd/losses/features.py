@@ -1,0 +1,102 @@
+"""Feature objectives: one number from a student's features, a teacher's, a mask and perhaps a projector.
+
+A step's loss is Σ over its micro-batches of `feature_loss(…, normaliser=N)` where N is the sum over all micro-batches,
+and all ranks, of `feature_normaliser(…)`: the same value and gradient as one batch of them all.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError, suggest
+from xarch_kd.ops.projected_distance import projected_distance
+
+# Loss of a mapping file -> the distance that is summed over tokens.
+DISTANCES: Final = {
+    "mse": "mse",
+    "relative_mse": "squared_error",
+    "cosine": "cosine",
+    "normalised_mse": "normalised_mse",
+}
+# A step without one counted token, or a teacher that is 0, has loss 0 rather than 0/0.
+SMALLEST_NORMALISER: Final = 1e-12
+
+
+class Projection(Protocol):
+    """A linear map from the student's width to the teacher's: weight [teacher, student], bias [teacher] or None."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+def token_count(features: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return how many tokens count, a float64 scalar, from features [..., width] and a mask of their leading axes."""
+    if mask is None:
+        return torch.tensor(features.shape[:-1].numel(), dtype=torch.float64, device=features.device)
+    return mask.sum().double()
+
+
+def teacher_energy(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return Σ|teacher|² over the tokens that count, a float64 scalar."""
+    norms = teacher.detach().float().square().sum(-1).double()
+    return norms.sum() if mask is None else norms.masked_fill(~mask, 0.0).sum()
+
+
+def feature_normaliser(kind: str, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return what this micro-batch adds to the divisor of loss `kind`: teacher energy, or a token count."""
+    _distance(kind)
+    return teacher_energy(teacher, mask) if kind == "relative_mse" else token_count(teacher, mask)
+
+
+def feature_loss(
+    kind: str,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normaliser: Tensor | float,
+    mask: Tensor | None = None,
+    projector: Projection | None = None,
+    epsilon: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:
+    """Return this micro-batch's share of loss `kind`, a scalar.
+
+    `student` is [batch, time, student width] and `teacher` [batch, time, teacher width]; `mask` [batch, time] is true
+    where a token counts. `mse`, `cosine` and `normalised_mse` are means over tokens, `relative_mse` is Σ|y - t|² over
+    Σ|t|². The teacher gets no gradient.
+
+    Raises:
+        UsageError: an unknown kind, or shapes that do not fit.
+        NonFiniteLoss: the distance of a counted token is NaN or infinite.
+    """
+    total = projected_distance(
+        student,
+        teacher,
+        weight=None if projector is None else projector.weight,
+        bias=None if projector is None else projector.bias,
+        distance=_distance(kind),
+        mask=mask,
+        reduction="sum",
+        epsilon=epsilon,
+        impl=impl,
+    )
+    return total / divisor(normaliser, total)
+
+
+def divisor(normaliser: Tensor | float, like: Tensor) -> Tensor:
+    """Return a normaliser as a scalar of the dtype and device of `like`, at least as large as can be divided by."""
+    return torch.as_tensor(normaliser, dtype=like.dtype, device=like.device).clamp(min=SMALLEST_NORMALISER)
+
+
+def _distance(kind: str) -> str:
+    if kind not in DISTANCES:
+        raise UsageError(
+            f"There is no such feature loss.{suggest(kind, DISTANCES)}", asked=kind, allowed=" | ".join(DISTANCES)
+        )
+    return DISTANCES[kind]

@@ -1,0 +1,116 @@
+"""The token objective: next-token distributions of student and teacher, and the data's next token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError
+from xarch_kd.losses.features import divisor
+from xarch_kd.ops.divergences import Divergence
+from xarch_kd.ops.linear_divergence import linear_divergence
+
+IGNORED_LABEL: Final = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A language-model head: softcap(scale * (hidden weightᵀ + bias)), weight [vocabulary, width]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class TokenLoss(NamedTuple):
+    """This micro-batch's share of the objective, and of its parts.
+
+    Only `total` has a gradient. `divergence` (the plain one, without T² and weight) and `cross_entropy`, in nats, are
+    detached; added up over the micro-batches of a step they are means over its tokens.
+    """
+
+    total: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+
+
+def next_token_labels(
+    input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None
+) -> Tensor:
+    """Return the label of each position [batch, time]: the token that follows it, or -100 where none counts.
+
+    Position t counts when t and t+1 are both unmasked. `labels`, unshifted and with -100 where a token is not to be
+    predicted (a prompt, say), narrows that; where it is not -100 it is the token predicted.
+    """
+    if input_ids.dim() != 2:
+        raise UsageError("input_ids does not fit.", found=list(input_ids.shape), allowed="[batch, time]")
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise UsageError(f"{name} does not fit.", found=list(tensor.shape), allowed=list(input_ids.shape))
+    shifted = torch.full_like(input_ids, IGNORED_LABEL, dtype=torch.long)
+    shifted[:, :-1] = (input_ids if labels is None else labels)[:, 1:]
+    if attention_mask is not None:
+        mask = attention_mask.bool()
+        shifted[:, :-1].masked_fill_(~(mask[:, :-1] & mask[:, 1:]), IGNORED_LABEL)
+    return shifted
+
+
+def label_count(labels: Tensor) -> Tensor:
+    """Return the number of positions whose label counts, a float64 scalar."""
+    return (labels != IGNORED_LABEL).sum().double()
+
+
+def token_loss(
+    student_hidden: Tensor,
+    student_head: Head,
+    teacher_hidden: Tensor,
+    teacher_head: Head,
+    labels: Tensor,
+    *,
+    normaliser: Tensor | float,
+    divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    weight: float = 1.0,
+    cross_entropy: float = 0.0,
+    temperature_squared: bool = True,
+    vocabulary: int | None = None,
+    impl: str = "auto",
+) -> TokenLoss:
+    """Return this micro-batch's share of weight * T² * D + cross_entropy * CE, means over the step's tokens.
+
+    Hidden states are [batch, time, width] after the final norm; `labels` [batch, time] come from `next_token_labels`;
+    `normaliser` is the sum over the micro-batches, and ranks, of the step of `label_count`.
+
+    Raises:
+        UsageError: shapes or options that do not fit.
+        NonFiniteLoss: the value of a counted token is NaN or infinite.
+    """
+    factor = temperature**2 if temperature_squared else 1.0
+    sums = linear_divergence(
+        student_hidden,
+        student_head.weight,
+        teacher_hidden,
+        teacher_head.weight,
+        divergence=divergence,
+        temperature=temperature,
+        labels=labels,
+        divergence_weight=weight * factor,
+        cross_entropy=cross_entropy,
+        student_bias=student_head.bias,
+        teacher_bias=teacher_head.bias,
+        student_scale=student_head.scale,
+        teacher_scale=teacher_head.scale,
+        student_softcap=student_head.softcap,
+        teacher_softcap=teacher_head.softcap,
+        vocabulary=vocabulary,
+        reduction="sum",
+        impl=impl,
+    )
+    assert sums.cross_entropy is not None
+    by = divisor(normaliser, sums.total)
+    return TokenLoss(sums.total / by, sums.divergence / by, sums.cross_entropy / by)

@@ -1,0 +1,14 @@
+"""Floor 1: numerical operations on tensors, each as a dense specification and as a streamed implementation.
+
+An operation never falls back silently: `impl="auto"` chooses, `explain` says what it would choose, and a requested
+implementation that cannot run is an error with the reason.
+"""
+
+from __future__ import annotations
+
+from xarch_kd.ops.dispatch import explain
+from xarch_kd.ops.divergences import Divergence
+from xarch_kd.ops.linear_divergence import DivergenceLoss, linear_divergence
+from xarch_kd.ops.projected_distance import projected_distance
+
+__all__ = ["Divergence", "DivergenceLoss", "explain", "linear_divergence", "projected_distance"]

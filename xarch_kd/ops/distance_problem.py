@@ -1,0 +1,115 @@
+"""The checked, flattened inputs of `projected_distance`, as every implementation takes them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError, suggest
+from xarch_kd.ops import checks
+from xarch_kd.ops.divergence_problem import pick
+
+# Name -> what it is for one token, y the projected student, t the teacher.
+DISTANCES = {
+    "mse": "mean over the width of (y - t)²",
+    "squared_error": "sum over the width of (y - t)²",
+    "relative_mse": "(y - t)² over t², each summed over all tokens that count",
+    "cosine": "1 - cos(y, t)",
+    "normalised_mse": "|y - t|² / (|t|² + epsilon)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceProblem:
+    """`projected_distance` with every argument checked: student [tokens, ds], teacher [tokens, dt].
+
+    `kept` [k] are the indices of the tokens that count (None: all); `shape` are the leading axes that were flattened.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    distance: str
+    epsilon: float
+    kept: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return self.student.shape[0] if self.kept is None else self.kept.shape[0]
+
+
+def check_distance(distance: str, reduction: str, epsilon: float) -> None:
+    """Raise UsageError for an unknown distance, or a ratio of sums asked for where it has no meaning."""
+    if distance not in DISTANCES:
+        raise UsageError(
+            f"There is no such distance.{suggest(distance, DISTANCES)}", asked=distance, allowed=" | ".join(DISTANCES)
+        )
+    checks.check_reduction(reduction)
+    if distance == "relative_mse" and reduction != "mean":
+        raise UsageError(
+            "relative_mse is a ratio of sums over all tokens, so it has no value for each token and no sum.",
+            asked=f"reduction='{reduction}'",
+            allowed="reduction='mean'",
+            fix="use distance='squared_error' and divide by the teacher's energy over all micro-batches",
+        )
+    if not (epsilon >= 0 and math.isfinite(epsilon)):
+        raise UsageError("epsilon must not be negative.", found=epsilon, allowed=">= 0")
+
+
+def make_problem(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    distance: str,
+    mask: Tensor | None,
+    epsilon: float,
+) -> DistanceProblem:
+    """Check the tensors and return the problem."""
+    checks.check_floating(student=student, teacher=teacher, weight=weight, bias=bias)
+    if student.dim() < 2:
+        raise UsageError("student does not fit.", found=list(student.shape), allowed="[tokens, width] or more axes")
+    leading, width = student.shape[:-1], teacher.shape[-1]
+    checks.check_shape("teacher", teacher, (*leading, width), "[leading axes of student, teacher width]")
+    if weight is None and student.shape[-1] != width:
+        raise UsageError(
+            "student and teacher differ in width and there is no projector between them.",
+            found=f"student {student.shape[-1]}, teacher {width}",
+            fix="pass weight= [teacher width, student width]",
+        )
+    if weight is None and bias is not None:
+        raise UsageError("bias is the projector's: it needs weight=.", found="bias without weight")
+    checks.check_shape("weight", weight, (width, student.shape[-1]), "[teacher width, student width]")
+    checks.check_shape("bias", bias, (width,), "[teacher width]")
+    checks.check_shape("mask", mask, tuple(leading), "[leading axes of student]")
+    checks.check_mask(mask)
+    checks.check_device(student=student, teacher=teacher, weight=weight, bias=bias, mask=mask)
+    return DistanceProblem(
+        student=student.reshape(-1, student.shape[-1]),
+        teacher=teacher.detach().reshape(-1, width),
+        weight=weight,
+        bias=bias,
+        distance=distance,
+        epsilon=epsilon,
+        kept=checks.counted_tokens(math.prod(leading), mask, student.device),
+        shape=leading,
+        dtype=checks.accumulation_dtype(student, teacher, weight, bias),
+    )
+
+
+def energy(problem: DistanceProblem, chunk: int) -> Tensor:
+    """Return the sum over the counted tokens of |teacher|², a scalar."""
+    total = problem.teacher.new_zeros((), dtype=problem.dtype)
+    for start in range(0, problem.tokens, chunk):
+        at = slice(start, min(start + chunk, problem.tokens))
+        rows = problem.teacher[at] if problem.kept is None else pick(problem.teacher, problem.kept[at])
+        total += rows.to(problem.dtype).square().sum()
+    return total

@@ -1,0 +1,167 @@
+"""Divergence between two next-token distributions, each given as hidden states and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import NonFiniteLoss
+from xarch_kd.ops import checks
+from xarch_kd.ops.dispatch import choose
+from xarch_kd.ops.divergence_problem import DivergenceProblem, Side, make_problem, spread
+from xarch_kd.ops.divergences import Divergence, as_divergence
+from xarch_kd.ops.reference.linear_divergence import token_values
+from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
+from xarch_kd.ops.streaming.linear_divergence import Sweep, sweep
+
+
+class DivergenceLoss(NamedTuple):
+    """What is minimised, and its parts. Only `total` has a gradient: the parts share one gradient buffer.
+
+    `divergence` and `cross_entropy` are unweighted, in nats, reduced like `total`; `cross_entropy` is None without
+    labels.
+    """
+
+    total: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor | None
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    divergence_weight: float = 1.0,
+    cross_entropy: float = 0.0,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocabulary: int | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+    chunk_size: int | None = None,
+) -> DivergenceLoss:
+    """Return divergence_weight * D(p, q) + cross_entropy * CE(labels, q) over the tokens that count.
+
+    p = softmax(teacher logits / temperature) and q likewise, logits = softcap(scale * (hidden weightᵀ + bias)) in at
+    least float32. The divergence is the plain one at that temperature: a factor T² belongs into `divergence_weight`.
+    Cross-entropy is taken at temperature 1.
+
+    Hidden states are [tokens, width] or [batch, time, width], weights [vocabulary, width], biases [vocabulary];
+    `labels` (already shifted: the token that follows that position, -100 to leave the position out), `mask` (boolean)
+    and `token_weights` (>= 0) have the leading axes of the hidden states. A token counts when its mask is true, its
+    label is not ignored and its weight is not 0. `vocabulary` is the number of leading entries that mean the same in
+    both heads, by default all that both have; the rest, padding, is left out of both distributions.
+
+    `reduction="mean"` divides by the sum of the weights of the counted tokens; `"sum"` does not, and is 0 when no
+    token counts; `"none"` gives one weighted value a token, 0 where it does not count. Gradients go to the student's
+    hidden states, weight and bias; the teacher's tensors never get one. `chunk_size` is the number of tokens held as
+    logits at a time by `impl="streaming"`, whose values allow one backward.
+
+    Raises:
+        UsageError: shapes, dtypes, devices or options that do not fit, or a mean over no tokens.
+        NonFiniteLoss: the divergence or cross-entropy of a counted token is NaN or infinite.
+    """
+    checks.check_reduction(reduction)
+    checks.check_chunk_size(chunk_size)
+    implementation = choose("linear_divergence", impl)
+    problem = make_problem(
+        Side(
+            hidden=student_hidden,
+            weight=student_weight,
+            bias=student_bias,
+            scale=student_scale,
+            softcap=student_softcap,
+        ),
+        Side(
+            hidden=teacher_hidden,
+            weight=teacher_weight,
+            bias=teacher_bias,
+            scale=teacher_scale,
+            softcap=teacher_softcap,
+        ),
+        divergence=as_divergence(divergence),
+        temperature=temperature,
+        divergence_weight=divergence_weight,
+        cross_entropy=cross_entropy,
+        labels=labels,
+        mask=mask,
+        token_weights=token_weights,
+        vocabulary=vocabulary,
+    )
+    if reduction == "mean" and problem.tokens == 0:
+        raise checks.refuse_mean_of_nothing()
+    if implementation == "reference":
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            rows, cross = token_values(problem)
+        total = _reduce(_weighted_sum(problem, rows, cross), problem, reduction)
+    else:
+        total, rows, cross = _streamed(problem, reduction, chunk_size)
+    parts = [None if part is None else _reduce(part.detach(), problem, reduction) for part in (rows, cross)]
+    _check_finite(parts[0], parts[1])
+    assert parts[0] is not None
+    return DivergenceLoss(total, parts[0], parts[1])
+
+
+def _streamed(
+    problem: DivergenceProblem, reduction: str, chunk_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the total, with its gradients attached, and the unweighted values of each counted token."""
+    student = problem.student
+    inputs = (student.hidden, student.weight, student.bias)
+    needs = wanted(*inputs)
+    now = needs if reduction != "none" else (False, False, False)
+    scale = problem.weights if reduction == "sum" else problem.weights / problem.weights.sum()
+    result = sweep(problem, scale, now, chunk_size)
+    total = _reduce(_weighted_sum(problem, result.divergence, result.cross_entropy), problem, reduction)
+    if reduction == "none" and any(needs):
+
+        def backward(upstream: Tensor) -> Gradients:
+            picked = upstream.reshape(-1) if problem.kept is None else upstream.reshape(-1)[problem.kept]
+            return _gradients(sweep(problem, picked * problem.weights, needs, chunk_size), problem)
+
+        total = recompute(total, inputs, backward)
+    elif any(needs):
+        total = hand_over(total, inputs, _gradients(result, problem))
+    return total, result.divergence, result.cross_entropy
+
+
+def _gradients(result: Sweep, problem: DivergenceProblem) -> Gradients:
+    student = problem.student
+    pairs = ((result.hidden, student.hidden), (result.weight, student.weight), (result.bias, student.bias))
+    return [stored(gradient, like) for gradient, like in pairs]
+
+
+def _weighted_sum(problem: DivergenceProblem, divergence: Tensor, cross_entropy: Tensor | None) -> Tensor:
+    rows = problem.divergence_weight * divergence
+    return rows if cross_entropy is None else rows + problem.cross_entropy_weight * cross_entropy
+
+
+def _reduce(rows: Tensor, problem: DivergenceProblem, reduction: str) -> Tensor:
+    rows = rows * problem.weights
+    if reduction == "none":
+        return spread(rows, problem.kept, problem.shape)
+    return rows.sum() if reduction == "sum" else rows.sum() / problem.weights.sum()
+
+
+def _check_finite(divergence: Tensor | None, cross_entropy: Tensor | None) -> None:
+    for name, part in (("divergence", divergence), ("cross-entropy", cross_entropy)):
+        if part is not None and not bool(torch.isfinite(part).all()):
+            raise NonFiniteLoss(
+                f"The {name} is not finite.",
+                found="a NaN or infinite value in the hidden states or heads, or logits too far apart",
+                allowed="finite logits at every token that counts",
+            )

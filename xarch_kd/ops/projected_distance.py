@@ -1,0 +1,99 @@
+"""Distance between a student's features, through a linear projector, and a teacher's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import NonFiniteLoss, UsageError
+from xarch_kd.ops import checks
+from xarch_kd.ops.dispatch import choose
+from xarch_kd.ops.distance_problem import DistanceProblem, check_distance, energy, make_problem
+from xarch_kd.ops.divergence_problem import spread
+from xarch_kd.ops.reference.projected_distance import token_values
+from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
+from xarch_kd.ops.streaming.projected_distance import Sweep, default_chunk, sweep
+
+
+def projected_distance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    distance: str = "normalised_mse",
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    epsilon: float = 1e-6,
+    impl: str = "auto",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Return the distance of y = student weightᵀ + bias (or of the student itself) from the teacher.
+
+    `student` is [..., student width], `teacher` [..., teacher width], `weight` [teacher width, student width], `bias`
+    [teacher width]; `mask` is boolean with the leading axes, true where a token counts. Of each token: `mse`, the mean
+    over the width of (y - t)²; `squared_error`, the sum; `cosine`, 1 - y·t / (|y| |t|) with epsilon under both roots;
+    `normalised_mse`, |y - t|² / (|t|² + epsilon). `relative_mse` is Σ|y - t|² / Σ|t|² over all tokens that count.
+
+    `reduction="mean"` is over tokens that count; `"sum"` is 0 when none does; `"none"` gives one value a token, 0 where
+    it does not count. Gradients go to student, weight and bias, never to the teacher. `chunk_size` is the number of
+    tokens projected at a time by `impl="streaming"`, whose scalar values allow one backward.
+
+    Raises:
+        UsageError: shapes, dtypes, devices or options that do not fit, a mean over no tokens, a teacher that is 0.
+        NonFiniteLoss: the distance of a counted token is NaN or infinite.
+    """
+    check_distance(distance, reduction, epsilon)
+    checks.check_chunk_size(chunk_size)
+    implementation = choose("projected_distance", impl)
+    problem = make_problem(student, teacher, weight=weight, bias=bias, distance=distance, mask=mask, epsilon=epsilon)
+    if reduction == "mean" and problem.tokens == 0:
+        raise checks.refuse_mean_of_nothing()
+    chunk = chunk_size or default_chunk(problem)
+    divisor = _divisor(problem, reduction, chunk)
+    if implementation == "reference":
+        with torch.autocast(student.device.type, enabled=False):
+            values = token_values(problem)
+        result = spread(values, problem.kept, problem.shape) if reduction == "none" else values.sum() / divisor
+    else:
+        result = _streamed(problem, reduction, divisor, chunk)
+    if not bool(torch.isfinite(result).all()):
+        raise NonFiniteLoss(
+            f"The distance '{distance}' is not finite.",
+            found="a NaN or infinite value in the features or the projector",
+            allowed="finite features at every token that counts",
+        )
+    return result
+
+
+def _divisor(problem: DistanceProblem, reduction: str, chunk: int) -> Tensor:
+    one = problem.teacher.new_ones((), dtype=problem.dtype)
+    if problem.distance == "relative_mse":
+        total = energy(problem, chunk)
+        if not bool(total > 0) and bool(torch.isfinite(total)):
+            raise UsageError("relative_mse divides by the teacher's energy.", found="a teacher that is 0 everywhere")
+        return total
+    return one * problem.tokens if reduction == "mean" else one
+
+
+def _streamed(problem: DistanceProblem, reduction: str, divisor: Tensor, chunk: int) -> Tensor:
+    inputs = (problem.student, problem.weight, problem.bias)
+    needs = wanted(*inputs)
+    if reduction != "none":
+        result = sweep(problem, divisor.reciprocal() if any(needs) else None, needs, chunk)
+        value = result.values.sum() / divisor
+        return hand_over(value, inputs, _gradients(result, problem)) if any(needs) else value
+    values = spread(sweep(problem, None, (False,) * 3, chunk).values, problem.kept, problem.shape)
+    if not any(needs):
+        return values
+
+    def backward(upstream: Tensor) -> Gradients:
+        picked = upstream.reshape(-1) if problem.kept is None else upstream.reshape(-1)[problem.kept]
+        return _gradients(sweep(problem, picked, needs, chunk), problem)
+
+    return recompute(values, inputs, backward)
+
+
+def _gradients(result: Sweep, problem: DistanceProblem) -> Gradients:
+    pairs = ((result.student, problem.student), (result.weight, problem.weight), (result.bias, problem.bias))
+    return [stored(gradient, like) for gradient, like in pairs]

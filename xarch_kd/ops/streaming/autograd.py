@@ -1,0 +1,92 @@
+"""How a streamed operation hands its gradients to autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from xarch_kd.errors import UsageError
+
+Gradients = list[Tensor | None]
+
+
+def wanted(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Say for each tensor whether a gradient will be asked for; all false under `torch.no_grad`."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def stored(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """Return a gradient as it is kept until backward.
+
+    float16 is kept wide: a mean's gradient may lie below its smallest number until a loss scale multiplies it.
+    """
+    if gradient is None or like is None or like.dtype == torch.float16:
+        return gradient
+    return gradient.to(like.dtype)
+
+
+def hand_over(value: Tensor, inputs: Sequence[Tensor | None], gradients: Gradients) -> Tensor:
+    """Return the scalar `value`; its backward gives each input its gradient, times what comes from above.
+
+    The kept gradients are scaled in place and given away, so that they are never in memory twice; a second backward
+    through the same value is refused.
+    """
+    return _HandOver.apply(value, gradients, *inputs)  # type: ignore[no-any-return]
+
+
+def recompute(values: Tensor, inputs: Sequence[Tensor | None], backward: Callable[[Tensor], Gradients]) -> Tensor:
+    """Return `values` (one a token); `backward(upstream)` computes the inputs' gradients when they are asked for."""
+    return _Recompute.apply(values, backward, *inputs)  # type: ignore[no-any-return]
+
+
+class _HandOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Gradients, *inputs: Tensor | None) -> Tensor:
+        ctx.gradients = gradients
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise UsageError(
+                "The gradient of a streamed operation was already handed over by an earlier backward.",
+                allowed="one backward for each call",
+                fix="call the operation again, sum the losses before backward, or use impl='reference'",
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled: Gradients = []
+        while gradients:
+            gradient, dtype = gradients.pop(0), ctx.dtypes[len(scaled)]
+            scaled.append(None if gradient is None else gradient.mul_(upstream[0]).to(dtype))
+        return None, None, *scaled
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, backward: Callable[[Tensor], Gradients], *inputs: Tensor | None) -> Tensor:
+        ctx.recompute = backward
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        # Saved only so that autograd refuses a backward after one of them was changed in place.
+        ctx.save_for_backward(*inputs)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        gradients = ctx.recompute(upstream[0])
+        return (
+            None,
+            None,
+            *(
+                None if gradient is None else gradient.to(dtype)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
+        )

@@ -1,0 +1,82 @@
+"""`projected_distance` by chunks of tokens: the projected tensor exists for one chunk at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xarch_kd.ops.distance_problem import DistanceProblem
+
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 32 << 20}
+
+
+@dataclass
+class Sweep:
+    """Per-token distance [k], and the gradients of student, weight and bias that were wanted."""
+
+    values: Tensor
+    student: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def default_chunk(problem: DistanceProblem) -> int:
+    """Return how many tokens are projected at a time."""
+    device = "cpu" if problem.teacher.device.type == "cpu" else "other"
+    return max(1, CHUNK_ELEMENTS[device] // problem.teacher.shape[-1])
+
+
+@torch.no_grad()
+def sweep(problem: DistanceProblem, scale: Tensor | None, wanted: tuple[bool, ...], chunk: int) -> Sweep:
+    """Go over the counted tokens once. `scale`, a scalar or [k], multiplies each token's part in the gradients."""
+    of = (problem.student, problem.weight, problem.bias)
+    gradients = [
+        torch.zeros(tensor.shape, dtype=problem.dtype, device=tensor.device) if need and tensor is not None else None
+        for tensor, need in zip(of, wanted, strict=True)
+    ]
+    values = problem.teacher.new_empty(problem.tokens, dtype=problem.dtype)
+    result = Sweep(values, *gradients)
+    with torch.autocast(values.device.type, enabled=False):
+        for start in range(0, problem.tokens, chunk):
+            at = slice(start, min(start + chunk, problem.tokens))
+            _chunk(problem, scale[at, None] if scale is not None and scale.dim() else scale, result, at)
+    return result
+
+
+def _chunk(problem: DistanceProblem, scale: Tensor | None, result: Sweep, at: slice) -> None:
+    rows = at if problem.kept is None else problem.kept[at]
+    student, teacher = problem.student[rows].to(problem.dtype), problem.teacher[rows].to(problem.dtype)
+    weight = None if problem.weight is None else problem.weight.to(problem.dtype)
+    projected = student if weight is None else student @ weight.T
+    if problem.bias is not None:
+        projected = projected.add_(problem.bias.to(problem.dtype))
+    result.values[at], slope = _rows(problem, projected, teacher)
+    if scale is None:
+        return
+    slope.mul_(scale)
+    if result.bias is not None:
+        result.bias += slope.sum(0)
+    if result.weight is not None:
+        result.weight.addmm_(slope.T, student)
+    if result.student is not None:
+        result.student[rows] = slope if weight is None else slope @ weight
+
+
+def _rows(problem: DistanceProblem, projected: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distance [rows] and its gradient [rows, width] with respect to the projected student."""
+    if problem.distance == "cosine":
+        length = (projected.square().sum(-1, keepdim=True) + problem.epsilon).sqrt()
+        teacher_length = (teacher.square().sum(-1, keepdim=True) + problem.epsilon).sqrt()
+        cosine = (projected * teacher).sum(-1, keepdim=True) / (length * teacher_length)
+        slope = projected * (cosine / length.square())
+        return 1 - cosine.squeeze(-1), slope.sub_(teacher / (length * teacher_length))
+    difference = projected - teacher
+    values = difference.square().sum(-1)
+    if problem.distance == "normalised_mse":
+        norm = teacher.square().sum(-1) + problem.epsilon
+        return values / norm, difference.mul_(2 / norm[:, None])
+    if problem.distance == "mse":
+        return values / teacher.shape[-1], difference.mul_(2 / teacher.shape[-1])
+    return values, difference.mul_(2)
