@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -82,7 +82,7 @@ def load_command(name: str) -> TyperCommand:
 class LazyGroup(TyperGroup):
     """A group that lists its commands from the table and imports only the one that is called."""
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]):  # type: ignore[override]
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         return name, load_command(name) if name in COMMANDS else command, rest
 

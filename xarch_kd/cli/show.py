@@ -24,7 +24,7 @@ def command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Show a run's result: the table, what teacher and student write after the same prompts, how to load the student."""
+    """Show a run's result: the table, what teacher and student write after a prompt, how to load the student."""
     check_run(run)
     console = Console()
     print_result(console, run)

@@ -1,0 +1,9 @@
+"""What holds for the whole suite: no network, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+# Set before any test imports transformers, which reads them at import; subprocesses inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
