@@ -1,0 +1,52 @@
+"""`xarch-kd convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.conftest import XarchKd
+from xarch_kd.cli.convert import selection
+
+
+def test_a_converted_folder_loads_as_a_stock_model(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    output = tmp_path / "student"
+    done = xarch_kd("convert", teacher, "--replace", "1", "--output", output)
+    assert done.code == 0, done.err
+    student = AutoModelForCausalLM.from_pretrained(output)
+    assert type(student).__name__ == "BambaForCausalLM"
+    assert [index for index in range(3) if index not in student.config.attn_layer_indices] == [1]
+    assert (
+        AutoTokenizer.from_pretrained(output)("abc")["input_ids"]
+        == AutoTokenizer.from_pretrained(teacher)("abc")["input_ids"]
+    )
+    assert done.out.startswith(f"{output}: BambaForCausalLM, ")
+
+
+def test_exactly_one_selection(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    for options in ([], ["--replace", "1", "--keep-attention", "all"]):
+        done = xarch_kd("convert", teacher, "--output", tmp_path / "student", *options)
+        assert done.code == 2
+        assert "Exactly one of --keep-attention and --replace" in done.err
+
+
+def test_an_output_that_holds_something_is_left_alone(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = xarch_kd("convert", teacher, "--replace", "1", "--output", tmp_path)
+    assert done.code == 2
+    assert "is not an empty folder" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_block_out_of_range_is_a_usage_error(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    done = xarch_kd("convert", teacher, "--replace", "1,3", "--output", tmp_path / "student")
+    assert done.code == 2
+    assert "3" in done.err and "0 to 2" in done.err
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(("text", "value"), [(None, None), ("every 4", "every 4"), ("6", [6]), (" 0, 4,8", [0, 4, 8])])
+def test_selection(text: str | None, value: object) -> None:
+    assert selection(text) == value
