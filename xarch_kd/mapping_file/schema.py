@@ -5,6 +5,8 @@ Each field has one owner here; nothing becomes a command-line flag by accident.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -14,11 +16,24 @@ BlockTap = Literal["hidden", "mixer_input", "mixer_output", "mlp_output"]
 Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "head_input"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
 
-# A YAML integer is a number too: strict floats would refuse `weight: 1`.
-Number = Annotated[float, BeforeValidator(lambda value: float(value) if type(value) is int else value)]
+
+def _number(value: object) -> object:
+    """Return an integer as the float it stands for: strict floats would refuse `weight: 1`."""
+    return float(value) if type(value) is int and abs(value) < 2**63 else value
+
+
+def _version(value: object) -> object:
+    """Return a version that is truly an integer: `true` and `1.0` equal 1 in Python."""
+    if type(value) is not int or value != 1:
+        raise ValueError("must be the number 1, the only version there is")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 LayerIndex = Annotated[int, Field(ge=0)]
 
@@ -26,7 +41,7 @@ LayerIndex = Annotated[int, Field(ge=0)]
 class Part(BaseModel):
     """Parent of every part of a mapping file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Paths(Part):
@@ -66,7 +81,8 @@ class Conversion(Part):
     def _one_selection(self) -> Conversion:
         if (self.keep_attention is None) == (self.replace is None):
             raise ValueError(
-                "exactly one of keep_attention | replace must be given, e.g. keep_attention: every 4, or replace: [6, 13]"
+                "exactly one of keep_attention | replace must be given, "
+                "e.g. keep_attention: every 4, or replace: [6, 13]"
             )
         return self
 
@@ -86,12 +102,14 @@ class Student(Part):
     def _one_source(self) -> Student:
         given = [name for name in ("model", "config", "convert") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of model | config | convert must be given, found {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"exactly one of model | config | convert must be given, found {' and '.join(given) or 'none'}"
+            )
         return self
 
 
 class Text(Part):
-    """A text source: exactly one of `builtin`, `files` (paths or glob patterns) and `dataset` (Hugging Face `datasets`)."""
+    """Exactly one of `builtin`, `files` (paths or glob patterns) and `dataset` (of the library `datasets`)."""
 
     builtin: Literal["python-docs", "python-sources", "licences"] | None = None
     files: tuple[str, ...] | None = None
@@ -104,7 +122,9 @@ class Text(Part):
     def _one_text(self) -> Text:
         given = [name for name in ("builtin", "files", "dataset") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of builtin | files | dataset must be given, found {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"exactly one of builtin | files | dataset must be given, found {' and '.join(given) or 'none'}"
+            )
         return self
 
 
@@ -175,7 +195,7 @@ class Align(Part):
 
 
 class Tokens(Part):
-    """Next-token distributions: weight × T² × divergence + cross_entropy × cross-entropy with the data's next token."""
+    """Next tokens: weight · T² · divergence + cross_entropy · cross-entropy with the data's next token."""
 
     divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
     temperature: Positive = 1.0
@@ -196,7 +216,7 @@ class Optimizer(Part):
     lr: Positive = 1e-3
     projector_lr: Positive | None = None
     weight_decay: NonNegative = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = 0.05
     max_grad_norm: Positive = 1.0
@@ -237,6 +257,9 @@ class Stage(Part):
             raise ValueError("a stage needs at least one objective: give align and/or tokens")
         if len(self.train) == 0:
             raise ValueError("train is empty, so nothing would learn")
+        twice = _given_twice(entry.name for entry in self.align)
+        if twice:
+            raise ValueError(f"names of align entries must differ, found twice: {twice}")
         return self
 
 
@@ -251,7 +274,7 @@ class Evaluate(Part):
 class MappingFile(Part):
     """A whole mapping file."""
 
-    version: Literal[1]
+    version: Annotated[Literal[1], BeforeValidator(_version)]
     teacher: Model
     student: Student
     data: Data
@@ -263,8 +286,11 @@ class MappingFile(Part):
 
     @model_validator(mode="after")
     def _names_differ(self) -> MappingFile:
-        names = [stage.name for stage in self.stages]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = _given_twice(stage.name for stage in self.stages)
         if twice:
-            raise ValueError(f"stage names must differ, found twice: {', '.join(twice)}")
+            raise ValueError(f"stage names must differ, found twice: {twice}")
         return self
+
+
+def _given_twice(names: Iterable[str]) -> str:
+    return ", ".join(name for name, count in Counter(names).items() if count > 1)

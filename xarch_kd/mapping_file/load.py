@@ -1,0 +1,80 @@
+"""Reading a mapping file: bounds, plain YAML, the schema, and every problem told at once with its line and column."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from xarch_kd.errors import MappingFileError
+from xarch_kd.mapping_file.marks import Marks, Place, Position, Problem, mapping_error
+from xarch_kd.mapping_file.messages import problems_of
+from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.mapping_file.yaml_core import read_yaml
+
+MAXIMUM_BYTES = 2**20
+
+_NEEDS = "It needs the keys version, teacher, student, data and stages; `xarch-kd init TEACHER` writes a whole file."
+
+
+def load_mapping(path: str | Path) -> tuple[MappingFile, str, Marks]:
+    """Return the mapping file at `path`, its text, and where each of its values stands.
+
+    Raises `MappingFileError` with every problem as `file:line:column: place: what`, the line and a caret.
+    """
+    path = Path(path)
+    text = _read(path)
+    mapping, marks = parse_mapping(text, str(path))
+    return mapping, text, marks
+
+
+def parse_mapping(text: str, name: str = "mapping.yaml") -> tuple[MappingFile, Marks]:
+    """Return the mapping file written in `text` and its marks; `name` stands for the file in messages."""
+    value, marks, problems = read_yaml(text, name)
+    if value is None and not problems:
+        raise mapping_error([Problem((), f"the file is empty. {_NEEDS}", at=Position(1, 1))], marks)
+    if not isinstance(value, dict):
+        found = "a list" if isinstance(value, tuple) else "a single value"
+        raise mapping_error(
+            [*problems, Problem((), f"the top level must be a mapping, found {found}. {_NEEDS}")], marks
+        )
+    try:
+        mapping = MappingFile.model_validate(value)
+    except ValidationError as error:
+        spoilt = [problem.place or _place_at(marks, problem) for problem in problems]
+        found_here = (problem for problem in problems_of(error, value, marks) if not _follows(problem, spoilt))
+        raise mapping_error([*problems, *found_here], marks) from None
+    if problems:
+        raise mapping_error(problems, marks)
+    return mapping, marks
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_BYTES + 1)
+    except FileNotFoundError:
+        raise MappingFileError([f"{path}: there is no such file. `xarch-kd init TEACHER` writes one."]) from None
+    except IsADirectoryError:
+        raise MappingFileError([f"{path}: this is a folder, not a mapping file"]) from None
+    except (OSError, ValueError) as error:
+        raise MappingFileError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
+    if len(content) > MAXIMUM_BYTES:
+        raise MappingFileError([f"{path}: larger than {MAXIMUM_BYTES} bytes, which no mapping file needs to be"])
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise MappingFileError([f"{path}:{line}:{column}: not UTF-8 text"]) from None
+
+
+def _place_at(marks: Marks, problem: Problem) -> Place:
+    """Return the place of the value that starts where `problem` is, or the root."""
+    return next((place for place, position in marks.values.items() if position == problem.at), ())
+
+
+def _follows(problem: Problem, spoilt: list[Place]) -> bool:
+    """Say whether `problem` only follows from a value that YAML itself refused, inside it or around it."""
+    inside = any(outer and problem.place[: len(outer)] == outer for outer in spoilt)
+    return inside or (problem.on == "key" and any(inner[: len(problem.place)] == problem.place for inner in spoilt))

@@ -1,0 +1,282 @@
+"""Validation errors of the schema, told in the words of a mapping file's author."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from xarch_kd.errors import suggest
+from xarch_kd.mapping_file.marks import Marks, Place, Problem, shortened
+from xarch_kd.mapping_file.schema import MappingFile, Part
+
+_MISSING = object()
+_WRONG_KIND = {
+    "string_type",
+    "int_type",
+    "float_type",
+    "bool_type",
+    "tuple_type",
+    "model_type",
+    "model_attributes_type",
+    "none_required",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def problems_of(error: ValidationError, data: Any, marks: Marks) -> list[Problem]:
+    """Return the problems behind a validation error of `MappingFile.model_validate(data)`, each told once."""
+    problems: dict[Problem, None] = {}
+    for details in error.errors(include_url=False):
+        place, branches = _follow(details["loc"], data)
+        misfit = next((step for step, label in branches if not _branch_fits(label, _value_at(step, data))), None)
+        if misfit is None:
+            problem = _problem(details, place, data, marks)
+            if problem is not None:
+                problems[problem] = None
+        elif not _some_branch_fits(_annotation_at(misfit, data), _value_at(misfit, data)):
+            problems[_wrong_kind(misfit, data, marks)] = None
+    return list(problems)
+
+
+def _problem(details: ErrorDetails, place: Place, data: Any, marks: Marks) -> Problem | None:
+    kind = details["type"]
+    context = details.get("ctx", {})
+    value = _value_at(place, data)
+    if kind == "extra_forbidden":
+        return Problem(place, _unknown_key(place, data), on="key")
+    if kind == "missing":
+        return Problem(place, _missing_key(place, data), on="key" if isinstance(place[-2:-1] or 0, str) else "value")
+    if kind in _WRONG_KIND:
+        return _wrong_kind(place, data, marks)
+    if kind in ("literal_error", "union_tag_invalid", "union_tag_not_found"):
+        return _not_one_of(kind, place, data, marks)
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return Problem(place, f"must be {words} {context[name]}, found {_found(value)}")
+    if kind == "finite_number":
+        return Problem(place, "must be a finite number")
+    if kind == "string_pattern_mismatch":
+        return Problem(
+            place, f"may hold letters, digits, - and _ and must start with a letter or digit, found {_found(value)}"
+        )
+    if kind == "string_too_long":
+        return Problem(place, f"must have at most {context['max_length']} characters, found {len(str(value))}")
+    if kind == "too_short":
+        # Pydantic also says this of a list whose every entry failed for a reason of its own.
+        long_enough = isinstance(value, tuple) and len(value) >= context["min_length"]
+        return None if long_enough else Problem(place, f"must have at least {context['min_length']} entry")
+    if kind == "too_long":
+        return Problem(place, f"must have at most {context['max_length']} entries, found {context['actual_length']}")
+    message = details["msg"].removeprefix("Value error, ")
+    return Problem(place, message, on="key")
+
+
+def _unknown_key(place: Place, data: Any) -> str:
+    key = str(place[-1])
+    part = _part(_annotation_at(place[:-1], data), _value_at(place[:-1], data))
+    allowed = list(part.model_fields) if part is not None else []
+    suggestion = suggest(key, allowed)
+    if suggestion:
+        return f"unknown key.{suggestion}"
+    siblings = _value_at(place[:-1], data)
+    fields = part.model_fields if part is not None else {}
+    for sibling, value in siblings.items() if isinstance(siblings, dict) else ():
+        if value is None and sibling in fields:
+            inner = _parts(fields[sibling].annotation)
+            if any(key in option.model_fields for option in inner):
+                return (
+                    f"unknown key here. It is a key of '{sibling}', which is empty: indent it further than '{sibling}'."
+                )
+    return f"unknown key. Allowed here: {', '.join(allowed)}"
+
+
+def _missing_key(place: Place, data: Any) -> str:
+    annotation = _annotation_at(place, data)
+    if isinstance(place[-1], int):
+        return f"an entry is missing: {expected(annotation)}"
+    return f"required key is missing. It must be {expected(annotation)}."
+
+
+def _wrong_kind(place: Place, data: Any, marks: Marks) -> Problem:
+    value = _value_at(place, data)
+    annotation = _annotation_at(place, data)
+    message = f"must be {expected(annotation)}, found {_found(value)}."
+    wanted = {"parts" if _item_parts(option) else _kind(option) for option in _options(annotation)}
+    written = shortened(marks.written.get(place, str(value)))
+    if value is None:
+        message += " If its entries follow, indent them further than this line; if it is not wanted, leave the key out."
+        return Problem(place, message, on="key")
+    if "list" in wanted and not isinstance(value, dict | tuple):
+        message += f" Write a list: [{written}]."
+    elif "text" in wanted and isinstance(value, bool | int | float):
+        message += f" Put it in quotes: '{written}'."
+    return Problem(place, message)
+
+
+def _not_one_of(kind: str, place: Place, data: Any, marks: Marks) -> Problem:
+    value = _value_at(place, data)
+    annotation = _annotation_at(place, data)
+    if kind == "literal_error":
+        choices = _choices(annotation)
+        if type(value) not in {type(choice) for choice in choices}:
+            return _wrong_kind(place, data, marks)
+        return Problem(place, f"{_found(value)} is not {expected(annotation)}.{suggest(str(value), map(str, choices))}")
+    kinds = [choice for option in _parts(annotation) for choice in _choices(option.model_fields["kind"].annotation)]
+    names = " | ".join(kinds)
+    if kind == "union_tag_not_found":
+        return Problem((*place, "kind"), f"required key is missing. It must be {names}.")
+    given = value["kind"]
+    problem = f"{_found(given)} is not {names}.{suggest(str(given), kinds)}"
+    return Problem((*place, "kind"), problem)
+
+
+def expected(annotation: Any) -> str:
+    """Return in words what may be written where the schema says `annotation`, e.g. `a whole number`."""
+    words = []
+    for option in _options(annotation):
+        kind = _kind(option)
+        if kind == "choice":
+            words.append(" | ".join(map(str, get_args(option))))
+        elif kind == "list":
+            parts = _item_parts(option)
+            words.append(f"a list of {{{', '.join(parts[0].model_fields)}}} entries" if parts else "a list")
+        elif kind == "mapping":
+            words.append(f"a mapping with keys among {', '.join(option.model_fields)}")
+        else:
+            words.append({"text": "text", "whole": "a whole number", "number": "a number"}.get(kind, "true or false"))
+    if len(words) > 1 and all(word.startswith("a mapping with") for word in words):
+        return "a mapping with a 'kind'"
+    return ", or ".join(words)
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"'{shortened(value)}'"
+    return "a list" if isinstance(value, tuple) else "a mapping"
+
+
+def _kind(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return "choice"
+    if get_origin(option) is tuple:
+        return "list"
+    if isinstance(option, type) and issubclass(option, Part):
+        return "mapping"
+    return {str: "text", int: "whole", float: "number", bool: "truth"}[option]
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """Yield the branches of an annotation, `None` left out and `Annotated` taken off."""
+    if get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for option in get_args(annotation):
+            yield from _options(option)
+    elif annotation is not type(None):
+        yield annotation
+
+
+def _parts(annotation: Any) -> list[type[Part]]:
+    return [option for option in _options(annotation) if _kind(option) == "mapping"]
+
+
+def _item_parts(option: Any) -> list[type[Part]]:
+    """Return the parts that a list's entries are, none for other annotations and for lists of plain values."""
+    return _parts(get_args(option)[0]) if _kind(option) == "list" else []
+
+
+def _choices(annotation: Any) -> list[Any]:
+    return [choice for option in _options(annotation) if _kind(option) == "choice" for choice in get_args(option)]
+
+
+def _part(annotation: Any, value: Any) -> type[Part] | None:
+    """Return the part that a mapping `value` is meant to be: the only one there is, or the one of its `kind`."""
+    parts = _parts(annotation)
+    if len(parts) == 1:
+        return parts[0]
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return next((part for part in parts if kind in _choices(part.model_fields["kind"].annotation)), None)
+
+
+def _annotation_at(place: Place, data: Any) -> Any:
+    """Return what the schema says at `place`, branches of unions chosen by what the file holds there."""
+    annotation: Any = MappingFile
+    value = data
+    for step in place:
+        if isinstance(step, int):
+            items = next(get_args(option) for option in _options(annotation) if _kind(option) == "list")
+            annotation = items[0] if items[-1] is Ellipsis else items[step]
+        else:
+            part = _part(annotation, value)
+            assert part is not None
+            annotation = part.model_fields[step].annotation
+        value = _step(value, step)
+    return annotation
+
+
+def _follow(location: Sequence[str | int], data: Any) -> tuple[Place, list[tuple[Place, str]]]:
+    """Split pydantic's location into the place in the file and the labels of union branches met on the way."""
+    place: Place = ()
+    branches: list[tuple[Place, str]] = []
+    value = data
+    for index, step in enumerate(location):
+        inner = _step(value, step)
+        is_last = index == len(location) - 1
+        missing_here = is_last and isinstance(value, dict | tuple) and not _is_branch(step)
+        if inner is not _MISSING or missing_here:
+            place = (*place, step)
+            value = inner
+        else:
+            branches.append((place, str(step)))
+    return place, branches
+
+
+def _is_branch(step: str | int) -> bool:
+    return isinstance(step, str) and ("[" in step or step[:1].isupper() or step in ("str", "int", "float", "bool"))
+
+
+def _step(value: Any, step: str | int) -> Any:
+    if isinstance(value, dict) and isinstance(step, str):
+        return value.get(step, _MISSING)
+    if isinstance(value, tuple) and isinstance(step, int) and step < len(value):
+        return value[step]
+    return _MISSING
+
+
+def _value_at(place: Place, data: Any) -> Any:
+    for step in place:
+        data = _step(data, step)
+    return None if data is _MISSING else data
+
+
+def _branch_fits(label: str, value: Any) -> bool:
+    """Say whether a union branch with pydantic's `label` is the one that `value` was written for."""
+    if label.startswith("tuple["):
+        return isinstance(value, tuple)
+    if label.startswith("literal[") or label == "str":
+        return isinstance(value, str)
+    return isinstance(value, dict)
+
+
+def _some_branch_fits(annotation: Any, value: Any) -> bool:
+    kinds = {_kind(option) for option in _options(annotation)}
+    if isinstance(value, str):
+        return bool(kinds & {"choice", "text"})
+    if isinstance(value, tuple):
+        return "list" in kinds
+    return isinstance(value, dict) and "mapping" in kinds
