@@ -76,7 +76,8 @@ FAMILIES: dict[str, Family] = {
         mlp="mlp",
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
-        head="embed_out",
+        # Its name changed between releases of transformers; the model knows it.
+        head=None,
         mixer_output="post_attention_dropout",
         mlp_output="post_mlp_dropout",
     ),

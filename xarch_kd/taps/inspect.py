@@ -37,8 +37,9 @@ def inspect_model(
     """
     if isinstance(model, PreTrainedConfig):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model)
-    layout = layout_of(model, paths)
+            layout = layout_of(AutoModelForCausalLM.from_config(model), paths)
+    else:
+        layout = layout_of(model, paths)
     every = tuple(range(len(layout.blocks)))
     rows = [
         _row(layout, "embedding", (), layout.blocks[0], "input"),

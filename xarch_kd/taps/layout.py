@@ -131,8 +131,9 @@ def trainable_names(
 
     `mixers`: the mixers of `mixer_layers` (all when None); `blocks`: everything inside the blocks; `embeddings`;
     `norms`: every module whose class name has "Norm", those inside mixers included; `head`; `all`. A tied head and
-    embedding are one parameter, under its first name. Raises UsageError for an unknown word or layer, TapError for a part that the
-    model lacks.
+    embedding are one parameter, under its first name.
+
+    Raises UsageError for an unknown word or layer, TapError for a part that the model lacks.
     """
     for word in selection:
         if word not in SELECTIONS:

@@ -78,7 +78,7 @@ def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
             "their gradients.",
             asked="taps under gradient checkpointing with use_reentrant=True",
             allowed="use_reentrant=False",
-            fix='model.gradient_checkpointing_enable({"use_reentrant": False})',
+            fix='enable it with {"use_reentrant": False}, the default of transformers',
         )
     for site in sites:
         block = layout.blocks[site.layer or 0]

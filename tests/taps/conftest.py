@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from xarch_kd.testing.tiny import SIZES, VOCABULARY, tiny_config, tiny_model
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture
+def build() -> Callable[..., PreTrainedModel]:
+    """A tiny model of any type; `tiny_model` where it knows the type, else Llama's sizes with random weights."""
+
+    def build(model_type: str, **overrides: Any) -> PreTrainedModel:
+        if model_type in SIZES:
+            return tiny_model(model_type, **overrides)
+        config = AutoConfig.for_model(model_type, **{**SMALL, **overrides})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1 and "embed" not in name:
+                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def build_meta() -> Callable[..., PreTrainedModel]:
+    """The same model on the meta device: no weights."""
+
+    def build_meta(model_type: str, **overrides: Any) -> PreTrainedModel:
+        known = model_type in SIZES
+        config = (
+            tiny_config(model_type, **overrides)
+            if known
+            else AutoConfig.for_model(model_type, **{**SMALL, **overrides})
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    return build_meta
+
+
+@pytest.fixture
+def input_ids() -> Tensor:
+    return torch.randint(1, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def count_hooks() -> Callable[[nn.Module], int]:
+    def count(model: nn.Module) -> int:
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+    return count
