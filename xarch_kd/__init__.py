@@ -12,13 +12,13 @@ from xarch_kd.errors import XarchError
 
 if TYPE_CHECKING:
     from xarch_kd import ops
-    from xarch_kd.evaluation.run import evaluate
+    from xarch_kd.job.evaluate import evaluate
+    from xarch_kd.job.train import train
     from xarch_kd.mapping_file.load import load_mapping
     from xarch_kd.mapping_file.resolve import make_plan as plan
     from xarch_kd.models.convert import convert
     from xarch_kd.taps.trace import trace
     from xarch_kd.training.aligner import Aligner
-    from xarch_kd.training.run import train
 
 __version__ = "0.1.0"
 
@@ -39,12 +39,12 @@ __all__ = [
 _ORIGINS: dict[str, tuple[str, str | None]] = {
     "Aligner": ("xarch_kd.training.aligner", "Aligner"),
     "convert": ("xarch_kd.models.convert", "convert"),
-    "evaluate": ("xarch_kd.evaluation.run", "evaluate"),
+    "evaluate": ("xarch_kd.job.evaluate", "evaluate"),
     "load_mapping": ("xarch_kd.mapping_file.load", "load_mapping"),
     "ops": ("xarch_kd.ops", None),
     "plan": ("xarch_kd.mapping_file.resolve", "make_plan"),
     "trace": ("xarch_kd.taps.trace", "trace"),
-    "train": ("xarch_kd.training.run", "train"),
+    "train": ("xarch_kd.job.train", "train"),
 }
 
 
