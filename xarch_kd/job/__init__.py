@@ -1,0 +1,1 @@
+"""The main job: from a plan to a finished run folder, and measuring a run that is there."""

@@ -1,0 +1,90 @@
+"""The models of a run: the frozen teacher, the student from its source, and the vocabulary they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from xarch_kd.mapping_file.plan import Plan
+from xarch_kd.models.convert import convert
+from xarch_kd.models.load import fresh_model, load_model, load_tokenizer
+from xarch_kd.models.tokens import shared_vocabulary
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What a run works on. The student is in float32 while it trains, whatever dtype it is saved in."""
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def device_of(plan: Plan) -> torch.device:
+    """Return the device that the plan's `device` means here."""
+    asked = plan.mapping.device
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(asked)
+
+
+def load_run_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    """Return the teacher's tokenizer, which also cuts the training text."""
+    teacher = plan.mapping.teacher
+    return load_tokenizer(teacher.tokenizer or teacher.model, teacher.revision)
+
+
+def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Models:
+    """Return teacher and student on the plan's device. Raises ModelError and ConversionError."""
+    teacher_reference, student_source = plan.mapping.teacher, plan.mapping.student
+    conversion = student_source.convert
+    # A conversion is exact only from full-precision weights; the teacher is rounded to its own dtype afterwards.
+    dtype = torch.float32 if conversion is not None else DTYPES[teacher_reference.dtype]
+    say(f"loading the teacher {teacher_reference.model}")
+    teacher = load_model(teacher_reference.model, revision=teacher_reference.revision, dtype=dtype)
+    if conversion is not None:
+        say(
+            f"converting it: {sum(row.replaced for row in plan.student.layers)} of {len(plan.student.layers)} mixers replaced"
+        )
+        student = convert(
+            teacher,
+            mixer=conversion.mixer,
+            keep_attention=conversion.keep_attention,
+            replace=conversion.replace,
+            target=conversion.target,
+            initialisation=conversion.initialisation,
+            seed=plan.mapping.seed,
+        )
+        cast_parameters(teacher, DTYPES[teacher_reference.dtype])
+    elif student_source.model is not None:
+        say(f"loading the student {student_source.model}")
+        student = load_model(student_source.model, revision=student_source.revision)
+        own = load_tokenizer(student_source.tokenizer or student_source.model, student_source.revision)
+        shared_vocabulary(tokenizer, own, plan.teacher.vocabulary, plan.student.vocabulary)
+    else:
+        config = CONFIG_MAPPING[plan.student_config["model_type"]].from_dict(plan.student_config)
+        student = fresh_model(config, seed=plan.mapping.seed)
+        shared_vocabulary(tokenizer, tokenizer, plan.teacher.vocabulary, plan.student.vocabulary)
+    device = device_of(plan)
+    return Models(
+        teacher=teacher.to(device).eval().requires_grad_(False),  # type: ignore[arg-type]  # stubs want a bound method
+        student=student.to(device),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+    )
+
+
+@torch.no_grad()
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round a model's parameters to `dtype` in place, as loading in that dtype would.
+
+    Buffers stay as they are: `model.to(dtype)` would also round the rotary frequencies, and with them the logits.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype

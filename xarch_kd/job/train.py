@@ -1,0 +1,219 @@
+"""Train a plan: stages one after another into a run folder that can be resumed after any step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from xarch_kd.data.corpus import Corpus, read_corpus
+from xarch_kd.data.rows import BatchOrder, StageRows, pack
+from xarch_kd.errors import UsageError
+from xarch_kd.job.card import write_card
+from xarch_kd.job.evaluate import measure
+from xarch_kd.job.models import DTYPES, Models, device_of, load_models, load_run_tokenizer
+from xarch_kd.mapping_file.plan import Plan, StagePlan
+from xarch_kd.mapping_file.render import plan_as_dict
+from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.mapping_file.schema import Data
+from xarch_kd.models.save import save_student
+from xarch_kd.taps.layout import layout_of
+from xarch_kd.training.aligner import Aligner
+from xarch_kd.training.features import DiskCache, FeatureCache, MemoryCache, TeacherReader
+from xarch_kd.training.progress import StageProgress, clock
+from xarch_kd.training.run_folder import RunFolder, write_tensors
+from xarch_kd.training.signals import StopSignals
+from xarch_kd.training.trainer import STATE_FILE, StageTrainer, latest_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run. `was_finished` says that it was found so and nothing was done."""
+
+    folder: RunFolder
+    was_finished: bool
+
+    @property
+    def student(self) -> Path:
+        """The folder of the stock student."""
+        return self.folder.student
+
+
+def train(
+    plan: Plan | str | Path, output_dir: str | Path, *, resume: bool = False, console: Console | None = None
+) -> Run:
+    """Run every stage of a plan (or of the mapping file at that path) into `output_dir` and return the finished run.
+
+    A run that is finished already is returned as it is. An unfinished one goes on where it stopped when `resume` is
+    true; on a CPU the student is bitwise the one of an uninterrupted run. Raises UsageError when the folder holds
+    something else, Interrupted after Ctrl-C or SIGTERM, and whatever the models, the data or the losses raise.
+    """
+    plan = plan if isinstance(plan, Plan) else make_plan(plan)
+    folder = RunFolder(Path(output_dir))
+    console = console or Console()
+    fingerprint = fingerprint_of(plan)
+    mapping = plan.path or folder.mapping
+    command = shlex.join(["xarch-kd", "train", str(mapping), "--output", str(folder.root), "--resume"])
+    folder.state(fingerprint)
+    with folder.locked(), StopSignals(command) as signals:
+        state = folder.state(fingerprint)
+        if state == "finished":
+            return Run(folder=folder, was_finished=True)
+        if state == "unfinished" and not resume:
+            raise UsageError(
+                "the output folder holds this run, unfinished", asked=folder.root, fix=f"resume it: {command}"
+            )
+        _Job(plan, folder, console, signals).run(fingerprint)
+    return Run(folder=folder, was_finished=False)
+
+
+def fingerprint_of(plan: Plan) -> str:
+    """Return the SHA-256 of what the mapping file says, whatever its layout and comments."""
+    return hashlib.sha256(json.dumps(plan.mapping.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def training_text(data: Data, seed: int, root: Path | None) -> tuple[Corpus, Corpus]:
+    """Return the training and the held-out corpus of a mapping file's `data`."""
+    corpus = read_corpus(
+        builtin=data.builtin,
+        files=data.files,
+        dataset=data.dataset,
+        dataset_config=data.dataset_config,
+        split=data.split,
+        column=data.column,
+        root=root,
+    )
+    return corpus.split(data.held_out, seed=seed)
+
+
+class _Job:
+    """One call of `train`."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, console: Console, signals: StopSignals) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.console = console
+        self.signals = signals
+
+    def run(self, fingerprint: str) -> None:
+        started = time.perf_counter()
+        tokenizer = load_run_tokenizer(self.plan)
+        data = self.plan.mapping.data
+        text, _ = training_text(data, self.plan.mapping.seed, self.plan.path.parent if self.plan.path else None)
+        rows = pack(text, tokenizer, data.sequence_length)
+        self._say(f"{rows.numel():,} tokens of {text.description} in {rows.shape[0]} rows of {rows.shape[1]}")
+        models = load_models(self.plan, tokenizer, self._say)
+        self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint)
+        self.folder.event("started", seconds_to_load=round(time.perf_counter() - started, 2), data_sha256=text.sha256)
+        projectors: dict[str, Tensor] = {}
+        training = time.perf_counter()
+        for stage in self.plan.stages:
+            self.signals.check()
+            aligner = self._stage(stage, models, rows)
+            projectors |= {
+                f"{stage.stage.name}.{name}": tensor.detach().clone()
+                for name, tensor in aligner.projectors.state_dict().items()
+            }
+        seconds = time.perf_counter() - training
+        self.signals.check()
+        self._save(models, projectors, seconds)
+        del models
+        if self.plan.mapping.evaluate is not None:
+            measure(self.plan, self.folder, self._say, self.console)
+        write_card(self.plan, self.folder)
+        self.folder.event("finished", seconds=round(time.perf_counter() - started, 2))
+        self.folder.finish()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _stage(self, stage: StagePlan, models: Models, rows: Tensor) -> Aligner:
+        """Run one stage, or restore it if it was finished before."""
+        aligner = Aligner(self.plan, teacher=models.teacher, student=models.student, stage=stage.index)
+        path = self.folder.stage(stage.folder)
+        done = path / STATE_FILE
+        if done.exists():
+            aligner.load_trained_state(done)
+            self._say(f"stage {stage.stage.name}: done before")
+            return aligner
+        began = time.perf_counter()
+        checkpoint = latest_checkpoint(path)
+        cache, cache_folder = _cache_of(stage, path)
+        trainer = StageTrainer(
+            aligner,
+            TeacherReader(layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.sites(), cache),
+            StageRows(
+                rows,
+                BatchOrder(
+                    rows=rows.shape[0],
+                    batch_size=stage.batch_size,
+                    distinct=stage.distinct_batches,
+                    seed=self.plan.mapping.seed,
+                    stage=stage.index,
+                ),
+                stage.stage.steps * stage.stage.gradient_accumulation,
+            ),
+            stage,
+            folder=path,
+            seed=self.plan.mapping.seed,
+            cpu=device_of(self.plan).type == "cpu",
+            tracking=self.plan.mapping.tracking,
+            signals=self.signals,
+        )
+        first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        if checkpoint:
+            self.folder.event("resumed", stage=stage.stage.name, step=first_step)
+        progress = StageProgress(
+            self.folder, self.console, stage=stage.stage.name, steps=stage.stage.steps, first_step=first_step
+        )
+        with progress, self.signals.deferred():
+            trainer.progress = progress
+            with warnings.catch_warnings():
+                # Said once a run by torch when a scheduler's state is restored before the first step of this process.
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step < stage.stage.steps:
+            self.signals.check()
+        write_tensors(done, aligner.trained_state())
+        if cache_folder is not None:
+            self.folder.drop(cache_folder)
+        seconds = time.perf_counter() - began
+        self.folder.event("stage-finished", stage=stage.stage.name, seconds=round(seconds, 2), peak_bytes=peak_bytes())
+        self._say(f"stage {stage.stage.name}: {stage.stage.steps} steps in {clock(seconds)}")
+        return aligner
+
+    def _save(self, models: Models, projectors: dict[str, Tensor], seconds: float) -> None:
+        student = models.student.cpu()  # type: ignore[call-arg]  # stubs want a bound method
+        student.requires_grad_(True).to(DTYPES[self.plan.mapping.student.dtype])  # type: ignore[arg-type]
+        save_student(student, models.tokenizer, self.folder.student)
+        if projectors:
+            write_tensors(self.folder.projectors, projectors)
+        self.folder.event("saved", training_seconds=round(seconds, 2), peak_bytes=peak_bytes())
+
+
+def _cache_of(stage: StagePlan, path: Path) -> tuple[FeatureCache | None, Path | None]:
+    asked = stage.stage.cache
+    where = asked if isinstance(asked, str) else asked.where
+    if where == "memory":
+        return MemoryCache(), None
+    if where == "disk":
+        return DiskCache(path / "features"), path / "features"
+    return None, None
+
+
+def peak_bytes() -> int:
+    """Return the most memory this process has held so far: its resident set, or the device's if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

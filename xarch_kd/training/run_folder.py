@@ -1,0 +1,230 @@
+"""The run folder: what a run writes, when it is unfinished, and when it is done."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xarch_kd.errors import CheckpointError, UsageError
+
+State = Literal["new", "unfinished", "finished"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never a part. Raises CheckpointError if it can't."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` as safetensors, whole or not at all. Raises CheckpointError if it can't."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: Exception) -> CheckpointError:
+    """Return the error that says what could not be written and what is still there."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error)
+    return CheckpointError(
+        f"cannot write {path.name}",
+        asked=path,
+        found="no space left on the disk" if full else str(error),
+        fix="free some space and run again with --resume; every earlier checkpoint is intact"
+        if full
+        else "check the folder's permissions and run again with --resume; every earlier checkpoint is intact",
+    )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder. A folder without `manifest.json` is unfinished."""
+
+    root: Path
+
+    @property
+    def mapping(self) -> Path:
+        """The mapping file as run."""
+        return self.root / "mapping.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The resolved plan as JSON, with the fingerprint that says which run this is."""
+        return self.root / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line: each step's figures, and what happened in between."""
+        return self.root / "events.jsonl"
+
+    @property
+    def student(self) -> Path:
+        """The stock checkpoint of the student."""
+        return self.root / "student"
+
+    @property
+    def projectors(self) -> Path:
+        """The projectors of every stage."""
+        return self.root / "projectors.safetensors"
+
+    @property
+    def evaluation(self) -> Path:
+        """What was measured."""
+        return self.root / "evaluation.json"
+
+    @property
+    def manifest(self) -> Path:
+        """SHA-256 of every other file; written last."""
+        return self.root / "manifest.json"
+
+    def stage(self, name: str) -> Path:
+        """The folder of one stage, e.g. `stages/01-mixers`."""
+        return self.root / "stages" / name
+
+    def state(self, fingerprint: str) -> State:
+        """Return whether the folder is new, or holds this run unfinished or finished.
+
+        Raises UsageError when it holds something else, or a run of another mapping file.
+        """
+        if not self.root.exists():
+            return "new"
+        if not self.root.is_dir():
+            raise UsageError("the output is not a folder", asked=self.root, fix="give another --output")
+        # The lock is the only thing that may stand in a folder before its plan does.
+        inside = sorted(path.name for path in self.root.iterdir() if path.name != "run.lock")
+        if not inside:
+            return "new"
+        recorded = self._recorded_fingerprint()
+        if recorded is None:
+            raise UsageError(
+                "the output folder holds something else than a run",
+                asked=self.root,
+                found=", ".join(inside[:5]) + (", …" if len(inside) > 5 else ""),
+                allowed="a new or empty folder, or one that this mapping file's run was started in",
+                fix="give another --output; nothing was changed",
+            )
+        if recorded != fingerprint:
+            raise UsageError(
+                "the output folder holds the run of another mapping file",
+                asked=self.root,
+                found=f"a run of mapping {recorded[:12]}, this one is {fingerprint[:12]}",
+                fix=f"give another --output, or compare with {self.mapping}; nothing was changed",
+            )
+        return "finished" if self.manifest.exists() else "unfinished"
+
+    def _recorded_fingerprint(self) -> str | None:
+        try:
+            value = json.loads(self.plan.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return value.get("fingerprint") if isinstance(value, dict) else None
+
+    def start(self, source: str, plan: Mapping[str, Any], fingerprint: str) -> None:
+        """Write what identifies the run."""
+        write_text(self.mapping, source)
+        write_text(self.root / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_text(self.plan, json.dumps({"fingerprint": fingerprint, **plan}, indent=2) + "\n")
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event. Raises CheckpointError when the disk is full."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields})
+        try:
+            with self.events.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise cannot_write(self.events, error) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. Raises UsageError when another one does."""
+        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = self.root / "run.lock"
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(
+                    "another process is working in the output folder",
+                    asked=self.root,
+                    fix="wait for it, or give another --output",
+                ) from error
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+                # A run that failed before it wrote anything leaves nothing behind.
+                for path in made:
+                    if path.is_dir() and not any(path.iterdir()):
+                        path.rmdir()
+
+    def finish(self) -> None:
+        """Write the manifest: the run is done."""
+        files = sorted(
+            path for path in self.root.rglob("*") if path.is_file() and path.name not in ("manifest.json", "run.lock")
+        )
+        digests = {str(path.relative_to(self.root)): sha256_of(path) for path in files}
+        write_text(self.manifest, json.dumps({"files": digests}, indent=2) + "\n")
+
+    def drop(self, folder: Path) -> None:
+        """Remove a folder inside the run folder that is no longer needed."""
+        if folder.is_dir() and self.root.resolve() in folder.resolve().parents:
+            shutil.rmtree(folder)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine that a figure depends on."""
+    import numpy
+    import safetensors
+    import torch
+    import transformers
+
+    import xarch_kd
+
+    return {
+        "xarch_kd": xarch_kd.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "numpy": numpy.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }

@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM: the step in progress ends, its checkpoint is written, and the run can be resumed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from xarch_kd.errors import Interrupted
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM are requests to stop.
+
+    Inside `deferred()` a request waits for the end of the step (`requested` is then the signal's name) and a second one
+    stops at once; elsewhere, where there is no step to save, it raises Interrupted immediately.
+    """
+
+    def __init__(self, resume_command: str) -> None:
+        self.resume_command = resume_command
+        self.requested: str | None = None
+        self._deferred = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A span in which a request waits to be looked at; `check` raises it afterwards."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def check(self) -> None:
+        """Raise Interrupted if a stop was requested."""
+        if self.requested is not None:
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        """The error that ends the run; its text holds the command to resume."""
+        return Interrupted(f"stopped by {self.requested}; nothing is lost. Resume with:\n  {self.resume_command}")
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = self.requested is not None
+        self.requested = signal.Signals(number).name
+        if again or not self._deferred:
+            raise self.interrupted()
+        print(f"\n{self.requested}: stopping after this step (once more to stop at once)", file=sys.stderr, flush=True)
