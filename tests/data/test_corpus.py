@@ -63,11 +63,11 @@ def test_one_document_is_cut_at_a_line_break() -> None:
     assert training.documents[0].endswith("\n")
 
 
-def test_files_and_jsonl_are_read_relative_to_the_mapping_file(tmp_path: Path) -> None:
+def test_files_are_documents_and_so_are_lines_of_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first", encoding="utf-8")
     lines = [json.dumps({"body": "second"}), "", json.dumps({"body": "third"})]
     (tmp_path / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    corpus = read_corpus(files=["a.txt", "*.jsonl"], column="body", root=tmp_path)
+    corpus = read_corpus(files=[str(tmp_path / "a.txt"), str(tmp_path / "*.jsonl")], column="body")
     assert corpus.documents == ("first", "second", "third")
 
 
@@ -90,21 +90,21 @@ def test_a_local_dataset_folder_without_the_library_names_the_extra(tmp_path: Pa
 def test_a_bad_line_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "b.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        read_corpus(files=["b.jsonl"], root=tmp_path)
+        read_corpus(files=[str(tmp_path / "b.jsonl")])
 
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"matches nothing[\s\S]*absent/\*\.txt"):
-        read_corpus(files=["absent/*.txt"], root=tmp_path)
+        read_corpus(files=[str(tmp_path / "absent/*.txt")])
 
 
 def test_text_of_blanks_alone_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"the text source 'a\.txt' is empty"):
-        read_corpus(files=["a.txt"], root=tmp_path)
+    with pytest.raises(DataError, match=r"the text source '.*a\.txt' is empty"):
+        read_corpus(files=[str(tmp_path / "a.txt")])
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(DataError, match="as UTF-8 text"):
-        read_corpus(files=["a.txt"], root=tmp_path)
+        read_corpus(files=[str(tmp_path / "a.txt")])

@@ -149,17 +149,16 @@ def read_corpus(
     dataset_config: str | None = None,
     split: str | None = None,
     column: str = "text",
-    root: Path | None = None,
 ) -> Corpus:
     """Return the corpus that exactly one of `builtin`, `files` and `dataset` names.
 
-    `files` are paths or glob patterns, relative to `root`: `.jsonl` gives one document a line (its `column`), anything
+    `files` are paths or glob patterns: `.jsonl` gives one document a line (its `column`), anything
     else one document a file. Raises `DataError` for what is missing, unreadable or empty.
     """
     if builtin is not None:
         corpus = BUILTIN[builtin]()
     elif files is not None:
-        corpus = _from_files(files, column, root or Path())
+        corpus = _from_files(files, column)
     elif dataset is not None:
         corpus = _from_dataset(dataset, dataset_config, split or "train", column)
     else:
@@ -174,16 +173,16 @@ def read_corpus(
     return Corpus(name=corpus.name, description=corpus.description, documents=documents)
 
 
-def _from_files(patterns: Sequence[str], column: str, root: Path) -> Corpus:
+def _from_files(patterns: Sequence[str], column: str) -> Corpus:
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(str(root / pattern), recursive=True))
+        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
         if not found:
             raise DataError(
                 "a file pattern matches nothing",
                 asked=pattern,
-                found=f"no file under {root.resolve()}",
-                fix="give a path or a glob pattern relative to the mapping file, e.g. files: ['texts/*.txt']",
+                found=f"no file under {Path.cwd()}",
+                fix="give a path or a glob pattern from the working directory, e.g. files: ['texts/*.txt']",
             )
         paths.extend(Path(name) for name in found if Path(name).is_file())
     documents: list[str] = []

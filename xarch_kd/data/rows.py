@@ -15,7 +15,9 @@ from xarch_kd.errors import DataError
 
 
 def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, *, most: int | None = None) -> torch.Tensor:
-    """Return the corpus as token rows `[rows, length]` (int64): documents joined by the end-of-text token, tail dropped.
+    """Return the corpus as token rows `[rows, length]` (int64).
+
+    Documents are joined by the end-of-text token, and what is left after the last whole row is dropped.
 
     `most` bounds the number of rows. Raises `DataError` when the corpus is shorter than one row.
     """

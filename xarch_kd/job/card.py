@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import xarch_kd
+from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.models.licence import licence_of
 from xarch_kd.training.run_folder import RunFolder, write_text
@@ -99,6 +100,15 @@ def folder_title(plan: Plan) -> str:
 def _figures(evaluation: Path) -> str:
     if not evaluation.is_file():
         return "Not measured."
-    from xarch_kd.evaluation.results import markdown, read_evaluation
-
-    return markdown(read_evaluation(evaluation))
+    lines = [
+        "| text | tokens | teacher NLL | student NLL | difference (95 % interval) |",
+        "|---|---|---|---|---|",
+    ]
+    measured = read_evaluation(evaluation)
+    for result in measured.likelihood:
+        interval = "" if result.low is None or result.high is None else f" ({result.low:+.4f} to {result.high:+.4f})"
+        lines.append(
+            f"| {result.text} ({result.description}) | {result.tokens:,} | {result.teacher_nll:.4f} "
+            f"| {result.student_nll:.4f} | {result.difference:+.4f}{interval} |"
+        )
+    return "\n".join([*lines, "", "Nats a token; the interval is a paired bootstrap over rows."])

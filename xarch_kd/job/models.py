@@ -49,9 +49,8 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
     say(f"loading the teacher {teacher_reference.model}")
     teacher = load_model(teacher_reference.model, revision=teacher_reference.revision, dtype=dtype)
     if conversion is not None:
-        say(
-            f"converting it: {sum(row.replaced for row in plan.student.layers)} of {len(plan.student.layers)} mixers replaced"
-        )
+        replaced = sum(row.replaced for row in plan.student.layers)
+        say(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")
         student = convert(
             teacher,
             mixer=conversion.mixer,

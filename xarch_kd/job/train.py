@@ -16,16 +16,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from xarch_kd.data.corpus import Corpus, read_corpus
 from xarch_kd.data.rows import BatchOrder, StageRows, pack
 from xarch_kd.errors import UsageError
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.models import DTYPES, Models, device_of, load_models, load_run_tokenizer
+from xarch_kd.job.texts import training_and_held_out
 from xarch_kd.mapping_file.plan import Plan, StagePlan
 from xarch_kd.mapping_file.render import plan_as_dict
 from xarch_kd.mapping_file.resolve import make_plan
-from xarch_kd.mapping_file.schema import Data
 from xarch_kd.models.save import save_student
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.training.aligner import Aligner
@@ -82,20 +81,6 @@ def fingerprint_of(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan.mapping.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def training_text(data: Data, seed: int, root: Path | None) -> tuple[Corpus, Corpus]:
-    """Return the training and the held-out corpus of a mapping file's `data`."""
-    corpus = read_corpus(
-        builtin=data.builtin,
-        files=data.files,
-        dataset=data.dataset,
-        dataset_config=data.dataset_config,
-        split=data.split,
-        column=data.column,
-        root=root,
-    )
-    return corpus.split(data.held_out, seed=seed)
-
-
 class _Job:
     """One call of `train`."""
 
@@ -109,7 +94,7 @@ class _Job:
         started = time.perf_counter()
         tokenizer = load_run_tokenizer(self.plan)
         data = self.plan.mapping.data
-        text, _ = training_text(data, self.plan.mapping.seed, self.plan.path.parent if self.plan.path else None)
+        text, _ = training_and_held_out(self.plan)
         rows = pack(text, tokenizer, data.sequence_length)
         self._say(f"{rows.numel():,} tokens of {text.description} in {rows.shape[0]} rows of {rows.shape[1]}")
         models = load_models(self.plan, tokenizer, self._say)

@@ -18,7 +18,7 @@ from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.losses.features import feature_loss, teacher_energy
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
 from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
-from xarch_kd.projectors.linear import build_projector
+from xarch_kd.projectors.linear import LinearProjector, build_projector
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.replay import block_calls, read_block, run_mixer
 from xarch_kd.taps.sites import Site
@@ -247,17 +247,22 @@ class Aligner(nn.Module):
         counts: Counts,
     ) -> Tensor:
         loss = self.stage.align_of(pair).loss
-        projector = self.projectors[_key(pair)] if _key(pair) in self.projectors else None
+        projector = self._projector(pair)
         value = feature_loss(
             loss.kind,
             student[pair].float(),
             features[Site(pair.tap, pair.teacher_layer)].float(),
             normaliser=counts.energies[pair.name] if loss.kind == "relative_mse" else counts.tokens,
             mask=mask,
-            projector=projector,  # type: ignore[arg-type]  # a ModuleDict forgets the class of its entries
+            projector=projector,
             epsilon=getattr(loss, "epsilon", 1e-6),
         )
         return pair.weight * value
+
+    def _projector(self, pair: PairPlan) -> LinearProjector | None:
+        found = dict(self.projectors.items()).get(_key(pair))
+        assert found is None or isinstance(found, LinearProjector)
+        return found
 
     def _tokens(
         self,
@@ -302,7 +307,7 @@ class Aligner(nn.Module):
 
     @torch.no_grad()
     def load_trained_state(self, path: Path) -> None:
-        """Copy a file of `trained_state` into the student and the projectors. Raises CheckpointError if it does not fit."""
+        """Copy a file of `trained_state` into student and projectors. Raises CheckpointError if it does not fit."""
         own = self.trained_state()
         try:
             stored = load_file(path)

@@ -43,9 +43,12 @@ class StageProgress:
     def __enter__(self) -> StageProgress:
         if self.console.is_terminal:
             self._live = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
                 console=self.console,
-            )  # fmt: skip
+            )
             self._live.start()
             self._task = self._live.add_task(
                 self.stage, total=self.steps, completed=self._first_step, figures="starting"

@@ -26,7 +26,7 @@ State = Literal["new", "unfinished", "finished"]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never a part. Raises CheckpointError if it can't."""
+    """Write `text`, so that a reader sees the old file or the new one. Raises CheckpointError if it can't."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def cannot_write(path: Path, error: Exception) -> CheckpointError:
     """Return the error that says what could not be written and what is still there."""
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error)
+    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
     return CheckpointError(
         f"cannot write {path.name}",
         asked=path,

@@ -20,7 +20,7 @@ from xarch_kd.mapping_file.plan import StagePlan
 from xarch_kd.training.aligner import Aligner, AlignerOutput, Counts
 from xarch_kd.training.features import TeacherReader
 from xarch_kd.training.progress import StageProgress, StepFigures
-from xarch_kd.training.run_folder import cannot_write
+from xarch_kd.training.run_folder import cannot_write, write_tensors
 from xarch_kd.training.signals import StopSignals
 
 STATE_FILE = "trained.safetensors"
@@ -158,8 +158,6 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save only what this stage trains: the rest comes back from the student's source and earlier stages."""
-        from xarch_kd.training.run_folder import write_tensors
-
         write_tensors(Path(output_dir or str(self.args.output_dir)) / STATE_FILE, self.aligner.trained_state())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -229,8 +227,9 @@ class _Guard(TrainerCallback):
     ) -> None:
         for name, parameter in self.trainer.aligner.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+                stage = self.trainer.plan.stage.name
                 raise NonFiniteLoss(
-                    f"a gradient of stage '{self.trainer.plan.stage.name}' is not finite at step {state.global_step + 1}",
+                    f"a gradient of stage '{stage}' is not finite at step {state.global_step + 1}",
                     found=f"parameter {name}",
                     fix=self.trainer._where_to_go_on(),
                 )
