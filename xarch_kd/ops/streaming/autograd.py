@@ -36,12 +36,12 @@ def hand_over(value: Tensor, inputs: Sequence[Tensor | None], gradients: Gradien
     The kept gradients are scaled in place and given away, so that they are never in memory twice; a second backward
     through the same value is refused.
     """
-    return _HandOver.apply(value, gradients, *inputs)  # type: ignore[no-any-return]
+    return _HandOver.apply(value, gradients, *inputs)
 
 
 def recompute(values: Tensor, inputs: Sequence[Tensor | None], backward: Callable[[Tensor], Gradients]) -> Tensor:
     """Return `values` (one a token); `backward(upstream)` computes the inputs' gradients when they are asked for."""
-    return _Recompute.apply(values, backward, *inputs)  # type: ignore[no-any-return]
+    return _Recompute.apply(values, backward, *inputs)
 
 
 class _HandOver(torch.autograd.Function):
@@ -53,7 +53,9 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise UsageError(
                 "The gradient of a streamed operation was already handed over by an earlier backward.",
@@ -79,7 +81,9 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         gradients = ctx.recompute(upstream[0])
         return (

@@ -1,0 +1,100 @@
+"""How sure a difference between two models on the same tokens is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xarch_kd.errors import UsageError
+
+RESAMPLES = 2000
+LEVEL = 0.95
+# Clusters drawn at a time are bounded, so that many rows do not need resamples by rows of memory.
+DRAWS_AT_A_TIME = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Mean of second - first over tokens, in nats, with a bootstrap interval over clusters of tokens.
+
+    `low` and `high` bound the central `level` of the resampled means, and `p_value` is two-sided for a difference of
+    0 (1 for identical models); all three are None with fewer than two clusters, from which nothing can be said.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    level: float
+    resamples: int
+    clusters: int
+
+
+def paired_bootstrap(
+    first: Tensor,
+    second: Tensor,
+    *,
+    clusters: Sequence[int] | None = None,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> PairedDifference:
+    """Return the mean difference second - first of per-token values [rows, tokens], resampling whole clusters.
+
+    Tokens of one row share a context, so rows, or the clusters of rows that `clusters` names (one number a row: its
+    document, say), are drawn with replacement, both models' values together. Percentile interval. The p-value counts
+    resamples at least as far on the other side of 0 and is (count + 1) / (resamples + 1), doubled, at most 1.
+    """
+    if first.shape != second.shape or first.dim() != 2 or first.numel() == 0:
+        raise UsageError(
+            "A paired difference needs both models' values of the same tokens.",
+            found=f"{list(first.shape)} and {list(second.shape)}",
+            allowed="two equal shapes [rows, tokens], not empty",
+        )
+    if not 0 < level < 1 or resamples < 1:
+        raise UsageError(
+            "The interval cannot be made.",
+            found=f"level {level}, {resamples} resamples",
+            allowed="0 < level < 1, >= 1 resamples",
+        )
+    difference = (second.double() - first.double()).sum(1).numpy()
+    sums, counts = _by_cluster(difference, first.shape[1], clusters)
+    mean = float(sums.sum() / counts.sum())
+    low = high = p_value = None
+    if len(sums) > 1:
+        means = _resampled_means(sums, counts, resamples, seed)
+        low, high = (float(bound) for bound in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+        extreme = min(int((means <= 0).sum()), int((means >= 0).sum()))
+        p_value = min(1.0, 2 * (extreme + 1) / (resamples + 1))
+    return PairedDifference(
+        mean=mean, low=low, high=high, p_value=p_value, level=level, resamples=resamples, clusters=len(sums)
+    )
+
+
+def _by_cluster(
+    difference: NDArray[np.float64], tokens: int, clusters: Sequence[int] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sum of differences and the number of tokens of each cluster."""
+    if clusters is None:
+        return difference, np.full(len(difference), float(tokens))
+    if len(clusters) != len(difference):
+        raise UsageError("clusters names one cluster a row.", found=len(clusters), allowed=len(difference))
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(index, weights=difference).astype(np.float64)
+    return sums, np.bincount(index).astype(np.float64) * tokens
+
+
+def _resampled_means(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    generator = np.random.default_rng(seed)
+    step = max(1, DRAWS_AT_A_TIME // len(sums))
+    parts = []
+    for start in range(0, resamples, step):
+        drawn = generator.integers(len(sums), size=(min(step, resamples - start), len(sums)))
+        parts.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(parts)
