@@ -6,4 +6,5 @@ import os
 
 # Set before any test imports transformers, which reads them at import; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

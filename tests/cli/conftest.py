@@ -31,7 +31,8 @@ def xarch_kd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     def run(*arguments: str | Path) -> Done:
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
-        return Done(code, *capsys.readouterr())
+        printed = capsys.readouterr()
+        return Done(code, printed.out, printed.err)
 
     return run
 
