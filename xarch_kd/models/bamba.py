@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import BambaConfig, PreTrainedConfig
 
 from xarch_kd.errors import ConversionError
 from xarch_kd.models.facts import TeacherFacts
+from xarch_kd.models.mixers import MixerShape
+from xarch_kd.models.weights import TeacherWeights
 
 CONVOLUTION = 4
 CHUNK = 256
@@ -86,3 +89,43 @@ def _rope(facts: TeacherFacts, kept: Sequence[int]) -> dict[str, Any]:
         theta = facts.rope_parameters["rope_theta"]
         return {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": 0.0}
     return {"partial_rotary_factor": 1.0, **facts.rope_parameters}
+
+
+def mixer_shape(config: BambaConfig) -> MixerShape:
+    """Return the sizes of the mixers of a config that `bamba_config` made."""
+    sizes: Any = config
+    return MixerShape(
+        width=config.hidden_size,
+        heads=sizes.mamba_n_heads,
+        channels=sizes.mamba_d_head,
+        state=sizes.mamba_d_state,
+        convolution=sizes.mamba_d_conv,
+    )
+
+
+def bamba_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tensor]:
+    """Return every weight of a Bamba student but those of its mixers, under Bamba's names.
+
+    Tensors that need no fold are the teacher's own; whoever trains them copies them first.
+    """
+    state = {"model.embed_tokens.weight": weights.embedding, "model.final_layernorm.weight": weights.final_norm}
+    state["lm_head.weight"] = weights.head
+    for index in range(weights.facts.layers):
+        block, place = weights.block(index), f"model.layers.{index}"
+        state[f"{place}.input_layernorm.weight"] = block.mixer_norm
+        state[f"{place}.pre_ff_layernorm.weight"] = block.mlp_norm
+        named = {"feed_forward.gate_proj": block.gate, "feed_forward.up_proj": block.up}
+        named["feed_forward.down_proj"] = block.down
+        biased = dict.fromkeys(named, weights.facts.mlp_bias)
+        if index in kept:
+            attention = {"q": block.query, "k": block.key, "v": block.value, "o": block.output}
+            named |= {f"self_attn.{name}_proj": projection for name, projection in attention.items()}
+            has_bias = weights.facts.input_bias or weights.facts.output_bias
+            biased |= {f"self_attn.{name}_proj": has_bias for name in attention}
+        for name, projection in named.items():
+            state[f"{place}.{name}.weight"] = projection.weight
+            if biased[name]:
+                # Bamba has one switch for the four attention biases; one that the teacher lacks is zero.
+                missing = projection.weight.new_zeros(projection.weight.shape[0])
+                state[f"{place}.{name}.bias"] = missing if projection.bias is None else projection.bias
+    return state
