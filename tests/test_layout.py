@@ -125,3 +125,13 @@ for file in files:
 print(len(files))
 """
     assert int(python(code, cwd=tmp_path, path=unpacked_wheel)) >= 1
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "xarch_kd" / "ops" / "reference").glob("[a-z]*.py")), ids=lambda path: path.stem
+)
+def test_an_operation_has_one_name_everywhere(path: Path) -> None:
+    operations = ROOT / "xarch_kd" / "ops"
+    assert (operations / path.name).is_file(), "contract and dispatch"
+    assert (operations / "streaming" / path.name).is_file()
+    assert (ROOT / "tests" / "ops" / f"test_{path.name}").is_file()
