@@ -61,7 +61,7 @@ def test_a_mamba_lists_no_mlp(build_meta):
 
 def test_an_unknown_type_needs_paths(build_meta):
     model = build_meta("starcoder2")
-    with pytest.raises(TapError, match="paths: {blocks: model.layers"):
+    with pytest.raises(TapError, match=r"paths: \{blocks: model\.layers"):
         inspect_model(model)
     rows = inspect_model(model, {"blocks": "model.layers", "mixer": "self_attn"})
     assert [row.tap for row in rows] == ["embedding", "hidden", "mixer_input", "mixer_output", "head_input"]

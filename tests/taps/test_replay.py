@@ -129,7 +129,7 @@ def test_replay_under_checkpointing_has_bit_equal_gradients_and_does_recompute(w
         layout = layout_of(model)
         calls = block_calls(model, input_ids)
         mixer_runs = []
-        layout.mixers[0].register_forward_hook(lambda *_, runs=mixer_runs: runs.append(1))
+        layout.mixers[0].register_forward_pre_hook(lambda *_, runs=mixer_runs: runs.append(1))
         if what == "mixer":
             output = run_mixer(layout, 0, inputs, calls)
         else:
