@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from xarch_kd.errors import UsageError
 
@@ -44,6 +43,16 @@ def recompute(values: Tensor, inputs: Sequence[Tensor | None], backward: Callabl
     return _Recompute.apply(values, backward, *inputs)
 
 
+def _refuse_second_derivative() -> None:
+    # Autograd runs a backward with gradients enabled only to differentiate it again (create_graph=True).
+    if torch.is_grad_enabled():
+        raise UsageError(
+            "A streamed operation has no second derivative.",
+            asked="create_graph=True",
+            fix="use impl='reference', which autograd differentiates twice",
+        )
+
+
 class _HandOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, *inputs: Tensor | None) -> Tensor:
@@ -52,10 +61,8 @@ class _HandOver(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *upstream: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         if ctx.gradients is None:
             raise UsageError(
                 "The gradient of a streamed operation was already handed over by an earlier backward.",
@@ -80,10 +87,8 @@ class _Recompute(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *upstream: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         _ = ctx.saved_tensors
         gradients = ctx.recompute(upstream[0])
         return (
