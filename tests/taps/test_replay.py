@@ -162,8 +162,11 @@ def test_no_block_runs_and_no_gradient_is_kept_while_calls_are_recorded(build, i
 
     for block in model.model.layers:
         block.forward = never
+    with_gradients = []
+    model.model.norm.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     calls = block_calls(model, input_ids)
     assert len(calls) == 3
+    assert with_gradients == [False] and torch.is_grad_enabled()
     assert set(calls[0].kwargs) >= {"attention_mask", "position_ids", "position_embeddings"}
     assert not any(tensor.requires_grad for tensor in calls[0].kwargs["position_embeddings"])
 
@@ -230,6 +233,15 @@ def test_the_mlp_does_not_run_when_only_the_mixer_is_read(build, input_ids, monk
     read_block(layout, 0, hidden, calls, ["mixer_input", "mixer_output"])
     with pytest.raises(AssertionError, match="the MLP ran"):
         read_block(layout, 0, hidden, calls)
+
+
+def test_a_checkpointed_block_runs_to_its_end_even_when_only_the_mixer_is_read(build, input_ids):
+    model = build("llama").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    ran = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append("mlp"))
+    read_block(layout_of(model), 0, torch.zeros(2, 13, 64), block_calls(model, input_ids), ["mixer_output"])
+    assert ran == ["mlp"]
 
 
 def test_a_replayed_mixer_keeps_nothing_but_its_output_alive(build, input_ids):

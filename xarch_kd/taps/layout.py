@@ -74,6 +74,8 @@ class Layout:
 def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] | object | None = None) -> Layout:
     """Resolve the parts of `model`, on any device, the meta device included. A Layout is returned as it is.
 
+    It names the modules that the model has now: resolve it again after blocks were wrapped or replaced.
+
     Raises TapError when the type is not known and no `paths` are given, or when a path leads nowhere.
     """
     if isinstance(model, Layout):
