@@ -38,7 +38,7 @@ def paired_bootstrap(
     first: Tensor,
     second: Tensor,
     *,
-    clusters: Sequence[int] | None = None,
+    clusters: Sequence[int | str] | None = None,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
@@ -76,7 +76,7 @@ def paired_bootstrap(
 
 
 def _by_cluster(
-    difference: NDArray[np.float64], tokens: int, clusters: Sequence[int] | None
+    difference: NDArray[np.float64], tokens: int, clusters: Sequence[int | str] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the sum of differences and the number of tokens of each cluster."""
     if clusters is None:

@@ -1,0 +1,108 @@
+"""Likelihoods streamed over the vocabulary equal those of the model's own logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from xarch_kd.errors import DataError, NonFiniteLoss, UsageError
+from xarch_kd.evaluation.likelihood import perplexity, position_buckets, position_curve, token_nll
+from xarch_kd.testing.tiny import VOCABULARY, tiny_model
+
+
+def rows(count: int = 5, length: int = 12) -> Tensor:
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "bamba", "mamba2"])
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(2, 7), (8, None)])
+def test_it_equals_the_models_own_logits(family: str, batch_size: int, chunk_size: int | None) -> None:
+    model, ids = tiny_model(family), rows()
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    found = token_nll(model, ids, batch_size=batch_size, chunk_size=chunk_size)
+    assert found.shape == (5, 11) and found.dtype == torch.float32
+    # Three blocks in float32 with another batch size, hence another order of sums.
+    torch.testing.assert_close(found, expected.view(5, 11), rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    first, second = token_nll(model, rows()), token_nll(model, rows())
+    assert torch.equal(first, second), "dropout is off while it is measured"
+    assert model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that a floating tensor had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_logits_of_a_batch_are_made() -> None:
+    vocabulary = 4000
+    model = tiny_model("llama", vocab_size=vocabulary)
+    with Largest() as largest:
+        token_nll(model, rows(8, 33), batch_size=8, chunk_size=16)
+    # The head itself is the largest tensor: 4000 x 64.
+    assert largest.elements <= vocabulary * 64 < 8 * 32 * vocabulary
+
+
+def test_progress_counts_rows() -> None:
+    seen: list[int] = []
+    token_nll(tiny_model("llama"), rows(), batch_size=2, progress=seen.append)
+    assert seen == [2, 4, 5]
+
+
+def test_position_curve_doubles() -> None:
+    assert position_buckets(1) == ((1, 2),)
+    assert position_buckets(11) == ((1, 2), (2, 4), (4, 8), (8, 12))
+    nll = torch.arange(1.0, 12.0).repeat(3, 1)
+    assert position_curve(nll) == (1.0, 2.5, 5.5, 9.5)
+
+
+def test_perplexity_is_infinite_rather_than_an_error() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e4) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.zeros(3, 1, dtype=torch.long), ["too little text", "[3, 1]"]),
+        (torch.zeros(0, 8, dtype=torch.long), ["too little text"]),
+        (torch.zeros(8, dtype=torch.long), ["packed rows", "[8]"]),
+        (torch.zeros(2, 8), ["packed rows", "float32"]),
+        (torch.full((2, 8), VOCABULARY), ["outside the model's vocabulary", "97", "0 to 96"]),
+        (torch.full((2, 8), -100), ["outside the model's vocabulary", "-100"]),
+    ],
+)
+def test_bad_rows_are_refused(ids: Tensor, words: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        token_nll(tiny_model("llama"), ids)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_broken_model_is_named() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight")[3, 3] = float("nan")
+    with pytest.raises(NonFiniteLoss, match="row 0, token 1"):
+        token_nll(model, rows())
+    with pytest.raises(UsageError, match="batch_size"):
+        token_nll(tiny_model("llama"), rows(), batch_size=0)
