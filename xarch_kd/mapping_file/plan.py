@@ -85,7 +85,7 @@ class Plan:
     """Everything that `train` needs to know, checked. `source` is the mapping file's text as it was read.
 
     `student_config` is the student's config as a dict (of the class named by its `model_type`); `trainable` of each
-    stage lists parameter names of the student.
+    stage lists parameter names of the student. `basis` says in one line what the times rest on.
     """
 
     mapping: MappingFile
@@ -96,3 +96,4 @@ class Plan:
     student_config: dict[str, Any]
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
+    basis: str = ""

@@ -251,6 +251,16 @@ class Stage(Part):
     gradient_checkpointing: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
 
+    @property
+    def cache_place(self) -> Literal["memory", "disk", "off"]:
+        """Where features are kept, however it was written."""
+        return self.cache if isinstance(self.cache, str) else self.cache.where
+
+    @property
+    def cache_limit(self) -> int:
+        """Bytes that the cache may take at most."""
+        return int((Cache() if isinstance(self.cache, str) else self.cache).limit_gib * 2**30)
+
     @model_validator(mode="after")
     def _has_an_objective(self) -> Stage:
         if not self.align and self.tokens is None:

@@ -1,0 +1,29 @@
+"""`xarch-kd init`: write a mapping file for a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
+    mixer: Annotated[str, typer.Option(help="What replaces attention: mamba2.")] = "mamba2",
+    keep_attention: Annotated[
+        str,
+        typer.Option(help='Blocks that keep attention: "every N", "first N", "last N", "none", or 0,4,8.'),
+    ] = "every 4",
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The file to write; it must be new. Default: print it.")] = None,
+) -> None:
+    """Write a mapping file that `xarch-kd plan` accepts and that can be edited; only the teacher's config is read."""
+    from xarch_kd.mapping_file.write import mapping_text, write_mapping
+
+    text = mapping_text(teacher, mixer=mixer, keep_attention=keep_attention, revision=revision)
+    if output is None:
+        print(text, end="")
+        return
+    write_mapping(output, text)
+    print(f"wrote {output}; next: xarch-kd plan {output}")

@@ -1,0 +1,226 @@
+"""Estimates of FLOPs, seconds and bytes of a stage, from shapes alone. They are good to a factor of about 1.5.
+
+FLOPs. A matrix product of a [tokens, in] tensor with an [out, in] weight is 2 · in · out a token, so a block costs
+2 · (its parameters of two or more axes) plus its token mixing: causal softmax attention 2 · T · heads · head_dim
+(scores and values, half of the square); Mamba-2 in chunks of Q, 2 · Q · heads · (state + head_dim) inside a chunk and
+4 · heads · state · head_dim between chunks; Mamba-1 9 · channels · state. The backward pass costs as much again for
+the gradients of activations, down to the lowest block that trains, and as much again for those weights that train.
+The streaming token loss computes the student's logits in both passes, their gradient, and the teacher's logits once.
+
+Seconds. FLOPs over the rate of a matrix product measured on this machine in the dtype in question, times EFFICIENCY,
+the share of that rate that whole passes reach.
+
+Bytes. Weights, gradients and the two moments of AdamW (in the student's dtype) of what trains, projectors in float32,
+the cache if it is in memory, and what the backward pass keeps: per token and block about 8 · width + 4 · MLP width
+numbers, for Mamba-2 also 5 matrices [heads, Q, Q] a chunk; a frozen block below everything that trains keeps nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xarch_kd.mapping_file.schema import Stage
+from xarch_kd.mapping_file.sides import Side, parameter_count
+from xarch_kd.taps.layout import Layout
+
+# Share of the matrix-product rate that whole forward and backward passes reach; see `basis`.
+EFFICIENCY = 0.5
+# Interpreter, libraries and their buffers.
+PROCESS_BYTES = 500 * 2**20
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# How much faster than in float32 whole passes get in half precision, at most.
+HALF_GAIN = {"cpu": 2.0, "cuda": 8.0}
+# Rows of logits that the streaming token loss holds at once, and how many tensors of that size.
+LOGIT_ROWS, LOGIT_TENSORS = 256, 4
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Matrix-product rates in FLOP/s by dtype name, and the device that they were measured on."""
+
+    device: str
+    per_second: dict[str, float]
+
+    def seconds(self, flops: float, dtype: str) -> float:
+        """Return the time that passes of `flops` take in `dtype`."""
+        return flops / (self.per_second[dtype] * EFFICIENCY)
+
+    @property
+    def basis(self) -> str:
+        """What the times rest on, in one line."""
+        rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.per_second.items())
+        return (
+            f"matrix products measured on this {self.device} ({rates} GFLOP/s), of which whole passes are taken to "
+            f"reach {EFFICIENCY:.0%}; expect times within a factor of 1.5"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a stage costs: `flops` in all, `seconds`, `peak_bytes` of the device's (on a CPU the process's) memory."""
+
+    flops: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage does, as far as its cost depends on it.
+
+    `teacher_blocks` and `student_blocks` are those that run; `mixers_alone` says that of the student's only the mixers
+    do; `teacher_passes` and `student_passes` count micro-batches of `rows` times `time` tokens.
+    """
+
+    stage: Stage
+    rows: int
+    time: int
+    teacher_blocks: int
+    teacher_passes: int
+    student_blocks: tuple[int, ...]
+    mixers_alone: bool
+    student_passes: int
+    trainable: frozenset[str]
+    projector_parameters: int
+    cache_bytes: int
+
+
+def measured_rates(device: str) -> Rates:
+    """Return this machine's matrix-product rates, each the best product of 0.9 GFLOP within a tenth of a second.
+
+    A half-precision rate counts for at most HALF_GAIN times float32's: beyond that, passes wait for memory.
+    """
+    rates = {"float32": _product_rate(torch.float32, device)}
+    for name in ("bfloat16", "float16"):
+        # PyTorch has no fast float16 product for every processor; it would say nothing of a GPU either.
+        measured = rates["float32"] if name == "float16" and device == "cpu" else _product_rate(_DTYPES[name], device)
+        rates[name] = min(measured, HALF_GAIN[device] * rates["float32"])
+    return Rates(device, rates)
+
+
+def _product_rate(dtype: torch.dtype, device: str) -> float:
+    left, right = (torch.ones(768, 768, dtype=dtype, device=device) for _ in range(2))
+    torch.mm(left, right).sum().item()
+    best, finish = float("inf"), time.perf_counter() + 0.1
+    while best == float("inf") or time.perf_counter() < finish:
+        started = time.perf_counter()
+        torch.mm(left, right).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * 768**3 / max(best, 1e-6)
+
+
+def stage_cost(work: Work, teacher: Side, student: Side, rates: Rates) -> Cost:
+    """Return what a stage costs; the module's docstring derives it."""
+    tokens = work.rows * work.time
+    teacher_token = sum(_block_flops(teacher.layout, index, work.time) for index in range(work.teacher_blocks))
+    student_token = _student_flops(work, student) + 6.0 * work.projector_parameters
+    if work.stage.tokens is not None:
+        # A head and its gradient: logits twice and ∂/∂hidden for the student, ∂/∂weight where it trains.
+        head = student.layout.head_weight
+        teacher_token += 2.0 * teacher.layout.head_weight.numel()
+        student_token += 2.0 * head.numel() * (4 if student.names[id(head)] in work.trainable else 3)
+    teacher_flops = teacher_token * tokens * work.teacher_passes
+    student_flops = student_token * tokens * work.student_passes
+    compute = student.dtype if work.stage.precision == "float32" else "bfloat16"
+    seconds = rates.seconds(teacher_flops, teacher.dtype) + rates.seconds(student_flops, compute)
+    return Cost(flops=teacher_flops + student_flops, seconds=seconds, peak_bytes=_peak_bytes(work, teacher, student))
+
+
+def _student_flops(work: Work, student: Side) -> float:
+    """FLOPs a token of the student's blocks, forward and backward."""
+    layout = student.layout
+    forward = {index: _block_flops(layout, index, work.time, work.mixers_alone) for index in work.student_blocks}
+    lowest = _lowest_trained(work, student)
+    gradients = sum(flops for index, flops in forward.items() if index >= lowest)
+    trained = 2.0 * sum(
+        parameter.numel()
+        for index in forward
+        for parameter in _ran(layout, index, work.mixers_alone).parameters()
+        if parameter.ndim >= 2 and student.names[id(parameter)] in work.trainable
+    )
+    again = gradients if work.stage.gradient_checkpointing else 0.0
+    return sum(forward.values()) + gradients + trained + again
+
+
+def _lowest_trained(work: Work, student: Side) -> int:
+    """Index of the lowest block that needs gradients; blocks fed by the teacher stand each alone."""
+    layout = student.layout
+    if work.stage.inputs == "teacher" or student.names_of(layout.embedding.parameters()) & work.trainable:
+        return 0
+    trained = (
+        index for index, block in enumerate(layout.blocks) if student.names_of(block.parameters()) & work.trainable
+    )
+    return next(trained, len(layout.blocks))
+
+
+def _block_flops(layout: Layout, index: int, length: int, mixer_alone: bool = False) -> float:
+    matrices = sum(p.numel() for p in _ran(layout, index, mixer_alone).parameters() if p.ndim >= 2)
+    return 2.0 * matrices + _mixing_flops(layout, index, length)
+
+
+def _mixing_flops(layout: Layout, index: int, length: int) -> float:
+    config = layout.model.config.get_text_config()
+    kind = layout.mixer_kinds[index]
+    if kind == "attention":
+        heads = _of(config, "num_attention_heads")
+        return 2.0 * length * (heads * _of(config, "head_dim") or _of(config, "hidden_size"))
+    if kind == "mamba2":
+        heads, head_dim, state, chunk = _mamba2_sizes(config)
+        return 2.0 * min(chunk, length) * heads * (state + head_dim) + 4.0 * heads * state * head_dim
+    return 9.0 * _of(config, "intermediate_size") * _of(config, "state_size") if kind == "mamba" else 0.0
+
+
+def _mamba2_sizes(config: Any) -> tuple[int, int, int, int]:
+    """(heads, head_dim, state, chunk) under the names of Bamba or of Mamba-2."""
+    return (
+        _of(config, "mamba_n_heads", "num_heads"),
+        _of(config, "mamba_d_head", "head_dim"),
+        _of(config, "mamba_d_state", "state_size"),
+        _of(config, "mamba_chunk_size", "chunk_size"),
+    )
+
+
+def _of(config: Any, *names: str) -> int:
+    found = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), 0)
+    return int(found)
+
+
+def _peak_bytes(work: Work, teacher: Side, student: Side) -> int:
+    models = sum(parameter_count(side.layout.model) * BYTES[side.dtype] for side in (teacher, student))
+    trained = sum(p.numel() for p in student.layout.model.parameters() if student.names[id(p)] in work.trainable)
+    # Gradient and two moments of what trains; a projector also has its weight.
+    training = 3 * trained * BYTES[student.dtype] + 16 * work.projector_parameters
+    lowest = _lowest_trained(work, student)
+    kept = [_kept_numbers(student.layout, index, work) for index in work.student_blocks if index >= lowest]
+    if work.stage.gradient_checkpointing and kept:
+        kept = [max(kept), *(student.layout.width for _ in kept)]
+    logits = 0
+    if work.stage.tokens is not None:
+        kept.append(student.layout.width + teacher.layout.width)
+        logits = 4 * LOGIT_TENSORS * LOGIT_ROWS * student.vocabulary
+    activations = 4 * work.rows * work.time * int(sum(kept))
+    cached = work.cache_bytes if work.stage.cache_place == "memory" else 0
+    return PROCESS_BYTES + models + training + activations + logits + cached
+
+
+def _kept_numbers(layout: Layout, index: int, work: Work) -> float:
+    """Numbers a token that the backward pass of one block keeps."""
+    config = layout.model.config.get_text_config()
+    kept = 8.0 * layout.width
+    if layout.mlps is not None and not work.mixers_alone:
+        kept += 4.0 * _of(config, "intermediate_size")
+    if layout.mixer_kinds[index] == "mamba2":
+        heads, _, _, chunk = _mamba2_sizes(config)
+        kept += 5.0 * heads * chunk
+    return kept
+
+
+def _ran(layout: Layout, index: int, mixer_alone: bool) -> nn.Module:
+    return layout.mixers[index] if mixer_alone else layout.blocks[index]

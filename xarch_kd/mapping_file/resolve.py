@@ -1,0 +1,139 @@
+"""From a mapping file to a plan: both configs are read, no weights, and all that does not fit is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PreTrainedConfig
+
+from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.mapping_file.estimate import Rates, measured_rates
+from xarch_kd.mapping_file.load import load_mapping
+from xarch_kd.mapping_file.marks import Marks, Place, Problem, mapping_error, place_text
+from xarch_kd.mapping_file.plan import Plan
+from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.mapping_file.sides import Side, replaced_layers
+from xarch_kd.mapping_file.stages import Findings, Models, stage_plan, told
+from xarch_kd.models.convert import conversion_warnings, student_config
+from xarch_kd.models.load import load_config, read_student_config
+
+
+def make_plan(mapping: str | Path | MappingFile, *, rates: Rates | None = None) -> Plan:
+    """Return the plan of a mapping file (its path, or the object), checked against both configs; no weights are read.
+
+    `rates` are this machine's matrix-product rates, measured here when not given. Raises `MappingFileError` with every
+    problem of the file, `ModelError` for a model that cannot be read, `ConversionError` for a teacher that does not
+    convert, `TapError` for a model type that is not known; each of these names the place in the file.
+    """
+    if isinstance(mapping, MappingFile):
+        return _plan(mapping, _as_yaml(mapping), None, None, rates)
+    loaded, source, marks = load_mapping(mapping)
+    return _plan(loaded, source, Path(mapping), marks, rates)
+
+
+def _plan(mapping: MappingFile, source: str, path: Path | None, marks: Marks | None, rates: Rates | None) -> Plan:
+    findings = Findings()
+    with _placed(("teacher", "model"), marks):
+        teacher_config = load_config(mapping.teacher.model, mapping.teacher.revision)
+    with _placed(("teacher",), marks):
+        teacher = Side.of(mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype)
+    student = _student(mapping, teacher_config, marks, findings)
+    models = Models(teacher, student, replaced_layers(teacher, student))
+    rates = rates or measured_rates(_device(mapping))
+    stages = [
+        stage_plan(index, stage, mapping.data, models, rates, findings) for index, stage in enumerate(mapping.stages)
+    ]
+    if findings.problems:
+        raise mapping_error(findings.problems, marks)
+    return Plan(
+        mapping=mapping,
+        source=source,
+        path=path,
+        teacher=teacher.summary(),
+        student=student.summary(models.replaced),
+        student_config=student.config.to_dict(),
+        stages=tuple(stage for stage in stages if stage is not None),
+        warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *findings.warnings])),
+        basis=rates.basis,
+    )
+
+
+def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | None, findings: Findings) -> Side:
+    student = mapping.student
+    if student.convert is not None:
+        conversion = student.convert
+        key = "keep_attention" if conversion.keep_attention is not None else "replace"
+        chosen = {"keep_attention": conversion.keep_attention, "replace": conversion.replace}
+        try:
+            with _placed(("student", "convert"), marks):
+                config = student_config(teacher, mixer=conversion.mixer, target=conversion.target, **chosen)
+                findings.warnings += conversion_warnings(teacher, **chosen)
+        except UsageError as error:
+            raise mapping_error([Problem(("student", "convert", key), told(error))], marks) from None
+        reference, place = f"converted from {mapping.teacher.model}", ("student", "convert")
+    elif student.config is not None:
+        reference, place = student.config, ("student", "config")
+        with _placed(place, marks):
+            config = read_student_config(student.config)
+    else:
+        reference, place = student.model or "", ("student", "model")
+        with _placed(place, marks):
+            config = load_config(reference, student.revision)
+    with _placed(place, marks):
+        return Side.of(reference, config, student.paths, student.dtype)
+
+
+@contextmanager
+def _placed(place: Place, marks: Marks | None) -> Iterator[None]:
+    """Name the place in the file in front of what is wrong with a model that the file names there."""
+    try:
+        yield
+    except ModelError as error:
+        where = place_text(place)
+        if marks is not None:
+            position = marks.position(place)
+            where = f"{marks.name}:{position.line}:{position.column}: {where}"
+        raise type(error)(
+            f"{where}: {error.message}", asked=error.asked, found=error.found, allowed=error.allowed, fix=error.fix
+        ) from error
+
+
+def _model_warnings(mapping: MappingFile, models: Models) -> Iterator[str]:
+    length = mapping.data.sequence_length
+    for side, name in ((models.teacher, "teacher"), (models.student, "student")):
+        longest = getattr(side.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(longest, int) and length > longest:
+            yield f"data.sequence_length is {length}, but the {name} was made for at most {longest} positions"
+    rows = (models.student.vocabulary, models.teacher.vocabulary)
+    if rows[0] != rows[1] and any(stage.tokens is not None for stage in mapping.stages):
+        yield (
+            f"the student's vocabulary has {rows[0]} rows and the teacher's {rows[1]}: next-token distributions are "
+            f"compared over the first {min(rows)}, if both tokenizers agree on them"
+        )
+    if models.student.dtype == "bfloat16":
+        yield (
+            "student.dtype is bfloat16, so an update smaller than about 1/256 of a weight is lost; "
+            "float32 weights with precision: bfloat16 keep it"
+        )
+    embedding = models.student.layout.model.get_input_embeddings().weight
+    for stage in mapping.stages:
+        part = {"embeddings", "head"} & set(stage.train)
+        if len(part) == 1 and "all" not in stage.train and embedding is models.student.layout.head_weight:
+            yield f"stage {stage.name}: the student's head is its embedding, so training {part.pop()} trains both"
+
+
+def _device(mapping: MappingFile) -> str:
+    if mapping.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if mapping.device == "cuda" and not torch.cuda.is_available():
+        return "cpu"
+    return mapping.device
+
+
+def _as_yaml(mapping: MappingFile) -> str:
+    """Return a mapping file built in Python as text that reads back as the same one."""
+    return yaml.safe_dump(mapping.model_dump(mode="json", exclude_unset=True), sort_keys=False)

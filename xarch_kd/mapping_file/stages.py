@@ -1,0 +1,369 @@
+"""One stage of a mapping file resolved against both models: pairs, what trains, bytes, time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from xarch_kd.errors import TapError, UsageError, XarchError
+from xarch_kd.layer_mapping.fixed import STRATEGIES, Pairs, explicit
+from xarch_kd.mapping_file.estimate import BYTES, Rates, Work, stage_cost
+from xarch_kd.mapping_file.marks import Place, Problem
+from xarch_kd.mapping_file.plan import PairPlan, StagePlan
+from xarch_kd.mapping_file.schema import Align, Data, Stage
+from xarch_kd.mapping_file.sides import Side
+from xarch_kd.taps.layout import trainable_names
+
+WHOLE_TAPS = ("embedding", "head_input")
+Site = tuple[str, int | None]
+
+
+@dataclass
+class Findings:
+    """What is wrong and what is worth a notice, gathered over the whole file."""
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both models, and the blocks of the student whose mixer was replaced."""
+
+    teacher: Side
+    student: Side
+    replaced: tuple[int, ...]
+
+
+def stage_plan(
+    index: int, stage: Stage, data: Data, models: Models, rates: Rates, findings: Findings
+) -> StagePlan | None:
+    """Return the stage resolved, or None when `findings` tell why it cannot be."""
+    place: Place = ("stages", index)
+    known = len(findings.problems)
+    trainable = _trainable(stage, models, place, findings)
+    _check_inputs(stage, models, place, findings)
+    pairs = tuple(
+        pair
+        for position, align in enumerate(stage.align)
+        for pair in _pairs(align, stage, models, (*place, "align", position), findings)
+    )
+    if len(findings.problems) > known:
+        return None
+    pairs = _reached_pairs(stage, pairs, set(trainable), models, findings)
+    if not pairs and stage.tokens is None:
+        findings.problems.append(
+            Problem((*place, "train"), "nothing that trains here reaches any objective of this stage")
+        )
+        return None
+    _note_unreached(stage, pairs, set(trainable), models, findings)
+    resolved = _Resolved(
+        index=index,
+        stage=stage,
+        rows=stage.batch_size or data.batch_size,
+        length=data.sequence_length,
+        pairs=pairs,
+        trainable=trainable,
+    )
+    return _measured(resolved, models, rates, findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resolved:
+    """A stage whose parts are known and fit."""
+
+    index: int
+    stage: Stage
+    rows: int
+    length: int
+    pairs: tuple[PairPlan, ...]
+    trainable: tuple[str, ...]
+
+    @property
+    def micro_batches(self) -> int:
+        return self.stage.steps * self.stage.gradient_accumulation
+
+    @property
+    def distinct(self) -> int:
+        return min(self.stage.batches or self.micro_batches, self.micro_batches)
+
+    @property
+    def is_cached(self) -> bool:
+        return self.stage.cache_place != "off" and self.stage.inputs == "teacher"
+
+    def cache_bytes(self, teacher: Side) -> int:
+        """Bytes of the teacher's features at every site that is read, over all distinct batches."""
+        token = len(_teacher_sites(self.stage, self.pairs)) * teacher.layout.width * BYTES[teacher.dtype]
+        return self.distinct * self.rows * self.length * token if self.is_cached else 0
+
+
+def _measured(resolved: _Resolved, models: Models, rates: Rates, findings: Findings) -> StagePlan | None:
+    """Return the stage with its sizes and costs, or None when its cache does not fit."""
+    work = _work(resolved, models)
+    if not _cache_fits(resolved, work.cache_bytes, findings):
+        return None
+    cost = stage_cost(work, models.teacher, models.student, rates)
+    student = models.student
+    tokens_per_step = resolved.rows * resolved.length * resolved.stage.gradient_accumulation
+    return StagePlan(
+        index=resolved.index,
+        stage=resolved.stage,
+        pairs=resolved.pairs,
+        trainable=resolved.trainable,
+        trainable_parameters=sum(
+            parameter.numel()
+            for parameter in student.layout.model.parameters()
+            if student.names[id(parameter)] in work.trainable
+        ),
+        projector_parameters=work.projector_parameters,
+        batch_size=resolved.rows,
+        distinct_batches=resolved.distinct,
+        tokens_per_step=tokens_per_step,
+        tokens=tokens_per_step * resolved.stage.steps,
+        cache_bytes=work.cache_bytes,
+        flops=cost.flops,
+        seconds=cost.seconds,
+        peak_bytes=cost.peak_bytes,
+    )
+
+
+def _work(resolved: _Resolved, models: Models) -> Work:
+    stage, pairs = resolved.stage, resolved.pairs
+    sites = _teacher_sites(stage, pairs)
+    return Work(
+        stage=stage,
+        rows=resolved.rows,
+        time=resolved.length,
+        teacher_blocks=max((_blocks_run(site, models.teacher.depth) for site in sites), default=0),
+        teacher_passes=resolved.distinct if resolved.is_cached else resolved.micro_batches,
+        student_blocks=_student_blocks(stage, pairs, models.student.depth),
+        mixers_alone=_mixers_alone(stage, pairs),
+        student_passes=resolved.micro_batches,
+        trainable=frozenset(resolved.trainable),
+        projector_parameters=sum(pair.projector_parameters for pair in pairs),
+        cache_bytes=resolved.cache_bytes(models.teacher),
+    )
+
+
+def told(error: XarchError) -> str:
+    """Return an error on one line: what, found, allowed, fix."""
+    details = (("found", error.found), ("allowed", error.allowed), ("fix", error.fix))
+    return "; ".join([error.message.rstrip("."), *(f"{name}: {value}" for name, value in details if value is not None)])
+
+
+def _trainable(stage: Stage, models: Models, place: Place, findings: Findings) -> tuple[str, ...]:
+    layout = models.student.layout
+    try:
+        return trainable_names(layout.model, layout, stage.train, models.replaced or None)
+    except (UsageError, TapError) as error:
+        findings.problems.append(Problem((*place, "train"), told(error)))
+        return ()
+
+
+def _check_inputs(stage: Stage, models: Models, place: Place, findings: Findings) -> None:
+    if stage.inputs == "student":
+        if stage.cache_place != "off":
+            findings.warnings.append(f"stage {stage.name}: cache is without effect, because inputs is not teacher")
+        return
+    teacher, student = models.teacher.layout.width, models.student.layout.width
+    if teacher != student:
+        message = (
+            f"inputs: teacher feeds the student's blocks what the teacher's were fed, so both must be equally wide; "
+            f"the teacher is {teacher} wide, the student {student}. Use inputs: student."
+        )
+        findings.problems.append(Problem((*place, "inputs"), message))
+    if stage.tokens is not None:
+        message = (
+            "with inputs: teacher each block runs on its own, so there are no next-token distributions. "
+            "Use inputs: student, or a stage of its own."
+        )
+        findings.problems.append(Problem((*place, "tokens"), message, on="key"))
+
+
+def _pairs(align: Align, stage: Stage, models: Models, place: Place, findings: Findings) -> list[PairPlan]:
+    if align.tap in WHOLE_TAPS:
+        if stage.inputs == "teacher":
+            message = f"inputs: teacher runs single blocks, which have no {align.tap}. Use a tap of blocks."
+            findings.problems.append(Problem((*place, "tap"), message))
+        if align.layers is not None:
+            message = f"the tap {align.tap} is one for the whole model, so it has no layers. Leave this key out."
+            findings.problems.append(Problem((*place, "layers"), message, on="key"))
+        return [_pair(align, align.name, None, None, models, place, findings)]
+    for side, name in ((models.teacher, "teacher"), (models.student, "student")):
+        if align.tap == "mlp_output" and side.layout.mlp_outputs is None:
+            message = f"the {name} is a {side.config.model_type}, whose blocks have no MLP that is known"
+            findings.problems.append(Problem((*place, "tap"), message))
+    layers = _layer_pairs(align, models, place, findings)
+    students = [student for student, _ in layers]
+    return [
+        _pair(
+            align,
+            f"{align.name}.{student}" + (f"-{teacher}" if students.count(student) > 1 else ""),
+            student,
+            teacher,
+            models,
+            place,
+            findings,
+        )
+        for student, teacher in layers
+    ]
+
+
+def _layer_pairs(align: Align, models: Models, place: Place, findings: Findings) -> Pairs:
+    depths = (models.student.depth, models.teacher.depth)
+    if align.layers is None:
+        message = (
+            "required key is missing. It must be same | replaced | uniform, or a list of {student, teacher} entries."
+        )
+        findings.problems.append(Problem((*place, "layers"), message))
+        return ()
+    if not isinstance(align.layers, str):
+        outside = [
+            Problem(
+                (*place, "layers", index, name),
+                f"layer {layer} is out of range: the {name} has {depth} blocks, so 0 to {depth - 1} are allowed",
+            )
+            for index, pair in enumerate(align.layers)
+            for name, layer, depth in (("student", pair.student, depths[0]), ("teacher", pair.teacher, depths[1]))
+            if layer >= depth
+        ]
+        findings.problems += outside
+        if outside:
+            return ()
+        if not align.layers:
+            findings.problems.append(Problem((*place, "layers"), "the list is empty, so nothing would be matched"))
+    try:
+        if isinstance(align.layers, str):
+            return STRATEGIES[align.layers](*depths, models.replaced)
+        return explicit([(pair.student, pair.teacher) for pair in align.layers], *depths)
+    except UsageError as error:
+        findings.problems.append(Problem((*place, "layers"), told(error)))
+        return ()
+
+
+def _pair(
+    align: Align,
+    name: str,
+    student_layer: int | None,
+    teacher_layer: int | None,
+    models: Models,
+    place: Place,
+    findings: Findings,
+) -> PairPlan:
+    student, teacher = models.student.layout.width, models.teacher.layout.width
+    projector = align.projector
+    if projector == "auto":
+        projector = "none" if student == teacher else "linear"
+    if projector == "none" and student != teacher:
+        message = (
+            f"the student is {student} wide and the teacher {teacher}, so a projector is needed. Use auto or linear."
+        )
+        problem = Problem((*place, "projector"), message)
+        if problem not in findings.problems:
+            findings.problems.append(problem)
+    return PairPlan(
+        name=name,
+        align=align.name,
+        tap=align.tap,
+        student_layer=student_layer,
+        teacher_layer=teacher_layer,
+        student_width=student,
+        teacher_width=teacher,
+        projector=projector,
+        projector_parameters=student * teacher if projector == "linear" else 0,
+        loss=align.loss.kind,
+        weight=align.loss.weight,
+    )
+
+
+def _reached_pairs(
+    stage: Stage, pairs: tuple[PairPlan, ...], trainable: set[str], models: Models, findings: Findings
+) -> tuple[PairPlan, ...]:
+    """Leave out pairs that no trained parameter reaches: they would cost time and be constants of the loss."""
+    kept = [pair for pair in pairs if _reach(stage, pair, models) & trainable]
+    for align in stage.align:
+        without = [pair.student_layer for pair in pairs if pair.align == align.name and pair not in kept]
+        if without:
+            blocks = ", ".join(str(layer) for layer in without if layer is not None)
+            where = f" of blocks {blocks}" if blocks else ""
+            findings.warnings.append(
+                f"stage {stage.name}: {align.name}{where} is left out, because nothing that trains reaches it"
+            )
+    return tuple(kept)
+
+
+def _note_unreached(
+    stage: Stage, pairs: Sequence[PairPlan], trainable: set[str], models: Models, findings: Findings
+) -> None:
+    if stage.tokens is not None:
+        return
+    reached = {name for pair in pairs for name in _reach(stage, pair, models)}
+    left = sorted(trainable - reached)
+    if left:
+        findings.warnings.append(
+            f"stage {stage.name}: {len(left)} of {len(trainable)} parameter tensors that it trains are reached by no "
+            f"objective and stay as they are, e.g. {left[0]}"
+        )
+
+
+def _reach(stage: Stage, pair: PairPlan, models: Models) -> set[str]:
+    return models.student.reached(pair.tap, pair.student_layer, alone=stage.inputs == "teacher")
+
+
+def _mixers_alone(stage: Stage, pairs: Sequence[PairPlan]) -> bool:
+    """Whether only the student's mixers run: nothing else is matched or trained."""
+    alone = {pair.tap for pair in pairs} == {"mixer_output"} and set(stage.train) == {"mixers"}
+    return stage.inputs == "teacher" and alone
+
+
+def _teacher_sites(stage: Stage, pairs: Sequence[PairPlan]) -> tuple[Site, ...]:
+    """Return what is read of the teacher: the targets, and what the student's blocks or mixers are fed."""
+    sites: dict[Site, None] = {(pair.tap, pair.teacher_layer): None for pair in pairs}
+    for pair in pairs if stage.inputs == "teacher" else ():
+        same_block = [other for other in pairs if other.student_layer == pair.student_layer]
+        layer = pair.teacher_layer or 0
+        if _mixers_alone(stage, same_block):
+            sites["mixer_input", layer] = None
+        else:
+            sites[("hidden", layer - 1) if layer else ("embedding", None)] = None
+    if stage.tokens is not None:
+        sites["head_input", None] = None
+    return tuple(sites)
+
+
+def _blocks_run(site: Site, depth: int) -> int:
+    """Return how many blocks a pass runs to reach a site."""
+    tap, layer = site
+    if tap == "embedding":
+        return 0
+    return depth if layer is None else layer + 1
+
+
+def _student_blocks(stage: Stage, pairs: Sequence[PairPlan], depth: int) -> tuple[int, ...]:
+    if stage.inputs == "teacher":
+        return tuple(sorted({pair.student_layer for pair in pairs if pair.student_layer is not None}))
+    if stage.tokens is not None:
+        return tuple(range(depth))
+    return tuple(range(max(_blocks_run((pair.tap, pair.student_layer), depth) for pair in pairs)))
+
+
+def _cache_fits(resolved: _Resolved, needed: int, findings: Findings) -> bool:
+    stage, distinct = resolved.stage, resolved.distinct
+    if needed == 0:
+        return True
+    if distinct == resolved.micro_batches:
+        findings.warnings.append(
+            f"stage {stage.name}: every batch is drawn once, so the cache is never read; give fewer batches "
+            "than steps, or cache: off"
+        )
+    if needed <= stage.cache_limit:
+        return True
+    fitting = stage.cache_limit * distinct // needed
+    message = (
+        f"the teacher's features need {needed / 2**30:.1f} GiB for {distinct} batches, more than the limit of "
+        f"{stage.cache_limit / 2**30:.1f} GiB. "
+        f"Allow it (cache: {{where: {stage.cache_place}, limit_gib: {-(-needed // 2**30)}}}), draw "
+        f"{f'batches: {fitting} at most' if fitting else 'smaller batches'}, or turn the cache off."
+    )
+    findings.problems.append(Problem(("stages", resolved.index, "cache"), message))
+    return False
