@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,12 +60,18 @@ def read_config_json(path: Path) -> dict[str, Any]:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "nothing"
         raise ModelError(f"{path} holds no config.json, so it is not a model folder.", found=found or "an empty folder")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{file} is not JSON.", found=str(error)) from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} does not hold a JSON object.", found=type(config).__name__)
     return config
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    # transformers writes what JSON has no number for as {"__float__": "Infinity"}.
+    special = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+    return special.get(str(value["__float__"]), value) if value.keys() == {"__float__"} else value
 
 
 def check_config(config: Mapping[str, Any], *, where: str) -> None:
