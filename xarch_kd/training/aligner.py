@@ -91,10 +91,7 @@ class Aligner(nn.Module):
             if projector is not None:
                 self.projectors[_key(pair)] = projector.to(self.student.device)
         self._freeze()
-        if self.stage.stage.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        elif getattr(self.student, "is_gradient_checkpointing", False):
-            self.student.gradient_checkpointing_disable()
+        _set_checkpointing(self.student, self.stage.stage.gradient_checkpointing)
 
     @property
     def reader(self) -> TeacherReader:
@@ -336,6 +333,15 @@ def _stage_of(plan: Plan, stage: int | str) -> StagePlan:
             return candidate
     names = ", ".join(f"{candidate.index} ({candidate.stage.name})" for candidate in plan.stages)
     raise UsageError("the plan has no such stage", asked=stage, allowed=names)
+
+
+def _set_checkpointing(student: PreTrainedModel, wanted: bool) -> None:
+    # transformers renamed the pair of methods in its fifth major version; releases that we allow have one or the other.
+    word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        getattr(student, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(student, f"{word}_checkpointing_disable")()
 
 
 def _key(pair: PairPlan) -> str:

@@ -1,0 +1,394 @@
+"""The main job on tiny models: every stage through the command line, resuming, caches, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from xarch_kd.cli.app import main
+from xarch_kd.errors import CheckpointError, Interrupted, NonFiniteLoss, UsageError
+from xarch_kd.job.train import train
+from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.tiny import tiny_config, tiny_model, tiny_tokenizer
+from xarch_kd.training import aligner as aligner_module
+from xarch_kd.training import features as features_module
+from xarch_kd.training import trainer as trainer_module
+from xarch_kd.training.progress import StageProgress, StepFigures
+
+ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
+
+
+def student_of(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "student" / "model.safetensors")
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when `count` steps are over."""
+    seen = 0
+    step = StageProgress.step
+
+    def stopping(self: StageProgress, figures: StepFigures) -> None:
+        nonlocal seen
+        step(self, figures)
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(StageProgress, "step", stopping)
+
+
+def test_every_stage_through_the_command_line(
+    write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    mapping = write_mapping(evaluate={"tokens": 256, "also": [{"builtin": "licences"}]})
+    assert main(["train", str(mapping), "--output", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "stage mixers: 4 steps" in printed
+    assert "held-out" in printed
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert type(student).__module__.startswith("transformers.")
+    tokenizer = AutoTokenizer.from_pretrained(run / "student")
+    prompt = tokenizer("The quick", return_tensors="pt")
+    outputs = [
+        student.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=cache) for cache in (True, False)
+    ]
+    assert torch.equal(*outputs)
+    files = set(json.loads((run / "manifest.json").read_text())["files"])
+    assert {"mapping.yaml", "plan.json", "environment.json", "events.jsonl", "evaluation.json"} <= files
+    assert {"student/model.safetensors", "student/README.md"} <= files
+    assert [event["event"] for event in events_of(run)].count("step") == ALL_STEPS
+    assert [result["text"] for result in json.loads((run / "evaluation.json").read_text())["likelihood"]] == [
+        "held-out",
+        "licences",
+    ]
+
+
+def test_the_model_card_holds_the_mapping_file_and_the_figures(write_mapping: Write, tmp_path: Path) -> None:
+    mapping = write_mapping(MIXERS, evaluate={"tokens": 128})
+    run = train(mapping, tmp_path / "run")
+    card = (run.student / "README.md").read_text()
+    assert mapping.read_text().rstrip() in card
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"][0]
+    assert f"{figures['student_nll']:.4f}" in card
+    assert f"{figures['difference']:+.4f}" in card
+
+
+def test_a_finished_run_is_left_as_it_is(write_mapping: Write, tmp_path: Path) -> None:
+    mapping = write_mapping(MIXERS)
+    train(mapping, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    again = train(mapping, tmp_path / "run")
+    assert again.was_finished
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Filled by the first test of `test_resuming…` with the student of a run that was not stopped."""
+    return {}
+
+
+@pytest.mark.parametrize("count", range(1, ALL_STEPS + 1))
+def test_resuming_after_any_step_gives_bitwise_the_same_student(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, Any], count: int
+) -> None:
+    mapping = write_mapping()
+    if not uninterrupted:
+        train(mapping, tmp_path / "whole")
+        uninterrupted["student"] = student_of(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(patched, count)
+        with pytest.raises(Interrupted):
+            train(mapping, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    train(mapping, tmp_path / "stopped", resume=True)
+    assert same(student_of(tmp_path / "stopped"), uninterrupted["student"])
+    steps = [(event["stage"], event["step"]) for event in events_of(tmp_path / "stopped") if event["event"] == "step"]
+    assert len(steps) == len(set(steps)) == ALL_STEPS
+
+
+def test_ctrl_c_exits_130_with_the_command_to_resume(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapping, run = write_mapping(), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2, signal.SIGINT)
+        assert main(["train", str(mapping), "--output", str(run)]) == 130
+    command = f"xarch-kd train {mapping} --output {run} --resume"
+    assert command in capsys.readouterr().err
+    assert (run / "stages" / "01-mixers" / "checkpoint-2").is_dir()
+    assert main(["train", str(mapping), "--output", str(run)]) == 2
+    assert f"resume it: {command}" in capsys.readouterr().err
+    assert main(command.split()[1:]) == 0
+
+
+def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping: Write, tmp_path: Path) -> None:
+    stage = {**MIXERS, "steps": 60, "checkpoint_every": 5}
+    mapping, run = write_mapping(stage), tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(run), "-q"])
+    checkpoints = run / "stages" / "01-mixers"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert list(checkpoints.glob("checkpoint-*")), "the process ended before it was killed"
+    train(mapping, run, resume=True)
+    train(mapping, tmp_path / "whole")
+    assert same(student_of(run), student_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("selection", ["mixers", "blocks", "embeddings", "norms", "head", "all"])
+def test_parameters_outside_train_are_unchanged_and_those_inside_change(
+    write_mapping: Write, tmp_path: Path, selection: str
+) -> None:
+    stage = {
+        **LOGITS,
+        "steps": 2,
+        "train": [selection],
+        "optimizer": {"lr": 1e-3, "warmup": 0.0, "schedule": "constant"},
+    }
+    run = train(write_mapping(stage), tmp_path / "run")
+    untrained = train(write_mapping({**stage, "optimizer": {"lr": 1e-30}}, name="still.yaml"), tmp_path / "still")
+    before, after = student_of(untrained.folder.root), student_of(run.folder.root)
+    planned = json.loads((tmp_path / "run" / "plan.json").read_text())["stages"][0]["trainable"]
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed <= set(planned)
+    never = {name for name in planned if name not in changed}
+    assert all(name.endswith(("k_proj.bias",)) for name in never), f"planned to train, yet unchanged: {never}"
+    assert {
+        "mixers": all(".mamba." in name for name in changed),
+        "blocks": all(name.startswith("model.layers.") for name in changed),
+        "embeddings": changed == {"model.embed_tokens.weight"},
+        "norms": all("norm" in name for name in changed),
+        "head": changed == {"lm_head.weight"},
+        "all": changed == set(after),
+    }[selection]
+
+
+@pytest.mark.parametrize("kind", ["mse", "relative_mse", "cosine", "normalised_mse"])
+def test_accumulating_four_by_two_equals_eight(write_mapping: Write, tmp_path: Path, kind: str) -> None:
+    align = [{**MIXERS["align"][0], "loss": {"kind": kind}}]
+    common = {"steps": 1, "batches": None, "optimizer": {"lr": 1e-2, "warmup": 0.0, "schedule": "constant"}}
+    stages = [{**MIXERS, **common, "align": align}, {**LOGITS, **common}]
+    students, losses = [], []
+    for name, sizes in (("eight", {"batch_size": 8}), ("four", {"batch_size": 2, "gradient_accumulation": 4})):
+        mapping = write_mapping(*({**stage, **sizes} for stage in stages), name=f"{name}.yaml")
+        train(mapping, tmp_path / name)
+        students.append(student_of(tmp_path / name))
+        losses.append([event["loss"] for event in events_of(tmp_path / name) if event["event"] == "step"])
+    # The same sum in another order: float32 rounding of at most 8 rows of 16 tokens each.
+    assert losses[0] == pytest.approx(losses[1], rel=128 * torch.finfo(torch.float32).eps)
+    for name in students[0]:
+        # AdamW's first step is lr × sign(gradient): an entry may differ by 2 lr where the gradient is rounding noise.
+        differing = (students[0][name] - students[1][name]).abs() > 1e-4
+        assert differing.float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_a_cache_gives_the_same_student_and_costs_no_second_teacher_pass(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    passes = {"count": 0}
+    traced = features_module.trace
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        passes["count"] += 1
+        return traced(*args, **kwargs)
+
+    monkeypatch.setattr(features_module, "trace", counting)
+    stage = {**MIXERS, "steps": 9, "batches": 3}
+    train(write_mapping({**stage, "cache": "off"}, name="off.yaml"), tmp_path / "off")
+    assert passes["count"] == 9
+    passes["count"] = 0
+    train(write_mapping({**stage, "cache": cache}, name="on.yaml"), tmp_path / "on")
+    assert passes["count"] == 3
+    assert same(student_of(tmp_path / "off"), student_of(tmp_path / "on"))
+    assert not (tmp_path / "on" / "stages" / "01-mixers" / "features").exists()
+
+
+def test_unlike_widths_are_bridged_by_projectors_that_stay_outside_the_student(
+    write_mapping: Write, tmp_path: Path
+) -> None:
+    config = tmp_path / "small"
+    tiny_config("mamba2", hidden_size=32, num_hidden_layers=2, num_heads=4).save_pretrained(config)
+    stage = {
+        "name": "match",
+        "steps": 2,
+        "train": ["all"],
+        "align": [{"name": "stream", "tap": "hidden", "layers": "uniform", "loss": {"kind": "cosine"}}],
+        "tokens": {"divergence": "reverse_kl", "temperature": 2.0},
+        "optimizer": {"lr": 1e-3, "projector_lr": 1e-2},
+    }
+    run = train(write_mapping(stage, student={"config": str(config)}), tmp_path / "run")
+    projectors = load_file(run.folder.projectors)
+    assert {tuple(tensor.shape) for tensor in projectors.values()} == {(64, 32)}
+    assert len(projectors) == 2
+    student = AutoModelForCausalLM.from_pretrained(run.student)
+    assert not any("projector" in name for name in student.state_dict())
+    pairs = json.loads(run.folder.plan.read_text())["stages"][0]["pairs"]
+    assert [(pair["student_layer"], pair["teacher_layer"]) for pair in pairs] == [(0, 1), (1, 3)]
+
+
+def test_blocks_fed_by_the_teacher_learn_their_outputs(write_mapping: Write, tmp_path: Path) -> None:
+    stage = {
+        "name": "blocks",
+        "steps": 6,
+        "batches": 1,
+        "train": ["blocks"],
+        "inputs": "teacher",
+        "align": [{"name": "stream", "tap": "hidden", "layers": "replaced", "loss": {"kind": "normalised_mse"}}],
+        "optimizer": {"lr": 3e-3, "warmup": 0.0},
+    }
+    train(write_mapping(stage), tmp_path / "run")
+    losses = [event["loss"] for event in events_of(tmp_path / "run") if event["event"] == "step"]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"gradient_checkpointing": True}])
+def test_cheaper_passes_give_nearly_the_same_loss(
+    write_mapping: Write, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    stage = {**LOGITS, "steps": 1}
+    losses = []
+    for name, extra in (("plain", {}), ("cheap", changes)):
+        train(write_mapping({**stage, **extra}, name=f"{name}.yaml"), tmp_path / name)
+        losses.append(next(event["loss"] for event in events_of(tmp_path / name) if event["event"] == "step"))
+    # bfloat16 keeps 8 bits: each logit is off by about 2**-8 of its size, and so is the divergence's gradient.
+    assert losses[1] == pytest.approx(losses[0], rel=0.1 if "precision" in changes else 1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"count": 0}
+    honest = aligner_module.feature_loss
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        calls["count"] += 1
+        return honest(*args, **kwargs) * (float("nan") if calls["count"] > 2 * 2 else 1.0)
+
+    monkeypatch.setattr(aligner_module, "feature_loss", poisoned)
+    stage = {**MIXERS, "checkpoint_every": 1}
+    with pytest.raises(NonFiniteLoss) as stopped:
+        train(write_mapping(stage), tmp_path / "run")
+    text = str(stopped.value)
+    assert "the loss of stage 'mixers' is not finite at step 3" in text
+    assert "objective mixer-output.1" in text
+    assert "on batch 2" in text
+    assert "the last good checkpoint is checkpoint-2" in text
+    assert stopped.value.exit_code == 3
+    assert (tmp_path / "run" / "stages" / "01-mixers" / "checkpoint-2").is_dir()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            return gradients[0] * float("inf")
+
+    honest = aligner_module.feature_loss
+    monkeypatch.setattr(aligner_module, "feature_loss", lambda *a, **k: Poison.apply(honest(*a, **k)))
+    with pytest.raises(NonFiniteLoss, match=r"a gradient of stage 'mixers' is not finite at step 1[\s\S]*parameter "):
+        train(write_mapping(MIXERS), tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = write_mapping({**MIXERS, "checkpoint_every": 1})
+    honest = trainer_module.write_tensors
+    calls = {"count": 0}
+
+    def filling(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        calls["count"] += 1
+        if calls["count"] == 3:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".partial").write_bytes(b"half")
+            raise trainer_module.cannot_write(path, OSError(28, "No space left on device"))
+        honest(path, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module, "write_tensors", filling)
+        with pytest.raises(CheckpointError, match=r"no space left on the disk[\s\S]*run again with --resume"):
+            train(mapping, tmp_path / "run")
+    stage = tmp_path / "run" / "stages" / "01-mixers"
+    assert sorted(path.name for path in stage.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    train(mapping, tmp_path / "run", resume=True)
+    train(mapping, tmp_path / "whole")
+    assert same(student_of(tmp_path / "run"), student_of(tmp_path / "whole"))
+
+
+def test_an_output_folder_with_something_else_is_untouched(write_mapping: Write, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds something else"):
+        train(write_mapping(), other)
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"files": ["absent.txt"]}, "a file pattern matches nothing"),
+        ({"files": ["{empty}"]}, "is empty"),
+        ({"files": ["{text}"], "sequence_length": 65536}, "too short for one row"),
+    ],
+)
+def test_bad_text_leaves_no_run_folder(
+    write_mapping: Write,
+    tmp_path: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: dict[str, Any],
+    message: str,
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    files = [name.format(empty=empty, text=text_file) for name in data["files"]]
+    mapping = write_mapping(data={**data, "files": files})
+    assert main(["train", str(mapping), "--output", str(tmp_path / "run")]) == 3
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_in_another_order_is_refused(write_mapping: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    tiny_model("mamba2").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    mapping = write_mapping({**LOGITS, "train": ["all"]}, student={"model": str(folder)})
+    assert main(["train", str(mapping), "--output", str(tmp_path / "run")]) == 3
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,28 @@
+"""Stages of tiny mapping files and text for them, for tests of the main job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind.\n\n"
+
+MIXERS: dict[str, Any] = {
+    "name": "mixers",
+    "steps": 4,
+    "batches": 3,
+    "train": ["mixers"],
+    "inputs": "teacher",
+    "align": [{"name": "mixer-output", "tap": "mixer_output", "layers": "replaced", "loss": {"kind": "relative_mse"}}],
+    "optimizer": {"lr": 1e-2},
+}
+LOGITS: dict[str, Any] = {
+    "name": "logits",
+    "steps": 3,
+    "train": ["mixers"],
+    "tokens": {"divergence": "forward_kl", "cross_entropy": 0.1},
+    "optimizer": {"lr": 1e-3},
+}
+
+Write = Callable[..., Path]
