@@ -14,6 +14,9 @@ from xarch_kd.errors import UsageError
 
 PROMPTS = ("The with statement is used to", "Once upon a time there was a little girl who")
 
+# Columns of the output when it goes to a file or a pipe, which have no width of their own.
+PLAIN_WIDTH = 110
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by `xarch-kd train`.")],
@@ -27,6 +30,8 @@ def command(
     """Show a run's result: the table, what teacher and student write after a prompt, how to load the student."""
     check_run(run)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)
     print_result(console, run)
     console.print(generations(run, prompt or list(PROMPTS), tokens=tokens, temperature=temperature, seed=seed))
     console.print()
@@ -83,8 +88,8 @@ def generations(run: Path, prompts: list[str], *, tokens: int, temperature: floa
         )
         del model
     table = Table(title="The same prompt, two models", title_justify="left", show_lines=True, expand=True)
-    table.add_column("teacher", ratio=1)
-    table.add_column("student", ratio=1)
+    for heading in ("teacher", "student"):
+        table.add_column(heading, ratio=1, overflow="fold")
     for text, teacher, student in zip(prompts, *written, strict=True):
         table.add_row(*(Text.assemble((text, "bold"), answer) for answer in (teacher, student)))
     return table
