@@ -42,6 +42,8 @@ def bamba_config(facts: TeacherFacts, kept: Sequence[int], teacher: PreTrainedCo
     expansion, channels = mixer_head_dim(facts)
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
     copied: dict[str, Any] = {name: getattr(teacher, name) for name in names}
+    # Not a field of Bamba's config class, but its attention reads it and it survives saving.
+    copied["head_dim"] = facts.head_dim
     return BambaConfig(
         **copied,
         architectures=["BambaForCausalLM"],
@@ -52,7 +54,6 @@ def bamba_config(facts: TeacherFacts, kept: Sequence[int], teacher: PreTrainedCo
         num_hidden_layers=facts.layers,
         num_attention_heads=facts.heads,
         num_key_value_heads=facts.key_value_heads,
-        head_dim=facts.head_dim,
         hidden_act=facts.activation,
         rms_norm_eps=facts.epsilon,
         attention_dropout=getattr(teacher, "attention_dropout", 0.0),

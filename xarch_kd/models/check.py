@@ -87,5 +87,7 @@ def _reference(teacher: PreTrainedModel, facts: TeacherFacts, kept: Sequence[int
         config.update({"no_rope_layers": [int(rotary)] * facts.layers})
     if not mixed and teacher.dtype in (torch.float32, torch.float64) and not teacher.training:
         return teacher
-    state = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in teacher.state_dict().items()}
+    state = {
+        name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in teacher.state_dict().items()
+    }
     return runnable(config, state, teacher.device)

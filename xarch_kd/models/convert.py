@@ -126,8 +126,8 @@ def _warnings(facts: TeacherFacts, kept: Sequence[int]) -> list[str]:
         )
     if facts.activation not in ("silu", "swish") and len(kept) < facts.layers:
         found.append(
-            f"The mixers' convolutions use the teacher's activation {facts.activation}, which the fused Mamba-2 training "
-            "kernels refuse; the PyTorch path runs it."
+            f"The mixers' convolutions use the teacher's activation {facts.activation}, which the fused Mamba-2 "
+            "training kernels refuse; the PyTorch path runs it."
         )
     return found
 

@@ -90,11 +90,11 @@ def _refuse_window(config: PreTrainedConfig) -> None:
     if window is None or window >= config.max_position_embeddings:
         return
     raise ConversionError(
-        f"The teacher attends through a sliding window of {window} tokens, and no stock Mamba-2 class builds such a mask.",
+        f"The teacher attends through a sliding window of {window} tokens, and no stock Mamba-2 class masks so.",
         asked=f"sliding_window: {window}, max_position_embeddings: {config.max_position_embeddings}",
         allowed="a teacher without a window",
-        fix=f"if no sequence is longer than {window} tokens, the window changes nothing: set sliding_window to null and "
-        f"max_position_embeddings to {window} in a copy of the teacher's config.json",
+        fix=f"if no sequence is longer than {window} tokens, the window changes nothing: set sliding_window to null "
+        f"and max_position_embeddings to {window} in a copy of the teacher's config.json",
     )
 
 
@@ -183,14 +183,14 @@ _FRESH = "build a fresh student (student: {config: FOLDER}) and align it, which 
 REFUSALS: dict[str, Refusal] = {
     "qwen3": Refusal(
         reason="its query and key norms are not linear and no Mamba-2 class has them",
-        instead="a Qwen2 or Llama teacher converts exactly; a gated-delta student (Qwen3.5) would hold Qwen3; or " + _FRESH,
+        instead="a Qwen2 or Llama teacher converts exactly; a gated-delta class (Qwen3.5) would hold it; or " + _FRESH,
     ),
     "gemma2": Refusal(
         reason="it has norms before and after each sub-block, soft-capped attention and logits, and a sliding window",
         instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
     ),
     "gemma3_text": Refusal(
-        reason="it has norms before and after each sub-block, query and key norms, a sliding window and two rotary bases",
+        reason="it has norms before and after each sub-block, query and key norms, a window and two rotary bases",
         instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
     ),
     "gemma3": Refusal(
@@ -198,11 +198,11 @@ REFUSALS: dict[str, Refusal] = {
         instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
     ),
     "gpt2": Refusal(
-        reason="it adds learned positions to its embedding and normalises with LayerNorm, and no Mamba-2 class has either",
+        reason="it adds learned positions to its embedding and uses LayerNorm, and no Mamba-2 class has either",
         instead=_FRESH,
     ),
     "gpt_neox": Refusal(
-        reason="its attention and MLP read the same input in parallel and it normalises with LayerNorm",
+        reason="its attention and MLP read the same input in parallel, and its LayerNorms have biases with no place to go",
         instead=_FRESH,
     ),
     "olmo2": Refusal(

@@ -1,4 +1,4 @@
-"""Reading models, configs and tokenizers: safetensors and GGUF only, no code from a checkpoint, nothing left quantised."""
+"""Reading models, configs and tokenizers: safetensors and GGUF only, no code from a checkpoint, plain tensors."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def load_model(
     elif source.path is not None:
         place["pretrained_model_name_or_path"] = str(source.path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **place,
             revision=revision or "main",
             config=config,
@@ -98,6 +98,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(

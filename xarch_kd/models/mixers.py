@@ -84,7 +84,9 @@ def mixer_from_attention(block: BlockWeights, facts: TeacherFacts, shape: MixerS
     }
 
 
-def random_mixer(shape: MixerShape, *, layers: int, spread: float, seed: int, device: torch.device) -> dict[str, Tensor]:
+def random_mixer(
+    shape: MixerShape, *, layers: int, spread: float, seed: int, device: torch.device
+) -> dict[str, Tensor]:
     """Return a mixer's state, in float32, drawn as the authors of Mamba-2 do; the same seed gives the same weights.
 
     δ is log-uniform in [0.001, 0.1], a uniform in [1, 16], D = 1, projections normal of standard deviation `spread`,
