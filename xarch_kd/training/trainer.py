@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xarch_kd.data.rows import StageRows, collate
@@ -47,6 +48,7 @@ class StageTrainer(Trainer):
         self.aligner = aligner
         self.reader = reader
         self.plan = plan
+        self.rows = rows
         self.progress: StageProgress | None = None
         self._counts = Counts()
         self._figures: dict[str, Tensor] = {}
@@ -80,6 +82,10 @@ class StageTrainer(Trainer):
                 [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=1e-8
             )
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        """The rows come in the order of training already."""
+        return SequentialSampler(self.rows)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
