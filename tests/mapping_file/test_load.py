@@ -207,6 +207,13 @@ def test_message(case: str, good: str) -> None:
     assert first_line in [problem.splitlines()[0] for problem in problems(good.replace(old, new, 1))]
 
 
+def test_a_required_key_under_a_wrong_name_is_one_problem(good: str) -> None:
+    found = problems(good.replace("        tap: mixer_output", "        tapp: mixer_output"))
+    assert [problem.splitlines()[0] for problem in found] == [
+        "map.yaml:21:9: stages[0].align[0].tapp: unknown key. Did you mean 'tap'?"
+    ]
+
+
 def test_an_alias_does_not_raise_further_complaints(good: str) -> None:
     assert len(problems(good.replace("builtin: licences", "builtin: *name"))) == 1
 

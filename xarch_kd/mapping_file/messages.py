@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
@@ -14,6 +14,7 @@ from xarch_kd.mapping_file.marks import Marks, Place, Problem, shortened
 from xarch_kd.mapping_file.schema import MappingFile, Part
 
 _MISSING = object()
+_MISSING_KEY = "required key is missing."
 _WRONG_KIND = {
     "string_type",
     "int_type",
@@ -44,7 +45,15 @@ def problems_of(error: ValidationError, data: Any, marks: Marks) -> list[Problem
                 problems[problem] = None
         elif not _some_branch_fits(_annotation_at(misfit, data), _value_at(misfit, data)):
             problems[_wrong_kind(misfit, data, marks)] = None
-    return list(problems)
+    return [problem for problem in problems if not _is_misspelt(problem, problems)]
+
+
+def _is_misspelt(problem: Problem, problems: Iterable[Problem]) -> bool:
+    """Say whether a missing key is there under a wrong name, which is a problem of its own."""
+    if not problem.message.startswith(_MISSING_KEY):
+        return False
+    mended = f"unknown key.{suggest(str(problem.place[-1]), [str(problem.place[-1])])}"
+    return any(other.message == mended and other.place[:-1] == problem.place[:-1] for other in problems)
 
 
 def _problem(details: ErrorDetails, place: Place, data: Any, marks: Marks) -> Problem | None:
@@ -103,7 +112,7 @@ def _missing_key(place: Place, data: Any) -> str:
     annotation = _annotation_at(place, data)
     if isinstance(place[-1], int):
         return f"an entry is missing: {expected(annotation)}"
-    return f"required key is missing. It must be {expected(annotation)}."
+    return f"{_MISSING_KEY} It must be {expected(annotation)}."
 
 
 def _wrong_kind(place: Place, data: Any, marks: Marks) -> Problem:
@@ -133,7 +142,7 @@ def _not_one_of(kind: str, place: Place, data: Any, marks: Marks) -> Problem:
     kinds = [choice for option in _parts(annotation) for choice in _choices(option.model_fields["kind"].annotation)]
     names = " | ".join(kinds)
     if kind == "union_tag_not_found":
-        return Problem((*place, "kind"), f"required key is missing. It must be {names}.")
+        return Problem((*place, "kind"), f"{_MISSING_KEY} It must be {names}.")
     given = value["kind"]
     problem = f"{_found(given)} is not {names}.{suggest(str(given), kinds)}"
     return Problem((*place, "kind"), problem)
