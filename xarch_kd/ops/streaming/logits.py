@@ -7,8 +7,8 @@ from torch import Tensor
 
 from xarch_kd.ops.divergence_problem import Side
 
-# Rows of a head that are widened at a time: 8192 * 4096 float32 is 128 MiB.
-BLOCK_ROWS = 8192
+# Rows of a head that are widened at a time: 2048 * 4096 float32 is 32 MiB.
+BLOCK_ROWS = 2048
 
 
 def blocks(rows: int, weight: Tensor, dtype: torch.dtype) -> list[slice]:
