@@ -188,7 +188,11 @@ class Aligner(nn.Module):
             )
             terms["tokens"] = token.total
         loss = torch.stack(list(terms.values())).sum()
-        return AlignerOutput(loss=loss, parts={name: term.detach() for name, term in terms.items()})
+        parts = {name: term.detach() for name, term in terms.items()}
+        if not bool(torch.isfinite(loss)):
+            bad = [name for name, part in parts.items() if not bool(torch.isfinite(part))]
+            raise NonFiniteLoss("the loss is not finite", asked=f"objective {', '.join(bad) or 'total'}")
+        return AlignerOutput(loss=loss, parts=parts)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self.stage.stage.precision == "float32":
@@ -293,9 +297,7 @@ class Aligner(nn.Module):
         try:
             return compute()
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(
-                f"objective '{name}' of stage '{self.stage.stage.name}' is not finite", found=error.message
-            ) from error
+            raise NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found) from error
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return what this stage trains: `student.…` parameters and `projectors.…`, as they are (not copies)."""

@@ -117,23 +117,20 @@ class StageTrainer(Trainer):
         number, features = inputs["number"], inputs["features"]
         if features is None:
             features = self.reader.read(inputs["input_ids"], batch=number)
-        output: AlignerOutput = model(input_ids=inputs["input_ids"], features=features, counts=self._counts)
-        if not bool(torch.isfinite(output.loss)):
-            raise self._not_finite(output, number)
+        try:
+            output: AlignerOutput = model(input_ids=inputs["input_ids"], features=features, counts=self._counts)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(
+                f"the loss of stage '{self.plan.stage.name}' is not finite at step {self.state.global_step + 1}",
+                asked=f"{error.asked} on batch {number}",
+                found=error.found or error.message,
+                fix=self._where_to_go_on(),
+            ) from error
         for name, part in output.parts.items():
             self._figures[name] = self._figures.get(name, part.new_zeros(())) + part
         # Data-parallel gradients are averaged over ranks; the sums here are already divided by the global counts.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
-
-    def _not_finite(self, output: AlignerOutput, number: int) -> NonFiniteLoss:
-        bad = [name for name, part in output.parts.items() if not bool(torch.isfinite(part))]
-        return NonFiniteLoss(
-            f"the loss of stage '{self.plan.stage.name}' is not finite at step {self.state.global_step + 1}",
-            asked=f"objective {', '.join(bad) or 'total'} on batch {number}",
-            found=", ".join(f"{name} {float(part):g}" for name, part in output.parts.items()),
-            fix=self._where_to_go_on(),
-        )
 
     def _where_to_go_on(self) -> str:
         kept = latest_checkpoint(Path(self.args.output_dir))

@@ -1,0 +1,54 @@
+"""One short run on a real teacher, through the command line in a process of its own, as a newcomer's first one is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from xarch_kd._layout import folder
+from xarch_kd.models.load import load_model
+
+DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
+
+
+def test_the_demo_in_a_few_steps(tmp_path: Path) -> None:
+    mapping = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    mapping["data"] |= {"sequence_length": 64, "batch_size": 2}
+    mapping["evaluate"]["tokens"] = 128
+    for stage, steps in zip(mapping["stages"], (6, 2), strict=True):
+        stage |= {"steps": steps, "batch_size": 2, "gradient_accumulation": 1}
+        stage.pop("batches", None)
+    path, run = tmp_path / "few.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "xarch_kd", "train", str(path), "--output", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "step" and event["stage"] == "mixers"]
+    assert losses[-1] < losses[0]
+    figures = json.loads((run / "evaluation.json").read_text())["likelihood"]
+    assert [result["text"] for result in figures] == ["held-out", "licences"]
+    assert all(1.0 < result["teacher_nll"] < 5.0 for result in figures)
+
+    student = AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32)
+    assert type(student).__name__ == "BambaForCausalLM"
+    tokenizer = AutoTokenizer.from_pretrained(run / "student")
+    prompt = tokenizer("The with statement", return_tensors="pt")
+    texts = [student.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*texts)
+    # Nothing but the new mixers trained: every weight that the teacher has too is the teacher's.
+    teacher = load_model(mapping["teacher"]["model"])
+    for ours, theirs in (("embed_tokens", "embed_tokens"), ("layers.0", "layers.0"), ("layers.29", "layers.29")):
+        own = dict(student.model.get_submodule(ours).named_parameters())
+        names = {"pre_ff_layernorm": "post_attention_layernorm", "feed_forward": "mlp"}
+        for name, parameter in own.items():
+            for new, old in names.items():
+                name = name.replace(new, old)
+            assert torch.equal(parameter, teacher.model.get_submodule(theirs).get_parameter(name)), name
