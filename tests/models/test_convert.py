@@ -120,7 +120,8 @@ def test_saved_and_loaded_by_transformers_alone_the_student_is_the_same(name: st
     model_type, overrides, _ = TEACHERS[name]
     student = convert(tiny_model(model_type, **overrides), keep_attention=[0, 2])
     save_student(student, tiny_tokenizer(), tmp_path / "student")
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    both: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
+    loaded, report = both
     assert not any(report.values())
     assert type(loaded) is type(student)
     assert loaded.dtype == torch.float32
@@ -131,7 +132,7 @@ def test_saved_and_loaded_by_transformers_alone_the_student_is_the_same(name: st
 
 @pytest.mark.parametrize("replaced", [[0], [1, 2]])
 def test_generation_with_a_cache_gives_the_tokens_of_generation_without(replaced: list[int]) -> None:
-    student = convert(tiny_model("llama"), replace=replaced)
+    student: Any = convert(tiny_model("llama"), replace=replaced)
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     prompt, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     cached = student.generate(prompt, attention_mask=mask, use_cache=True, **options)
@@ -162,7 +163,7 @@ def test_the_config_that_the_plan_sees_is_the_students() -> None:
 
 @torch.no_grad()
 def test_a_bfloat16_teacher_gives_a_float32_student_of_the_same_weights() -> None:
-    rounded = tiny_model("llama").to(torch.bfloat16)
+    rounded = tiny_model("llama").bfloat16()
     student = convert(rounded, keep_attention="all")
     assert student.dtype == torch.float32
     # The rotary frequencies of a model cast as a whole are rounded too, so the float32 twin is built anew.

@@ -64,12 +64,13 @@ def test_the_padding_of_narrower_heads_stays_zero_and_does_not_shrink_the_rest(h
     assert channels > head_dim
     seen: list[Tensor] = []
     mixer.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    mixer(torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0)))
+    # Inputs large enough that the norm's epsilon does not count.
+    mixer(10 * torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0)))
     heads = rearrange(seen[0], "b t (h c) -> b t h c", h=HEADS)
     assert not heads[..., head_dim:].any()
     weight = rearrange(mixer.norm.weight, "(h c) -> h c", h=HEADS)[:, 0] * math.sqrt(channels / head_dim)
     size = heads[..., :head_dim].square().mean(dim=-1).sqrt()
-    torch.testing.assert_close(size, weight.expand_as(size), rtol=0.02, atol=0.0)
+    torch.testing.assert_close(size, weight.expand_as(size), rtol=1e-2, atol=0.0)
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ REFUSALS: dict[str, Refusal] = {
         instead=_FRESH,
     ),
     "gpt_neox": Refusal(
-        reason="its attention and MLP read the same input in parallel, and its LayerNorms have biases with no place to go",
+        reason="its attention and MLP read the same input in parallel, and its LayerNorms have biases with no place",
         instead=_FRESH,
     ),
     "olmo2": Refusal(

@@ -37,8 +37,8 @@ from xarch_kd.models.weights import BlockWeights, Projection
 # silu(GATE_OPEN) = 1.
 GATE_OPEN = 1.2784645427610738
 
-SHORTEST, LONGEST = 2.0, 128.0
-LINEAR = 0.125
+SHORTEST, LONGEST = 1.0, 64.0
+LINEAR = 0.25
 AVERAGED = 0.2
 
 
