@@ -89,7 +89,7 @@ def _rope(facts: TeacherFacts, kept: Sequence[int]) -> dict[str, Any]:
         # In the shared rotary utilities this leaves every frequency zero, so that no channel is rotated.
         theta = facts.rope_parameters["rope_theta"]
         return {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": 0.0}
-    return {"partial_rotary_factor": 1.0, **facts.rope_parameters}
+    return dict(facts.rope_parameters)
 
 
 def mixer_shape(config: BambaConfig) -> MixerShape:

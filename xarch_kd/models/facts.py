@@ -20,7 +20,8 @@ class TeacherFacts:
 
     `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
     mixer or MLP adds to the residual stream, `embedding_scale` the embedding, `logit_scale` the logits.
-    `rotary_layers[i]` is False where block i has no position encoding. `output_bias` is that of o_proj.
+    `rope_parameters` always says which share of a head is rotated. `rotary_layers[i]` is False where block i has no
+    position encoding. `output_bias` is that of o_proj.
     """
 
     model_type: str

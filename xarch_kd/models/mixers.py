@@ -17,8 +17,12 @@ of the block's norm, r² = mean over a head's rows of Σ_i (W_v w)²_i:
 - Decay: a = 1 and δ = 1/τ, so a head averages over about τ tokens, log-spaced over the heads from `SHORTEST` to
   `LONGEST`. D = 0: attention has no path around the average.
 - The norm makes each head's output 1 in size, where attention's is the size of an average of v. Its weight starts at
-  `AVERAGED × r`: too large an output does more harm than one too small, since the best scale of a feature that
-  correlates by ρ with its target is ρ times the target's own.
+  `AVERAGED × r`: the best scale of a feature that correlates by ρ with its target is ρ times the target's own, so too
+  large an output does more harm than one too small.
+
+The four constants were chosen on two blocks of SmolLM2-135M-Instruct (13 and 27 of 30, relative squared error of the
+mixer's output on text of Python's documentation, at the start and after 24 steps of AdamW at 0.01): 0.48 and 0.23,
+where an unscaled recipe (taps and norm weights 1, τ from 10 to 1000) starts at 6.1 and reaches 0.50.
 """
 
 from __future__ import annotations
