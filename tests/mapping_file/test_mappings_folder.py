@@ -77,16 +77,16 @@ def test_every_key_is_in_the_reference(part: Any) -> None:
 
 @needs_teacher
 def test_the_demo_plans_in_time_and_says_what_the_file_says() -> None:
-    """The command's own process time is bounded: wall time depends on what else the machine does."""
+    """Bounds the processor time of one thread: wall time depends on what else the machine does."""
     command = [sys.executable, "-m", "xarch_kd", "plan", str(DEMO), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before, started = os.times(), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=MAPPINGS.parent, check=False)
-    after = os.times()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=MAPPINGS.parent, env=environment, check=False)
+    wall, after = time.perf_counter() - started, os.times()
     assert done.returncode == 0, done.stderr
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    assert min(used, time.perf_counter() - started) < 6.0
+    assert min(used, wall) < 5.0
     plan = json.loads(done.stdout)
     assert [row["index"] for row in plan["student"]["layers"] if row["replaced"]] == [6, 13, 20, 27]
     assert (plan["teacher"]["parameters"], plan["student"]["parameters"]) == (134_515_008, 137_680_848)
     assert [pair["name"] for pair in plan["stages"][0]["pairs"]] == [f"mixer-output.{i}" for i in (6, 13, 20, 27)]
-    assert plan["warnings"] == []

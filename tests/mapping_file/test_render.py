@@ -96,9 +96,12 @@ def test_init_with_no_attention_kept_is_accepted_with_its_warning(plan_of: PlanO
     assert any("No block keeps its attention" in warning for warning in plan.warnings)
 
 
-def test_init_quotes_what_yaml_would_misread(folder_of: FolderOf, tmp_path: Path) -> None:
-    odd = tmp_path / "a # strange: 'name"
-    Path(folder_of("llama")).rename(odd)
+@pytest.mark.parametrize("name", ["a # strange: 'name", "true", "null"])
+def test_init_quotes_what_yaml_would_misread(
+    name: str, folder_of: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd = Path(folder_of("llama")).rename(tmp_path / name).relative_to(tmp_path)
     mapping, _ = parse_mapping(mapping_text(str(odd), keep_attention="every 2", revision="0123456"))
     assert mapping.teacher.model == str(odd) and mapping.teacher.revision == "0123456"
 

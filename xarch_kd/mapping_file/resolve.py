@@ -15,7 +15,7 @@ from xarch_kd.mapping_file.estimate import Rates, measured_rates
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.marks import Marks, Place, Problem, mapping_error, place_text
 from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.mapping_file.schema import MappingFile, Paths
 from xarch_kd.mapping_file.sides import Side, replaced_layers
 from xarch_kd.mapping_file.stages import Findings, Models, stage_plan, told
 from xarch_kd.models.convert import conversion_warnings, student_config
@@ -39,8 +39,9 @@ def _plan(mapping: MappingFile, source: str, path: Path | None, marks: Marks | N
     findings = Findings()
     with _placed(("teacher", "model"), marks):
         teacher_config = load_config(mapping.teacher.model, mapping.teacher.revision)
-    with _placed(("teacher",), marks):
-        teacher = Side.of(mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype)
+    teacher = _side(
+        mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), marks
+    )
     student = _student(mapping, teacher_config, marks, findings)
     models = Models(teacher, student, replaced_layers(teacher, student))
     rates = rates or measured_rates(_device(mapping))
@@ -74,17 +75,26 @@ def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | Non
                 findings.warnings += conversion_warnings(teacher, **chosen)
         except UsageError as error:
             raise mapping_error([Problem(("student", "convert", key), told(error))], marks) from None
-        reference, place = f"converted from {mapping.teacher.model}", ("student", "convert")
+        reference = f"converted from {mapping.teacher.model}"
     elif student.config is not None:
-        reference, place = student.config, ("student", "config")
-        with _placed(place, marks):
-            config = read_student_config(student.config)
+        reference = student.config
+        with _placed(("student", "config"), marks):
+            config = read_student_config(reference)
     else:
-        reference, place = student.model or "", ("student", "model")
-        with _placed(place, marks):
+        reference = student.model or ""
+        with _placed(("student", "model"), marks):
             config = load_config(reference, student.revision)
-    with _placed(place, marks):
-        return Side.of(reference, config, student.paths, student.dtype)
+    return _side(reference, config, student.paths, student.dtype, ("student",), marks)
+
+
+def _side(
+    reference: str, config: PreTrainedConfig, paths: Paths | None, dtype: str, place: Place, marks: Marks | None
+) -> Side:
+    try:
+        with _placed(place, marks):
+            return Side.of(reference, config, paths, dtype)
+    except UsageError as error:
+        raise mapping_error([Problem((*place, "paths"), told(error))], marks) from None
 
 
 @contextmanager

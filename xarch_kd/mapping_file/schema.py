@@ -259,7 +259,8 @@ class Stage(Part):
     @property
     def cache_limit(self) -> int:
         """Bytes that the cache may take at most."""
-        return int((Cache() if isinstance(self.cache, str) else self.cache).limit_gib * 2**30)
+        limit = (Cache() if isinstance(self.cache, str) else self.cache).limit_gib
+        return int(limit) * 2**30 + int(limit % 1 * 2**30)
 
     @model_validator(mode="after")
     def _has_an_objective(self) -> Stage:
