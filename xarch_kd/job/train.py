@@ -180,7 +180,7 @@ class _Job:
     def _save(self, models: Models, projectors: dict[str, Tensor], seconds: float) -> None:
         student = models.student.cpu()  # type: ignore[call-arg]  # stubs want a bound method
         student.requires_grad_(True).to(DTYPES[self.plan.mapping.student.dtype])  # type: ignore[arg-type]
-        save_student(student, models.tokenizer, self.folder.student)
+        save_student(student, models.tokenizer, self.folder.student, overwrite=True)
         if projectors:
             write_tensors(self.folder.projectors, projectors)
         self.folder.event("saved", training_seconds=round(seconds, 2), peak_bytes=peak_bytes())
