@@ -17,6 +17,11 @@ from xarch_kd.mapping_file.render import plan_as_dict, render_plan
 from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.testing.tiny import tiny_config
 
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["name"])
+
+
 COUNTS = st.one_of(st.integers(1, 9), st.just(2**62))
 LAYERS = st.one_of(st.integers(0, 4), st.just(2**62))
 SELECTIONS = st.one_of(
@@ -45,7 +50,7 @@ STAGE = st.fixed_dictionaries(
             st.sampled_from(["mixers", "blocks", "embeddings", "norms", "head", "all"]), min_size=1, max_size=2
         ),
         "inputs": st.sampled_from(["teacher", "student"]),
-        "align": st.lists(ALIGN, min_size=1, max_size=2, unique_by=lambda align: align["name"]),
+        "align": st.lists(ALIGN, min_size=1, max_size=2, unique_by=_name),
     },
     optional={
         "tokens": st.fixed_dictionaries({"temperature": st.just(1.0)}),
@@ -90,7 +95,7 @@ def test_a_plan_or_an_error_of_ours(data: st.DataObject, folders: dict[str, str]
         "teacher": {"model": folders[data.draw(names)]},
         "student": student,
         "data": {"builtin": "licences", "sequence_length": data.draw(st.sampled_from([8, 1_048_576]))},
-        "stages": data.draw(st.lists(STAGE, min_size=1, max_size=2, unique_by=lambda stage: stage["name"])),
+        "stages": data.draw(st.lists(STAGE, min_size=1, max_size=2, unique_by=_name)),
     }
     try:
         mapping, _ = parse_mapping(json.dumps(content))
