@@ -31,7 +31,7 @@ from xarch_kd.evaluation.results import Evaluation, read_evaluation
 from xarch_kd.training.run_folder import environment, sha256_of, write_text
 
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
-BASELINE_RATES = (1e-3, 3e-3, 1e-2)
+BASELINE_RATES = (1e-3, 3e-3)
 TIMED_STEPS = 6
 BOUNDS = {
     "held_out_gap": 0.06,
@@ -50,7 +50,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     demo = run(DEMO, arguments.runs / "demo")
-    baselines = [logits_only(rate, demo, arguments.runs) for rate in BASELINE_RATES]
+    step_seconds = timed_step(arguments.runs)
+    fitting = max(1, int(demo["training_seconds"] / step_seconds))
+    baselines = [logits_only(rate, fitting, arguments.runs) for rate in BASELINE_RATES]
     best = min(baselines, key=lambda figures: figures["held_out_gap"])
     result = {
         "environment": environment(),
@@ -66,18 +68,22 @@ def main() -> None:
 
 
 def run(mapping: Path, output: Path) -> dict[str, Any]:
-    """Train `mapping` into `output` in a process of its own (or take the finished run) and return its figures."""
-    command = [sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(output)]
-    subprocess.run([*command, "--resume"] if output.exists() else command, check=True)
+    """Train and measure `mapping` into `output` (or take the finished run) and return its figures."""
+    train(mapping, output)
     saved = next(event for event in events(output) if event["event"] == "saved")
-    evaluation = read_evaluation(output / "evaluation.json")
     return {
         "run": output.name,
         "steps": sum(event["event"] == "step" for event in events(output)),
         "training_seconds": saved["training_seconds"],
         "peak_gib": round(saved["peak_bytes"] / 2**30, 3),
-        **gaps(evaluation),
+        **gaps(read_evaluation(output / "evaluation.json")),
     }
+
+
+def train(mapping: Path, output: Path) -> None:
+    """Train `mapping` into `output` in a process of its own."""
+    command = [sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(output)]
+    subprocess.run([*command, "--resume"] if output.exists() else command, check=True)
 
 
 def gaps(evaluation: Evaluation) -> dict[str, Any]:
@@ -98,27 +104,31 @@ def events(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def logits_only(rate: float, demo: dict[str, Any], runs: Path) -> dict[str, Any]:
-    """Distil from logits alone at learning rate `rate` for as long as the demo trained, and return the figures."""
-    timed = write_baseline(runs / "timed.yaml", steps=TIMED_STEPS, rate=rate)
-    run(timed, runs / f"timed-{rate:g}")
-    steps = [event for event in events(runs / f"timed-{rate:g}") if event["event"] == "step"]
-    times = [later["time"] - earlier["time"] for earlier, later in itertools.pairwise(steps)]
-    fitting = max(1, int(demo["training_seconds"] / statistics.median(times)))
+def timed_step(runs: Path) -> float:
+    """Return the median seconds of a step of logit-only distillation, from a short run."""
+    output = runs / "timed"
+    train(write_baseline(runs / "timed.yaml", steps=TIMED_STEPS, rate=BASELINE_RATES[0], measured=False), output)
+    times = [event["time"] for event in events(output) if event["event"] == "step"]
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+
+
+def logits_only(rate: float, steps: int, runs: Path) -> dict[str, Any]:
+    """Distil from logits alone for `steps` steps at learning rate `rate` and return the figures."""
     name = f"logits-only-{rate:g}"
-    mapping = runs / f"{name}.yaml"
     if not (runs / name).exists():
-        write_baseline(mapping, steps=fitting, rate=rate)
-    return {"rate": rate, **run(mapping, runs / name)}
+        write_baseline(runs / f"{name}.yaml", steps=steps, rate=rate)
+    return {"rate": rate, **run(runs / f"{name}.yaml", runs / name)}
 
 
-def write_baseline(path: Path, *, steps: int, rate: float) -> Path:
+def write_baseline(path: Path, *, steps: int, rate: float, measured: bool = True) -> Path:
     """Write the demo's mapping file with one stage, its last one's, of `steps` steps at `rate`."""
     mapping = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     stage = next(stage for stage in reversed(mapping["stages"]) if "tokens" in stage)
     stage |= {"steps": steps, "optimizer": {**stage.get("optimizer", {}), "lr": rate}}
     stage.pop("batches", None)
     mapping["stages"] = [stage]
+    if not measured:
+        del mapping["evaluate"]
     write_text(path, yaml.safe_dump(mapping, sort_keys=False))
     return path
 

@@ -72,7 +72,8 @@ def test_every_stage_through_the_command_line(
     tokenizer = AutoTokenizer.from_pretrained(run / "student")
     prompt = tokenizer("The quick", return_tensors="pt")
     outputs = [
-        student.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=cache) for cache in (True, False)
+        student.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=cache)  # pyright: ignore[reportAttributeAccessIssue]
+        for cache in (True, False)
     ]
     assert torch.equal(*outputs)
     files = set(json.loads((run / "manifest.json").read_text())["files"])

@@ -41,10 +41,12 @@ def command(
 
     import torch
 
+    from xarch_kd.cli.console import quiet_libraries
     from xarch_kd.models.convert import convert
     from xarch_kd.models.load import load_model, load_tokenizer
     from xarch_kd.models.save import save_student
 
+    quiet_libraries()
     student = convert(
         load_model(teacher, revision=revision),
         mixer=mixer,

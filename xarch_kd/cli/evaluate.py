@@ -24,11 +24,11 @@ def command(
     Negative log-likelihood and perplexity of both, by position, with paired bootstrap intervals of the difference: on
     held-out text of the training corpus, and on each text under `evaluate.also`.
     """
-    from rich.console import Console
-
+    from xarch_kd.cli.console import make_console, quiet_libraries
     from xarch_kd.job.evaluate import check_gate, evaluate
 
-    console = Console(stderr=json)
+    quiet_libraries()
+    console = make_console(stderr=json)
     evaluation = evaluate(run, tokens=tokens, console=console)
     if json:
         print((run / "evaluation.json").read_text(encoding="utf-8"), end="")

@@ -10,12 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from xarch_kd.cli.console import make_console, quiet_libraries
 from xarch_kd.errors import UsageError
 
 PROMPTS = ("The with statement is used to", "Once upon a time there was a little girl who")
-
-# Columns of the output when it goes to a file or a pipe, which have no width of their own.
-PLAIN_WIDTH = 110
 
 
 def command(
@@ -29,9 +27,7 @@ def command(
 ) -> None:
     """Show a run's result: the table, what teacher and student write after a prompt, how to load the student."""
     check_run(run)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PLAIN_WIDTH)
+    console = make_console()
     print_result(console, run)
     console.print(generations(run, prompt or list(PROMPTS), tokens=tokens, temperature=temperature, seed=seed))
     console.print()
@@ -66,13 +62,12 @@ def print_result(console: Console, run: Path) -> None:
 
 def generations(run: Path, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:
     """Return a table of what teacher and student write after each prompt."""
-    from transformers.utils.logging import disable_progress_bar
 
     from xarch_kd.generation.continuation import continuation
     from xarch_kd.mapping_file.load import load_mapping
     from xarch_kd.models.load import load_model, load_tokenizer
 
-    disable_progress_bar()
+    quiet_libraries()
     mapping, *_ = load_mapping(run / "mapping.yaml")
     student_folder = str(run / "student")
     # The student's tokenizer is the teacher's, and it is read faster from its own folder than from a .gguf file.

@@ -23,12 +23,12 @@ def command(
     Ctrl-C and SIGTERM end the step in progress, write a checkpoint and exit with 130; --resume goes on from there. A
     finished run is left as it is.
     """
-    from rich.console import Console
-
+    from xarch_kd.cli.console import make_console, quiet_libraries
     from xarch_kd.job.train import train
     from xarch_kd.mapping_file.resolve import make_plan
 
-    console = Console(quiet=quiet)
+    quiet_libraries()
+    console = make_console(quiet=quiet)
     run = train(make_plan(mapping), output, resume=resume, console=console)
     said = "finished before; nothing was done" if run.was_finished else "finished"
     console.print(f"{said}: {run.student}", highlight=False, soft_wrap=True)

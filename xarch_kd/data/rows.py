@@ -25,7 +25,7 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, *, mos
     tokens: list[int] = []
     for document in corpus.documents:
         # verbose=False: a document longer than the model's context is expected here, since rows are cut afterwards.
-        tokens.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens.extend(tokenizer.encode(document, add_special_tokens=False, verbose=False))
         tokens.extend(end)
         if most is not None and len(tokens) >= most * length:
             break

@@ -301,7 +301,9 @@ class Aligner(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return what this stage trains: `student.…` parameters and `projectors.…`, as they are (not copies)."""
-        state = {f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad}
+        state: dict[str, Tensor] = {
+            f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad
+        }
         return state | {f"projectors.{name}": tensor for name, tensor in self.projectors.state_dict().items()}
 
     @torch.no_grad()

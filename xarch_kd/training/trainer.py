@@ -101,10 +101,15 @@ class StageTrainer(Trainer):
             batch["number"] = number
             counts = counts + self.aligner.counts(input_ids, None, None, batch["features"])
         if self.accelerator.num_processes > 1:
-            counts = counts.map(lambda count: self.accelerator.reduce(count, reduction="sum"))
+            counts = counts.map(self._summed_over_ranks)
         self._counts = counts
         self._figures = {}
         return batches, None
+
+    def _summed_over_ranks(self, count: Tensor) -> Tensor:
+        total = self.accelerator.reduce(count, reduction="sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def compute_loss(
         self,
@@ -133,7 +138,7 @@ class StageTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def _where_to_go_on(self) -> str:
-        kept = latest_checkpoint(Path(self.args.output_dir))
+        kept = latest_checkpoint(Path(str(self.args.output_dir)))
         state = f"the last good checkpoint is {kept.name}" if kept else "no step of this stage was saved yet"
         return f"{state}; lower the stage's optimizer.lr or look at that batch's text. No optimiser step was taken."
 
@@ -237,13 +242,10 @@ class _Guard(TrainerCallback):
                     fix=self.trainer._where_to_go_on(),
                 )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signals.requested is not None:
             control.should_save = True
             control.should_training_stop = True
-        return control
 
 
 def _arguments(plan: StagePlan, *, folder: Path, seed: int, cpu: bool, tracking: tuple[str, ...]) -> TrainingArguments:
