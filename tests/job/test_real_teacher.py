@@ -41,7 +41,10 @@ def test_the_demo_in_a_few_steps(tmp_path: Path) -> None:
     assert type(student).__name__ == "BambaForCausalLM"
     tokenizer = AutoTokenizer.from_pretrained(run / "student")
     prompt = tokenizer("The with statement", return_tensors="pt")
-    texts = [student.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cache) for cache in (True, False)]
+    texts = [
+        student.generate(**prompt, max_new_tokens=8, do_sample=False, use_cache=cache)  # pyright: ignore[reportAttributeAccessIssue]
+        for cache in (True, False)
+    ]
     assert torch.equal(*texts)
     # Nothing but the new mixers trained: every weight that the teacher has too is the teacher's.
     teacher = load_model(mapping["teacher"]["model"])

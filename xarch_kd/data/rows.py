@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch.utils.data import Dataset
@@ -25,7 +26,7 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, *, mos
     tokens: list[int] = []
     for document in corpus.documents:
         # verbose=False: a document longer than the model's context is expected here, since rows are cut afterwards.
-        tokens.extend(tokenizer.encode(document, add_special_tokens=False, verbose=False))
+        tokens.extend(cast(list[int], tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]))
         tokens.extend(end)
         if most is not None and len(tokens) >= most * length:
             break
