@@ -22,7 +22,7 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, *, mos
 
     `most` bounds the number of rows. Raises `DataError` when the corpus is shorter than one row.
     """
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     tokens: list[int] = []
     for document in corpus.documents:
         # verbose=False: a document longer than the model's context is expected here, since rows are cut afterwards.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import resource
 import shlex
@@ -91,6 +92,7 @@ class _Job:
         self.signals = signals
 
     def run(self, fingerprint: str) -> None:
+        _check_tracking(self.plan.mapping.tracking)
         started = time.perf_counter()
         tokenizer = load_run_tokenizer(self.plan)
         data = self.plan.mapping.data
@@ -186,12 +188,20 @@ class _Job:
         self.folder.event("saved", training_seconds=round(seconds, 2), peak_bytes=peak_bytes())
 
 
+def _check_tracking(tracking: tuple[str, ...]) -> None:
+    for package in tracking:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"tracking needs the package '{package}'", asked=f"tracking: {package}", fix=f"pip install {package}"
+            )
+
+
 def _cache_of(stage: StagePlan, path: Path) -> tuple[FeatureCache | None, Path | None]:
-    asked = stage.stage.cache
-    where = asked if isinstance(asked, str) else asked.where
-    if where == "memory":
+    if stage.stage.inputs == "student":
+        return None, None
+    if stage.stage.cache_place == "memory":
         return MemoryCache(), None
-    if where == "disk":
+    if stage.stage.cache_place == "disk":
         return DiskCache(path / "features"), path / "features"
     return None, None
 

@@ -12,7 +12,7 @@ the share of that rate that whole passes reach: 0.60 to 0.80 was seen on SmolLM2
 one thread, on a CPU that also did other work). Loading, evaluation and checkpoints are not counted. On a GPU the share
 was not measured.
 
-Bytes. Weights, gradients and the two moments of AdamW (in the student's dtype) of what trains, projectors in float32,
+Bytes. Weights, gradients and the two moments of AdamW of what trains and the student itself, all in float32,
 the cache if it is in memory, and what the backward pass keeps: per token and block about 8 · width + 4 · MLP width
 numbers, for Mamba-2 also 5 matrices [heads, Q, Q] a chunk (of what autograd saved in SmolLM2's hybrid this is 1.21 with
 only the mixers training, 0.87 with everything); a frozen block below everything that trains keeps nothing.
@@ -130,8 +130,7 @@ def stage_cost(work: Work, teacher: Side, student: Side, rates: Rates) -> Cost:
         student_token += 2.0 * head.numel() * (4 if student.names[id(head)] in work.trainable else 3)
     teacher_flops = teacher_token * tokens * work.teacher_passes
     student_flops = student_token * tokens * work.student_passes
-    compute = student.dtype if work.stage.precision == "float32" else "bfloat16"
-    seconds = rates.seconds(teacher_flops, teacher.dtype) + rates.seconds(student_flops, compute)
+    seconds = rates.seconds(teacher_flops, teacher.dtype) + rates.seconds(student_flops, work.stage.precision)
     return Cost(flops=teacher_flops + student_flops, seconds=seconds, peak_bytes=_peak_bytes(work, teacher, student))
 
 
@@ -195,10 +194,12 @@ def _of(config: Any, *names: str) -> int:
 
 
 def _peak_bytes(work: Work, teacher: Side, student: Side) -> int:
-    models = sum(parameter_count(side.layout.model) * BYTES[side.dtype] for side in (teacher, student))
+    # The student trains in float32, whatever dtype it is saved in.
+    student_bytes = parameter_count(student.layout.model) * BYTES["float32"]
+    models = parameter_count(teacher.layout.model) * BYTES[teacher.dtype] + student_bytes
     trained = sum(p.numel() for p in student.layout.model.parameters() if student.names[id(p)] in work.trainable)
     # Gradient and two moments of what trains; a projector also has its weight.
-    training = 3 * trained * BYTES[student.dtype] + 16 * work.projector_parameters
+    training = 3 * trained * BYTES["float32"] + 16 * work.projector_parameters
     lowest = _lowest_trained(work, student)
     kept = [_kept_numbers(student.layout, index, work) for index in work.student_blocks if index >= lowest]
     if work.stage.gradient_checkpointing and kept:

@@ -124,11 +124,6 @@ def _model_warnings(mapping: MappingFile, models: Models) -> Iterator[str]:
             f"the student's vocabulary has {rows[0]} rows and the teacher's {rows[1]}: next-token distributions are "
             f"compared over the first {min(rows)}, if both tokenizers agree on them"
         )
-    if models.student.dtype == "bfloat16":
-        yield (
-            "student.dtype is bfloat16, so an update smaller than about 1/256 of a weight is lost; "
-            "float32 weights with precision: bfloat16 keep it"
-        )
     embedding = models.student.layout.model.get_input_embeddings().weight
     for stage in mapping.stages:
         part = {"embeddings", "head"} & set(stage.train)

@@ -88,7 +88,10 @@ class Conversion(Part):
 
 
 class Student(Part):
-    """Exactly one of `model` (an existing student), `config` (built fresh from a config folder) or `convert`."""
+    """Exactly one of `model` (an existing student), `config` (built fresh from a config folder) or `convert`.
+
+    `dtype` is what the student is saved in; while it trains, its weights are float32.
+    """
 
     model: str | None = None
     config: str | None = None
