@@ -29,8 +29,8 @@ check: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/recipes.py
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.recipes
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/test_readme.py

@@ -119,6 +119,8 @@ def recording(
         except StopPass as reached:
             if reached.owner is not owner:
                 raise
+            # The frames of the pass that was ended would keep its tensors alive until a garbage collection.
+            reached.__traceback__ = None
     finally:
         for handle in handles:
             handle.remove()
