@@ -1,4 +1,4 @@
-"""How long `import xarch_kd` and `xarch-kd --help` take: medians over fresh interpreters, with the bounds they hold.
+"""How long `import xarch_kd`, `xarch-kd --help` and `xarch-kd plan` take: medians over fresh interpreters, with the bounds they hold.
 
 Prints a table, writes `benchmarks/results/startup.json`, and returns 1 if a bound is broken.
 """
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results" / "startup.json"
+DEMO = Path(__file__).resolve().parent.parent / "mappings" / "smollm2-135m--mamba2-hybrid.yaml"
 REPEATS = 9
 
 # Case → the interpreter's arguments and the bound in seconds. An empty interpreter is measured for comparison.
@@ -22,6 +23,7 @@ CASES: dict[str, tuple[list[str], float]] = {
     "python -c pass": (["-c", "pass"], float("inf")),
     "import xarch_kd": (["-c", "import xarch_kd"], 0.3),
     "xarch-kd --help": (["-c", "import sys; from xarch_kd.cli.app import main; sys.exit(main(['--help']))"], 0.6),
+    "xarch-kd plan": (["-m", "xarch_kd", "plan", str(DEMO)], 5.0),
     "xarch-kd --version": (["-c", "import sys; from xarch_kd.cli.app import main; sys.exit(main(['--version']))"], 0.6),
 }
 
