@@ -1,6 +1,6 @@
 """How long `import xarch_kd`, `xarch-kd --help` and `xarch-kd plan` take: medians over fresh interpreters.
 
-Prints a table with the bounds that the medians hold, writes `benchmarks/results/startup.json`, and returns 1 if a bound is broken.
+Prints a table with the bounds of the medians, writes `benchmarks/results/startup.json`, returns 1 if one is broken.
 """
 
 from __future__ import annotations
