@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 
 # Where there is no terminal, tables would otherwise be cut to 80 columns and break their words.
@@ -15,7 +17,12 @@ def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars and advice off the screen, where our lines say what is going on."""
+    """Keep transformers' own progress bars and advice off the screen, where our lines say what is going on.
+
+    To be called before anything else imports transformers: its GGUF reader's bar is tqdm's own, which reads its
+    environment when it is imported.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

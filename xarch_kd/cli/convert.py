@@ -39,14 +39,15 @@ def command(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder.", fix="give a new folder as --output")
 
+    from xarch_kd.cli.console import quiet_libraries
+
+    quiet_libraries()
     import torch
 
-    from xarch_kd.cli.console import quiet_libraries
     from xarch_kd.models.convert import convert
     from xarch_kd.models.load import load_model, load_tokenizer
     from xarch_kd.models.save import save_student
 
-    quiet_libraries()
     student = convert(
         load_model(teacher, revision=revision),
         mixer=mixer,

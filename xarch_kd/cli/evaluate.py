@@ -25,9 +25,10 @@ def command(
     held-out text of the training corpus, and on each text under `evaluate.also`.
     """
     from xarch_kd.cli.console import make_console, quiet_libraries
-    from xarch_kd.job.evaluate import check_gate, evaluate
 
     quiet_libraries()
+    from xarch_kd.job.evaluate import check_gate, evaluate
+
     console = make_console(stderr=json)
     evaluation = evaluate(run, tokens=tokens, console=console)
     if json:

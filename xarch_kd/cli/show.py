@@ -62,12 +62,11 @@ def print_result(console: Console, run: Path) -> None:
 
 def generations(run: Path, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:
     """Return a table of what teacher and student write after each prompt."""
-
+    quiet_libraries()
     from xarch_kd.generation.continuation import continuation
     from xarch_kd.mapping_file.load import load_mapping
     from xarch_kd.models.load import load_model, load_tokenizer
 
-    quiet_libraries()
     mapping, *_ = load_mapping(run / "mapping.yaml")
     student_folder = str(run / "student")
     # The student's tokenizer is the teacher's, and it is read faster from its own folder than from a .gguf file.

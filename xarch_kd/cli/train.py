@@ -24,10 +24,11 @@ def command(
     finished run is left as it is.
     """
     from xarch_kd.cli.console import make_console, quiet_libraries
+
+    quiet_libraries()
     from xarch_kd.job.train import train
     from xarch_kd.mapping_file.resolve import make_plan
 
-    quiet_libraries()
     console = make_console(quiet=quiet)
     run = train(make_plan(mapping), output, resume=resume, console=console)
     said = "finished before; nothing was done" if run.was_finished else "finished"
