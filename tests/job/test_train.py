@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from xarch_kd.cli.app import main
 from xarch_kd.errors import CheckpointError, Interrupted, NonFiniteLoss
@@ -371,3 +371,30 @@ def test_bad_text_leaves_no_run_folder(
     assert main(["train", str(mapping), "--output", str(tmp_path / "run")]) == 3
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_trainer_reports_the_loss_and_its_named_parts(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, start_time=None: logged.append(dict(logs)))
+    train(write_mapping(MIXERS), tmp_path / "run")
+    steps = [logs for logs in logged if "loss" in logs]
+    assert len(steps) == MIXERS["steps"]
+    names = {"mixers/mixer-output.1", "mixers/mixer-output.2"}
+    assert all(names <= logs.keys() for logs in steps)
+    assert all(logs["loss"] == pytest.approx(sum(logs[name] for name in names)) for logs in steps)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_resuming_with_a_cache_gives_bitwise_the_same_student(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    mapping = write_mapping({**MIXERS, "steps": 6, "cache": cache})
+    train(mapping, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(Interrupted):
+            train(mapping, tmp_path / "stopped")
+    train(mapping, tmp_path / "stopped", resume=True)
+    assert same(student_of(tmp_path / "stopped"), student_of(tmp_path / "whole"))
