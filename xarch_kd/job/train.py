@@ -135,40 +135,20 @@ class _Job:
             return aligner
         began = time.perf_counter()
         checkpoint = latest_checkpoint(path)
-        cache, cache_folder = _cache_of(stage, path)
-        trainer = StageTrainer(
-            aligner,
-            TeacherReader(layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.sites(), cache),
-            StageRows(
-                rows,
-                BatchOrder(
-                    rows=rows.shape[0],
-                    batch_size=stage.batch_size,
-                    distinct=stage.distinct_batches,
-                    seed=self.plan.mapping.seed,
-                    stage=stage.index,
-                ),
-                stage.stage.steps * stage.stage.gradient_accumulation,
-            ),
-            stage,
-            folder=path,
-            seed=self.plan.mapping.seed,
-            cpu=device_of(self.plan).type == "cpu",
-            tracking=self.plan.mapping.tracking,
-            signals=self.signals,
-        )
         first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if checkpoint:
             self.folder.event("resumed", stage=stage.stage.name, step=first_step)
+        cache, cache_folder = _cache_of(stage, path)
+        reader = TeacherReader(layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.sites(), cache)
+        trainer = self._trainer(stage, aligner, reader, rows)
         progress = StageProgress(
             self.folder, self.console, stage=stage.stage.name, steps=stage.stage.steps, first_step=first_step
         )
-        with progress, self.signals.deferred():
+        with progress, self.signals.deferred(), warnings.catch_warnings():
+            # Said by torch when a scheduler's state is restored before the first step of this process.
+            warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
             trainer.progress = progress
-            with warnings.catch_warnings():
-                # Said once a run by torch when a scheduler's state is restored before the first step of this process.
-                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < stage.stage.steps:
             self.signals.check()
         write_tensors(done, aligner.trained_state())
@@ -178,6 +158,27 @@ class _Job:
         self.folder.event("stage-finished", stage=stage.stage.name, seconds=round(seconds, 2), peak_bytes=peak_bytes())
         self._say(f"stage {stage.stage.name}: {stage.stage.steps} steps in {clock(seconds)}")
         return aligner
+
+    def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherReader, rows: Tensor) -> StageTrainer:
+        mapping = self.plan.mapping
+        order = BatchOrder(
+            rows=rows.shape[0],
+            batch_size=stage.batch_size,
+            distinct=stage.distinct_batches,
+            seed=mapping.seed,
+            stage=stage.index,
+        )
+        return StageTrainer(
+            aligner,
+            reader,
+            StageRows(rows, order, stage.stage.steps * stage.stage.gradient_accumulation),
+            stage,
+            folder=self.folder.stage(stage.folder),
+            seed=mapping.seed,
+            cpu=device_of(self.plan).type == "cpu",
+            tracking=mapping.tracking,
+            signals=self.signals,
+        )
 
     def _save(self, models: Models, projectors: dict[str, Tensor], seconds: float) -> None:
         student = models.student.cpu()  # type: ignore[call-arg]  # stubs want a bound method
