@@ -59,7 +59,7 @@ def test_a_mapping_file_that_does_not_fit(
         ("version: &one 1\nseed: *one\n", ":1:10: the anchor &one is not allowed"),
         ("version: !!python/object/apply:os.system ['true']\n", "tag"),
         ("a: " + "[" * 500_000 + "]" * 500_000 + "\n", ":1:"),
-        ("a: " + "x" * (1 << 20) + "\n", "1 MiB"),
+        ("a: " + "x" * (1 << 20) + "\n", "larger than 1048576 bytes"),
     ],
 )
 def test_yaml_that_is_more_than_data(

@@ -72,7 +72,7 @@ def test_a_student_that_is_the_teacher_has_loss_and_gradient_zero(
     output = aligner(input_ids)
     output.loss.backward()
     # 1 - cosine and the divergence are differences of rounded numbers near 1 and near the logits' size.
-    assert abs(float(output.loss)) < 1e-5
+    assert abs(float(output.loss.detach())) < 1e-5
     gradients = [parameter.grad for parameter in copy.parameters() if parameter.grad is not None]
     assert gradients
     assert max(float(gradient.abs().max()) for gradient in gradients) < 1e-5
@@ -90,9 +90,9 @@ def test_masked_tokens_do_not_count(
     padded = aligner(input_ids, mask)
     scrambled = aligner(other, mask)
     for name, part in short.parts.items():
-        # The same tokens in a longer row: the same sums in another blocking.
-        assert float(padded.parts[name]) == pytest.approx(float(part), rel=1e-5), name
-        assert float(scrambled.parts[name]) == pytest.approx(float(part), rel=1e-5), name
+        # The same tokens in a longer row: the same sums in another blocking; 1 - cosine is rounded like numbers near 1.
+        assert float(padded.parts[name]) == pytest.approx(float(part), rel=1e-5, abs=1e-6), name
+        assert float(scrambled.parts[name]) == pytest.approx(float(part), rel=1e-5, abs=1e-6), name
 
 
 def test_labels_leave_positions_out_of_the_token_objective(
@@ -101,8 +101,8 @@ def test_labels_leave_positions_out_of_the_token_objective(
     aligner = Aligner(plan_of(teacher_folder, TOKENS), teacher=teacher, student=student)
     labels = input_ids.clone()
     labels[:, 10:] = -100
-    assert float(aligner(input_ids, labels=labels).loss) == pytest.approx(
-        float(aligner(input_ids[:, :10]).loss), rel=1e-5
+    assert float(aligner(input_ids, labels=labels).loss.detach()) == pytest.approx(
+        float(aligner(input_ids[:, :10]).loss.detach()), rel=1e-5
     )
 
 
@@ -152,7 +152,7 @@ def test_one_s_own_loop_lowers_the_loss(
     optimizer = torch.optim.AdamW([p for p in aligner.parameters() if p.requires_grad], lr=1e-2)
     output, losses = aligner(input_ids=input_ids), []
     for _ in range(10):
-        losses.append(float(output.loss))
+        losses.append(float(output.loss.detach()))
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
