@@ -31,7 +31,8 @@ from xarch_kd.evaluation.results import Evaluation, read_evaluation
 from xarch_kd.training.run_folder import environment, sha256_of, write_text
 
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
-BASELINE_RATES = (1e-3, 3e-3)
+# Of 1e-3 and 3e-3 the larger was better in earlier runs of this length.
+BASELINE_RATES = (3e-3, 6e-3)
 TIMED_STEPS = 6
 BOUNDS = {
     "held_out_gap": 0.06,
