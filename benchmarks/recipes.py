@@ -33,7 +33,7 @@ from xarch_kd.training.run_folder import environment, sha256_of, write_text
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
 # Of 1e-3 and 3e-3 the larger was better in earlier runs of this length.
 BASELINE_RATES = (3e-3, 6e-3)
-TIMED_STEPS = 6
+TIMED_STEPS = 16
 BOUNDS = {
     "held_out_gap": 0.06,
     "other_kind_gap": 0.10,
