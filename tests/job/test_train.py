@@ -1,61 +1,24 @@
-"""The main job on tiny models: every stage through the command line, resuming, caches, bad input."""
+"""The main job on tiny models: every stage through the command line, what trains, accumulation, caches."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from xarch_kd.cli.app import main
-from xarch_kd.errors import CheckpointError, Interrupted, NonFiniteLoss
 from xarch_kd.job.train import train
 from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.runs import events_of, same, student_of
 from xarch_kd.testing.tiny import tiny_config
-from xarch_kd.training import aligner as aligner_module
 from xarch_kd.training import features as features_module
-from xarch_kd.training import trainer as trainer_module
-from xarch_kd.training.progress import StageProgress, StepFigures
 
 ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
-
-
-def student_of(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "student" / "model.safetensors")
-
-
-def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def events_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal when `count` steps are over."""
-    seen = 0
-    step = StageProgress.step
-
-    def stopping(self: StageProgress, figures: StepFigures) -> None:
-        nonlocal seen
-        step(self, figures)
-        seen += 1
-        if seen == count:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(StageProgress, "step", stopping)
 
 
 def test_every_stage_through_the_command_line(
@@ -105,62 +68,6 @@ def test_a_finished_run_is_left_as_it_is(write_mapping: Write, tmp_path: Path) -
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Filled by the first test of `test_resuming…` with the student of a run that was not stopped."""
-    return {}
-
-
-@pytest.mark.parametrize("count", range(1, ALL_STEPS + 1))
-def test_resuming_after_any_step_gives_bitwise_the_same_student(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, Any], count: int
-) -> None:
-    mapping = write_mapping()
-    if not uninterrupted:
-        train(mapping, tmp_path / "whole")
-        uninterrupted["student"] = student_of(tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        stop_after(patched, count)
-        with pytest.raises(Interrupted):
-            train(mapping, tmp_path / "stopped")
-    assert not (tmp_path / "stopped" / "manifest.json").exists()
-    train(mapping, tmp_path / "stopped", resume=True)
-    assert same(student_of(tmp_path / "stopped"), uninterrupted["student"])
-    steps = [(event["stage"], event["step"]) for event in events_of(tmp_path / "stopped") if event["event"] == "step"]
-    assert len(steps) == len(set(steps)) == ALL_STEPS
-
-
-def test_ctrl_c_exits_130_with_the_command_to_resume(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mapping, run = write_mapping(), tmp_path / "run"
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2, signal.SIGINT)
-        assert main(["train", str(mapping), "--output", str(run)]) == 130
-    command = f"xarch-kd train {mapping} --output {run} --resume"
-    assert command in capsys.readouterr().err
-    assert (run / "stages" / "01-mixers" / "checkpoint-2").is_dir()
-    assert main(["train", str(mapping), "--output", str(run)]) == 2
-    assert f"resume it: {command}" in capsys.readouterr().err
-    assert main(command.split()[1:]) == 0
-
-
-def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping: Write, tmp_path: Path) -> None:
-    stage = {**MIXERS, "steps": 60, "checkpoint_every": 5}
-    mapping, run = write_mapping(stage), tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(run), "-q"])
-    checkpoints = run / "stages" / "01-mixers"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert list(checkpoints.glob("checkpoint-*")), "the process ended before it was killed"
-    train(mapping, run, resume=True)
-    train(mapping, tmp_path / "whole")
-    assert same(student_of(run), student_of(tmp_path / "whole"))
-
-
 @pytest.mark.parametrize("selection", ["mixers", "blocks", "embeddings", "norms", "head", "all"])
 def test_parameters_outside_train_are_unchanged_and_those_inside_change(
     write_mapping: Write, tmp_path: Path, selection: str
@@ -178,7 +85,7 @@ def test_parameters_outside_train_are_unchanged_and_those_inside_change(
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed <= set(planned)
     never = {name for name in planned if name not in changed}
-    assert all(name.endswith(("k_proj.bias",)) for name in never), f"planned to train, yet unchanged: {never}"
+    assert not never, f"planned to train, yet unchanged: {never}"
     assert {
         "mixers": all(".mamba." in name for name in changed),
         "blocks": all(name.startswith("model.layers.") for name in changed),
@@ -281,98 +188,6 @@ def test_cheaper_passes_give_nearly_the_same_loss(
     assert losses[1] == pytest.approx(losses[0], rel=0.1 if "precision" in changes else 1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = {"count": 0}
-    honest = aligner_module.feature_loss
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        calls["count"] += 1
-        return honest(*args, **kwargs) * (float("nan") if calls["count"] > 2 * 2 else 1.0)
-
-    monkeypatch.setattr(aligner_module, "feature_loss", poisoned)
-    stage = {**MIXERS, "checkpoint_every": 1}
-    with pytest.raises(NonFiniteLoss) as stopped:
-        train(write_mapping(stage), tmp_path / "run")
-    text = str(stopped.value)
-    assert "the loss of stage 'mixers' is not finite at step 3" in text
-    assert "objective mixer-output.1" in text
-    assert "on batch 2" in text
-    assert "the last good checkpoint is checkpoint-2" in text
-    assert stopped.value.exit_code == 3
-    assert (tmp_path / "run" / "stages" / "01-mixers" / "checkpoint-2").is_dir()
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_step(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Poison(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, value: Tensor) -> Tensor:
-            return value.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-            return gradients[0] * float("inf")
-
-    honest = aligner_module.feature_loss
-    monkeypatch.setattr(aligner_module, "feature_loss", lambda *a, **k: Poison.apply(honest(*a, **k)))
-    with pytest.raises(NonFiniteLoss, match=r"a gradient of stage 'mixers' is not finite at step 1[\s\S]*parameter "):
-        train(write_mapping(MIXERS), tmp_path / "run")
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint_intact(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mapping = write_mapping({**MIXERS, "checkpoint_every": 1})
-    honest = trainer_module.write_tensors
-    calls = {"count": 0}
-
-    def filling(path: Path, tensors: Mapping[str, Tensor]) -> None:
-        calls["count"] += 1
-        if calls["count"] == 3:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".partial").write_bytes(b"half")
-            raise trainer_module.cannot_write(path, OSError(28, "No space left on device"))
-        honest(path, tensors)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "write_tensors", filling)
-        with pytest.raises(CheckpointError, match=r"no space left on the disk[\s\S]*run again with --resume"):
-            train(mapping, tmp_path / "run")
-    stage = tmp_path / "run" / "stages" / "01-mixers"
-    assert sorted(path.name for path in stage.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    train(mapping, tmp_path / "run", resume=True)
-    train(mapping, tmp_path / "whole")
-    assert same(student_of(tmp_path / "run"), student_of(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"files": ["absent.txt"]}, "a file pattern matches nothing"),
-        ({"files": ["{empty}"]}, "is empty"),
-        ({"files": ["{text}"], "sequence_length": 65536}, "too short for one row"),
-    ],
-)
-def test_bad_text_leaves_no_run_folder(
-    write_mapping: Write,
-    tmp_path: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-    data: dict[str, Any],
-    message: str,
-) -> None:
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n")
-    files = [name.format(empty=empty, text=text_file) for name in data["files"]]
-    mapping = write_mapping(data={**data, "files": files})
-    assert main(["train", str(mapping), "--output", str(tmp_path / "run")]) == 3
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_trainer_reports_the_loss_and_its_named_parts(
     write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,17 +199,3 @@ def test_the_trainer_reports_the_loss_and_its_named_parts(
     names = {"mixers/mixer-output.1", "mixers/mixer-output.2"}
     assert all(names <= logs.keys() for logs in steps)
     assert all(logs["loss"] == pytest.approx(sum(logs[name] for name in names)) for logs in steps)
-
-
-@pytest.mark.parametrize("cache", ["memory", "disk"])
-def test_resuming_with_a_cache_gives_bitwise_the_same_student(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
-) -> None:
-    mapping = write_mapping({**MIXERS, "steps": 6, "cache": cache})
-    train(mapping, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        stop_after(patched, 4)
-        with pytest.raises(Interrupted):
-            train(mapping, tmp_path / "stopped")
-    train(mapping, tmp_path / "stopped", resume=True)
-    assert same(student_of(tmp_path / "stopped"), student_of(tmp_path / "whole"))

@@ -1,0 +1,107 @@
+"""Stopping and going on: after any step, with caches, after Ctrl-C and kill, to bitwise the same student."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xarch_kd.cli.app import main
+from xarch_kd.errors import Interrupted
+from xarch_kd.job.train import train
+from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.runs import events_of, same, student_of
+from xarch_kd.training.progress import StageProgress, StepFigures
+
+ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when `count` steps are over."""
+    seen = 0
+    step = StageProgress.step
+
+    def stopping(self: StageProgress, figures: StepFigures) -> None:
+        nonlocal seen
+        step(self, figures)
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(StageProgress, "step", stopping)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, Any]:
+    """Filled by the first test of `test_resuming…` with the student of a run that was not stopped."""
+    return {}
+
+
+@pytest.mark.parametrize("count", range(1, ALL_STEPS + 1))
+def test_resuming_after_any_step_gives_bitwise_the_same_student(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, Any], count: int
+) -> None:
+    mapping = write_mapping()
+    if not uninterrupted:
+        train(mapping, tmp_path / "whole")
+        uninterrupted["student"] = student_of(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(patched, count)
+        with pytest.raises(Interrupted):
+            train(mapping, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "manifest.json").exists()
+    train(mapping, tmp_path / "stopped", resume=True)
+    assert same(student_of(tmp_path / "stopped"), uninterrupted["student"])
+    steps = [(event["stage"], event["step"]) for event in events_of(tmp_path / "stopped") if event["event"] == "step"]
+    assert len(steps) == len(set(steps)) == ALL_STEPS
+
+
+def test_ctrl_c_exits_130_with_the_command_to_resume(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapping, run = write_mapping(), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2, signal.SIGINT)
+        assert main(["train", str(mapping), "--output", str(run)]) == 130
+    command = f"xarch-kd train {mapping} --output {run} --resume"
+    assert command in capsys.readouterr().err
+    assert (run / "stages" / "01-mixers" / "checkpoint-2").is_dir()
+    assert main(["train", str(mapping), "--output", str(run)]) == 2
+    assert f"resume it: {command}" in capsys.readouterr().err
+    assert main(command.split()[1:]) == 0
+
+
+def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping: Write, tmp_path: Path) -> None:
+    stage = {**MIXERS, "steps": 60, "checkpoint_every": 5}
+    mapping, run = write_mapping(stage), tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(run), "-q"])
+    checkpoints = run / "stages" / "01-mixers"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert list(checkpoints.glob("checkpoint-*")), "the process ended before it was killed"
+    train(mapping, run, resume=True)
+    train(mapping, tmp_path / "whole")
+    assert same(student_of(run), student_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_resuming_with_a_cache_gives_bitwise_the_same_student(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    mapping = write_mapping({**MIXERS, "steps": 6, "cache": cache})
+    train(mapping, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(Interrupted):
+            train(mapping, tmp_path / "stopped")
+    train(mapping, tmp_path / "stopped", resume=True)
+    assert same(student_of(tmp_path / "stopped"), student_of(tmp_path / "whole"))
