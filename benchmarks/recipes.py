@@ -8,8 +8,8 @@ Two kinds of run, each a process of its own, one after another:
 2. logit-only distillation of the same student from the same initialisation, in the wall time that the demo's training
    took, once for each learning rate of `BASELINE_RATES`; the best of them is what the demo is compared with.
 
-The steps that fit into the wall time follow from the demo's own last stage, whose steps are the same. Figures are NLL in
-nats a token, both models in float32, on the held-out part of the training corpus and on text of another kind; peak
+The steps that fit into the wall time follow from the demo's own last stage, whose steps are the same. Figures are NLL
+in nats a token, both models in float32, on the held-out part of the training corpus and on text of another kind; peak
 memory is the resident set of the training process. A run folder that is finished already is used as it is, so that the
 table can be resumed.
 """
