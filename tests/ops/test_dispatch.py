@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from xarch_kd.errors import UsageError
-from xarch_kd.ops import explain, linear_divergence, projected_distance
-from xarch_kd.ops.dispatch import ENVIRONMENT, OPERATIONS, choose
+from xarch_kd.ops.dispatch import ENVIRONMENT, IMPLEMENTATIONS, choose, explain_choice
+
+NO_GPU = {"fused": "no GPU"}
 
 
 @pytest.fixture(autouse=True)
@@ -15,30 +15,35 @@ def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_auto_streams_and_an_explicit_choice_wins(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(operation) == "streaming"
-    assert choose(operation, "reference") == "reference"
+@pytest.mark.parametrize("operation", IMPLEMENTATIONS)
+def test_auto_takes_the_first_that_can_run_and_an_explicit_choice_wins(
+    operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose(operation) == "fused"
+    assert choose(operation, obstacles=NO_GPU) == "streaming"
+    assert choose(operation, "reference", NO_GPU) == "reference"
     monkeypatch.setenv(ENVIRONMENT, "reference")
     assert choose(operation) == "reference"
     assert choose(operation, "streaming") == "streaming"
 
 
+def test_auto_never_takes_an_estimate() -> None:
+    assert choose("mixing_distance", obstacles={**NO_GPU, "streaming": "x"}) == "panels"
+    assert choose("mixing_distance", obstacles={**NO_GPU, "streaming": "x", "panels": "y"}) == "reference"
+
+
 def test_explain_names_the_choice_and_each_alternative() -> None:
-    text = explain("linear_divergence")
+    text = explain_choice("linear_divergence", obstacles=NO_GPU)
     assert "runs 'streaming'" in text
     assert "reference: dense" in text
-    assert "fused: cannot run" in text
+    assert "fused: cannot run, no GPU" in text
 
 
 def test_what_cannot_run_is_an_error_with_the_reason() -> None:
-    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
-    with pytest.raises(UsageError, match=r"cannot run as 'fused': .*no fused kernel") as caught:
-        linear_divergence(hidden, weight, hidden, weight, impl="fused")
-    assert "auto | reference | streaming" in str(caught.value)
-    with pytest.raises(UsageError, match="no fused kernel"):
-        projected_distance(hidden, hidden, impl="fused")
+    with pytest.raises(UsageError, match="cannot run as 'fused': no GPU") as caught:
+        choose("linear_divergence", "fused", NO_GPU)
+    assert "auto | streaming | reference" in str(caught.value)
     with pytest.raises(UsageError, match="Did you mean 'streaming'"):
         choose("linear_divergence", "streeming")
     with pytest.raises(UsageError, match="Did you mean 'linear_divergence'"):
-        explain("linear_divergense")
+        choose("linear_divergense")

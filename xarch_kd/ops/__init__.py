@@ -1,4 +1,4 @@
-"""Floor 1: numerical operations on tensors, each as a dense specification and as a streamed implementation.
+"""Floor 2: numerical operations on tensors, each as a dense specification and as a streamed implementation.
 
 An operation never falls back silently: `impl="auto"` chooses, `explain` says what it would choose, and a requested
 implementation that cannot run is an error with the reason.

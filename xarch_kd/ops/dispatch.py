@@ -2,51 +2,94 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
+
+import torch
+from torch import Tensor
 
 from xarch_kd.errors import UsageError, suggest
 
 ENVIRONMENT: Final = "XARCH_KD_IMPL"
-OPERATIONS: Final = ("linear_divergence", "projected_distance")
-UNAVAILABLE: Final = {"fused": "this version ships no fused kernel for it"}
-AVAILABLE: Final = {
-    "reference": "dense and differentiated by autograd: the specification, for tests and small inputs",
-    "streaming": "chunked, with gradients in closed form: runs on any device",
+# In the order in which `auto` takes them.
+IMPLEMENTATIONS: Final = {
+    "linear_divergence": ("fused", "streaming", "reference"),
+    "mixing_distance": ("fused", "streaming", "panels", "sketch", "reference"),
+    "projected_distance": ("fused", "streaming", "reference"),
 }
+DESCRIPTIONS: Final = {
+    "fused": "Triton kernels: no large intermediate, on a GPU",
+    "streaming": "chunked, with gradients in closed form: runs on any device",
+    "panels": "exact, by applying the mixers to columns of the identity: any mixer, linear memory",
+    "sketch": "estimated, by applying the mixers to random probes: any mixer, linear time and memory",
+    "reference": "dense and differentiated by autograd: the specification, for tests and small inputs",
+}
+# Estimates and specifications are taken only by name.
+ASKED_FOR_ONLY: Final = ("sketch", "reference")
+KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+NO_OBSTACLES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-def choose(operation: str, impl: str = "auto") -> str:
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on tensors of the CPU: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernel_obstacle(*tensors: Tensor | None) -> str | None:
+    """Return why Triton kernels cannot run on these tensors, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and not interpreted():
+            return f"Triton kernels need a GPU and the tensors are on the {tensor.device.type}"
+        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+            return f"the kernels take float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO_OBSTACLES) -> str:
     """Return the implementation of `operation` that runs when `impl` is asked for.
 
-    `auto` takes the one named by the environment variable `XARCH_KD_IMPL`, else `streaming`.
+    `obstacles` say for an implementation why it cannot run on the inputs at hand. `auto` takes the one named by the
+    environment variable `XARCH_KD_IMPL`, else the first that can run and is neither an estimate nor the specification.
 
     Raises:
         UsageError: the operation or implementation is unknown, or the implementation cannot run.
     """
-    if operation not in OPERATIONS:
+    if operation not in IMPLEMENTATIONS:
         raise UsageError(
-            f"There is no such operation.{suggest(operation, OPERATIONS)}",
+            f"There is no such operation.{suggest(operation, IMPLEMENTATIONS)}",
             asked=operation,
-            allowed=" | ".join(OPERATIONS),
+            allowed=" | ".join(IMPLEMENTATIONS),
         )
+    names = IMPLEMENTATIONS[operation]
+    runnable = [name for name in names if name not in obstacles]
     named = (os.environ.get(ENVIRONMENT) or "auto") if impl == "auto" else impl
     if named == "auto":
-        return "streaming"
-    if named in AVAILABLE:
-        return named
-    allowed = " | ".join(("auto", *AVAILABLE))
-    if named in UNAVAILABLE:
-        raise UsageError(f"{operation} cannot run as '{named}': {UNAVAILABLE[named]}.", asked=named, allowed=allowed)
-    raise UsageError(
-        f"{operation} has no such implementation.{suggest(named, AVAILABLE)}", asked=named, allowed=allowed
-    )
+        return next((name for name in runnable if name not in ASKED_FOR_ONLY), runnable[-1])
+    allowed = " | ".join(("auto", *runnable))
+    if named in obstacles and named in names:
+        raise UsageError(f"{operation} cannot run as '{named}': {obstacles[named]}.", asked=named, allowed=allowed)
+    if named not in names:
+        raise UsageError(
+            f"{operation} has no such implementation.{suggest(named, names)}", asked=named, allowed=allowed
+        )
+    return named
+
+
+def explain_choice(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO_OBSTACLES) -> str:
+    """Say in a few lines which implementation runs for `impl`, and what speaks for and against each."""
+    lines = [f"{operation}: impl={impl!r} runs '{choose(operation, impl, obstacles)}'"]
+    for name in IMPLEMENTATIONS[operation]:
+        lines.append(f"  {name}: " + (f"cannot run, {obstacles[name]}" if name in obstacles else DESCRIPTIONS[name]))
+    return "\n".join(lines)
 
 
 def explain(operation: str, impl: str = "auto") -> str:
-    """Say in a few lines which implementation of `operation` runs for `impl`, and what speaks for and against each."""
-    chosen = choose(operation, impl)
-    lines = [f"{operation}: impl={impl!r} runs '{chosen}'"]
-    lines += [f"  {name}: {reason}" for name, reason in AVAILABLE.items()]
-    lines += [f"  {name}: cannot run, {reason}" for name, reason in UNAVAILABLE.items()]
-    return "\n".join(lines)
+    """Say which implementation of `operation` runs for `impl`, whatever its inputs."""
+    return explain_choice(operation, impl, {"fused": "this version ships no fused kernel for it"})

@@ -77,7 +77,7 @@ def linear_divergence(
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
-    implementation = choose("linear_divergence", impl)
+    implementation = choose("linear_divergence", impl, {"fused": "this version ships no fused kernel for it"})
     problem = make_problem(
         Side(
             hidden=student_hidden,

@@ -45,7 +45,7 @@ def projected_distance(
     """
     check_distance(distance, reduction, epsilon)
     checks.check_chunk_size(chunk_size)
-    implementation = choose("projected_distance", impl)
+    implementation = choose("projected_distance", impl, {"fused": "this version ships no fused kernel for it"})
     problem = make_problem(student, teacher, weight=weight, bias=bias, distance=distance, mask=mask, epsilon=epsilon)
     if reduction == "mean" and problem.tokens == 0:
         raise checks.refuse_mean_of_nothing()
