@@ -1,4 +1,4 @@
-"""What holds for the whole suite: no network, and quiet libraries."""
+"""What holds for the whole suite: no network, quiet libraries, interpreted kernels."""
 
 from __future__ import annotations
 
@@ -8,3 +8,5 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Read when triton is first imported: kernels run in its interpreter, on the CPU. On a GPU: TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -13,6 +13,7 @@ NO_GPU = {"fused": "no GPU"}
 @pytest.fixture(autouse=True)
 def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
 @pytest.mark.parametrize("operation", IMPLEMENTATIONS)
@@ -30,6 +31,12 @@ def test_auto_takes_the_first_that_can_run_and_an_explicit_choice_wins(
 def test_auto_never_takes_an_estimate() -> None:
     assert choose("mixing_distance", obstacles={**NO_GPU, "streaming": "x"}) == "panels"
     assert choose("mixing_distance", obstacles={**NO_GPU, "streaming": "x", "panels": "y"}) == "reference"
+
+
+def test_auto_never_takes_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("linear_divergence") == "streaming"
+    assert choose("linear_divergence", "fused") == "fused"
 
 
 def test_explain_names_the_choice_and_each_alternative() -> None:

@@ -27,7 +27,7 @@ DESCRIPTIONS: Final = {
     "sketch": "estimated, by applying the mixers to random probes: any mixer, linear time and memory",
     "reference": "dense and differentiated by autograd: the specification, for tests and small inputs",
 }
-# Estimates and specifications are taken only by name.
+# Estimates and specifications are taken only by name; so are kernels while they are interpreted, which is slow.
 ASKED_FOR_ONLY: Final = ("sketch", "reference")
 KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 NO_OBSTACLES: Final[Mapping[str, str]] = MappingProxyType({})
@@ -36,6 +36,11 @@ NO_OBSTACLES: Final[Mapping[str, str]] = MappingProxyType({})
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on tensors of the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def by_name_alone() -> tuple[str, ...]:
+    """Return the implementations that `auto` passes over although they can run."""
+    return (*ASKED_FOR_ONLY, "fused") if interpreted() else ASKED_FOR_ONLY
 
 
 def kernel_obstacle(*tensors: Tensor | None) -> str | None:
@@ -71,7 +76,7 @@ def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO
     runnable = [name for name in names if name not in obstacles]
     named = (os.environ.get(ENVIRONMENT) or "auto") if impl == "auto" else impl
     if named == "auto":
-        return next((name for name in runnable if name not in ASKED_FOR_ONLY), runnable[-1])
+        return next((name for name in runnable if name not in by_name_alone()), runnable[-1])
     allowed = " | ".join(("auto", *runnable))
     if named in obstacles and named in names:
         raise UsageError(f"{operation} cannot run as '{named}': {obstacles[named]}.", asked=named, allowed=allowed)

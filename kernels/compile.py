@@ -1,0 +1,190 @@
+"""Compile every shipped configuration without a GPU and read registers, spills and shared memory back.
+
+    python -m xarch_kd.kernels.compile            # compare with the committed table
+    python -m xarch_kd.kernels.compile --write    # write the table anew
+    python -m xarch_kd.kernels.compile mixing_distance ssd    # only labels that contain every word
+
+A kernel file ships what its module-level tuple `SPECIMENS` (of `tiles.Specimen`) lists. The table is `resources.json`,
+and `resources.md` the same for reading; both are stamped with the release of triton that compiled them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+PACKAGE = "xarch_kd.kernels"
+TABLE = FOLDER / "resources.json"
+PAGE = FOLDER / "resources.md"
+PROCESSES = 2
+
+# Bytes of shared memory that one program may have; registers that one thread may have (AMD: vector and accumulator
+# registers together).
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
+REGISTER_LIMIT = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
+
+Row = dict[str, int]
+
+
+def specimens(words: Sequence[str] = ()) -> dict[str, tuple[str, int, str]]:
+    """Return every shipped configuration: `file/label/target` -> (file, place in its SPECIMENS, target)."""
+    found: dict[str, tuple[str, int, str]] = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        if path.stem == Path(__file__).stem:
+            continue
+        for place, specimen in enumerate(_specimens_of(path.stem)):
+            for target in specimen.targets:
+                name = f"{path.stem}/{specimen.label}/{target}"
+                if name in found:
+                    raise ValueError(f"two specimens are called {name}")
+                found[name] = (path.stem, place, target)
+    return {name: where for name, where in found.items() if all(word in name for word in words)}
+
+
+def compile_all(chosen: Mapping[str, tuple[str, int, str]]) -> dict[str, Row]:
+    """Compile the chosen configurations in two processes and return what each takes."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+            rows = pool.map(_compile, chosen.values())
+            return dict(zip(chosen, rows, strict=True))
+
+
+def problems(rows: Mapping[str, Row], table: Mapping[str, Any], whole: bool = True) -> list[str]:
+    """Return what is wrong with compiled `rows`, one line each, against the rules and the committed table.
+
+    A spill where the specimen allows none and more than the hardware has are wrong under any triton; more registers,
+    spills or shared memory than the table says only under the triton that wrote it. `whole`: `rows` are all there is.
+    """
+    import triton
+
+    lines: list[str] = []
+    bounds: Mapping[str, Row] = table.get("configurations", {})
+    same = table.get("triton") == triton.__version__
+    for name, row in rows.items():
+        module, place, target = specimens()[name]
+        if row["spills"] and target not in _specimens_of(module)[place].may_spill:
+            lines.append(f"{name}: spills {row['spills']}")
+        for what, limit in (("registers", REGISTER_LIMIT[target]), ("shared", SHARED_LIMIT[target])):
+            if row[what] > limit:
+                lines.append(f"{name}: {what} {row[what]}, and {target} has {limit}")
+        if name not in bounds:
+            lines.append(f"{name}: not in {TABLE.name}")
+        elif same:
+            lines += [
+                f"{name}: {key} {row[key]}, bound {most}" for key, most in bounds[name].items() if row[key] > most
+            ]
+    if whole:
+        lines += [f"{name}: in {TABLE.name} but not shipped" for name in bounds if name not in rows]
+    return lines
+
+
+def _specimens_of(module: str) -> tuple[Any, ...]:
+    return getattr(importlib.import_module(f"{PACKAGE}.{module}"), "SPECIMENS", ())
+
+
+def _compile(where: tuple[str, int, str]) -> Row:
+    """Compile one configuration (in a process of its own)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, place, target = where
+    specimen = _specimens_of(module)[place]
+    names = specimen.kernel.arg_names
+    types = {name: specimen.signature[name].split(":") for name in names if name in specimen.signature}
+    signature = {name: types[name][0] if name in types else "constexpr" for name in names}
+    attributes = {
+        (names.index(name),): [["tt.divisibility", int(parts[1])]] for name, parts in types.items() if len(parts) > 1
+    }
+    source = ASTSource(specimen.kernel, signature, dict(specimen.constexprs), attributes)
+    back_end = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=back_end, options=options)
+    read = _read_cubin if target.startswith("sm_") else _read_amd
+    return {**read(compiled.asm), "shared": compiled.metadata.shared}
+
+
+def _read_cubin(assembly: Mapping[str, Any]) -> Row:
+    """Registers a thread, and bytes of stack a thread: a kernel without local arrays has a stack only for spills."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {"registers": _number(r"\bREG:(\d+)", text), "spills": _number(r"\bSTACK:(\d+)", text)}
+
+
+def _read_amd(assembly: Mapping[str, Any]) -> Row:
+    """Vector registers a lane (accumulators included), and registers spilled, from the code object's notes."""
+    text = assembly["amdgcn"]
+    spills = _number(r"\.vgpr_spill_count:\s*(\d+)", text) + _number(r"\.sgpr_spill_count:\s*(\d+)", text)
+    return {"registers": _number(r"\.vgpr_count:\s*(\d+)", text), "spills": spills}
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"{pattern} is not in the compiler's output")
+    return int(found[1])
+
+
+def _page(rows: Mapping[str, Row], version: str) -> str:
+    lines = [
+        "# What the kernels take",
+        "",
+        f"Compiled by triton {version}, without a GPU; written by `python -m {PACKAGE}.compile --write`. Registers a",
+        "thread; spills in bytes a thread (sm_80, sm_90) or registers (gfx942); shared memory in bytes a program.",
+        "",
+        "| configuration | registers | spills | shared |",
+        "|---|---:|---:|---:|",
+    ]
+    lines += [f"| {name} | {row['registers']} | {row['spills']} | {row['shared']} |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _write(rows: Mapping[str, Row]) -> dict[str, Any]:
+    import triton
+
+    table = {"triton": triton.__version__, "configurations": dict(sorted(rows.items()))}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    PAGE.write_text(_page(table["configurations"], triton.__version__))
+    return table
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Compile, print one line a configuration, and return 1 when something is wrong."""
+    parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.compile", description="Compile the kernels.")
+    parser.add_argument("words", nargs="*", help="only configurations whose name contains every word")
+    parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    # The interpreter replaces the kernels, and what it leaves cannot be compiled.
+    os.environ["TRITON_INTERPRET"] = "0"
+    rows = compile_all(specimens(options.words))
+    for name, row in rows.items():
+        print(f"{name:<72} {row['registers']:>4} registers {row['spills']:>5} spills {row['shared']:>7} shared")
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if options.write:
+        known = _write({**(known.get("configurations", {}) if options.words else {}), **rows})
+    wrong = problems(rows, known, whole=not options.words)
+    print("\n".join(wrong) if wrong else f"{len(rows)} configurations, nothing wrong", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
