@@ -49,6 +49,41 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(good: str) -> No
 
 # Each case: what is replaced in the good file, by what, and the whole first line of the one problem.
 CASES = {
+    "mixing with a feature loss": (
+        "tap: mixer_output",
+        "tap: mixing",
+        "map.yaml:20:9: stages[0].align[0]: the loss 'relative_mse' does not fit the tap 'mixing': mixing matrices are "
+        "compared by loss: {kind: mixing}, and nothing else is",
+    ),
+    "mixing with a projector": (
+        "tap: mixer_output\n        layers: replaced\n        loss: {kind: relative_mse, weight: 1.0}",
+        "tap: mixing\n        layers: replaced\n        projector: linear",
+        "map.yaml:20:9: stages[0].align[0]: the tap 'mixing' takes no projector; unequal heads are bridged by loss: "
+        "{heads: …}",
+    ),
+    "a distance that does not exist": (
+        "tap: mixer_output\n        layers: replaced\n        loss: {kind: relative_mse, weight: 1.0}",
+        "tap: mixing\n        layers: replaced\n        loss: {kind: mixing, distance: cosin}",
+        "map.yaml:23:40: stages[0].align[0].loss.distance: 'cosin' is not cosine | frobenius | relative_frobenius | kl "
+        "| cross_entropy. Did you mean 'cosine'?",
+    ),
+    "a divergence that does not exist": (
+        "divergence: forward_kl",
+        "divergence: forwardkl",
+        "map.yaml:29:26: stages[1].tokens.divergence: 'forwardkl' is not forward_kl | reverse_kl | jsd | "
+        "skew_forward_kl | skew_reverse_kl | total_variation | alpha | renyi, or a mapping with a 'kind'. Did you mean "
+        "'forward_kl'?",
+    ),
+    "beta out of range": (
+        "divergence: forward_kl",
+        "divergence: {kind: jsd, beta: 1.5}",
+        "map.yaml:29:44: stages[1].tokens.divergence.beta: must be at most 1, found the number 1.5",
+    ),
+    "a parameter of another divergence": (
+        "divergence: forward_kl",
+        "divergence: {kind: jsd, alpha: 0.5}",
+        "map.yaml:29:38: stages[1].tokens.divergence.alpha: unknown key. Allowed here: kind, beta, normalised",
+    ),
     "foreign key of a loss": (
         "{kind: relative_mse, weight: 1.0}",
         "{kind: cosine, epsilon: 1e-6}",
@@ -58,13 +93,13 @@ CASES = {
         "kind: relative_mse",
         "kind: relative_mes",
         "map.yaml:23:22: stages[0].align[0].loss.kind: 'relative_mes' is not mse | relative_mse | cosine | "
-        "normalised_mse. Did you mean 'relative_mse'?",
+        "normalised_mse | mixing. Did you mean 'relative_mse'?",
     ),
     "loss without a kind": (
         "{kind: relative_mse, weight: 1.0}",
         "{weight: 1.0}",
         "map.yaml:23:15: stages[0].align[0].loss.kind: required key is missing. It must be mse | relative_mse | cosine"
-        " | normalised_mse.",
+        " | normalised_mse | mixing.",
     ),
     "loss as a word": (
         "{kind: relative_mse, weight: 1.0}",

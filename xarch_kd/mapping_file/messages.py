@@ -151,7 +151,9 @@ def _not_one_of(kind: str, place: Place, data: Any, marks: Marks) -> Problem:
 def expected(annotation: Any) -> str:
     """Return in words what may be written where the schema says `annotation`, e.g. `a whole number`."""
     words = []
-    for option in _options(annotation):
+    options = list(_options(annotation))
+    told_apart = sum(_kind(option) == "mapping" for option in options) > 1
+    for option in options:
         kind = _kind(option)
         if kind == "choice":
             words.append(" | ".join(map(str, get_args(option))))
@@ -159,12 +161,11 @@ def expected(annotation: Any) -> str:
             parts = _item_parts(option)
             words.append(f"a list of {{{', '.join(parts[0].model_fields)}}} entries" if parts else "a list")
         elif kind == "mapping":
-            words.append(f"a mapping with keys among {', '.join(option.model_fields)}")
+            keys = f"keys among {', '.join(option.model_fields)}"
+            words.append("a mapping with a 'kind'" if told_apart else f"a mapping with {keys}")
         else:
             words.append({"text": "text", "whole": "a whole number", "number": "a number"}.get(kind, "true or false"))
-    if len(words) > 1 and all(word.startswith("a mapping with") for word in words):
-        return "a mapping with a 'kind'"
-    return ", or ".join(words)
+    return ", or ".join(dict.fromkeys(words))
 
 
 def _found(value: Any) -> str:

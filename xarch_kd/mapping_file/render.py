@@ -149,7 +149,7 @@ def _objectives(stage: StagePlan) -> str:
     tokens = stage.stage.tokens
     if tokens is not None:
         if tokens.weight:
-            parts.append(f"{tokens.divergence} at T={tokens.temperature:g}, weight {tokens.weight:g}")
+            parts.append(f"{tokens.divergence_kind} at T={tokens.temperature:g}, weight {tokens.weight:g}")
         if tokens.cross_entropy:
             parts.append(f"cross-entropy, weight {tokens.cross_entropy:g}")
     return "; ".join(parts)

@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-BlockTap = Literal["hidden", "mixer_input", "mixer_output", "mlp_output"]
-Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "head_input"]
+Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "mixing", "head_input"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
 
 
@@ -171,8 +170,25 @@ class NormalisedMeanSquaredError(Part):
     epsilon: Positive = 1e-6
 
 
-FeatureLoss = Annotated[
-    MeanSquaredError | RelativeMeanSquaredError | Cosine | NormalisedMeanSquaredError, Field(discriminator="kind")
+class MixingMatch(Part):
+    """Distance of the rows of two token-mixing matrices, mean over rows and student heads; for the tap `mixing` alone.
+
+    `heads` says what a student head learns from: `auto` is its own teacher head where the counts are equal, else `mean`
+    (of a group of teacher heads) or `repeat` (a teacher head teaches a group), or non-negative weights [student heads,
+    teacher heads] whose rows sum to 1. `probes` are those of `implementation: sketch`.
+    """
+
+    kind: Literal["mixing"]
+    distance: Literal["cosine", "frobenius", "relative_frobenius", "kl", "cross_entropy"] = "cosine"
+    heads: Literal["auto", "mean", "repeat"] | tuple[tuple[NonNegative, ...], ...] = "auto"
+    implementation: Literal["auto", "fused", "streaming", "panels", "sketch", "reference"] = "auto"
+    probes: Annotated[int, Field(ge=2)] = 64
+    weight: Positive = 1.0
+
+
+AlignLoss = Annotated[
+    MeanSquaredError | RelativeMeanSquaredError | Cosine | NormalisedMeanSquaredError | MixingMatch,
+    Field(discriminator="kind"),
 ]
 
 
@@ -187,24 +203,96 @@ class Align(Part):
     """A tap of student blocks matched to the same tap of teacher blocks.
 
     `layers`: `same` (block i to block i), `replaced` (`same`, only the blocks whose mixer was replaced), `uniform`
-    (end-aligned), or explicit pairs. `embedding` and `head_input` have no layers.
+    (end-aligned), or explicit pairs. `embedding` and `head_input` have no layers. `mixing` has a loss of its own, which
+    is its default, and no projector.
     """
 
     name: Name
     tap: Tap
     layers: Literal["same", "replaced", "uniform"] | tuple[LayerPair, ...] | None = None
-    loss: FeatureLoss = NormalisedMeanSquaredError(kind="normalised_mse")
+    loss: AlignLoss = NormalisedMeanSquaredError(kind="normalised_mse")
     projector: Literal["auto", "none", "linear"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_mixing(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("tap") == "mixing" and "loss" not in value:
+            return {**value, "loss": {"kind": "mixing"}}
+        return value
+
+    @model_validator(mode="after")
+    def _loss_fits_the_tap(self) -> Align:
+        if (self.tap == "mixing") != (self.loss.kind == "mixing"):
+            raise ValueError(
+                f"the loss '{self.loss.kind}' does not fit the tap '{self.tap}': mixing matrices are compared by "
+                "loss: {kind: mixing}, and nothing else is"
+            )
+        if self.tap == "mixing" and self.projector == "linear":
+            raise ValueError("the tap 'mixing' takes no projector; unequal heads are bridged by loss: {heads: …}")
+        return self
+
+
+class PlainDivergence(Part):
+    """A divergence without a parameter; its name alone says the same."""
+
+    kind: Literal["forward_kl", "reverse_kl", "total_variation"]
+
+
+class JensenShannon(Part):
+    """β KL(p ‖ m) + (1-β) KL(q ‖ m), m = β p + (1-β) q; `normalised` divides by β(1-β)."""
+
+    kind: Literal["jsd"]
+    beta: Fraction = 0.5
+    normalised: bool = False
+
+
+class SkewDivergence(Part):
+    """KL(p ‖ α p + (1-α) q), or KL(q ‖ α q + (1-α) p)."""
+
+    kind: Literal["skew_forward_kl", "skew_reverse_kl"]
+    alpha: BelowOne = 0.1
+
+
+class AlphaDivergence(Part):
+    """(Σ p^α q^(1-α) - 1) / (α(α-1)): forward KL at α = 1, reverse KL at α = 0."""
+
+    kind: Literal["alpha"]
+    alpha: Number = 0.5
+
+
+class RenyiDivergence(Part):
+    """log Σ p^α q^(1-α) / (α-1): forward KL at α = 1."""
+
+    kind: Literal["renyi"]
+    alpha: Positive = 0.5
+
+
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha", "renyi"
+]
+DivergenceWithParameter = Annotated[
+    PlainDivergence | JensenShannon | SkewDivergence | AlphaDivergence | RenyiDivergence, Field(discriminator="kind")
+]
 
 
 class Tokens(Part):
-    """Next tokens: weight · T² · divergence + cross_entropy · cross-entropy with the data's next token."""
+    """Next tokens: weight · T² · divergence + cross_entropy · cross-entropy with the data's next token.
 
-    divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    `logits_dtype` is that of the two chunks of logits: `auto` is float32, bfloat16 is faster and drowns the gradient
+    near convergence.
+    """
+
+    divergence: DivergenceName | DivergenceWithParameter = "forward_kl"
     temperature: Positive = 1.0
     weight: NonNegative = 1.0
     cross_entropy: NonNegative = 0.0
     temperature_squared: bool = True
+    logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def divergence_kind(self) -> str:
+        """The divergence's name, however it was written."""
+        return self.divergence if isinstance(self.divergence, str) else self.divergence.kind
 
     @model_validator(mode="after")
     def _some_weight(self) -> Tokens:
