@@ -79,6 +79,7 @@ def token_loss(
     cross_entropy: float = 0.0,
     temperature_squared: bool = True,
     vocabulary: int | None = None,
+    logits_dtype: str = "auto",
     impl: str = "auto",
 ) -> TokenLoss:
     """Return this micro-batch's share of weight * T² * D + cross_entropy * CE, means over the step's tokens.
@@ -108,6 +109,7 @@ def token_loss(
         student_softcap=student_head.softcap,
         teacher_softcap=teacher_head.softcap,
         vocabulary=vocabulary,
+        logits_dtype=logits_dtype,
         reduction="sum",
         impl=impl,
     )

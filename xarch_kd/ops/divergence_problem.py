@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import UsageError, suggest
 from xarch_kd.ops import checks
 from xarch_kd.ops.divergences import Divergence
 
 IGNORED_LABEL = -100
+LOGITS_DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class DivergenceProblem:
     """`linear_divergence` with every argument checked and the leading axes of length `shape` flattened to tokens.
 
     `kept` [k] are the indices of the tokens that count (None: all); `weights` [k] multiply their rows; `labels` [k].
+    `dtype` is what values and everything a row needs are computed in; `logits_dtype`, equal to it or bfloat16, is what
+    the products of hidden states and heads, and the gradient that goes back through them, are rounded to.
     """
 
     student: Side
@@ -49,6 +52,7 @@ class DivergenceProblem:
     weights: Tensor
     shape: torch.Size
     dtype: torch.dtype
+    logits_dtype: torch.dtype
 
     @property
     def tokens(self) -> int:
@@ -106,6 +110,26 @@ def check_scalars(temperature: float, divergence_weight: float, cross_entropy: f
         raise UsageError("cross_entropy needs labels.", asked=f"cross_entropy={cross_entropy}", found="labels=None")
 
 
+def resolve_logits_dtype(asked: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the logits when values are computed in `dtype`: the same, or bfloat16 where it is asked for.
+
+    `float32` means at least float32: float64 inputs keep float64 logits.
+    """
+    if asked not in LOGITS_DTYPES:
+        raise UsageError(
+            f"There is no such logits_dtype.{suggest(str(asked), LOGITS_DTYPES)}",
+            asked=asked,
+            allowed=" | ".join(LOGITS_DTYPES),
+        )
+    if asked != "bfloat16":
+        return dtype
+    if dtype == torch.float64:
+        raise UsageError(
+            "float64 inputs keep float64 logits.", asked="logits_dtype='bfloat16'", allowed="logits_dtype='auto'"
+        )
+    return torch.bfloat16
+
+
 def check_labels(labels: Tensor, vocabulary: int) -> None:
     """Raise UsageError unless every label is an entry of the shared vocabulary or the ignored label."""
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
@@ -151,6 +175,7 @@ def make_problem(
     mask: Tensor | None,
     token_weights: Tensor | None,
     vocabulary: int | None,
+    logits_dtype: str = "auto",
 ) -> DivergenceProblem:
     """Check everything and return the problem; hidden states may still have their leading axes."""
     check_side("student", student.hidden, student)
@@ -188,6 +213,7 @@ def make_problem(
         weights=_weights(token_weights, kept, count, dtype, device),
         shape=leading,
         dtype=dtype,
+        logits_dtype=resolve_logits_dtype(logits_dtype, dtype),
     )
 
 

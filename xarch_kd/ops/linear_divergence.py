@@ -50,14 +50,15 @@ def linear_divergence(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     vocabulary: int | None = None,
+    logits_dtype: str = "auto",
     reduction: str = "mean",
     impl: str = "auto",
     chunk_size: int | None = None,
 ) -> DivergenceLoss:
     """Return divergence_weight * D(p, q) + cross_entropy * CE(labels, q) over the tokens that count.
 
-    p = softmax(teacher logits / temperature) and q likewise, logits = softcap(scale * (hidden weightᵀ + bias)) in at
-    least float32. The divergence is the plain one at that temperature: a factor T² belongs into `divergence_weight`.
+    p = softmax(teacher logits / temperature) and q likewise, logits = softcap(scale * (hidden weightᵀ + bias)). The
+    divergence is the plain one at that temperature: a factor T² belongs into `divergence_weight`.
     Cross-entropy is taken at temperature 1.
 
     Hidden states are [tokens, width] or [batch, time, width], weights [vocabulary, width], biases [vocabulary];
@@ -65,6 +66,13 @@ def linear_divergence(
     and `token_weights` (>= 0) have the leading axes of the hidden states. A token counts when its mask is true, its
     label is not ignored and its weight is not 0. `vocabulary` is the number of leading entries that mean the same in
     both heads, by default all that both have; the rest, padding, is left out of both distributions.
+
+    `logits_dtype` is the dtype of hidden weightᵀ and of its gradient; what follows the product is computed in float32.
+    `"auto"` is `"float32"`, which float64 inputs widen to float64. `"bfloat16"` multiplies in bfloat16, with half the
+    memory of the logits, and drowns small differences: with logits of standard deviation 3 the gradient of the hidden
+    states is off by 0.9 % at a forward KL of 7, 6 % at 0.04 and 64 to 72 % at 4e-4 (where the value, too, is off by 26
+    to 64 %), against 0.3 % at each for float32 logits whose gradient is rounded to bfloat16. Use it for students that
+    are far from their teacher.
 
     `reduction="mean"` divides by the sum of the weights of the counted tokens; `"sum"` does not, and is 0 when no
     token counts; `"none"` gives one weighted value a token, 0 where it does not count. Gradients go to the student's
@@ -101,6 +109,7 @@ def linear_divergence(
         mask=mask,
         token_weights=token_weights,
         vocabulary=vocabulary,
+        logits_dtype=logits_dtype,
     )
     if reduction == "mean" and problem.tokens == 0:
         raise checks.refuse_mean_of_nothing()

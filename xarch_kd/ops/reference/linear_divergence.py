@@ -11,9 +11,14 @@ from xarch_kd.ops.divergence_problem import DivergenceProblem, Side, pick
 from xarch_kd.ops.divergences import Divergence
 
 
-def logits(side: Side, kept: Tensor | None, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Return the logits [tokens, vocabulary] of the tokens that count."""
-    values = pick(side.hidden, kept).to(dtype) @ side.weight[:vocabulary].to(dtype).T
+def logits(side: Side, problem: DivergenceProblem) -> Tensor:
+    """Return the logits [tokens, vocabulary] of the tokens that count, in the problem's dtype.
+
+    Hidden states, head and their product are rounded to `logits_dtype`, and so is the gradient on its way back.
+    """
+    vocabulary, dtype, rounded = problem.vocabulary, problem.dtype, problem.logits_dtype
+    hidden, weight = pick(side.hidden, problem.kept), side.weight[:vocabulary]
+    values = (hidden.to(rounded).to(dtype) @ weight.to(rounded).to(dtype).T).to(rounded).to(dtype)
     if side.bias is not None:
         values = values + side.bias[:vocabulary].to(dtype)
     values = values * side.scale
@@ -52,9 +57,9 @@ def divergence_rows(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Ten
 
 def token_values(problem: DivergenceProblem) -> tuple[Tensor, Tensor | None]:
     """Return the divergence and, with labels, the cross-entropy (nats, at temperature 1) of each counted token."""
-    student = logits(problem.student, problem.kept, problem.vocabulary, problem.dtype)
+    student = logits(problem.student, problem)
     with torch.no_grad():
-        teacher = logits(problem.teacher, problem.kept, problem.vocabulary, problem.dtype)
+        teacher = logits(problem.teacher, problem)
         log_p = torch.log_softmax(teacher / problem.temperature, -1)
     log_q = torch.log_softmax(student / problem.temperature, -1)
     divergence = divergence_rows(problem.divergence, log_p, log_q)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.ops.divergence_problem import DivergenceProblem
-from xarch_kd.ops.streaming.logits import blocks, logits_into
+from xarch_kd.ops.streaming.logits import add_head_gradient, finish_logits, raw_logits_into, through_head
 from xarch_kd.ops.streaming.row_gradients import rows_with_gradient
 
 # Logits of one model in a chunk and in a group of rows. On a CPU a larger chunk only saves passes over the head's
@@ -48,7 +48,7 @@ def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], c
     """
     result = _empty(problem, wanted)
     chunk = min(chunk_size or default_chunk(problem, wanted[1]), max(problem.tokens, 1))
-    buffers = scale.new_empty(2, chunk, problem.vocabulary)
+    buffers = scale.new_empty(2, chunk, problem.vocabulary, dtype=problem.logits_dtype)
     with torch.autocast(scale.device.type, enabled=False):
         for start in range(0, problem.tokens, chunk):
             _sweep_chunk(problem, scale, result, slice(start, min(start + chunk, problem.tokens)), buffers)
@@ -69,10 +69,10 @@ def _empty(problem: DivergenceProblem, wanted: tuple[bool, ...]) -> Sweep:
 def _sweep_chunk(problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, buffers: Tensor) -> None:
     """Fill the rows `at` of the result and add their part to the gradients."""
     size = at.stop - at.start
-    rows = slice(at.start, at.stop) if problem.kept is None else problem.kept[at]
-    student_hidden = problem.student.hidden[rows].to(scale.dtype)
-    student = logits_into(buffers[0, :size], student_hidden, problem.student)
-    teacher = logits_into(buffers[1, :size], problem.teacher.hidden[rows].to(scale.dtype), problem.teacher)
+    rows = at if problem.kept is None else problem.kept[at]
+    student_hidden = problem.student.hidden[rows].to(buffers.dtype)
+    student = raw_logits_into(buffers[0, :size], student_hidden, problem.student.weight)
+    teacher = raw_logits_into(buffers[1, :size], problem.teacher.hidden[rows].to(buffers.dtype), problem.teacher.weight)
     gradient = any(part is not None for part in (result.hidden, result.weight, result.bias))
     device = "cpu" if scale.device.type == "cpu" else "other"
     group = max(1, GROUP_ELEMENTS[device] // problem.vocabulary)
@@ -81,20 +81,11 @@ def _sweep_chunk(problem: DivergenceProblem, scale: Tensor, result: Sweep, at: s
         outer = slice(at.start + inner.start, at.start + inner.stop)
         _group(problem, scale[outer], result, outer, student[inner], teacher[inner], gradient)
     if result.bias is not None:
-        result.bias[: problem.vocabulary] += student.sum(0)
+        result.bias[: problem.vocabulary] += student.sum(0, dtype=result.bias.dtype)
     if result.weight is not None:
-        result.weight[: problem.vocabulary].addmm_(student.T, student_hidden)
+        add_head_gradient(result.weight[: problem.vocabulary], student, student_hidden)
     if result.hidden is not None:
-        result.hidden[rows] = _through_head(student, problem.student.weight)
-
-
-def _through_head(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return gradient [tokens, vocabulary] * weight, widening the weight block by block where its dtype is narrower."""
-    parts = blocks(gradient.shape[-1], weight, gradient.dtype)
-    out = gradient[:, parts[0]] @ weight[parts[0]].to(gradient.dtype)
-    for rows in parts[1:]:
-        out.addmm_(gradient[:, rows], weight[rows].to(gradient.dtype))
-    return out
+        result.hidden[rows] = through_head(student, problem.student.weight, result.hidden.dtype)
 
 
 def _group(
@@ -102,12 +93,14 @@ def _group(
     scale: Tensor,
     result: Sweep,
     at: slice,
-    student: Tensor,
-    teacher: Tensor,
+    raw_student: Tensor,
+    raw_teacher: Tensor,
     gradient: bool,
 ) -> None:
-    """Fill the rows `at` of the result and turn the student's logits into their gradient in place."""
+    """Fill the rows `at` of the result and write the gradient of the raw student logits over them."""
     softened = problem.temperature != 1.0
+    student = finish_logits(raw_student.to(problem.dtype), problem.student)
+    teacher = finish_logits(raw_teacher.to(problem.dtype), problem.teacher)
     log_q = torch.log_softmax(student / problem.temperature if softened else student, -1)
     log_p = torch.log_softmax(teacher.div_(problem.temperature) if softened else teacher, -1)
     divergence, slope = rows_with_gradient(problem.divergence, log_p, log_q, gradient)
@@ -125,4 +118,4 @@ def _group(
         return
     if problem.student.softcap is not None:
         slope.mul_(student.div_(problem.student.softcap).square_().neg_().add_(1))
-    torch.mul(slope, problem.student.scale, out=student)
+    raw_student.copy_(slope.mul_(problem.student.scale))

@@ -1,4 +1,4 @@
-"""Logits of a chunk of tokens in the accumulation dtype, whatever dtype the head is kept in."""
+"""Products of a chunk of tokens with a head, whatever dtype the head is kept in."""
 
 from __future__ import annotations
 
@@ -7,28 +7,52 @@ from torch import Tensor
 
 from xarch_kd.ops.divergence_problem import Side
 
-# Rows of a head that are widened at a time: 2048 * 4096 float32 is 32 MiB.
+# Rows of a head that are converted at a time: 2048 * 4096 float32 is 32 MiB.
 BLOCK_ROWS = 2048
 
 
-def blocks(rows: int, weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Return the row ranges in which a head is read: one when it already has `dtype`, else blocks to be widened."""
-    step = rows if weight.dtype == dtype else BLOCK_ROWS
+def blocks(rows: int, whole: bool) -> list[slice]:
+    """Return the row ranges in which a head is read: one, or blocks when what is made of each needs memory."""
+    step = rows if whole else BLOCK_ROWS
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def logits_into(out: Tensor, hidden: Tensor, side: Side) -> Tensor:
-    """Write the logits [tokens, vocabulary] of `hidden` [tokens, width] into `out` and return it.
-
-    `hidden` has the dtype of `out`; the vocabulary is the width of `out`.
-    """
-    vocabulary = out.shape[-1]
-    for rows in blocks(vocabulary, side.weight, out.dtype):
-        torch.mm(hidden, side.weight[rows].to(out.dtype).T, out=out[:, rows])
-    if side.bias is not None:
-        out.add_(side.bias[:vocabulary].to(out.dtype))
-    if side.scale != 1.0:
-        out.mul_(side.scale)
-    if side.softcap is not None:
-        out.div_(side.softcap).tanh_().mul_(side.softcap)
+def raw_logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Write hidden weightᵀ [tokens, vocabulary] into `out` and return it; `hidden` has the dtype of `out`."""
+    for rows in blocks(out.shape[-1], weight.dtype == out.dtype):
+        torch.mm(hidden, weight[rows].to(out.dtype).T, out=out[:, rows])
     return out
+
+
+def finish_logits(raw: Tensor, side: Side) -> Tensor:
+    """Return softcap(scale * (raw + bias)) of a few rows, written over `raw`."""
+    if side.bias is not None:
+        raw.add_(side.bias[: raw.shape[-1]].to(raw.dtype))
+    if side.scale != 1.0:
+        raw.mul_(side.scale)
+    if side.softcap is not None:
+        raw.div_(side.softcap).tanh_().mul_(side.softcap)
+    return raw
+
+
+def logits_into(out: Tensor, hidden: Tensor, side: Side) -> Tensor:
+    """Write the logits [tokens, vocabulary] of `hidden`, which has the dtype of `out`, into `out` and return it."""
+    return finish_logits(raw_logits_into(out, hidden, side.weight), side)
+
+
+def through_head(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient [tokens, vocabulary] times weight in `dtype`, multiplied in the dtype of `gradient`."""
+    parts = blocks(gradient.shape[-1], weight.dtype == gradient.dtype)
+    out = (gradient[:, parts[0]] @ weight[parts[0]].to(gradient.dtype)).to(dtype)
+    for rows in parts[1:]:
+        out.add_(gradient[:, rows] @ weight[rows].to(gradient.dtype))
+    return out
+
+
+def add_head_gradient(out: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """Add gradientᵀ hidden [vocabulary, width] to `out`, which may be wider than what is multiplied."""
+    if out.dtype == gradient.dtype:
+        out.addmm_(gradient.T, hidden)
+        return
+    for rows in blocks(out.shape[0], False):
+        out[rows].add_(gradient[:, rows].T @ hidden)
