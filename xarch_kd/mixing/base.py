@@ -52,13 +52,35 @@ class Mixing(ABC):
     def factors(self) -> dict[str, Tensor]:
         """The floating point tensors that the matrix is made of, by field name; those that are None are left out."""
 
-    @abstractmethod
     def apply(self, values: Tensor) -> Tensor:
-        """Return M v [batch, time, heads, width] for values of that shape, in their dtype, without forming M."""
+        """Return M v [batch, time, heads, width] for values of that shape, in their dtype, without forming M.
+
+        Raises UsageError when the values do not fit.
+        """
+        self._check_values(values)
+        with torch.autocast(self.device.type, enabled=False):
+            return self._kept(self._apply(self._kept(values))).to(values.dtype)
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        """Return the entries [batch, heads, rows, columns] of M, in the accumulation dtype of the factors.
+
+        Raises UsageError for a slice with a step.
+        """
+        rows, columns = self._bounds(rows), self._bounds(columns)
+        with torch.autocast(self.device.type, enabled=False):
+            entries = self._block(rows, columns)
+        if self.start is None and self.stop is None:
+            return entries
+        counted = self.counted()
+        return entries.masked_fill(~(counted[:, None, rows, None] & counted[:, None, None, columns]), 0)
 
     @abstractmethod
-    def block(self, rows: slice, columns: slice) -> Tensor:
-        """Return the entries [batch, heads, rows, columns] of M, in the accumulation dtype of the factors."""
+    def _apply(self, values: Tensor) -> Tensor:
+        """Return M v for checked values that are 0 where tokens do not count; those rows may hold anything finite."""
+
+    @abstractmethod
+    def _block(self, rows: slice, columns: slice) -> Tensor:
+        """Return entries for slices with bounds inside the sequence; those that do not count may hold anything."""
 
     def row_sums(self) -> Tensor:
         """Return Σ_j M_ij [batch, time, heads]."""
@@ -109,3 +131,39 @@ class Mixing(ABC):
     def detach(self) -> Self:
         """Return the same mixing without the graph of its factors."""
         return self.map_factors(torch.Tensor.detach)
+
+    def _by_rows(self, values: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.dtype, values.dtype)
+        values = values.to(dtype).transpose(1, 2)
+        parts = [
+            self._block(slice(at, min(at + 128, self.time)), slice(0, self.time)).to(dtype) @ values
+            for at in range(0, self.time, 128)
+        ]
+        return torch.cat(parts, 2).transpose(1, 2)
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """Return tensor [batch, time, ...] with 0 at tokens that do not count."""
+        if self.start is None and self.stop is None:
+            return tensor
+        return tensor.masked_fill(~self.counted().view(self.batch, self.time, *[1] * (tensor.dim() - 2)), 0)
+
+    def _bounds(self, part: slice) -> slice:
+        start, stop, step = part.indices(self.time)
+        if step != 1:
+            raise UsageError(
+                "A block of a mixing matrix has neighbouring rows and columns.", asked=part, allowed="step 1"
+            )
+        return slice(start, max(start, stop))
+
+    def _check_values(self, values: Tensor) -> None:
+        expected = (self.batch, self.time, self.heads)
+        if values.dim() != 4 or values.shape[:3] != expected:
+            raise UsageError(
+                f"The values do not fit the {self.kind} mixing.",
+                found=list(values.shape),
+                allowed=f"[batch, time, heads, width] = {[*expected, 'width']}",
+            )
+        if not values.is_floating_point():
+            raise UsageError("Values are floating point numbers.", found=values.dtype)
+        if values.device != self.device:
+            raise UsageError("Values and factors are on one device.", found=values.device, allowed=self.device)

@@ -1,0 +1,103 @@
+"""Checks of the factors that mixings are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError
+
+
+def check_shape(kind: str, name: str, tensor: Tensor, axes: str, sizes: tuple[int, ...]) -> None:
+    """Raise UsageError unless the factor `name`, with these axes, has these sizes."""
+    if tuple(tensor.shape) != sizes:
+        raise UsageError(
+            f"The factor '{name}' of a {kind} mixing has another shape.",
+            found=list(tensor.shape),
+            allowed=f"[{axes}] = {list(sizes)}",
+        )
+
+
+def check_rank(kind: str, name: str, tensor: Tensor, *axes: str) -> None:
+    """Raise UsageError unless the factor has the rank of one of these axes, e.g. "batch, time, heads"."""
+    ranks = [text.count(",") + 1 for text in axes]
+    if tensor.dim() not in ranks:
+        raise UsageError(
+            f"The factor '{name}' of a {kind} mixing has another number of axes.",
+            found=list(tensor.shape),
+            allowed=" | ".join(f"[{text}]" for text in axes),
+        )
+
+
+def check_divides(kind: str, groups: int, heads: int, what: str) -> None:
+    """Raise UsageError unless `groups` divides `heads`."""
+    if groups < 1 or heads % groups:
+        raise UsageError(
+            f"The {what} of a {kind} mixing do not share out evenly.",
+            found=f"{groups} for {heads}",
+            allowed=f"a divisor of {heads}",
+        )
+
+
+def check_factors(kind: str, factors: Mapping[str, Tensor], sizes: tuple[int, int, int]) -> None:
+    """Raise UsageError unless factors are floating point and on one device, and batch, time and heads at least 1."""
+    if min(sizes) < 1:
+        raise UsageError(
+            f"A {kind} mixing has sequences, tokens and heads.", found=f"batch, time, heads = {sizes}", allowed="≥ 1"
+        )
+    first = next(iter(factors))
+    for name, factor in factors.items():
+        if not factor.is_floating_point():
+            raise UsageError(f"The factor '{name}' of a {kind} mixing is no floating point tensor.", found=factor.dtype)
+        if factor.device != factors[first].device:
+            raise UsageError(
+                f"The factors of a {kind} mixing are on several devices.",
+                found=f"{name} on {factor.device}, {first} on {factors[first].device}",
+            )
+
+
+def check_bounds(kind: str, start: Tensor | None, stop: Tensor | None, batch: int, time: int, device: object) -> None:
+    """Raise UsageError unless start and stop are int64 [batch] on the device.
+
+    On a CPU also unless 0 <= start <= stop <= time; elsewhere reading them would wait for the device.
+    """
+    for name, bound in (("start", start), ("stop", stop)):
+        if bound is None:
+            continue
+        if bound.shape != (batch,) or bound.dtype != torch.int64:
+            raise UsageError(
+                f"'{name}' of a {kind} mixing does not fit.",
+                found=f"{list(bound.shape)} of {bound.dtype}",
+                allowed=f"[batch] = [{batch}] of torch.int64",
+            )
+        if bound.device != device:
+            raise UsageError(f"'{name}' and the factors are on one device.", found=bound.device, allowed=device)
+    first, last = start, stop
+    if (first is None and last is None) or str(device) != "cpu":
+        return
+    first = torch.zeros(batch, dtype=torch.int64) if first is None else first
+    last = torch.full((batch,), time) if last is None else last
+    if bool(((first < 0) | (first > last) | (last > time)).any()):
+        raise UsageError(
+            f"The tokens that count in a {kind} mixing do not lie in the sequence.",
+            found=f"start {first.tolist()}, stop {last.tolist()}",
+            allowed=f"0 <= start <= stop <= {time}",
+        )
+
+
+def check_sign(kind: str, name: str, tensor: Tensor, *, negative: bool) -> None:
+    """Raise UsageError when a number has the wrong sign.
+
+    Only on a CPU: elsewhere reading the numbers would wait for the device.
+    """
+    if tensor.device.type != "cpu":
+        return
+    worst = (tensor.detach() if negative else -tensor.detach()).nan_to_num(nan=0).max().item()
+    if worst > 0:
+        raise UsageError(
+            f"The factor '{name}' of a {kind} mixing has the wrong sign.",
+            found=worst if negative else -worst,
+            allowed="at most 0" if negative else "at least 0",
+        )

@@ -1,0 +1,92 @@
+"""Mixing of the gated delta rule, with one decay a head or one a key channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from xarch_kd.mixing.base import Mixing
+from xarch_kd.mixing.checks import check_bounds, check_factors, check_rank, check_shape, check_sign
+from xarch_kd.mixing.decay import decayed_entries, running_sum
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeltaMixing(Mixing):
+    """M of S_t = (I − beta_t k_t k_tᵀ) e^{g_t} S_{t−1} + beta_t k_t v_tᵀ, o_t = scale S_tᵀ q_t (arXiv:2412.06464).
+
+    query and key [batch, time, heads, width] as the mixer uses them (L2-normalised if it does), beta [batch, time,
+    heads], log_decay g (natural log, at most 0) None, [batch, time, heads] or [batch, time, heads, width]: one a key
+    channel, e^{g} then scaling the rows of S before the delta step (Kimi delta attention, arXiv:2510.26692).
+
+    Raises UsageError for factors that do not fit each other, and on a CPU for a log decay above 0.
+    """
+
+    kind: ClassVar[str] = "delta"
+
+    query: Tensor
+    key: Tensor
+    beta: Tensor
+    log_decay: Tensor | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_rank(self.kind, "query", self.query, "batch, time, heads, width")
+        sizes = (self.batch, self.time, self.heads)
+        check_factors(self.kind, self.factors, sizes)
+        check_shape(self.kind, "key", self.key, "batch, time, heads, width", tuple(self.query.shape))
+        check_shape(self.kind, "beta", self.beta, "batch, time, heads", sizes)
+        if self.log_decay is not None:
+            check_rank(self.kind, "log_decay", self.log_decay, "batch, time, heads", "batch, time, heads, width")
+            per_channel = self.log_decay.dim() == 4
+            axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
+            check_shape(self.kind, "log_decay", self.log_decay, axes, tuple(self.query.shape) if per_channel else sizes)
+        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
+        if self.log_decay is not None:
+            check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
+
+    @property
+    def batch(self) -> int:
+        """How many sequences."""
+        return self.query.shape[0]
+
+    @property
+    def time(self) -> int:
+        """How many tokens a sequence has."""
+        return self.query.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """How many heads."""
+        return self.query.shape[2]
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by field name."""
+        named = {"query": self.query, "key": self.key, "beta": self.beta, "log_decay": self.log_decay}
+        return {name: factor for name, factor in named.items() if factor is not None}
+
+    def _apply(self, values: Tensor) -> Tensor:
+        return self._by_rows(values)
+
+    def _block(self, rows: slice, columns: slice) -> Tensor:
+        query, key = (
+            self._kept(factor).to(self.dtype).transpose(1, 2) for factor in (self.query * self.scale, self.key)
+        )
+        beta = self._kept(self.beta).to(self.dtype).transpose(1, 2)
+        if self.log_decay is None:
+            sums = torch.zeros_like(beta, dtype=torch.float64)[..., None]
+        else:
+            sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)
+            sums = sums[..., None] if sums.dim() == 3 else sums
+        everything = slice(0, self.time)
+        inner = decayed_entries(key, key, sums, sums, everything, everything).tril(-1) * beta[..., None]
+        solved = torch.linalg.solve_triangular(
+            torch.eye(self.time, dtype=self.dtype, device=self.device) + inner,
+            torch.diag_embed(beta),
+            upper=False,
+            unitriangular=True,
+        )
+        return (decayed_entries(query, key, sums, sums, everything, everything) @ solved)[:, :, rows, columns]

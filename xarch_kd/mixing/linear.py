@@ -1,0 +1,94 @@
+"""Mixing of linear attention: without decay, with one a head, with one a key channel; normalised or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from xarch_kd.mixing.base import Mixing
+from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
+from xarch_kd.mixing.decay import causal_pairs, decayed_entries, grouped_product, pair_decays, running_sum, spread
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearMixing(Mixing):
+    """M_ij = scale Σ_n query_in key_jn exp(Σ_{j<k<=i} log_decay_kn) for j <= i (GLA, arXiv:2312.06635).
+
+    query [batch, time, heads, width], key [batch, time, key heads, width] (head h has key head h // (heads / key
+    heads)), as the mixer uses them, feature maps included. log_decay (natural log, at most 0) is None, [batch, time,
+    heads], or [batch, time, heads, width] with one decay a key channel. `normalised` divides each row by its sum; a row
+    whose sum is 0 is 0.
+
+    Raises UsageError for factors that do not fit each other, and on a CPU for a log decay above 0.
+    """
+
+    kind: ClassVar[str] = "linear"
+
+    query: Tensor
+    key: Tensor
+    scale: float = 1.0
+    log_decay: Tensor | None = None
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        check_rank(self.kind, "query", self.query, "batch, time, heads, width")
+        check_rank(self.kind, "key", self.key, "batch, time, key heads, width")
+        sizes = (self.batch, self.time, self.heads)
+        check_factors(self.kind, self.factors, sizes)
+        key_heads = self.key.shape[2]
+        expected = (*sizes[:2], key_heads, self.query.shape[3])
+        check_shape(self.kind, "key", self.key, "batch, time, key heads, width", expected)
+        check_divides(self.kind, key_heads, self.heads, "key heads")
+        if self.log_decay is not None:
+            check_rank(self.kind, "log_decay", self.log_decay, "batch, time, heads", "batch, time, heads, width")
+            per_channel = self.log_decay.dim() == 4
+            axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
+            check_shape(self.kind, "log_decay", self.log_decay, axes, tuple(self.query.shape) if per_channel else sizes)
+        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
+        if self.log_decay is not None:
+            check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
+
+    @property
+    def batch(self) -> int:
+        """How many sequences."""
+        return self.query.shape[0]
+
+    @property
+    def time(self) -> int:
+        """How many tokens a sequence has."""
+        return self.query.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """How many query heads."""
+        return self.query.shape[2]
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by field name."""
+        named = {"query": self.query, "key": self.key, "log_decay": self.log_decay}
+        return {name: factor for name, factor in named.items() if factor is not None}
+
+    def _apply(self, values: Tensor) -> Tensor:
+        return self._by_rows(values)
+
+    def _block(self, rows: slice, columns: slice) -> Tensor:
+        entries = self._plain_block(rows, columns)
+        if not self.normalised:
+            return entries
+        sums = self._plain_block(rows, slice(0, rows.stop)).sum(-1, keepdim=True)
+        return entries / sums.masked_fill(sums == 0, float("inf"))
+
+    def _plain_block(self, rows: slice, columns: slice) -> Tensor:
+        query = self._kept(self.query)[:, rows].to(self.dtype).transpose(1, 2) * self.scale
+        key = self._kept(self.key)[:, columns].to(self.dtype).transpose(1, 2)
+        causal = causal_pairs(rows, columns, self.device)
+        if self.log_decay is None:
+            return grouped_product(query, key, self.heads).masked_fill(~causal, 0)
+        sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)
+        if self.log_decay.dim() == 3:
+            decay = pair_decays(sums[..., rows], sums[..., columns], causal, self.dtype)
+            return grouped_product(query, key, self.heads) * decay
+        return decayed_entries(query, spread(key, self.heads), sums[:, :, rows], sums[:, :, columns], rows, columns)
