@@ -5,7 +5,9 @@ FLOPs. A matrix product of a [tokens, in] tensor with an [out, in] weight is 2 �
 (scores and values, half of the square); Mamba-2 in chunks of Q, 2 · Q · heads · (state + head_dim) inside a chunk and
 4 · heads · state · head_dim between chunks; Mamba-1 9 · channels · state. The backward pass costs as much again for
 the gradients of activations, down to the lowest block that trains, and as much again for those weights that train.
-The streaming token loss computes the student's logits in both passes, their gradient, and the teacher's logits once.
+A match of mixing matrices computes the entries of both, and the gradients of the student's two factors: one and three
+causal products of T · heads · width a token. The streaming token loss computes the student's logits in both passes,
+their gradient, and the teacher's logits once.
 
 Seconds. FLOPs over the rate of a matrix product measured on this machine in the dtype in question, times EFFICIENCY,
 the share of that rate that whole passes reach: 0.60 to 0.80 was seen on SmolLM2-135M and its hybrid (2 x 256 tokens,
@@ -22,11 +24,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from xarch_kd.mapping_file.mixing_sizes import mamba2_sizes, number_of
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.mapping_file.sides import Side, parameter_count
 from xarch_kd.taps.layout import Layout
@@ -78,7 +80,8 @@ class Work:
     """What a stage does, as far as its cost depends on it.
 
     `teacher_blocks` and `student_blocks` are those that run; `mixers_alone` says that of the student's only the mixers
-    do; `teacher_passes` and `student_passes` count micro-batches of `rows` times `time` tokens.
+    do; `teacher_passes` and `student_passes` count micro-batches of `rows` times `time` tokens; `mixing_products` are
+    FLOPs a token of the matches of mixing matrices.
     """
 
     stage: Stage
@@ -92,6 +95,7 @@ class Work:
     trainable: frozenset[str]
     projector_parameters: int
     cache_bytes: int
+    mixing_products: float = 0.0
 
 
 def measured_rates(device: str) -> Rates:
@@ -122,7 +126,7 @@ def stage_cost(work: Work, teacher: Side, student: Side, rates: Rates) -> Cost:
     """Return what a stage costs; the module's docstring derives it."""
     tokens = work.rows * work.time
     teacher_token = sum(_block_flops(teacher.layout, index, work.time) for index in range(work.teacher_blocks))
-    student_token = _student_flops(work, student) + 6.0 * work.projector_parameters
+    student_token = _student_flops(work, student) + 6.0 * work.projector_parameters + work.mixing_products
     if work.stage.tokens is not None:
         # A head and its gradient: logits twice and ∂/∂hidden for the student, ∂/∂weight where it trains.
         head = student.layout.head_weight
@@ -170,27 +174,12 @@ def _mixing_flops(layout: Layout, index: int, length: int) -> float:
     config = layout.model.config.get_text_config()
     kind = layout.mixer_kinds[index]
     if kind == "attention":
-        heads = _of(config, "num_attention_heads")
-        return 2.0 * length * (heads * _of(config, "head_dim") or _of(config, "hidden_size"))
+        heads = number_of(config, "num_attention_heads")
+        return 2.0 * length * (heads * number_of(config, "head_dim") or number_of(config, "hidden_size"))
     if kind == "mamba2":
-        heads, head_dim, state, chunk = _mamba2_sizes(config)
+        heads, head_dim, state, chunk = mamba2_sizes(config)
         return 2.0 * min(chunk, length) * heads * (state + head_dim) + 4.0 * heads * state * head_dim
-    return 9.0 * _of(config, "intermediate_size") * _of(config, "state_size") if kind == "mamba" else 0.0
-
-
-def _mamba2_sizes(config: Any) -> tuple[int, int, int, int]:
-    """(heads, head_dim, state, chunk) under the names of Bamba or of Mamba-2."""
-    return (
-        _of(config, "mamba_n_heads", "num_heads"),
-        _of(config, "mamba_d_head", "head_dim"),
-        _of(config, "mamba_d_state", "state_size"),
-        _of(config, "mamba_chunk_size", "chunk_size"),
-    )
-
-
-def _of(config: Any, *names: str) -> int:
-    found = next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), 0)
-    return int(found)
+    return 9.0 * number_of(config, "intermediate_size") * number_of(config, "state_size") if kind == "mamba" else 0.0
 
 
 def _peak_bytes(work: Work, teacher: Side, student: Side) -> int:
@@ -218,9 +207,9 @@ def _kept_numbers(layout: Layout, index: int, work: Work) -> float:
     config = layout.model.config.get_text_config()
     kept = 8.0 * layout.width
     if layout.mlps is not None and not work.mixers_alone:
-        kept += 4.0 * _of(config, "intermediate_size")
+        kept += 4.0 * number_of(config, "intermediate_size")
     if layout.mixer_kinds[index] == "mamba2":
-        heads, _, _, chunk = _mamba2_sizes(config)
+        heads, _, _, chunk = mamba2_sizes(config)
         kept += 5.0 * heads * chunk
     return kept
 

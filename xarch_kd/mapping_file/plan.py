@@ -35,7 +35,8 @@ class ModelSummary:
 class PairPlan:
     """One student site learning from one teacher site. `layer` is None for `embedding` and `head_input`.
 
-    `name` is unique in the stage (`mixer-output.6`): it names the loss part, the projector and the log entry.
+    `name` is unique in the stage (`mixer-output.6`): it names the loss part, the projector and the log entry. Heads are
+    those of mixing matrices, None for other taps and for mixers whose config does not tell.
     """
 
     name: str
@@ -49,6 +50,8 @@ class PairPlan:
     projector_parameters: int
     loss: str
     weight: float
+    student_heads: int | None = None
+    teacher_heads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,11 +161,10 @@ def _of(align: str, pairs: Iterable[PairPlan]) -> bool:
 
 def _pairs(plan: Plan) -> Table:
     columns = ("stage", "pair", "tap", "student", "teacher", "projector", "loss", ">weight")
-    table = _table(*columns, title="Pairs (block: batch, time, width)")
+    table = _table(*columns, title="Pairs (block: batch, time, width or batch, heads, time × time)")
     length = plan.mapping.data.sequence_length
     for stage in plan.stages:
         for pair in stage.pairs:
-            size = f"{stage.batch_size}, {length}"
             projector = pair.projector
             if pair.projector_parameters:
                 projector += f", {count_text(pair.projector_parameters)} parameters"
@@ -173,17 +172,25 @@ def _pairs(plan: Plan) -> Table:
                 stage.stage.name,
                 pair.name,
                 pair.tap,
-                f"{_block(pair.student_layer)}({size}, {pair.student_width})",
-                f"{_block(pair.teacher_layer)}({size}, {pair.teacher_width})",
+                _shape(stage, length, pair.tap, pair.student_layer, pair.student_width, pair.student_heads),
+                _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_width, pair.teacher_heads),
                 projector,
-                pair.loss,
+                _loss(stage, pair),
                 f"{pair.weight:g}",
             )
     return table
 
 
-def _block(layer: int | None) -> str:
-    return "" if layer is None else f"{layer}: "
+def _shape(stage: StagePlan, length: int, tap: str, layer: int | None, width: int, heads: int | None) -> str:
+    block = "" if layer is None else f"{layer}: "
+    if tap == "mixing":
+        return f"{block}({stage.batch_size}, {'heads' if heads is None else heads}, {length} × {length})"
+    return f"{block}({stage.batch_size}, {length}, {width})"
+
+
+def _loss(stage: StagePlan, pair: PairPlan) -> str:
+    loss = stage.align_of(pair).loss
+    return f"{loss.kind}: {loss.distance}" if loss.kind == "mixing" else loss.kind
 
 
 def _finite(value: Any) -> Any:

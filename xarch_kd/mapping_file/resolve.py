@@ -14,10 +14,11 @@ from xarch_kd.errors import ModelError, UsageError
 from xarch_kd.mapping_file.estimate import Rates, measured_rates
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.marks import Marks, Place, Problem, mapping_error, place_text
+from xarch_kd.mapping_file.pairs import Findings, Models, told
 from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.mapping_file.schema import MappingFile, Paths
 from xarch_kd.mapping_file.sides import Side, replaced_layers
-from xarch_kd.mapping_file.stages import Findings, Models, stage_plan, told
+from xarch_kd.mapping_file.stages import stage_plan
 from xarch_kd.models.convert import conversion_warnings, student_config
 from xarch_kd.models.load import load_config, read_student_config
 

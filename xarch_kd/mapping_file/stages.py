@@ -3,36 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from xarch_kd.errors import TapError, UsageError, XarchError
-from xarch_kd.layer_mapping.fixed import STRATEGIES, Pairs, explicit
+from xarch_kd.errors import TapError, UsageError
 from xarch_kd.mapping_file.estimate import BYTES, Rates, Work, stage_cost
 from xarch_kd.mapping_file.marks import Place, Problem
+from xarch_kd.mapping_file.mixing_sizes import mixing_size
+from xarch_kd.mapping_file.pairs import Findings, Models, align_pairs, told
 from xarch_kd.mapping_file.plan import PairPlan, StagePlan
-from xarch_kd.mapping_file.schema import Align, Data, Stage
+from xarch_kd.mapping_file.schema import Data, Stage
 from xarch_kd.mapping_file.sides import Side
 from xarch_kd.taps.layout import trainable_names
 
-WHOLE_TAPS = ("embedding", "head_input")
 Site = tuple[str, int | None]
-
-
-@dataclass
-class Findings:
-    """What is wrong and what is worth a notice, gathered over the whole file."""
-
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Models:
-    """Both models, and the blocks of the student whose mixer was replaced."""
-
-    teacher: Side
-    student: Side
-    replaced: tuple[int, ...]
 
 
 def stage_plan(
@@ -46,7 +29,7 @@ def stage_plan(
     pairs = tuple(
         pair
         for position, align in enumerate(stage.align)
-        for pair in _pairs(align, stage, models, (*place, "align", position), findings)
+        for pair in align_pairs(align, stage, models, (*place, "align", position), findings)
     )
     if len(findings.problems) > known:
         return None
@@ -93,7 +76,7 @@ class _Resolved:
 
     def cache_bytes(self, teacher: Side) -> int:
         """Bytes of the teacher's features at every site that is read, over all distinct batches."""
-        token = len(_teacher_sites(self.stage, self.pairs)) * teacher.layout.width * BYTES[teacher.dtype]
+        token = sum(_numbers(site, teacher) for site in _teacher_sites(self.stage, self.pairs)) * BYTES[teacher.dtype]
         return self.distinct * self.rows * self.length * token if self.is_cached else 0
 
 
@@ -142,13 +125,24 @@ def _work(resolved: _Resolved, models: Models) -> Work:
         trainable=frozenset(resolved.trainable),
         projector_parameters=sum(pair.projector_parameters for pair in pairs),
         cache_bytes=resolved.cache_bytes(models.teacher),
+        mixing_products=sum(_mixing_products(pair, resolved.length, models) for pair in pairs),
     )
 
 
-def told(error: XarchError) -> str:
-    """Return an error on one line: what, found, allowed, fix."""
-    details = (("found", error.found), ("allowed", error.allowed), ("fix", error.fix))
-    return "; ".join([error.message.rstrip("."), *(f"{name}: {value}" for name, value in details if value is not None)])
+def _numbers(site: Site, side: Side) -> int:
+    """Numbers a token that are read at a site."""
+    tap, layer = site
+    size = mixing_size(side.layout, layer) if tap == "mixing" and layer is not None else None
+    return side.layout.width if size is None else size.numbers
+
+
+def _mixing_products(pair: PairPlan, length: int, models: Models) -> float:
+    """FLOPs a token of matching two mixing matrices, whose causal halves are computed."""
+    if pair.tap != "mixing" or pair.student_layer is None or pair.teacher_layer is None:
+        return 0.0
+    own = mixing_size(models.student.layout, pair.student_layer)
+    other = mixing_size(models.teacher.layout, pair.teacher_layer)
+    return float(length * sum(times * size.heads * size.width for times, size in ((3, own), (1, other)) if size))
 
 
 def _trainable(stage: Stage, models: Models, place: Place, findings: Findings) -> tuple[str, ...]:
@@ -178,102 +172,6 @@ def _check_inputs(stage: Stage, models: Models, place: Place, findings: Findings
             "Use inputs: student, or a stage of its own."
         )
         findings.problems.append(Problem((*place, "tokens"), message, on="key"))
-
-
-def _pairs(align: Align, stage: Stage, models: Models, place: Place, findings: Findings) -> list[PairPlan]:
-    if align.tap in WHOLE_TAPS:
-        if stage.inputs == "teacher":
-            message = f"inputs: teacher runs single blocks, which have no {align.tap}. Use a tap of blocks."
-            findings.problems.append(Problem((*place, "tap"), message))
-        if align.layers is not None:
-            message = f"the tap {align.tap} is one for the whole model, so it has no layers. Leave this key out."
-            findings.problems.append(Problem((*place, "layers"), message, on="key"))
-        return [_pair(align, align.name, None, None, models, place, findings)]
-    for side, name in ((models.teacher, "teacher"), (models.student, "student")):
-        if align.tap == "mlp_output" and side.layout.mlp_outputs is None:
-            message = f"the {name} is a {side.config.model_type}, whose blocks have no MLP that is known"
-            findings.problems.append(Problem((*place, "tap"), message))
-    layers = _layer_pairs(align, models, place, findings)
-    students = [student for student, _ in layers]
-    return [
-        _pair(
-            align,
-            f"{align.name}.{student}" + (f"-{teacher}" if students.count(student) > 1 else ""),
-            student,
-            teacher,
-            models,
-            place,
-            findings,
-        )
-        for student, teacher in layers
-    ]
-
-
-def _layer_pairs(align: Align, models: Models, place: Place, findings: Findings) -> Pairs:
-    depths = (models.student.depth, models.teacher.depth)
-    if align.layers is None:
-        message = (
-            "required key is missing. It must be same | replaced | uniform, or a list of {student, teacher} entries."
-        )
-        findings.problems.append(Problem((*place, "layers"), message))
-        return ()
-    if not isinstance(align.layers, str):
-        outside = [
-            Problem(
-                (*place, "layers", index, name),
-                f"layer {layer} is out of range: the {name} has {depth} blocks, so 0 to {depth - 1} are allowed",
-            )
-            for index, pair in enumerate(align.layers)
-            for name, layer, depth in (("student", pair.student, depths[0]), ("teacher", pair.teacher, depths[1]))
-            if layer >= depth
-        ]
-        findings.problems += outside
-        if outside:
-            return ()
-        if not align.layers:
-            findings.problems.append(Problem((*place, "layers"), "the list is empty, so nothing would be matched"))
-    try:
-        if isinstance(align.layers, str):
-            return STRATEGIES[align.layers](*depths, models.replaced)
-        return explicit([(pair.student, pair.teacher) for pair in align.layers], *depths)
-    except UsageError as error:
-        findings.problems.append(Problem((*place, "layers"), told(error)))
-        return ()
-
-
-def _pair(
-    align: Align,
-    name: str,
-    student_layer: int | None,
-    teacher_layer: int | None,
-    models: Models,
-    place: Place,
-    findings: Findings,
-) -> PairPlan:
-    student, teacher = models.student.layout.width, models.teacher.layout.width
-    projector = align.projector
-    if projector == "auto":
-        projector = "none" if student == teacher else "linear"
-    if projector == "none" and student != teacher:
-        message = (
-            f"the student is {student} wide and the teacher {teacher}, so a projector is needed. Use auto or linear."
-        )
-        problem = Problem((*place, "projector"), message)
-        if problem not in findings.problems:
-            findings.problems.append(problem)
-    return PairPlan(
-        name=name,
-        align=align.name,
-        tap=align.tap,
-        student_layer=student_layer,
-        teacher_layer=teacher_layer,
-        student_width=student,
-        teacher_width=teacher,
-        projector=projector,
-        projector_parameters=student * teacher if projector == "linear" else 0,
-        loss=align.loss.kind,
-        weight=align.loss.weight,
-    )
 
 
 def _reached_pairs(
@@ -312,7 +210,7 @@ def _reach(stage: Stage, pair: PairPlan, models: Models) -> set[str]:
 
 def _mixers_alone(stage: Stage, pairs: Sequence[PairPlan]) -> bool:
     """Whether only the student's mixers run: nothing else is matched or trained."""
-    alone = {pair.tap for pair in pairs} == {"mixer_output"} and set(stage.train) == {"mixers"}
+    alone = {pair.tap for pair in pairs} <= {"mixer_output", "mixing"} and set(stage.train) == {"mixers"}
     return stage.inputs == "teacher" and alone
 
 

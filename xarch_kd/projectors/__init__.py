@@ -1,7 +1,8 @@
-"""Floor 3: learned maps from a student's width to a teacher's, kept beside the student and never inside it."""
+"""Floor 3: what bridges unequal models: maps of widths that are learned, kept beside the student, and maps of heads."""
 
 from __future__ import annotations
 
+from xarch_kd.projectors.heads import head_map
 from xarch_kd.projectors.linear import LinearProjector, build_projector, ridge
 
-__all__ = ["LinearProjector", "build_projector", "ridge"]
+__all__ = ["LinearProjector", "build_projector", "head_map", "ridge"]
