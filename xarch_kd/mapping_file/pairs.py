@@ -23,6 +23,11 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    def add(self, problem: Problem) -> None:
+        """Note a problem that many pairs may share, once."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
 
 @dataclass(frozen=True)
 class Models:
@@ -120,9 +125,7 @@ def _pair(
         message = (
             f"the student is {student} wide and the teacher {teacher}, so a projector is needed. Use auto or linear."
         )
-        problem = Problem((*place, "projector"), message)
-        if problem not in findings.problems:
-            findings.problems.append(problem)
+        findings.add(Problem((*place, "projector"), message))
     return PairPlan(
         name=name,
         align=align.name,
@@ -157,18 +160,17 @@ def _mixing_pair(
             f"({kinds[0]}) and block {teacher_layer} of the teacher ({kinds[1]}) are not both attention. "
             "Use cosine, frobenius or relative_frobenius."
         )
-        findings.problems.append(Problem((*place, "loss", "distance"), message))
+        findings.add(Problem((*place, "loss", "distance"), message))
     if align.loss.implementation == "sketch" and align.loss.distance != "frobenius":
         message = "implementation: sketch estimates distance: frobenius alone. Use it, or another implementation."
-        findings.problems.append(Problem((*place, "loss", "implementation"), message))
+        findings.add(Problem((*place, "loss", "implementation"), message))
     own, other = mixing_size(models.student.layout, student_layer), mixing_size(models.teacher.layout, teacher_layer)
     if own is not None and other is not None:
         try:
             head_map(align.loss.heads, own.heads, other.heads)
         except UsageError as error:
-            on_default = Problem((*place, "loss"), told(error))
-            given = "heads" in align.loss.model_fields_set
-            findings.problems.append(Problem((*place, "loss", "heads"), told(error)) if given else on_default)
+            given = ("heads",) if "heads" in align.loss.model_fields_set else ()
+            findings.add(Problem((*place, "loss", *given), told(error)))
     return PairPlan(
         name=name,
         align=align.name,

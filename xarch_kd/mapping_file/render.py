@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xarch_kd.mapping_file.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
+from xarch_kd.mapping_file.schema import Align
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def _stages(plan: Plan) -> Table:
 
 
 def _objectives(stage: StagePlan) -> str:
-    parts = [f"{align.name} ({align.loss.kind})" for align in stage.stage.align if _of(align.name, stage.pairs)]
+    parts = [f"{align.name} ({_loss(align)})" for align in stage.stage.align if _of(align.name, stage.pairs)]
     tokens = stage.stage.tokens
     if tokens is not None:
         if tokens.weight:
@@ -175,7 +176,7 @@ def _pairs(plan: Plan) -> Table:
                 _shape(stage, length, pair.tap, pair.student_layer, pair.student_width, pair.student_heads),
                 _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_width, pair.teacher_heads),
                 projector,
-                _loss(stage, pair),
+                _loss(stage.align_of(pair)),
                 f"{pair.weight:g}",
             )
     return table
@@ -188,9 +189,8 @@ def _shape(stage: StagePlan, length: int, tap: str, layer: int | None, width: in
     return f"{block}({stage.batch_size}, {length}, {width})"
 
 
-def _loss(stage: StagePlan, pair: PairPlan) -> str:
-    loss = stage.align_of(pair).loss
-    return f"{loss.kind}: {loss.distance}" if loss.kind == "mixing" else loss.kind
+def _loss(align: Align) -> str:
+    return align.loss.distance if align.loss.kind == "mixing" else align.loss.kind
 
 
 def _finite(value: Any) -> Any:
