@@ -16,24 +16,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
+from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout, checked_layers, eager_module, layout_of
-from xarch_kd.taps.sites import (
-    WHOLE_TAPS,
-    Site,
-    hidden_argument,
-    is_checkpointing,
-    recording,
-    refuse_unreadable,
-    sites_of,
-)
+from xarch_kd.taps.recording import Read, hidden_argument, recording
+from xarch_kd.taps.sites import BLOCK_TAPS, WHOLE_TAPS, Site, is_checkpointing, refuse_unreadable, sites_of
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is called with besides the hidden state: masks, positions, rotary tables."""
+    """What a block is called with besides the hidden state: masks, positions, rotary tables.
+
+    `attention_mask` [batch, time] is the one that the model was given, whatever it made of it for the block.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    attention_mask: Tensor | None = None
 
 
 def block_calls(
@@ -56,7 +54,7 @@ def block_calls(
     def stand_in(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         hidden = hidden_argument(args, kwargs)
         extra = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls[index] = BlockCall(args[1:], extra)
+        calls[index] = BlockCall(args[1:], extra, attention_mask)
         form = layout.family.block_returns or returns.get(type(layout.blocks[index]))
         if form is None:
             form = "tuple" if isinstance(layout.blocks[index](*args, **kwargs), tuple) else "tensor"
@@ -70,26 +68,26 @@ def block_calls(
 
 def read_block(
     layout: Layout, layer: int, hidden: Tensor, calls: Sequence[BlockCall], taps: Sequence[str] = ("hidden",)
-) -> dict[str, Tensor]:
-    """Run block `layer` on `hidden` [batch, time, width] and return the tensors at `taps` of that block.
+) -> dict[str, Any]:
+    """Run block `layer` on `hidden` [batch, time, width] and return what is at `taps` of that block.
 
-    When only the mixer's taps are read, the block's MLP does not run. Raises UsageError and TapError as `trace` does.
+    What comes after the last of them does not run: no MLP when only the mixer's taps are read.
+
+    Raises UsageError and TapError as `trace` does.
     """
     outside = [tap for tap in taps if tap in WHOLE_TAPS]
     if outside:
         raise UsageError(
             "A block has no such tap.",
             asked=", ".join(outside),
-            allowed="hidden, mixer_input, mixer_output, mlp_output",
+            allowed=", ".join(BLOCK_TAPS),
         )
     sites = sites_of(layout, taps, [layer])
     refuse_unreadable(layout, sites)
     block = layout.blocks[layer]
-    mixer_only = {site.tap for site in sites} <= {"mixer_input", "mixer_output"}
-    # An exception may not cross a block that is going to be recomputed.
-    stop_after = layout.mixer_outputs[layer] if mixer_only and not is_checkpointing(block) else None
-    with recording(layout, sites, stop_after=stop_after) as values:
-        block(hidden, *calls[layer].args, **calls[layer].kwargs)
+    call = calls[layer]
+    with recording(layout, sites, attention_mask=call.attention_mask, stops=not is_checkpointing(block)) as values:
+        block(hidden, *call.args, **call.kwargs)
     return {site.tap: values[site] for site in sites}
 
 
@@ -104,14 +102,27 @@ def run_mixer(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[B
     The block itself calls its mixer, so that the mixer gets its own arguments; the mixer's input is put in place, and
     the pass ends when its output is there. A block under gradient checkpointing recomputes its mixer in the backward.
     """
-    checked_layers(layout, [layer])
-    refuse_unreadable(layout, [Site("mixer_output", layer)])
+    return _read_mixer(layout, Site("mixer_output", layer), mixer_input, calls)
+
+
+def read_mixing(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Mixing:
+    """The mixing matrix of the mixer of block `layer` when it is fed `mixer_input` [batch, time, width].
+
+    The pass ends when what the matrix is made of is there: neither attention nor a scan runs. Raises TapError for a
+    mixer whose matrix cannot be read.
+    """
+    return _read_mixer(layout, Site("mixing", layer), mixer_input, calls)
+
+
+def _read_mixer(layout: Layout, site: Site, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Any:
+    layer = checked_layers(layout, [site.layer or 0])[0]
+    refuse_unreadable(layout, [site])
     if not is_checkpointing(layout.blocks[layer]):
-        return _run_mixer(layout, layer, mixer_input, calls[layer])
-    return checkpoint(_run_mixer, layout, layer, mixer_input, calls[layer], use_reentrant=False)
+        return _run_mixer(layout, site, mixer_input, calls[layer])
+    return checkpoint(_run_mixer, layout, site, mixer_input, calls[layer], use_reentrant=False)
 
 
-def _run_mixer(layout: Layout, layer: int, mixer_input: Tensor, call: BlockCall) -> Tensor:
+def _run_mixer(layout: Layout, site: Site, mixer_input: Tensor, call: BlockCall) -> Read:
     def feed(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -119,12 +130,12 @@ def _run_mixer(layout: Layout, layer: int, mixer_input: Tensor, call: BlockCall)
             return (mixer_input, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": mixer_input}
 
-    site = Site("mixer_output", layer)
+    layer = site.layer or 0
     handle = layout.mixers[layer].register_forward_pre_hook(feed, with_kwargs=True)
     try:
         with (
             _without_checkpointing(layout.blocks[layer]),
-            recording(layout, [site], stop_after=layout.mixer_outputs[layer]) as values,
+            recording(layout, [site], attention_mask=call.attention_mask) as values,
         ):
             layout.blocks[layer](mixer_input.detach(), *call.args, **call.kwargs)
     finally:

@@ -9,25 +9,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
+from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout, layout_of
-from xarch_kd.taps.sites import WHOLE_TAPS, Site, recording, refuse_unreadable, sites_of
+from xarch_kd.taps.recording import Read, recording
+from xarch_kd.taps.sites import WHOLE_TAPS, Site, refuse_unreadable, sites_of
 
 
 class Trace:
     """What one forward pass yielded.
 
-    `trace["hidden"][3]` is [batch, time, width]; `trace["embedding"]` and `trace["head_input"]` are tensors themselves.
+    `trace["hidden"][3]` is [batch, time, width]; `trace["embedding"]` and `trace["head_input"]` are tensors themselves;
+    `trace["mixing"][3]` is a `xarch_kd.mixing.base.Mixing`, the mixer's token-mixing matrix held as its factors.
     `embedding` is the residual stream that enters the first block (position embeddings and multipliers included),
     `hidden` the one that leaves a block, `mixer_input` what the mixer is called with, `mixer_output` and `mlp_output`
     what they add to the residual stream (a norm after them and a residual multiplier included), `head_input` the
     final-normed hidden state.
     """
 
-    def __init__(self, values: Mapping[Site, Tensor]) -> None:
+    def __init__(self, values: Mapping[Site, Read]) -> None:
         self._values = dict(values)
 
     @overload
     def __getitem__(self, tap: Literal["hidden", "mixer_input", "mixer_output", "mlp_output"]) -> dict[int, Tensor]: ...
+    @overload
+    def __getitem__(self, tap: Literal["mixing"]) -> dict[int, Mixing]: ...
     @overload
     def __getitem__(self, tap: Literal["embedding", "head_input"]) -> Tensor: ...
     @overload
@@ -39,8 +44,12 @@ class Trace:
             return self._values[Site(tap, None)]
         return {site.layer: value for site, value in self._values.items() if site.tap == tap}
 
-    def at(self, tap: str, layer: int | None = None) -> Tensor:
-        """The tensor [batch, time, width] at one site; `layer` is None for `embedding` and `head_input`."""
+    @overload
+    def at(self, tap: Literal["mixing"], layer: int) -> Mixing: ...
+    @overload
+    def at(self, tap: str, layer: int | None = None) -> Any: ...
+    def at(self, tap: str, layer: int | None = None) -> Any:
+        """What was read at one site, mostly [batch, time, width]; `layer` is None for `embedding`, `head_input`."""
         if Site(tap, layer) not in self._values:
             raise UsageError(
                 "This site was not traced.",
@@ -65,14 +74,15 @@ def trace(
     layers: Sequence[int] | None = None,
     paths: Mapping[str, str | None] | object | None = None,
 ) -> Trace:
-    """Run the base model once on `input_ids` [batch, time] and return the tensors at `taps`.
+    """Run the base model once on `input_ids` [batch, time] and return what is at `taps`.
 
     `taps` are names read at `layers` (None: every block), or a mapping of name → layers. The head never runs, and the
-    pass stops after the last block that is read, unless `head_input` is asked for. Gradients flow if they are enabled.
-    Non-reentrant gradient checkpointing works; of compiled blocks the taps outside the block can be read.
+    pass stops as soon as all is read, unless `head_input` is asked for. Gradients flow if they are enabled.
+    Non-reentrant gradient checkpointing works; of compiled blocks the taps outside the block can be read. A mixing
+    counts the tokens that `attention_mask` [batch, time] counts, and is free of attention dropout.
 
-    Raises UsageError for an unknown tap or a layer out of range, TapError for a tap that the model lacks or that
-    reentrant checkpointing or compilation would make silently wrong.
+    Raises UsageError for an unknown tap or a layer out of range, TapError for a tap that the model lacks, one that
+    reentrant checkpointing or compilation would make silently wrong, and a mixing under a mask with holes.
     """
     layout = layout_of(model, paths)
     sites = sites_of(layout, taps, layers)
@@ -80,9 +90,7 @@ def trace(
         raise UsageError("Nothing was asked for: taps or layers are empty.", fix='e.g. taps=["hidden"]')
     refuse_unreadable(layout, sites)
     head_site = Site("head_input", None)
-    last = max((site.layer for site in sites if site.layer is not None), default=None)
-    stop_after = layout.blocks[last] if last is not None and head_site not in sites else None
-    with recording(layout, sites, stop_after=stop_after) as values:
+    with recording(layout, sites, attention_mask=attention_mask, stops=head_site not in sites) as values:
         output = layout.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         if head_site in sites:
             values[head_site] = output[0]

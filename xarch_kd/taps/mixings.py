@@ -1,0 +1,130 @@
+"""Reading the mixing matrix of one block: what is kept during a pass, and the Mixing that it makes afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from xarch_kd.errors import TapError
+from xarch_kd.mixing.base import Mixing
+from xarch_kd.taps.layout import Layout, eager_module
+from xarch_kd.taps.readers import READERS, MixingReader
+from xarch_kd.taps.softmax import AttentionCall, calls_attention_interface, intercepting, never_called
+
+
+class MixingRead(Protocol):
+    """One reading. `attach` puts it on the mixer until `stack` closes; `arrived` is called once all has been kept."""
+
+    def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None: ...
+
+    def mixing(self, attention_mask: Tensor | None) -> Mixing:
+        """The Mixing of what was kept; the mask [batch, time] is the one that the pass was given."""
+        ...
+
+
+def mixing_read(layout: Layout, layer: int) -> MixingRead:
+    """A new reading of the mixer of block `layer`. Raises TapError when nothing is known about such a mixer."""
+    block, mixer = layout.blocks[layer], layout.mixers[layer]
+    reader = reader_of(mixer)
+    if reader is not None:
+        return RecurrentRead(block, mixer, reader)
+    if layout.mixer_kinds[layer] != "attention":
+        raise TapError(
+            f"The mixing matrix of {type(eager_module(mixer)).__name__} cannot be read.",
+            asked=f"mixing of block {layer}",
+            allowed=f"softmax attention, {', '.join(sorted(READERS))}",
+            fix="leave its layer out, or read mixer_output instead",
+        )
+    if not calls_attention_interface(mixer):
+        raise never_called(mixer)
+    return SoftmaxRead(block, mixer)
+
+
+def reader_of(mixer: nn.Module) -> MixingReader | None:
+    """The reader of a recurrent mixer, by the name of its class or of a parent of it."""
+    names = (parent.__name__ for parent in type(eager_module(mixer)).__mro__)
+    return next((READERS[name] for name in names if name in READERS), None)
+
+
+class _Running:
+    """Whether a block is running: some families call one mixer from several blocks."""
+
+    def __init__(self, block: nn.Module, stack: ExitStack) -> None:
+        self.now = False
+        handles = (block.register_forward_pre_hook(self._begin), block.register_forward_hook(self._end))
+        for handle in handles:
+            stack.callback(handle.remove)
+
+    def _begin(self, *_: object) -> None:
+        self.now = True
+
+    def _end(self, *_: object) -> None:
+        self.now = False
+
+
+class SoftmaxRead:
+    """Keeps the first attention call of a mixer while its block runs."""
+
+    def __init__(self, block: nn.Module, mixer: nn.Module) -> None:
+        self.block = block
+        self.mixer = mixer
+        self.call: AttentionCall | None = None
+
+    def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
+        """See `MixingRead`."""
+        running = _Running(self.block, stack)
+
+        def keep(call: AttentionCall) -> None:
+            if running.now and self.call is None:
+                self.call = call
+                arrived()
+
+        stack.enter_context(intercepting(self.mixer, keep))
+
+    def mixing(self, attention_mask: Tensor | None) -> Mixing:
+        """See `MixingRead`. Raises TapError when the attention function was never called."""
+        if self.call is None:
+            raise never_called(self.mixer)
+        return self.call.mixing(attention_mask)
+
+
+class RecurrentRead:
+    """Keeps the outputs of a recurrent mixer's projections while its block runs."""
+
+    def __init__(self, block: nn.Module, mixer: nn.Module, reader: MixingReader) -> None:
+        self.block = block
+        self.mixer = mixer
+        self.reader = reader
+        self.projected: dict[str, Tensor] = {}
+
+    def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
+        """See `MixingRead`."""
+        running = _Running(self.block, stack)
+        for path in self.reader.projections:
+            hook = self._hook(path, running, arrived)
+            stack.callback(self.mixer.get_submodule(path).register_forward_hook(hook).remove)
+
+    def _hook(
+        self, path: str, running: _Running, arrived: Callable[[], None]
+    ) -> Callable[[nn.Module, object, Tensor], None]:
+        def keep(module: nn.Module, args: object, output: Tensor) -> None:
+            if running.now and path not in self.projected:
+                self.projected[path] = output
+                if len(self.projected) == len(self.reader.projections):
+                    arrived()
+
+        return keep
+
+    def mixing(self, attention_mask: Tensor | None) -> Mixing:
+        """See `MixingRead`. Raises TapError when a projection was never called."""
+        missing = [path for path in self.reader.projections if path not in self.projected]
+        if missing:
+            raise TapError(
+                f"A projection of {type(self.mixer).__name__} was never called in this pass.",
+                asked="mixing",
+                found=f"no output of {', '.join(missing)}",
+            )
+        return self.reader.build(eager_module(self.mixer), self.projected, attention_mask)

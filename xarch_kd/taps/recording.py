@@ -1,0 +1,143 @@
+"""The hooks that read the sites of a pass. They live only inside `recording`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from xarch_kd.errors import TapError
+from xarch_kd.mixing.base import Mixing
+from xarch_kd.taps.layout import Layout
+from xarch_kd.taps.mixings import MixingRead, mixing_read
+from xarch_kd.taps.sites import Site, is_checkpointing, said
+
+Read = Tensor | Mixing
+
+
+class StopPass(Exception):
+    """Unwinds a forward pass that has nothing more to yield; never leaves `recording`."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+
+@contextmanager
+def recording(
+    layout: Layout, sites: Sequence[Site], *, attention_mask: Tensor | None = None, stops: bool = True
+) -> Iterator[dict[Site, Any]]:
+    """Fill a dict with what is read at `sites` while models run inside the `with`; hooks are gone when it ends.
+
+    `attention_mask` [batch, time] is the one that the pass is given; only mixings need it. The first value of a site
+    wins (a module may be called again). With `stops` the pass ends as soon as all is read; not inside a block that is
+    going to be recomputed, but at its end. A site at the head's input is not filled here: it is what the base model
+    returns.
+    """
+    values: dict[Site, Read] = {}
+    reader = _Reader(layout, [site for site in sites if site.tap != "head_input"], values, stops)
+    with ExitStack() as stack:
+        reader.attach(stack)
+        try:
+            yield values
+        except StopPass as reached:
+            if reached.owner is not reader:
+                raise
+            # The frames of the pass that was ended would keep its tensors alive until a garbage collection.
+            reached.__traceback__ = None
+    reader.finish(attention_mask)
+
+
+def first_tensor(output: object) -> Tensor:
+    """The hidden state in what a block or mixer returned: a tensor, or the first entry of a tuple."""
+    tensor = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(tensor, Tensor):
+        raise TapError(
+            "A module returned no hidden state.", found=type(output).__name__, allowed="a tensor, or a tuple"
+        )
+    return tensor
+
+
+def hidden_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden state that a block or mixer was called with."""
+    return first_tensor(args[0] if args else kwargs.get("hidden_states"))
+
+
+class _Reader:
+    """What one recording waits for, and the hooks that bring it."""
+
+    def __init__(self, layout: Layout, sites: Sequence[Site], values: dict[Site, Read], stops: bool) -> None:
+        self.layout = layout
+        self.sites = sites
+        self.values = values
+        self.mixings: dict[Site, MixingRead] = {
+            site: mixing_read(layout, site.layer or 0) for site in sites if site.tap == "mixing"
+        }
+        self.waiting = set(sites)
+        self.last = layout.blocks[max((site.layer or 0 for site in sites), default=0)]
+        self.stops = stops and bool(sites)
+        # An exception may not cross the inside of a block that is going to be recomputed.
+        self.stops_inside = self.stops and not is_checkpointing(self.last)
+
+    def attach(self, stack: ExitStack) -> None:
+        """Put the hooks on the model until `stack` closes."""
+        for site in self.sites:
+            if site in self.mixings:
+                self.mixings[site].attach(stack, lambda site=site: self._arrived(site))
+            else:
+                self._attach(stack, site)
+        if self.stops and not all(site.tap == "embedding" for site in self.sites):
+            stack.callback(self.last.register_forward_hook(self._stop).remove)
+
+    def _attach(self, stack: ExitStack, site: Site) -> None:
+        layout, layer = self.layout, site.layer or 0
+        if site.tap in ("embedding", "mixer_input"):
+            module = layout.blocks[0] if site.tap == "embedding" else layout.mixers[layer]
+            stack.callback(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True).remove)
+            return
+        module = layout.blocks[layer]
+        if site.tap == "mixer_output":
+            module = layout.mixer_outputs[layer]
+        elif site.tap == "mlp_output" and layout.mlp_outputs is not None:
+            module = layout.mlp_outputs[layer]
+        stack.callback(module.register_forward_hook(self._output_hook(site)).remove)
+
+    def _input_hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.values.setdefault(site, hidden_argument(args, kwargs))
+            self._arrived(site)
+
+        return read
+
+    def _output_hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+        def read(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            self.values.setdefault(site, first_tensor(output))
+            self._arrived(site)
+
+        return read
+
+    def _arrived(self, site: Site) -> None:
+        self.waiting.discard(site)
+        if not self.waiting and (self.stops_inside or (self.stops and site.tap == "embedding")):
+            self._stop()
+
+    def _stop(self, *_: object) -> None:
+        raise StopPass(self)
+
+    def finish(self, attention_mask: Tensor | None) -> None:
+        """Make of what was kept what is asked for. Raises TapError for a site that the pass never came to."""
+        # Made out here, not in the hooks, so that nothing is added to a graph that checkpointing will recompute.
+        for site, read in self.mixings.items():
+            self.values[site] = read.mixing(attention_mask)
+        missing = [said(site) for site in self.sites if site not in self.values]
+        if missing:
+            raise TapError(
+                "A module that a tap reads was never called in this pass.",
+                asked=", ".join(missing),
+                fix="check `paths:`; some models pass such a module's weights to a function instead of calling it",
+            )
+        if self.layout.residual_scale != 1.0:
+            for site, value in self.values.items():
+                if site.tap in ("mixer_output", "mlp_output") and isinstance(value, Tensor):
+                    self.values[site] = value * self.layout.residual_scale

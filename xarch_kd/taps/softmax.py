@@ -1,0 +1,197 @@
+"""Reading softmax attention: queries and keys as a model's attention function is given them.
+
+Families of transformers look their attention function up by a name in their config. While a mixer is read, it holds
+a copy of its config with another name, under which stands a function that keeps what it is given and then calls the
+model's own. The model's config, its masks and every other module stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from xarch_kd.errors import TapError
+from xarch_kd.mixing.softmax import SoftmaxMixing
+from xarch_kd.taps.span import span_of
+
+# Arguments by which a family changes the scores in a way that a SoftmaxMixing does not hold.
+FOREIGN_ARGUMENTS = ("position_bias", "score_mod", "indices", "block_indices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """What an attention function was given: query [batch, heads, time, width], key [batch, key heads, time, width].
+
+    `mask` is the model's own, in the form that its implementation takes; `implementation` is its name.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    mask: object
+    implementation: str | None
+    arguments: Mapping[str, Any]
+
+    def mixing(self, attention_mask: Tensor | None) -> SoftmaxMixing:
+        """The mixing matrix; `attention_mask` [batch, time] is the one that the pass was given.
+
+        Raises TapError when the model masks in another way than by causality, one window and padding.
+        """
+        foreign = [name for name in FOREIGN_ARGUMENTS if self.arguments.get(name) is not None]
+        if foreign or self.query.shape[2] != self.key.shape[2]:
+            raise TapError(
+                f"The scores of {type(self.module).__name__} are not those of one pass of plain attention.",
+                asked="mixing",
+                found=f"an argument {foreign[0]}" if foreign else "more keys than queries: a cache or a prefix",
+                allowed="queries and keys of the same tokens, a softcap, sinks, a window",
+            )
+        start, stop = (bound if bound is None else bound.to(self.query.device) for bound in span_of(attention_mask))
+        scale = self.arguments.get("scaling")
+        mixing = SoftmaxMixing(
+            query=self.query.transpose(1, 2),
+            key=self.key.transpose(1, 2),
+            scale=self.query.shape[-1] ** -0.5 if scale is None else float(scale),
+            causal=self._is_causal(),
+            window=self._window(),
+            softcap=self.arguments.get("softcap"),
+            sinks=self.arguments.get("s_aux"),
+            start=start,
+            stop=stop,
+        )
+        self._check_mask(mixing)
+        return mixing
+
+    def _is_causal(self) -> bool:
+        given = self.arguments.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+    def _window(self) -> int | None:
+        window = self.arguments.get("sliding_window", getattr(self.module, "sliding_window", None))
+        # Only flash attention applies it by itself; elsewhere it is in the mask, and without a mask there is none.
+        is_applied = self.mask is not None or "flash" in (self.implementation or "")
+        return int(window) if window and is_applied and window < self.query.shape[2] else None
+
+    def _check_mask(self, mixing: SoftmaxMixing) -> None:
+        """Compare three rows a sequence of a mask of scores with what the mixing's bounds say."""
+        mask = self.mask
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            return
+        visible = mask if mask.dtype == torch.bool else mask >= 0
+        rows = _three_rows(mixing)
+        position = torch.arange(mixing.time, device=mixing.device)
+        expected = mixing.counted()[:, None, :].expand(-1, rows.shape[1], -1)
+        if mixing.causal:
+            expected = expected & (position <= rows[..., None])
+        if mixing.window is not None:
+            expected = expected & (rows[..., None] - position < mixing.window)
+        found = visible.expand(mixing.batch, -1, -1, -1).gather(
+            2, rows[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])
+        )
+        is_empty = ~mixing.counted().any(1)
+        if not bool(((found == expected[:, None]) | is_empty[:, None, None, None]).all()):
+            raise TapError(
+                f"{type(self.module).__name__} masks in a way that a softmax mixing does not hold.",
+                asked="mixing",
+                found="a mask with other entries than causality, the window and the padding give",
+                allowed="causal attention, one sliding window, padding at the ends of a sequence",
+                fix="give one sequence a row, without packing, chunks or a prefix that is seen from before it",
+            )
+
+
+def _three_rows(mixing: SoftmaxMixing) -> Tensor:
+    """The first, middle and last row that count, [batch, 3]."""
+    counted = mixing.counted()
+    number = counted.sum(1)
+    first = counted.int().argmax(1)
+    steps = torch.stack([torch.zeros_like(number), number // 2, (number - 1).clamp(min=0)], dim=1)
+    return (first[:, None] + steps).clamp(max=mixing.time - 1)
+
+
+def calls_attention_interface(mixer: nn.Module) -> bool:
+    """Whether the code of `mixer` looks its attention function up where one can be put in its place."""
+    return bool(_callers(mixer))
+
+
+@contextmanager
+def intercepting(mixer: nn.Module, keep: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Hand every attention call of `mixer` to `keep` before the model's own function is run.
+
+    Raises TapError for a mixer whose code never looks its attention function up.
+    """
+    callers = _callers(mixer)
+    if not callers:
+        raise never_called(mixer)
+    with ExitStack() as stack:
+        for module in callers:
+            stack.enter_context(_intercepted(module, keep))
+        yield
+
+
+def never_called(mixer: nn.Module) -> TapError:
+    """The error for a mixer that ran and never called its attention function."""
+    return TapError(
+        f"{type(mixer).__name__} does not call transformers' AttentionInterface, so its queries and keys cannot be "
+        "read.",
+        asked="mixing",
+        allowed="models whose attention function is looked up by `config._attn_implementation`",
+        fix="read mixer_output instead",
+    )
+
+
+@contextmanager
+def _intercepted(module: nn.Module, keep: Callable[[AttentionCall], None]) -> Iterator[None]:
+    functions, eager = _namespace(module)
+    config: Any = module.config
+    implementation = config._attn_implementation
+    # The name begins with the model's own, since some mixers look for `flash` in it; it has no digit more, which
+    # would be taken for a version, and nested readings of one module have different names.
+    name = f"{implementation}+" + "".join(chr(ord("a") + int(digit)) for digit in str(id(module)))
+
+    def attention(
+        caller: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object = None, *args: Any, **kwargs: Any
+    ) -> object:
+        keep(
+            AttentionCall(
+                module=caller, query=query, key=key, mask=mask, implementation=implementation, arguments=kwargs
+            )
+        )
+        own = functions.get_interface(implementation, eager)
+        return own(caller, query, key, value, mask, *args, **kwargs)
+
+    functions[name] = attention
+    module.config = _renamed(config, name)  # type: ignore[assignment]  # a plain attribute
+    try:
+        yield
+    finally:
+        module.config = config
+        del functions[name]
+
+
+def _renamed(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    renamed = copy.copy(config)
+    # Not by the property, which would rename the sub-configs too, and those are shared.
+    renamed._attn_implementation_internal = name
+    return renamed
+
+
+def _callers(mixer: nn.Module) -> list[nn.Module]:
+    return [
+        module
+        for module in mixer.modules()
+        if isinstance(getattr(module, "config", None), PreTrainedConfig)
+        and isinstance(_namespace(module)[0], MutableMapping)
+    ]
+
+
+def _namespace(module: nn.Module) -> tuple[Any, Any]:
+    """The table of attention functions, and the eager one, that the code of `module` sees."""
+    names = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+    return names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")
