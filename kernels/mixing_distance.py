@@ -1,0 +1,172 @@
+"""`mixing_distance` as custom operators of torch: rows of maps compared on tiles, with their gradients.
+
+Loading this file registers `torch.ops.xarch_kd.softmax_divergence`, `softmax_statistics` and `ssd_statistics`, and the
+operators of their backward passes. Every one takes a pair of maps as the fields of `mixing_softmax.Pair`: student and
+teacher query and key [batch, time, heads, width], span [batch, 4] (int32), head_map [student heads, teacher heads] or
+None, and scales, caps (0: none), causal and windows (0: none) of student and teacher. Row numbers are
+[batch, heads, time] in float32. Gradients go to the student alone, and once: they cannot be differentiated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from xarch_kd.kernels.mixing_maps import kept_dtype
+from xarch_kd.kernels.mixing_softmax import Pair, compare_columns, compare_rows
+
+# How many arguments an operator begins with: those of its pair.
+PAIR = len(Pair._fields)
+# How many of those are tensors.
+TENSORS = Pair._fields.index("scales")
+
+
+@torch.library.custom_op("xarch_kd::softmax_divergence", mutates_args=())
+def softmax_divergence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    teacher_query: torch.Tensor,
+    teacher_key: torch.Tensor,
+    span: torch.Tensor,
+    head_map: torch.Tensor | None,
+    scales: Sequence[float],
+    caps: Sequence[float],
+    causal: Sequence[bool],
+    windows: Sequence[int],
+    kind: str,
+    slopes: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the divergence of each row, the query's gradient for an upstream of 1, and both log-sum-exps.
+
+    kind is "kl" or "cross_entropy"; the query's gradient is empty unless `slopes`.
+    """
+    pair = Pair(query, key, teacher_query, teacher_key, span, head_map, scales, caps, causal, windows).packed()
+    lses = pair.log_sum_exps()
+    return *compare_rows(pair, lses, kind, None, (True, slopes)), *lses
+
+
+@torch.library.custom_op("xarch_kd::softmax_statistics", mutates_args=())
+def softmax_statistics(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    teacher_query: torch.Tensor,
+    teacher_key: torch.Tensor,
+    span: torch.Tensor,
+    head_map: torch.Tensor | None,
+    scales: Sequence[float],
+    caps: Sequence[float],
+    causal: Sequence[bool],
+    windows: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return Σ P̄², Σ P̄ S, Σ S² of each row [3, batch, heads, time], and both log-sum-exps."""
+    pair = Pair(query, key, teacher_query, teacher_key, span, head_map, scales, caps, causal, windows).packed()
+    lses = pair.log_sum_exps()
+    return compare_rows(pair, lses, "statistics", None, (True, False))[0], *lses
+
+
+@torch.library.custom_op("xarch_kd::softmax_gradients", mutates_args=())
+def softmax_gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    teacher_query: torch.Tensor,
+    teacher_key: torch.Tensor,
+    span: torch.Tensor,
+    head_map: torch.Tensor | None,
+    scales: Sequence[float],
+    caps: Sequence[float],
+    causal: Sequence[bool],
+    windows: Sequence[int],
+    kind: str,
+    lse: torch.Tensor,
+    teacher_lse: torch.Tensor,
+    upstream: torch.Tensor,
+    wanted: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of query and key, those that are wanted (empty where not).
+
+    upstream is one number a row for "kl" and "cross_entropy", and a, b, a pm + b mm for "statistics".
+    """
+    pair = Pair(query, key, teacher_query, teacher_key, span, head_map, scales, caps, causal, windows).packed()
+    lses, upstream = (lse, teacher_lse), upstream.contiguous()
+    of_query, of_key = query.new_empty(0), key.new_empty(0)
+    if wanted[0]:
+        of_query = compare_rows(pair, lses, kind, upstream, (False, True))[1].to(query.dtype)
+    if wanted[1]:
+        of_key = compare_columns(pair, lses, kind, upstream)
+    return of_query, of_key
+
+
+@softmax_divergence.register_fake
+def _(query: Any, key: Any, teacher_query: Any, teacher_key: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    rows, teacher_rows = _row_numbers(query), _row_numbers(teacher_query)
+    slopes = query.shape if rest[-1] else (0, 0, 0, 0)
+    return rows, query.new_empty(slopes, dtype=kept_dtype(query)), torch.empty_like(rows), teacher_rows
+
+
+@softmax_statistics.register_fake
+def _(query: Any, key: Any, teacher_query: Any, teacher_key: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    rows = _row_numbers(query)
+    return rows.new_empty(3, *rows.shape), rows, _row_numbers(teacher_query)
+
+
+@softmax_gradients.register_fake
+def _(query: Any, key: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return _gradients_like((query, key), rest[-1])
+
+
+def _row_numbers(query: torch.Tensor) -> torch.Tensor:
+    batch, time, heads, _ = query.shape
+    return query.new_empty(batch, heads, time, dtype=torch.float32)
+
+
+def _gradients_like(tensors: Sequence[torch.Tensor], wanted: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+    pairs = zip(tensors, wanted, strict=True)
+    return tuple(tensor.new_empty(tensor.shape if want else (0,)) for tensor, want in pairs)
+
+
+def _keep(ctx: Any, inputs: Sequence[Any], *more: torch.Tensor) -> None:
+    """Keep a pair's tensors and some more for the backward pass; only the first output can be differentiated."""
+    ctx.save_for_backward(*inputs[:TENSORS], *more)
+    ctx.settings = inputs[TENSORS:PAIR]
+
+
+def _setup_divergence(ctx: Any, inputs: Sequence[Any], output: Sequence[torch.Tensor]) -> None:
+    _keep(ctx, inputs, *output[1:])
+    ctx.kind = inputs[PAIR]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _divergence_backward(ctx: Any, upstream: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    pair, (slopes, lse, teacher_lse) = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+    of_query = of_key = None
+    if ctx.needs_input_grad[0]:
+        of_query = (slopes * upstream.transpose(1, 2)[..., None]).to(pair[0].dtype)
+    if ctx.needs_input_grad[1]:
+        wanted = [False, True]
+        of_key = torch.ops.xarch_kd.softmax_gradients(
+            *pair, *ctx.settings, ctx.kind, lse, teacher_lse, upstream, wanted
+        )[1]
+    return of_query, of_key, *[None] * PAIR
+
+
+def _setup_statistics(ctx: Any, inputs: Sequence[Any], output: Sequence[torch.Tensor]) -> None:
+    _keep(ctx, inputs, *output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _statistics_backward(ctx: Any, upstream: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    pair, (statistics, lse, teacher_lse) = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+    a, b = upstream[1], 2 * upstream[2]
+    rows = torch.stack([a, b, a * statistics[1] + b * statistics[2]])
+    wanted = list(ctx.needs_input_grad[:2])
+    gradients = torch.ops.xarch_kd.softmax_gradients(
+        *pair, *ctx.settings, "statistics", lse, teacher_lse, rows, wanted
+    )
+    given = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return *given, *[None] * (PAIR - 2)
+
+
+softmax_divergence.register_autograd(_divergence_backward, setup_context=_setup_divergence)
+softmax_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)

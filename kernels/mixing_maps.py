@@ -1,0 +1,288 @@
+"""What the kernels of `mixing_distance` share: spans, masks, softmax tiles, mixtures of teacher heads, blocks.
+
+Letters: a map has rows i and columns j; a tile is BM rows × BN columns. `SPAN` [batch, 4] (int32) holds the student's
+start and stop, then the teacher's. Rows count where both count them; columns count for each map by its own span.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xarch_kd.kernels.tiles import INTERPRETED, dot, finite_or_zero, softcap
+
+STUDENT, TEACHER = tl.constexpr(0), tl.constexpr(2)
+
+
+class Blocks(NamedTuple):
+    """How one kernel is cut: rows and columns of a tile, warps of a program, stages of its loads."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# back end -> what the kernel does -> bytes of an operand of its products -> the first entry whose width holds the widest
+# head. "values" reads maps, "slopes" adds the product with a gradient tile; float16 slopes are multiplied in 4 bytes.
+BLOCKS: dict[str, dict[str, dict[int, dict[int, Blocks]]]] = {
+    "cuda": {
+        "values": {
+            2: {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+            4: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(32, 32, 8, 1)},
+        },
+        "slopes": {
+            2: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+            4: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
+        },
+    },
+    "hip": {
+        "values": {
+            2: {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
+            4: {64: Blocks(32, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
+        },
+        "slopes": {
+            2: {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
+            4: {64: Blocks(32, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
+        },
+    },
+    "interpreter": {work: {size: {256: Blocks(16, 16, 1, 1)} for size in (2, 4)} for work in ("values", "slopes")},
+}
+# Programs that a grid should have at least: a few for each multiprocessor of a large GPU.
+PROGRAMS = 512
+
+
+def padded(width: int) -> int:
+    """Return the width of a tile that holds `width` columns: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def blocks(work: str, *tensors: Tensor) -> Blocks:
+    """Return how a kernel that does `work` ("values" or "slopes") is cut for these operands [..., width]."""
+    wide = any(tensor.dtype == torch.float32 or (work == "slopes" and tensor.dtype == torch.float16) for tensor in tensors)
+    back_end = "interpreter" if INTERPRETED.value else ("hip" if torch.version.hip else "cuda")
+    widest = max(padded(tensor.shape[-1]) for tensor in tensors)
+    by_width = BLOCKS[back_end][work][4 if wide else 2]
+    return next(cut for width, cut in by_width.items() if width >= widest)
+
+
+def parts(programs: int, heads: int) -> int:
+    """Return into how many programs the `heads` of one group are dealt, so that a grid of `programs` is not too small."""
+    count = 1
+    while programs * count < PROGRAMS and heads % (count * 2) == 0:
+        count *= 2
+    return count
+
+
+def head_lists(head_map: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return each student head's teacher heads: how many [Hs], which [Hs, Ht], weights [Hs, Ht], sum of weights [Hs].
+
+    The lists have room for every teacher head, so that nothing is read back from the device. Without a head map all
+    four are place holders.
+    """
+    if head_map is None:
+        nothing = torch.zeros(1, dtype=torch.int32, device=like.device)
+        weight = torch.ones(1, dtype=torch.float32, device=like.device)
+        return nothing, nothing, weight, weight
+    weight = head_map.detach().to(like.device, torch.float32)
+    used = weight != 0
+    order = torch.argsort(used.logical_not().int(), dim=1, stable=True)
+    return used.sum(1).int(), order.int().contiguous(), weight.gather(1, order).contiguous(), weight.sum(1)
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """Return the tensor with adjacent entries along its last axis."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def kept_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a gradient waits for the upstream one, which may lift it out of float16's range."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+@triton.jit
+def spans(SPAN, batch):
+    """Start and stop of the student and of the teacher, and of the rows that both count."""
+    student_start, student_stop = tl.load(SPAN + batch * 4), tl.load(SPAN + batch * 4 + 1)
+    start, stop = tl.load(SPAN + batch * 4 + 2), tl.load(SPAN + batch * 4 + 3)
+    return student_start, student_stop, start, stop, tl.maximum(student_start, start), tl.minimum(student_stop, stop)
+
+
+@triton.jit
+def columns_seen(row0, start, stop, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr):
+    """First column, and one past the last, that any row of the tile at row0 sees."""
+    low = start
+    if WINDOW > 0:
+        low = tl.maximum(low, row0 - WINDOW + 1)
+    high = stop
+    if CAUSAL:
+        high = tl.minimum(high, row0 + BM)
+    return low, high
+
+
+@triton.jit
+def rows_seeing(column0, first, last, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr):
+    """First row, and one past the last, that sees any column of the tile at column0."""
+    low = first
+    if CAUSAL:
+        low = tl.maximum(low, column0)
+    high = last
+    if WINDOW > 0:
+        high = tl.minimum(high, column0 + BN + WINDOW - 1)
+    return low, high
+
+
+@triton.jit
+def visible(rows, columns, start, stop, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which columns each row sees; rows that do not count are left to their log-sum-exp of +inf."""
+    seen = ((columns >= start) & (columns < stop))[None, :] & (rows >= 0)[:, None]
+    if CAUSAL:
+        seen = seen & (columns[None, :] <= rows[:, None])
+    if WINDOW > 0:
+        seen = seen & (rows[:, None] - columns[None, :] < WINDOW)
+    return seen
+
+
+@triton.jit
+def load_span(base, rows, row_stride, first, last, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """base[rows, :WIDTH], 0 in rows outside of first..last: what stands in rows that do not count is never read."""
+    columns = tl.arange(0, PADDED)
+    inside = ((rows >= first) & (rows < last))[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_rows(base, rows, first, last, otherwise):
+    """A number a row, `otherwise` outside of first..last."""
+    return tl.load(base + rows, mask=(rows >= first) & (rows < last), other=otherwise)
+
+
+@triton.jit
+def scores(query, key, scale, cap, CAPPED: tl.constexpr):
+    """softcap(scale q·k)."""
+    return softcap(dot(query, tl.trans(key)) * scale, cap, CAPPED)
+
+
+@triton.jit
+def slope_dot(slopes, operand, accumulator):
+    """slopes @ operand + accumulator, slopes rounded to the operand's dtype.
+
+    float16 has no room for slopes (a mean over a million rows), so those are multiplied as tf32, which has its mantissa.
+    """
+    if operand.dtype == tl.float16:
+        product = tl.dot(slopes, operand.to(tl.float32), acc=accumulator, input_precision="tf32")
+    else:
+        product = dot(slopes.to(operand.dtype), operand, accumulator)
+    return product
+
+
+@triton.jit
+def from_last(time, BM: tl.constexpr):
+    """First row of this program's tile, the last tile first (its rows are the longest), and which map it works on."""
+    tiles = tl.cdiv(time, BM)
+    maps = tl.num_programs(0) // tiles
+    return (tiles - 1 - tl.program_id(0) // maps) * BM, tl.program_id(0) % maps
+
+
+@triton.jit
+def from_first(time, BN: tl.constexpr):
+    """First column of this program's tile, the first tile first (its columns are the longest), and which map."""
+    maps = tl.num_programs(0) // tl.cdiv(time, BN)
+    return tl.program_id(0) // maps * BN, tl.program_id(0) % maps
+
+
+@triton.jit
+def probabilities(
+    QT, KT, LSE_T, batch, head, rows, columns, seen, first, last, start, stop,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, time, heads, key_heads, scale, cap,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One teacher head's tile of P = exp(z - LSE)."""
+    queries = QT + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+    keys = KT + batch.to(tl.int64) * k_batch + (head // (heads // key_heads)).to(tl.int64) * k_head
+    query = load_span(queries, rows, q_row, first, last, WIDTH, PADDED)
+    key = load_span(keys, columns, k_row, start, stop, WIDTH, PADDED)
+    lse = load_rows(LSE_T + (batch * heads + head).to(tl.int64) * time, rows, first, last, float("inf"))
+    return tl.exp(tl.where(seen, scores(query, key, scale, cap, CAPPED) - lse[:, None], float("-inf")))
+
+
+@triton.jit
+def mixture(
+    QT, KT, LSE_T, COUNT, INDEX, WEIGHT, batch, head, rows, columns, seen, first, last, start, stop,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, time, heads, key_heads, scale, cap,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr, MAPPED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The tile of P̄ for one student head: its teacher heads, normalised and then mixed in registers."""
+    if MAPPED:
+        mixed = tl.zeros([BM, BN], tl.float32)
+        for entry in range(tl.load(COUNT + head)):
+            which = tl.load(INDEX + head * heads + entry)
+            mixed += tl.load(WEIGHT + head * heads + entry) * probabilities(
+                QT, KT, LSE_T, batch, which, rows, columns, seen, first, last, start, stop,
+                q_batch, q_row, q_head, k_batch, k_row, k_head, time, heads, key_heads, scale, cap,
+                WIDTH, PADDED, CAPPED,
+            )  # fmt: skip
+    else:
+        mixed = probabilities(
+            QT, KT, LSE_T, batch, head, rows, columns, seen, first, last, start, stop,
+            q_batch, q_row, q_head, k_batch, k_row, k_head, time, heads, key_heads, scale, cap,
+            WIDTH, PADDED, CAPPED,
+        )  # fmt: skip
+    return mixed
+
+
+@triton.jit
+def lse_kernel(
+    Q, K, SPAN, LSE, q_batch, q_row, q_head, k_batch, k_row, k_head, time, heads, key_heads, scale, cap,
+    SIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """LSE [batch, heads, time] of every row's scores; +inf where the row does not count, so that exp(z - LSE) is 0."""
+    row0, which = from_last(time, BM)
+    batch, head = which // heads, which % heads
+    start, stop = tl.load(SPAN + batch * 4 + SIDE), tl.load(SPAN + batch * 4 + SIDE + 1)
+    rows = row0 + tl.arange(0, BM)
+    query = load_span(
+        Q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head, rows, q_row, start, stop, WIDTH, PADDED
+    )
+    keys = K + batch.to(tl.int64) * k_batch + (head // (heads // key_heads)).to(tl.int64) * k_head
+    maximum, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    low, high = columns_seen(row0, start, stop, CAUSAL, WINDOW, BM)
+    for column0 in range(low // BN * BN, high, BN):
+        columns = column0 + tl.arange(0, BN)
+        key = load_span(keys, columns, k_row, start, stop, WIDTH, PADDED)
+        seen = visible(rows, columns, start, stop, CAUSAL, WINDOW)
+        z = tl.where(seen, scores(query, key, scale, cap, CAPPED), float("-inf"))
+        new = tl.maximum(maximum, tl.max(z, 1))
+        # Where a window leaves a row's first tile empty, the maximum is still -inf.
+        safe = finite_or_zero(new)
+        total = total * tl.exp(maximum - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
+        maximum = new
+    counted = (rows >= start) & (rows < stop)
+    lse = tl.where(counted, maximum + tl.log(tl.where(counted, total, 1.0)), float("inf"))
+    tl.store(LSE + which.to(tl.int64) * time + rows, lse, mask=rows < time)
+
+
+def log_sum_exp(
+    query: Tensor, key: Tensor, span: Tensor, side: int, scale: float, cap: float, causal: bool, window: int
+) -> Tensor:
+    """Return the log-sum-exp [batch, heads, time] (float32) of the rows of one softmax map."""
+    batch, time, heads, width = query.shape
+    cut = blocks("values", query, key)
+    lse = query.new_empty(batch, heads, time, dtype=torch.float32)
+    lse_kernel[(triton.cdiv(time, cut.rows) * batch * heads,)](
+        query, key, span, lse, *query.stride()[:3], *key.stride()[:3], time, heads, key.shape[2], scale, cap,
+        SIDE=side, WIDTH=width, PADDED=padded(width), CAUSAL=causal, WINDOW=window, CAPPED=cap > 0,
+        **launch(cut),
+    )  # fmt: skip
+    return lse
+
+
+def launch(cut: Blocks) -> dict[str, Any]:
+    """Return the launch arguments of a kernel that is cut so."""
+    return {"BM": cut.rows, "BN": cut.columns, "num_warps": cut.warps, "num_stages": cut.stages}

@@ -1,0 +1,110 @@
+"""`mixing_distance` by the kernels of `kernels/mixing_distance.py`: softmax teachers, softmax and SSD students."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.mixing import Mixing, SoftmaxMixing, SSDMixing
+from xarch_kd.ops.dispatch import kernel_obstacle
+
+WIDEST: Final = 256
+DIVERGENCES: Final = ("kl", "cross_entropy")
+
+
+def obstacle(teacher: Mixing, student: Mixing, distance: str, head_map: Tensor | None) -> str | None:
+    """Return why the kernels cannot compare these two mixings, or None when they can."""
+    if not isinstance(teacher, SoftmaxMixing) or not isinstance(student, SoftmaxMixing | SSDMixing):
+        return (
+            "there are kernels for softmax teachers with softmax and ssd students, "
+            f"not for {teacher.kind} with {student.kind}"
+        )
+    if isinstance(student, SSDMixing):
+        if distance in DIVERGENCES:
+            return f"{distance} compares probabilities, and an ssd student's rows are none"
+        if not teacher.causal:
+            return "the kernels for ssd students read the teacher's causal half only, and this teacher is not causal"
+    if teacher.sinks is not None or (isinstance(student, SoftmaxMixing) and student.sinks is not None):
+        return "the kernels have no attention sinks"
+    widest = max(_widths(teacher), _widths(student))
+    if widest > WIDEST:
+        return f"the kernels take heads of at most {WIDEST} numbers, and these have {widest}"
+    return kernel_obstacle(*teacher.factors.values(), *student.factors.values(), head_map)
+
+
+def rows(
+    teacher: SoftmaxMixing, student: SoftmaxMixing | SSDMixing, distance: str, head_map: Tensor | None, epsilon: float
+) -> Tensor:
+    """Return the distance of each row [batch, time, student heads] in float32, 0 where a row does not count.
+
+    kl_i = Σ_j P̄_ij log(P̄_ij / S_ij), cross_entropy_i = −Σ_j P̄_ij log S_ij; of pp = Σ_j P̄², pm = Σ_j P̄ M, mm = Σ_j M²:
+    frobenius pp − 2 pm + mm, relative_frobenius that over pp + ε, cosine 1 − pm / √((pp + ε)(mm + ε)). Gradients go to
+    the student's factors. Call it where `obstacle` returns None.
+    """
+    span = torch.stack([*_span(student), *_span(teacher)], 1).to(torch.int32)
+    with torch.autocast(student.device.type, enabled=False):
+        if distance in DIVERGENCES:
+            assert isinstance(student, SoftmaxMixing)
+            values = _divergence(teacher, student, distance, head_map, span)
+        else:
+            values = _distance(_statistics(teacher, student, head_map, span), distance, epsilon)
+    values = values.transpose(1, 2)
+    return torch.where((teacher.counted() & student.counted())[..., None], values, 0.0)
+
+
+def _widths(mixing: SoftmaxMixing | SSDMixing) -> int:
+    return (mixing.query if isinstance(mixing, SoftmaxMixing) else mixing.C).shape[-1]
+
+
+def _span(mixing: Mixing) -> tuple[Tensor, Tensor]:
+    start = torch.zeros(mixing.batch, dtype=torch.int64, device=mixing.device) if mixing.start is None else mixing.start
+    stop = torch.full_like(start, mixing.time) if mixing.stop is None else mixing.stop
+    return start.clamp(min=0), stop.clamp(max=mixing.time)
+
+
+def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in one dtype: a product has one."""
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    return query.to(dtype), key.to(dtype)
+
+
+def _settings(student: SoftmaxMixing, teacher: SoftmaxMixing) -> tuple[list[float], list[float], list[bool], list[int]]:
+    both = (student, teacher)
+    return (
+        [float(mixing.scale) for mixing in both],
+        [float(mixing.softcap or 0.0) for mixing in both],
+        [mixing.causal for mixing in both],
+        [mixing.window or 0 for mixing in both],
+    )
+
+
+def _divergence(
+    teacher: SoftmaxMixing, student: SoftmaxMixing, kind: str, head_map: Tensor | None, span: Tensor
+) -> Tensor:
+    from xarch_kd.kernels import mixing_distance as kernels
+
+    slopes = torch.is_grad_enabled() and student.query.requires_grad
+    tensors = (*_alike(student.query, student.key), *_alike(teacher.query.detach(), teacher.key.detach()))
+    return kernels.softmax_divergence(*tensors, span, head_map, *_settings(student, teacher), kind, slopes)[0]
+
+
+def _statistics(
+    teacher: SoftmaxMixing, student: SoftmaxMixing | SSDMixing, head_map: Tensor | None, span: Tensor
+) -> Tensor:
+    """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, student heads, time]."""
+    from xarch_kd.kernels import mixing_distance as kernels
+
+    of_teacher = _alike(teacher.query.detach(), teacher.key.detach())
+    assert isinstance(student, SoftmaxMixing)
+    tensors = (*_alike(student.query, student.key), *of_teacher)
+    return kernels.softmax_statistics(*tensors, span, head_map, *_settings(student, teacher))[0]
+
+
+def _distance(statistics: Tensor, distance: str, epsilon: float) -> Tensor:
+    pp, pm, mm = statistics.unbind()
+    if distance == "cosine":
+        return 1 - pm / ((pp + epsilon).sqrt() * (mm + epsilon).sqrt())
+    squared = pp - 2 * pm + mm
+    return squared / (pp + epsilon) if distance == "relative_frobenius" else squared
