@@ -39,17 +39,19 @@ Row = dict[str, int]
 
 
 def specimens(words: Sequence[str] = ()) -> dict[str, tuple[str, int, str]]:
-    """Return every shipped configuration: `file/label/target` -> (file, place in its SPECIMENS, target)."""
+    """Return every shipped configuration: `file/label/target` -> (file, place in its SPECIMENS, target).
+
+    With `words`, only those whose name contains every word; only the files that a word names, if one does, are loaded.
+    """
     found: dict[str, tuple[str, int, str]] = {}
-    for path in sorted(FOLDER.glob("*.py")):
-        if path.stem == Path(__file__).stem:
-            continue
-        for place, specimen in enumerate(_specimens_of(path.stem)):
+    files = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem != Path(__file__).stem]
+    for file in [file for file in files if file in words] or files:
+        for place, specimen in enumerate(_specimens_of(file)):
             for target in specimen.targets:
-                name = f"{path.stem}/{specimen.label}/{target}"
+                name = f"{file}/{specimen.label}/{target}"
                 if name in found:
                     raise ValueError(f"two specimens are called {name}")
-                found[name] = (path.stem, place, target)
+                found[name] = (file, place, target)
     return {name: where for name, where in found.items() if all(word in name for word in words)}
 
 
@@ -63,11 +65,13 @@ def compile_all(chosen: Mapping[str, tuple[str, int, str]]) -> dict[str, Row]:
             return dict(zip(chosen, rows, strict=True))
 
 
-def problems(rows: Mapping[str, Row], table: Mapping[str, Any], whole: bool = True) -> list[str]:
-    """Return what is wrong with compiled `rows`, one line each, against the rules and the committed table.
+def problems(
+    chosen: Mapping[str, tuple[str, int, str]], rows: Mapping[str, Row], table: Mapping[str, Any], whole: bool = True
+) -> list[str]:
+    """Return what is wrong with the compiled `rows` of `chosen`, one line each, by the rules and the committed table.
 
     A spill where the specimen allows none and more than the hardware has are wrong under any triton; more registers,
-    spills or shared memory than the table says only under the triton that wrote it. `whole`: `rows` are all there is.
+    spills or shared memory than the table says only under the triton that wrote it. `whole`: these are all there are.
     """
     import triton
 
@@ -75,7 +79,7 @@ def problems(rows: Mapping[str, Row], table: Mapping[str, Any], whole: bool = Tr
     bounds: Mapping[str, Row] = table.get("configurations", {})
     same = table.get("triton") == triton.__version__
     for name, row in rows.items():
-        module, place, target = specimens()[name]
+        module, place, target = chosen[name]
         if row["spills"] and target not in _specimens_of(module)[place].may_spill:
             lines.append(f"{name}: spills {row['spills']}")
         for what, limit in (("registers", REGISTER_LIMIT[target]), ("shared", SHARED_LIMIT[target])):
@@ -175,13 +179,14 @@ def main(arguments: Iterable[str] | None = None) -> int:
     options = parser.parse_args(None if arguments is None else list(arguments))
     # The interpreter replaces the kernels, and what it leaves cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
-    rows = compile_all(specimens(options.words))
+    chosen = specimens(options.words)
+    rows = compile_all(chosen)
     for name, row in rows.items():
         print(f"{name:<72} {row['registers']:>4} registers {row['spills']:>5} spills {row['shared']:>7} shared")
     known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     if options.write:
         known = _write({**(known.get("configurations", {}) if options.words else {}), **rows})
-    wrong = problems(rows, known, whole=not options.words)
+    wrong = problems(chosen, rows, known, whole=not options.words)
     print("\n".join(wrong) if wrong else f"{len(rows)} configurations, nothing wrong", file=sys.stderr)
     return 1 if wrong else 0
 
