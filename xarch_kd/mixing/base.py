@@ -132,15 +132,6 @@ class Mixing(ABC):
         """Return the same mixing without the graph of its factors."""
         return self.map_factors(torch.Tensor.detach)
 
-    def _by_rows(self, values: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.dtype, values.dtype)
-        values = values.to(dtype).transpose(1, 2)
-        parts = [
-            self._block(slice(at, min(at + 128, self.time)), slice(0, self.time)).to(dtype) @ values
-            for at in range(0, self.time, 128)
-        ]
-        return torch.cat(parts, 2).transpose(1, 2)
-
     def _kept(self, tensor: Tensor) -> Tensor:
         """Return tensor [batch, time, ...] with 0 at tokens that do not count."""
         if self.start is None and self.stop is None:

@@ -37,7 +37,10 @@ def grouped_product(left: Tensor, right: Tensor, heads: int) -> Tensor:
 def spread(tensor: Tensor, heads: int) -> Tensor:
     """Return tensor [batch, groups, ...] with each group repeated for its heads: [batch, heads, ...]."""
     groups = tensor.shape[1]
-    return tensor if groups == heads else tensor.repeat_interleave(heads // groups, 1)
+    if groups == heads:
+        return tensor
+    # A view where there is one group.
+    return tensor.unsqueeze(2).expand(-1, -1, heads // groups, *[-1] * (tensor.dim() - 2)).flatten(1, 2)
 
 
 def causal_pairs(rows: slice, columns: slice, device: torch.device) -> Tensor:
@@ -53,20 +56,32 @@ def same_pairs(rows: slice, columns: slice, device: torch.device) -> Tensor:
     return torch.arange(columns.start, columns.stop, device=device) == row[:, None]
 
 
-def pair_decays(row_sums: Tensor, column_sums: Tensor, causal: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return exp(c_i − c_j) [..., rows, columns] of float64 running sums [..., rows] and [..., columns]; 0 above."""
-    exponent = (row_sums[..., :, None] - column_sums[..., None, :]).to(dtype)
-    return exponent.masked_fill(~causal, float("-inf")).exp()
+def decayed_pairs(left: Tensor, right: Tensor, left_sums: Tensor, right_sums: Tensor, causal: Tensor) -> Tensor:
+    """Return Σ_n left_in right_jn exp(c_in − c_jn) [batch, heads, ..., rows, columns] of a tile; 0 where not causal.
+
+    left and right [batch, groups, ..., tokens, n] (see `grouped_product`), sums in float64 [batch, heads, ..., tokens,
+    n or 1]: with one sum for all n there is one exponent a pair, else one a pair and n.
+    """
+    heads = left_sums.shape[1]
+    if left_sums.shape[-1] == 1:
+        exponent = (left_sums - right_sums.transpose(-1, -2)).to(left.dtype)
+        return grouped_product(left, right, heads) * exponent.masked_fill(~causal, float("-inf")).exp()
+    exponent = (left_sums.unsqueeze(-2) - right_sums.unsqueeze(-3)).to(left.dtype)
+    decay = exponent.masked_fill(~causal.unsqueeze(-1), float("-inf")).exp()
+    groups = max(left.shape[1], right.shape[1])
+    products = spread(left, groups).unsqueeze(-2) * spread(right, groups).unsqueeze(-3)
+    return (spread(products, heads) * decay).sum(-1)
 
 
 def decayed_entries(
     left: Tensor, right: Tensor, left_sums: Tensor, right_sums: Tensor, rows: slice, columns: slice
 ) -> Tensor:
-    """Return Σ_n left_in right_jn exp(c_in − c_jn) [..., rows, columns], 0 for j > i, without a [rows, columns, n].
+    """Return Σ_n left_in right_jn exp(c_in − c_jn) for j <= i, else 0, without a [rows, columns, n].
 
-    left, left_sums [..., rows, n] and right, right_sums [..., columns, n] hold the tokens of the slices, the sums in
-    float64. Where all columns lie before the rows, both sides decay to the first row: two exponents of at most 0 and
-    one product. Other blocks are split until that holds or they are tiles small enough for all exponents.
+    The result is [batch, heads, rows, columns]; left and left_sums [batch, heads, rows, n], right and right_sums
+    [batch, heads, columns, n] hold the tokens of the slices, the sums in float64. Where all columns lie before the
+    rows, both sides decay to the first row: two exponents of at most 0 and one product. Other blocks are split until
+    that holds or they are tiles small enough for all exponents.
     """
     height, width = rows.stop - rows.start, columns.stop - columns.start
     if not height or not width or columns.start >= rows.stop:
@@ -76,10 +91,7 @@ def decayed_entries(
         near = left * (left_sums - reference).to(left.dtype).exp()
         return near @ (right * (reference - right_sums).to(left.dtype).exp()).transpose(-1, -2)
     if max(height, width) <= TILE:
-        exponent = (left_sums[..., :, None, :] - right_sums[..., None, :, :]).to(left.dtype)
-        causal = causal_pairs(rows, columns, left.device)[..., None]
-        decay = exponent.masked_fill(~causal, float("-inf")).exp()
-        return (left[..., :, None, :] * right[..., None, :, :] * decay).sum(-1)
+        return decayed_pairs(left, right, left_sums, right_sums, causal_pairs(rows, columns, left.device))
     return _split(left, right, left_sums, right_sums, rows, columns)
 
 

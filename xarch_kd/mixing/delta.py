@@ -10,7 +10,9 @@ from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_bounds, check_factors, check_rank, check_shape, check_sign
-from xarch_kd.mixing.decay import decayed_entries, running_sum
+from xarch_kd.mixing.decay import TILE
+from xarch_kd.mixing.delta_rule import delta_rows, delta_segment
+from xarch_kd.mixing.scan import CHUNK, in_segments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,24 +71,18 @@ class DeltaMixing(Mixing):
         return {name: factor for name, factor in named.items() if factor is not None}
 
     def _apply(self, values: Tensor) -> Tensor:
-        return self._by_rows(values)
+        dtype = torch.promote_types(self.dtype, values.dtype)
+        factors = (*self._head_first(dtype), values.to(dtype).transpose(1, 2))
+        size, per_pair = (CHUNK, 1) if factors[3].dim() == 3 else (TILE, self.query.shape[-1])
+        state = values.new_zeros(self.batch, self.heads, self.query.shape[-1], values.shape[-1], dtype=dtype)
+        return in_segments(delta_segment, factors, state, size=size, per_pair=per_pair).transpose(1, 2)
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
-        query, key = (
-            self._kept(factor).to(self.dtype).transpose(1, 2) for factor in (self.query * self.scale, self.key)
-        )
-        beta = self._kept(self.beta).to(self.dtype).transpose(1, 2)
-        if self.log_decay is None:
-            sums = torch.zeros_like(beta, dtype=torch.float64)[..., None]
-        else:
-            sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)
-            sums = sums[..., None] if sums.dim() == 3 else sums
-        everything = slice(0, self.time)
-        inner = decayed_entries(key, key, sums, sums, everything, everything).tril(-1) * beta[..., None]
-        solved = torch.linalg.solve_triangular(
-            torch.eye(self.time, dtype=self.dtype, device=self.device) + inner,
-            torch.diag_embed(beta),
-            upper=False,
-            unitriangular=True,
-        )
-        return (decayed_entries(query, key, sums, sums, everything, everything) @ solved)[:, :, rows, columns]
+        factors = self._head_first(self.dtype)
+        return delta_rows(*factors, rows, columns, size=CHUNK if factors[3].dim() == 3 else TILE)
+
+    def _head_first(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return query (scaled), key, beta and log decay as [batch, heads, time, ...], 0 where tokens do not count."""
+        query, key, beta = (self._kept(factor).transpose(1, 2) for factor in (self.query, self.key, self.beta))
+        log_decay = torch.zeros_like(beta) if self.log_decay is None else self._kept(self.log_decay).transpose(1, 2)
+        return query.to(dtype) * self.scale, key.to(dtype), beta.to(dtype), log_decay

@@ -5,11 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
-from xarch_kd.mixing.decay import causal_pairs, decayed_entries, grouped_product, pair_decays, running_sum, spread
+from xarch_kd.mixing.decay import (
+    TILE,
+    causal_pairs,
+    decayed_entries,
+    decayed_pairs,
+    grouped_product,
+    running_sum,
+    spread,
+)
+from xarch_kd.mixing.scan import chunk_size, scan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +82,21 @@ class LinearMixing(Mixing):
         return {name: factor for name, factor in named.items() if factor is not None}
 
     def _apply(self, values: Tensor) -> Tensor:
-        return self._by_rows(values)
+        dtype = torch.promote_types(self.dtype, values.dtype)
+        query, key = (self._kept(factor).to(dtype).transpose(1, 2) for factor in (self.query * self.scale, self.key))
+        if self.log_decay is None:
+            log_decay = query.new_zeros(self.batch, self.heads, self.time)
+        else:
+            log_decay = self._kept(self.log_decay).transpose(1, 2)
+        values = values.to(dtype).transpose(1, 2)
+        if self.normalised:
+            values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+        size = TILE if log_decay.dim() == 4 else chunk_size(query.shape[-1] * values.shape[-1])
+        result = scan(query, key, log_decay, values, size=size).transpose(1, 2)
+        if not self.normalised:
+            return result
+        sums = result[..., -1:]
+        return result[..., :-1] / sums.masked_fill(sums == 0, float("inf"))
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
         entries = self._plain_block(rows, columns)
@@ -89,6 +113,5 @@ class LinearMixing(Mixing):
             return grouped_product(query, key, self.heads).masked_fill(~causal, 0)
         sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)
         if self.log_decay.dim() == 3:
-            decay = pair_decays(sums[..., rows], sums[..., columns], causal, self.dtype)
-            return grouped_product(query, key, self.heads) * decay
+            return decayed_pairs(query, key, sums[:, :, rows, None], sums[:, :, columns, None], causal)
         return decayed_entries(query, spread(key, self.heads), sums[:, :, rows], sums[:, :, columns], rows, columns)

@@ -7,11 +7,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape
-from xarch_kd.mixing.decay import grouped_product
+from xarch_kd.mixing.decay import grouped_product, spread
+from xarch_kd.mixing.row_softmax import Pattern, row_softmax
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,15 +77,7 @@ class SoftmaxMixing(Mixing):
 
     def visible(self, rows: slice, columns: slice) -> Tensor:
         """Return which entries are part of a softmax, bool [batch or 1, 1, rows, columns]."""
-        row = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
-        column = torch.arange(columns.start, columns.stop, device=self.device)
-        seen = column <= row if self.causal else torch.ones_like(column <= row)
-        if self.window is not None:
-            seen = seen & (row - column < self.window)
-        if self.start is None and self.stop is None:
-            return seen[None, None]
-        counted = self.counted()
-        return seen & counted[:, None, rows, None] & counted[:, None, None, columns]
+        return self._pattern(rows).visible(slice(0, rows.stop - rows.start), columns, self.device)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
         """Return z [batch, heads, rows, columns], capped; −∞ where a token is not visible."""
@@ -99,21 +93,68 @@ class SoftmaxMixing(Mixing):
 
         With it M_ij = exp(z_ij − log_normaliser_i) holds for every row, and is 0 where nothing is visible.
         """
-        logits = self.logits(rows, self._seen_columns(rows))
-        dead = (logits == float("-inf")).all(-1, keepdim=True)
-        if self.sinks is not None:
-            sink = self.sinks.to(self.dtype)[:, None, None].expand(self.batch, -1, logits.shape[2], 1)
-            logits = torch.cat([logits, sink], -1)
-        total = torch.logsumexp(logits.masked_fill(dead, 0), -1)
-        return total.masked_fill(dead.squeeze(-1), float("inf"))
+        rows = self._bounds(rows)
+        query, key = self._head_first(self.dtype)
+        nothing = query.new_empty(self.batch, self.heads, self.time, 0)
+        return row_softmax(query[:, :, rows], key, nothing, self.sinks, self._pattern(rows)).log_normaliser
 
-    def _seen_columns(self, rows: slice) -> slice:
-        """Return the columns that any of these rows may see."""
-        first = 0 if self.window is None else max(0, rows.start - self.window + 1)
-        return slice(first, rows.stop if self.causal else self.time)
+    def _head_first(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return query and key [batch, heads, time, width], 0 where tokens do not count."""
+        return self._kept(self.query).to(dtype).transpose(1, 2), self._kept(self.key).to(dtype).transpose(1, 2)
+
+    def _pattern(self, rows: slice) -> Pattern:
+        return Pattern(
+            first=rows.start,
+            time=self.time,
+            scale=self.scale,
+            softcap=self.softcap,
+            causal=self.causal,
+            window=self.window,
+            counted=None if self.start is None and self.stop is None else self.counted(),
+        )
 
     def _apply(self, values: Tensor) -> Tensor:
-        return self._by_rows(values)
+        same = self.query.dtype == self.key.dtype == values.dtype
+        dtype = values.dtype if same else torch.promote_types(self.dtype, values.dtype)
+        if self._plain(dtype):
+            return self._by_sdpa(values.to(dtype), dtype)
+        dtype = torch.promote_types(self.dtype, values.dtype)
+        query, key = self._head_first(dtype)
+        values = values.to(dtype).transpose(1, 2)
+        return row_softmax(query, key, values, self.sinks, self._pattern(slice(0, self.time))).values.transpose(1, 2)
+
+    def _plain(self, dtype: torch.dtype) -> bool:
+        """Whether PyTorch's attention computes this without a mask and without a map."""
+        bounded = self.start is not None or self.stop is not None
+        windowed = self.window is not None and self.window < self.time
+        # GPUs have no attention kernel for float64.
+        fast = self.device.type == "cpu" or dtype != torch.float64
+        extras = self.softcap is not None or self.sinks is not None
+        return fast and not extras and not windowed and (self.causal or not bounded)
+
+    def _by_sdpa(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        query, key = self._kept(self.query).to(dtype), self._kept(self.key).to(dtype)
+        if self.start is not None:
+            # Tokens before the start go behind the others, where no counted token sees them.
+            query, key, values = (_rolled(tensor, self.start) for tensor in (query, key, values))
+        key = spread(key.transpose(1, 2), self.heads)
+        # The kernels want one width, on GPUs a multiple of 8; another would fall back to a map.
+        step = 1 if self.device.type == "cpu" else 8
+        width = -(-max(query.shape[-1], values.shape[-1]) // step) * step
+        query, key, padded = (
+            functional.pad(tensor, (0, width - tensor.shape[-1]))
+            for tensor in (query.transpose(1, 2), key, values.transpose(1, 2))
+        )
+        result = functional.scaled_dot_product_attention(query, key, padded, is_causal=self.causal, scale=self.scale)
+        result = result[..., : values.shape[-1]].transpose(1, 2)
+        return result if self.start is None else _rolled(result, -self.start)
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
         return (self.logits(rows, columns) - self.log_normaliser(rows)[..., None]).exp()
+
+
+def _rolled(tensor: Tensor, by: Tensor) -> Tensor:
+    """Return tensor [batch, time, heads, width] with token (t + by) mod time of each sequence at t."""
+    time = tensor.shape[1]
+    source = (torch.arange(time, device=tensor.device) + by[:, None]) % time
+    return tensor.gather(1, source[:, :, None, None].expand_as(tensor))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
-from xarch_kd.mixing.decay import causal_pairs, grouped_product, pair_decays, running_sum, same_pairs
+from xarch_kd.mixing.decay import causal_pairs, decayed_pairs, running_sum, same_pairs
+from xarch_kd.mixing.scan import chunk_size, scan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,16 +69,23 @@ class SSDMixing(Mixing):
         return {name: factor for name, factor in named.items() if factor is not None}
 
     def _apply(self, values: Tensor) -> Tensor:
-        return self._by_rows(values)
+        dtype = torch.promote_types(self.dtype, values.dtype)
+        values = values.to(dtype)
+        left, right, log_decay, dt = (
+            self._kept(factor).transpose(1, 2) for factor in (self.C, self.B, self.log_decay, self.dt)
+        )
+        size = chunk_size(left.shape[-1] * values.shape[-1])
+        inputs = values.transpose(1, 2) * dt.to(dtype)[..., None]
+        result = scan(left.to(dtype), right.to(dtype), log_decay, inputs, size=size).transpose(1, 2)
+        return result if self.D is None else result + self.D.to(dtype)[:, None] * values
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
         left = self._kept(self.C)[:, rows].to(self.dtype).transpose(1, 2)
         right = self._kept(self.B)[:, columns].to(self.dtype).transpose(1, 2)
-        sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)
+        sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)[..., None]
         causal = causal_pairs(rows, columns, self.device)
-        decay = pair_decays(sums[..., rows], sums[..., columns], causal, self.dtype)
         dt = self._kept(self.dt)[:, columns].to(self.dtype).transpose(1, 2)
-        entries = grouped_product(left, right, self.heads) * decay * dt[..., None, :]
+        entries = decayed_pairs(left, right, sums[:, :, rows], sums[:, :, columns], causal) * dt[..., None, :]
         if self.D is None:
             return entries
         return entries + self.D.to(self.dtype)[:, None, None] * same_pairs(rows, columns, self.device)

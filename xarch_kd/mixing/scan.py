@@ -1,0 +1,112 @@
+"""Decayed sums over earlier tokens by chunks: time and memory linear in the number of tokens.
+
+Inside a chunk every pair of tokens is taken; between chunks a state is carried. Tokens are gone through in segments
+that are computed anew for their gradients, so that the pairs of one segment at a time are in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from xarch_kd.mixing.decay import causal_pairs, decayed_pairs, running_sum, spread
+
+# Exponents that a segment may hold.
+SEGMENT_ELEMENTS: Final = {"cpu": 1 << 22, "other": 1 << 26}
+CHUNK: Final = 64
+SMALL_CHUNK: Final = 16
+
+Result = TypeVar("Result")
+Segment = Callable[..., tuple[Tensor, Tensor]]
+
+
+def chunk_size(state: int) -> int:
+    """Return how many tokens a chunk has where the carried state has that many numbers and decay is one number."""
+    return CHUNK if state > CHUNK else SMALL_CHUNK
+
+
+def scan(
+    left: Tensor, right: Tensor, log_decay: Tensor, values: Tensor, *, size: int, rate: Tensor | None = None
+) -> Tensor:
+    """Return y_i = Σ_{j<=i} Σ_n left_in right_jn exp(c_in − c_jn) v_j [batch, heads, time, width].
+
+    left and right [batch, groups, time, n], values [batch, heads, time, width]; c is the running sum of log_decay
+    [batch, heads, time] or [batch, heads, time, n], or of rate [heads, n] times log_decay [batch, heads, time].
+    """
+    heads, states = values.shape[1], left.shape[-1]
+    per_pair = 1 if rate is None and log_decay.dim() == 3 else states
+
+    def segment(left: Tensor, right: Tensor, log_decay: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        sums = chunk_sums(log_decay, rate)
+        return _segment(left, right, sums, values, state)
+
+    state = values.new_zeros(values.shape[0], heads, states, values.shape[-1])
+    return in_segments(segment, (left, right, log_decay, values), state, size=size, per_pair=per_pair)
+
+
+def in_segments(segment: Segment, inputs: tuple[Tensor, ...], state: Tensor, *, size: int, per_pair: int) -> Tensor:
+    """Return the outputs [batch, heads, time, width] of `segment` over tokens in order, a state being carried.
+
+    `segment` takes its part of each input [batch, groups, time, ...] cut into chunks, [batch, groups, chunks, size,
+    ...], and the state; it returns outputs cut the same way and the next state. Missing tokens of the last chunk are 0.
+    `per_pair` says how many exponents a pair of tokens of a chunk has.
+    """
+    time = inputs[0].shape[2]
+    size = min(size, time)
+    padding = -time % size
+    # Splitting, not slicing: the gradient of a slice is as long as the sequence.
+    chunked = [padded(tensor, padding).unflatten(2, (-1, size)) for tensor in inputs]
+    exponents = state.shape[0] * state.shape[1] * size**2 * per_pair
+    step = max(1, SEGMENT_ELEMENTS["cpu" if state.device.type == "cpu" else "other"] // exponents)
+    pieces = list(zip(*(tensor.split(step, 2) for tensor in chunked), strict=True))
+    run = recomputed if len(pieces) > 1 else _call
+    outputs = []
+    for piece in pieces:
+        output, state = run(segment, *piece, state)
+        outputs.append(output.flatten(2, 3))
+    return torch.cat(outputs, 2)[:, :, :time]
+
+
+def recomputed(function: Callable[..., Result], *tensors: Tensor) -> Result:
+    """Return function(*tensors), whose intermediates are computed anew for the gradients instead of being kept."""
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _call(function: Callable[..., Result], *tensors: Tensor) -> Result:
+    return function(*tensors)
+
+
+def chunk_sums(log_decay: Tensor, rate: Tensor | None = None) -> Tensor:
+    """Return the float64 running sums in each chunk [batch, heads, chunks, size, n or 1] of decays cut into chunks."""
+    if rate is not None:
+        return log_decay.double().cumsum(3).unsqueeze(-1) * rate.double()[:, None, None, :]
+    sums = running_sum(log_decay, 3)
+    return sums.unsqueeze(-1) if sums.dim() == 4 else sums
+
+
+def padded(tensor: Tensor, padding: int) -> Tensor:
+    """Return tensor [batch, groups, time, ...] with zeros after the last token."""
+    return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 3), 0, padding)) if padding else tensor
+
+
+def _segment(left: Tensor, right: Tensor, sums: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    size = values.shape[3]
+    causal = causal_pairs(slice(0, size), slice(0, size), values.device)
+    inner = decayed_pairs(left, right, sums, sums, causal) @ values
+    end = sums[..., -1:, :]
+    heads = values.shape[1]
+    added = (spread(right, heads) * (end - sums).to(values.dtype).exp()).transpose(-1, -2) @ values
+    kept = end.to(values.dtype).exp().transpose(-1, -2)
+    incoming = []
+    for chunk_kept, chunk_added in zip(kept.unbind(2), added.unbind(2), strict=True):
+        incoming.append(state)
+        state = torch.addcmul(chunk_added, chunk_kept, state)
+    outer = (spread(left, heads) * sums.to(values.dtype).exp()) @ torch.stack(incoming, 2)
+    return inner + outer, state
