@@ -9,6 +9,15 @@ from __future__ import annotations
 from xarch_kd.ops.dispatch import explain
 from xarch_kd.ops.divergences import Divergence
 from xarch_kd.ops.linear_divergence import DivergenceLoss, linear_divergence
+from xarch_kd.ops.mixing_distance import MixingDistance, mixing_distance
 from xarch_kd.ops.projected_distance import projected_distance
 
-__all__ = ["Divergence", "DivergenceLoss", "explain", "linear_divergence", "projected_distance"]
+__all__ = [
+    "Divergence",
+    "DivergenceLoss",
+    "MixingDistance",
+    "explain",
+    "linear_divergence",
+    "mixing_distance",
+    "projected_distance",
+]

@@ -1,0 +1,108 @@
+"""`mixing_distance` by panels of columns: each mixer applied to columns of the identity, with its own gradient.
+
+It is exact for every mixer that can be applied, and holds tokens × panel numbers a head. A distance whose slope needs
+the whole row takes two rounds: the numbers of each row, then the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.mixing.base import Mixing
+from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
+from xarch_kd.ops.row_distances import RowStatistics, measure, row_slopes, row_values
+
+COLUMNS: Final = 64
+
+
+@dataclass
+class Sweep:
+    """The distance of each row [batch, time, student heads], and the gradients that were wanted by factor."""
+
+    values: Tensor
+    gradients: dict[str, Tensor]
+
+
+def obstacle(distance: str) -> str | None:
+    """Return why panels cannot give this distance, or None when they can."""
+    if distance not in OF_LOGARITHMS:
+        return None
+    return f"panels hold entries, not their logarithms, and {distance} of an entry that underflows is infinite"
+
+
+@torch.no_grad()
+def sweep(problem: MixingProblem, weights: Tensor, wanted: frozenset[str], chunk_size: int | None) -> Sweep:
+    """Go over the columns once, and once more for the gradients of the `wanted` factors.
+
+    `weights` [batch, time, student heads or 1] multiply each row's part in the gradients and are 0 where a row does not
+    count.
+    """
+    with torch.autocast(weights.device.type, enabled=False):
+        width = chunk_size or COLUMNS
+        student = problem.student.detach()
+        totals: RowStatistics | None = None
+        for identity in _identity_panels(problem, width):
+            entries = _student_panel(student, identity)
+            statistics, _ = measure(problem.distance, target_panel(problem, identity), entries)
+            totals = statistics if totals is None else _added(totals, statistics)
+        assert totals is not None
+        values = torch.where(problem.keep[:, :, None], row_values(problem.distance, totals, problem.epsilon), 0)
+        if not wanted:
+            return Sweep(values, {})
+        return Sweep(values, _gradients(problem, totals, weights, wanted, width))
+
+
+def leaves(student: Mixing, wanted: frozenset[str]) -> tuple[Mixing, dict[str, Tensor]]:
+    """Return the mixing with factors cut from their graph, and those of them whose gradient is wanted, by name."""
+    cut = {name: factor.detach().requires_grad_(name in wanted) for name, factor in student.factors.items()}
+    return replace(student, **cut), {name: factor for name, factor in cut.items() if name in wanted}
+
+
+def target_panel(problem: MixingProblem, values: Tensor) -> Tensor:
+    """Return (head_map @ teacher) applied to values [batch, time, 1, width], the same for every head."""
+    seen = values.expand(-1, -1, problem.teacher.heads, -1)
+    panel = problem.teacher.apply(seen).to(problem.dtype)
+    # Whoever gets it may write over it.
+    return panel.clone() if problem.head_map is None else torch.einsum("st,bitp->bisp", problem.head_map, panel)
+
+
+def _student_panel(student: Mixing, values: Tensor) -> Tensor:
+    return student.apply(values.expand(-1, -1, student.heads, -1))
+
+
+def _gradients(
+    problem: MixingProblem, totals: RowStatistics, weights: Tensor, wanted: frozenset[str], width: int
+) -> dict[str, Tensor]:
+    factor, share = row_slopes(problem.distance, totals, problem.epsilon)
+    row = (weights * factor)[..., None]
+    student, factors = leaves(problem.student, wanted)
+    gradients = {name: torch.zeros_like(leaf, dtype=problem.dtype) for name, leaf in factors.items()}
+    for identity in _identity_panels(problem, width):
+        with torch.enable_grad():
+            entries = _student_panel(student, identity)
+        seen = entries.detach().to(problem.dtype)
+        slope = target_panel(problem, identity).sub_(seen if share is None else seen * share[..., None]).mul_(row)
+        parts = torch.autograd.grad(entries, list(factors.values()), slope.to(entries.dtype), allow_unused=True)
+        for name, part in zip(factors, parts, strict=True):
+            if part is not None:
+                gradients[name] += part
+    return gradients
+
+
+def _identity_panels(problem: MixingProblem, width: int) -> Iterator[Tensor]:
+    """Return all columns of the identity [batch, time, 1, width], in panels."""
+    student = problem.student
+    for start in range(0, student.time, width):
+        panel = torch.zeros(student.time, min(width, student.time - start), dtype=problem.dtype, device=student.device)
+        panel[start : start + width].fill_diagonal_(1)
+        yield panel[None, :, None, :].expand(student.batch, -1, -1, -1)
+
+
+def _added(first: RowStatistics, second: RowStatistics) -> RowStatistics:
+    pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+    return RowStatistics(*(None if one is None else one + other for one, other in pairs))

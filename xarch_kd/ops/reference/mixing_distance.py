@@ -1,0 +1,43 @@
+"""The dense specification of `mixing_distance`: whole matrices, one formula a distance, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xarch_kd.mixing import SoftmaxMixing
+from xarch_kd.mixing.base import Mixing
+from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
+
+
+def row_distances(problem: MixingProblem) -> Tensor:
+    """Return the distance of each row [batch, time, student heads], 0 where a row does not count."""
+    with torch.no_grad():
+        teacher = problem.mixed(_matrix(problem.teacher, problem))
+    if problem.distance in OF_LOGARITHMS:
+        rows = -(teacher * _log_matrix(problem.student, teacher > 0, problem)).sum(-1)
+        if problem.distance == "kl":
+            rows = rows + torch.xlogy(teacher, teacher).sum(-1)
+    else:
+        student = _matrix(problem.student, problem)
+        norm = teacher.square().sum(-1) + problem.epsilon
+        if problem.distance == "cosine":
+            lengths = (norm * (student.square().sum(-1) + problem.epsilon)).sqrt()
+            rows = 1 - (teacher * student).sum(-1) / lengths
+        else:
+            rows = (teacher - student).square().sum(-1)
+            rows = rows / norm if problem.distance == "relative_frobenius" else rows
+    return torch.where(problem.keep[:, :, None], rows.transpose(1, 2), 0)
+
+
+def _matrix(mixing: Mixing, problem: MixingProblem) -> Tensor:
+    return mixing.dense(limit=None).to(problem.dtype)
+
+
+def _log_matrix(mixing: Mixing, attended: Tensor, problem: MixingProblem) -> Tensor:
+    """Return log M where the teacher attends, 0 elsewhere; from logits, so that it is finite where M underflows."""
+    assert isinstance(mixing, SoftmaxMixing)
+    everything = slice(0, mixing.time)
+    logits = torch.where(attended, mixing.logits(everything, everything).to(problem.dtype), 0)
+    normaliser = mixing.log_normaliser(everything).to(problem.dtype)[..., None]
+    return torch.where(attended & problem.keep[:, None, :, None], logits - normaliser, 0)

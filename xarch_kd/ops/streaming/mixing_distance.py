@@ -1,0 +1,135 @@
+"""`mixing_distance` by blocks of rows: a block reaches no further than its rows see, and is the largest tensor.
+
+The gradients of softmax and state-space dual students are written out (`softmax_rows`, `ssd_rows`); other students are
+differentiated by autograd one block at a time (`block_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.mixing import BandedMixing, LinearMixing, SelectiveMixing, SoftmaxMixing, SSDMixing
+from xarch_kd.mixing.base import Mixing
+from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
+from xarch_kd.ops.row_distances import measure, row_slopes, row_values
+from xarch_kd.ops.streaming.block_rows import BlockRows
+from xarch_kd.ops.streaming.softmax_rows import SoftmaxRows
+from xarch_kd.ops.streaming.ssd_rows import SSDRows
+
+Side = SoftmaxRows | SSDRows | BlockRows
+ROWS: Final = {"cpu": 64, "other": 256}
+LEAST_ROWS: Final = 8
+# Entries of one block above which it gets fewer rows: 32 MiB of float32, or 512.
+BLOCK_ELEMENTS: Final = {"cpu": 8 << 20, "other": 128 << 20}
+# Students whose block needs memory for its own rows and columns alone, so that autograd on one block is linear too.
+BY_AUTOGRAD: Final = (LinearMixing, SelectiveMixing, BandedMixing)
+
+
+@dataclass
+class Sweep:
+    """The distance of each row [batch, time, student heads], and the gradients that were wanted by factor."""
+
+    values: Tensor
+    gradients: dict[str, Tensor]
+
+
+def obstacle(student: Mixing) -> str | None:
+    """Return why row blocks cannot be differentiated in linear memory for this student, or None when they can."""
+    if isinstance(student, (SoftmaxMixing, SSDMixing, *BY_AUTOGRAD)):
+        return None
+    return f"a block of rows of a {student.kind} mixing needs all earlier rows; impl='panels' is exact too"
+
+
+def default_chunk(problem: MixingProblem) -> int:
+    """Return how many rows a block has."""
+    device = "cpu" if problem.keep.device.type == "cpu" else "other"
+    heads = max(problem.student.heads, problem.teacher.heads)
+    fitting = BLOCK_ELEMENTS[device] // (problem.student.batch * heads * problem.student.time)
+    return max(LEAST_ROWS, min(ROWS[device], fitting))
+
+
+def source(mixing: Mixing, dtype: torch.dtype, wanted: frozenset[str] = frozenset()) -> Side:
+    """Return what makes the row blocks of a mixing, and sums the gradients of the wanted factors."""
+    if isinstance(mixing, SoftmaxMixing):
+        return SoftmaxRows(mixing, dtype, wanted)
+    if isinstance(mixing, SSDMixing):
+        return SSDRows(mixing, dtype, wanted)
+    return BlockRows(mixing, dtype, wanted)
+
+
+@torch.no_grad()
+def sweep(problem: MixingProblem, weights: Tensor, wanted: frozenset[str], chunk_size: int | None) -> Sweep:
+    """Go over the rows that count once.
+
+    `weights` [batch, time, student heads or 1] multiply each row's part in the gradients of the `wanted` factors and
+    are 0 where a row does not count.
+    """
+    values = weights.new_zeros(problem.student.batch, problem.student.time, problem.student.heads)
+    with torch.autocast(values.device.type, enabled=False):
+        teacher = source(problem.teacher, problem.dtype)
+        student = source(problem.student, problem.dtype, wanted)
+        for rows in _blocks(problem.keep, chunk_size or default_chunk(problem)):
+            weight = weights[:, rows].transpose(1, 2).expand(-1, values.shape[2], -1)
+            ends = [side.columns(rows) for side in (teacher, student)]
+            columns = slice(min(end.start for end in ends), max(end.stop for end in ends))
+            step = _logarithms if problem.distance in OF_LOGARITHMS else _statistics
+            found = step(problem, teacher, student, rows, columns, weight if wanted else None)
+            values[:, rows] = torch.where(problem.keep[:, rows, None], found.transpose(1, 2), 0)
+        return Sweep(values, student.finish())
+
+
+def _blocks(keep: Tensor, chunk: int) -> Iterator[slice]:
+    """Return the blocks from the first to the last row that counts in any sequence."""
+    rows = keep.any(0).nonzero()
+    if not rows.numel():
+        return
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    for start in range(first, end, chunk):
+        yield slice(start, min(start + chunk, end))
+
+
+def _statistics(
+    problem: MixingProblem, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
+) -> Tensor:
+    """Return the distance of each row [batch, heads, rows] and hand the student the block's gradient."""
+    target = problem.mixed(teacher.matrix(rows, columns))
+    entries = student.matrix(rows, columns)
+    statistics, difference = measure(problem.distance, target, entries)
+    values = row_values(problem.distance, statistics, problem.epsilon)
+    if weight is not None:
+        factor, share = row_slopes(problem.distance, statistics, problem.epsilon)
+        slope = target.addcmul_(entries, share[..., None], value=-1) if share is not None else difference
+        assert slope is not None
+        student.backward(slope, entries, weight * factor, rows, columns)
+    return values
+
+
+def _logarithms(
+    problem: MixingProblem, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
+) -> Tensor:
+    """Return Σ P (log P - log M) or -Σ P log M of each row, and hand the student the gradient of the block's logits."""
+    assert isinstance(teacher, SoftmaxRows) and isinstance(student, SoftmaxRows)
+    teacher_logits, logits = teacher.logits(rows, columns), student.logits(rows, columns)
+    target, entries = teacher.probabilities(teacher_logits), student.probabilities(logits)
+    normaliser = student.log_normaliser(logits, entries)
+    one_to_one = problem.distance == "kl" and problem.head_map is None
+    total = torch.ones_like(normaliser)
+    if one_to_one:
+        # As Σ P = 1, this is Σ P (log P - log M) without a logarithm of each entry.
+        normaliser = normaliser - teacher.log_normaliser(teacher_logits, target)
+        values = normaliser + (target * teacher_logits.sub_(logits)).sum(-1)
+    else:
+        target = problem.mixed(target)
+        total = target.sum(-1)
+        values = total * normaliser - (target * logits).sum(-1)
+        if problem.distance == "kl":
+            values += torch.xlogy(target, target).sum(-1)
+    if weight is not None:
+        slope = entries if one_to_one else entries.mul_(total[..., None])
+        student.logits_backward(slope.sub_(target), total, weight, rows, columns)
+    return values
