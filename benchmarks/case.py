@@ -1,0 +1,130 @@
+"""What a benchmark case is: data that says what is computed, on what, by whom, and what it must reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Sizes = Mapping[str, int]
+Options = Mapping[str, Any]
+Inputs = dict[str, Tensor]
+Run = Callable[[Inputs], Tensor]
+Measure = Literal["time", "memory", "roofline"]
+
+# How normally distributed numbers become what an operation takes.
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda values: values,
+    "positive": functional.softplus,
+    "decay": lambda values: -functional.softplus(values - 3),
+    "share": torch.sigmoid,
+    "unit": lambda values: functional.normalize(values, dim=-1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One tensor of a case: the axes that give its shape, and how it is drawn.
+
+    `deviation` is a number, or the name of an axis: 1 / sqrt(size of that axis).
+    """
+
+    axes: tuple[str, ...]
+    deviation: float | str = 1.0
+    transform: str = "normal"
+    gradient: bool = False
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Return the shape at these sizes."""
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def draw(self, sizes: Sizes, generator: torch.Generator) -> Tensor:
+        """Return the tensor in float32 on the CPU."""
+        scale = 1 / math.sqrt(sizes[self.deviation]) if isinstance(self.deviation, str) else self.deviation
+        return TRANSFORMS[self.transform](torch.randn(self.shape(sizes), generator=generator) * scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Something that computes the case: `make(options)` returns the function from inputs to a scalar.
+
+    `needs` names what must be there (keys of `peers.REQUIREMENTS`). `largest` bounds axes above which it is left out
+    because it takes too long or too much memory. `truth` names the contender whose float64 result this one's error is
+    taken against (None: the case's baseline). `ours` are measured at another revision too with `--against`.
+    """
+
+    make: Callable[[Options], Run]
+    source: str
+    ours: bool = False
+    needs: tuple[str, ...] = ()
+    largest: Mapping[str, int] = field(default_factory=dict)
+    truth: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What a contender must reach: a ratio to `against` (None: the baseline), or a share of the roofline."""
+
+    contender: str
+    measure: Measure
+    at_most: float | None = None
+    at_least: float | None = None
+    against: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How fast a contender may grow over the cases of a group: the slope of log(measure) against log(axis)."""
+
+    group: str
+    contender: str
+    measure: Measure
+    at_most: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One computation: inputs, what it costs, the contenders, and the bounds.
+
+    `flops` is what the task needs (multiplications and additions of its matrix products, a causal half counted as
+    half), `dense_flops` what the baseline does (None: not stated). `quick` and `proxy` replace sizes: for a smoke run,
+    and for the error against float64 where the dense computation in float64 would be too large. Cases of one `group`
+    differ in `axis`.
+    """
+
+    operation: str
+    name: str
+    group: str
+    baseline: str
+    sizes: Sizes
+    quick: Sizes
+    inputs: Mapping[str, Input]
+    contenders: Mapping[str, Contender]
+    flops: Callable[[Sizes], int]
+    dense_flops: Callable[[Sizes], int] | None
+    axis: str | None = None
+    options: Options = field(default_factory=dict)
+    proxy: Sizes = field(default_factory=dict)
+    bounds: tuple[Bound, ...] = ()
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+    def bytes(self, sizes: Sizes) -> int:
+        """Return the traffic that no implementation avoids: each input read once, each gradient written once."""
+        width = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+        return sum(math.prod(one.shape(sizes)) * width * (2 if one.gradient else 1) for one in self.inputs.values())
+
+    def draw(self, sizes: Sizes, device: str) -> Inputs:
+        """Return the inputs, drawn from the seed; those with a gradient are leaves that require one."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = {}
+        for name, one in self.inputs.items():
+            values = one.draw(sizes, generator).to(device=device, dtype=getattr(torch, self.dtype))
+            drawn[name] = values.requires_grad_(one.gradient)
+        return drawn
