@@ -11,11 +11,13 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # exp(−1000) is 0 in float64 too; the bound keeps −∞, a decay to 0, out of differences.
 FLOOR: Final = -1000.0
-# Rows and columns of a tile whose exponents are taken pair by pair.
+# Tokens of a tile where each channel decays by itself.
 TILE: Final = 16
+SMALL: Final = 2
 
 
 def running_sum(log_decay: Tensor, axis: int) -> Tensor:
@@ -56,49 +58,98 @@ def same_pairs(rows: slice, columns: slice, device: torch.device) -> Tensor:
     return torch.arange(columns.start, columns.stop, device=device) == row[:, None]
 
 
-def decayed_pairs(left: Tensor, right: Tensor, left_sums: Tensor, right_sums: Tensor, causal: Tensor) -> Tensor:
-    """Return Σ_n left_in right_jn exp(c_in − c_jn) [batch, heads, ..., rows, columns] of a tile; 0 where not causal.
+def remaining(later: Tensor, earlier: Tensor, dtype: torch.dtype, rate: Tensor | None = None) -> Tensor:
+    """Return exp((c_later − c_earlier) rate) of float64 running sums; `rate` [heads, n] goes with axes 1 and −1."""
+    exponent = (later - earlier).to(dtype)
+    if rate is not None:
+        exponent = exponent * rate.to(dtype).view(rate.shape[0], *[1] * (exponent.dim() - 3), rate.shape[1])
+    return exponent.exp_() if not exponent.requires_grad else exponent.exp()
 
-    left and right [batch, groups, ..., tokens, n] (see `grouped_product`), sums in float64 [batch, heads, ..., tokens,
-    n or 1]: with one sum for all n there is one exponent a pair, else one a pair and n.
+
+def scalar_pairs(left: Tensor, right: Tensor, left_sums: Tensor, right_sums: Tensor, causal: Tensor) -> Tensor:
+    """Return left_i·right_j exp(c_i − c_j) [batch, heads, ..., rows, columns]; 0 where not causal.
+
+    left and right [batch, groups, ..., tokens, n] (see `grouped_product`), sums [batch, heads, ..., tokens, 1].
     """
-    heads = left_sums.shape[1]
-    if left_sums.shape[-1] == 1:
-        exponent = (left_sums - right_sums.transpose(-1, -2)).to(left.dtype)
-        return grouped_product(left, right, heads) * exponent.masked_fill(~causal, float("-inf")).exp()
-    exponent = (left_sums.unsqueeze(-2) - right_sums.unsqueeze(-3)).to(left.dtype)
-    decay = exponent.masked_fill(~causal.unsqueeze(-1), float("-inf")).exp()
-    groups = max(left.shape[1], right.shape[1])
-    products = spread(left, groups).unsqueeze(-2) * spread(right, groups).unsqueeze(-3)
-    return (spread(products, heads) * decay).sum(-1)
+    exponent = (left_sums - right_sums.transpose(-1, -2)).to(left.dtype)
+    decay = exponent.masked_fill_(~causal, float("-inf")).exp()
+    return grouped_product(left, right, left_sums.shape[1]) * decay
+
+
+def tile(left: Tensor, right: Tensor, sums: Tensor, rate: Tensor | None = None) -> Tensor:
+    """Return Σ_n left_in right_jn exp((c_in − c_jn) rate_n) for j <= i, else 0, [batch, heads, ..., size, size].
+
+    left and right [batch, groups, ..., size, n], float64 sums [batch, heads, ..., size, n or 1], rate [heads, n] or
+    None. With one sum for all n and no rate there is one exponent a pair. Else the size is a power of 2 and blocks of
+    1, 2, 4 … tokens are joined: the later block's rows and the earlier one's columns decay to where they meet.
+    """
+    size, heads = left.shape[-2], sums.shape[1]
+    if sums.shape[-1] == 1 and rate is None:
+        return scalar_pairs(left, right, sums, sums, causal_pairs(slice(0, size), slice(0, size), left.device))
+    left, right = spread(left, heads), spread(right, heads)
+    joined = (left * right).sum(-1)[..., None, None]
+    half = 1
+    while half < size:
+        parts = (tensor.unflatten(-2, (-1, 2, half)).unbind(-3) for tensor in (left, right, sums))
+        (_, rows), (columns, _), (before, after) = parts
+        meeting = after[..., :1, :]
+        rows = rows * remaining(after, meeting, left.dtype, rate)
+        columns = columns * remaining(meeting, before, left.dtype, rate)
+        earlier, later = joined.unflatten(-3, (-1, 2)).unbind(-3)
+        lower = torch.cat([_products(rows, columns), later], -1)
+        joined = torch.cat([functional.pad(earlier, (0, half)), lower], -2)
+        half *= 2
+    return joined.squeeze(-3)
+
+
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows·columnsᵀ; very small ones elementwise, where a batch of matrix products is slow."""
+    if rows.shape[-2] > SMALL:
+        return rows @ columns.transpose(-1, -2)
+    return (rows.unsqueeze(-2) * columns.unsqueeze(-3)).sum(-1)
 
 
 def decayed_entries(
-    left: Tensor, right: Tensor, left_sums: Tensor, right_sums: Tensor, rows: slice, columns: slice
+    left: Tensor,
+    right: Tensor,
+    left_sums: Tensor,
+    right_sums: Tensor,
+    rows: slice,
+    columns: slice,
+    rate: Tensor | None = None,
 ) -> Tensor:
-    """Return Σ_n left_in right_jn exp(c_in − c_jn) for j <= i, else 0, without a [rows, columns, n].
+    """Return Σ_n left_in right_jn exp((c_in − c_jn) rate_n) for j <= i, else 0, without a [rows, columns, n].
 
-    The result is [batch, heads, rows, columns]; left and left_sums [batch, heads, rows, n], right and right_sums
-    [batch, heads, columns, n] hold the tokens of the slices, the sums in float64. Where all columns lie before the
-    rows, both sides decay to the first row: two exponents of at most 0 and one product. Other blocks are split until
-    that holds or they are tiles small enough for all exponents.
+    The result is [batch, heads, rows, columns]; left [batch, heads, rows, n] and right [batch, heads, columns, n] hold
+    the tokens of the slices, left_sums and right_sums [batch, heads, tokens, n or 1] are in float64, rate is [heads, n]
+    or None. Where all columns lie before the rows, both sides decay to the first row: two exponents of at most 0 and
+    one product. Other blocks are split until that holds or they are tiles small enough for all exponents.
     """
     height, width = rows.stop - rows.start, columns.stop - columns.start
     if not height or not width or columns.start >= rows.stop:
         return left.new_zeros(*left.shape[:-2], height, width)
     if columns.stop <= rows.start + 1:
-        reference = left_sums[..., :1, :]
-        near = left * (left_sums - reference).to(left.dtype).exp()
-        return near @ (right * (reference - right_sums).to(left.dtype).exp()).transpose(-1, -2)
-    if max(height, width) <= TILE:
-        return decayed_pairs(left, right, left_sums, right_sums, causal_pairs(rows, columns, left.device))
-    return _split(left, right, left_sums, right_sums, rows, columns)
+        meeting = left_sums[..., :1, :]
+        near = left * remaining(left_sums, meeting, left.dtype, rate)
+        return near @ (right * remaining(meeting, right_sums, left.dtype, rate)).transpose(-1, -2)
+    if rows == columns and height & (height - 1) == 0 and height <= TILE:
+        return tile(left, right, left_sums, rate)
+    return _split(left, right, left_sums, right_sums, rows, columns, rate)
 
 
-def _split(left: Tensor, right: Tensor, left_sums: Tensor, right_sums: Tensor, rows: slice, columns: slice) -> Tensor:
+def _split(
+    left: Tensor,
+    right: Tensor,
+    left_sums: Tensor,
+    right_sums: Tensor,
+    rows: slice,
+    columns: slice,
+    rate: Tensor | None,
+) -> Tensor:
     """Cut a block at a bound that only one side has, else both sides in halves."""
     candidates = (rows.start, rows.stop, columns.start, columns.stop)
-    middle = rows.start + (rows.stop - rows.start) // 2
+    # A power of 2, so that halves come down to tiles.
+    middle = rows.start + (1 << (rows.stop - rows.start - 1).bit_length() - 1)
     row_cut = next((cut for cut in candidates if rows.start < cut < rows.stop), None)
     column_cut = next((cut for cut in candidates if columns.start < cut < columns.stop), None)
     if row_cut is None and column_cut is None:
@@ -118,6 +169,7 @@ def _split(left: Tensor, right: Tensor, left_sums: Tensor, right_sums: Tensor, r
                     right_sums[..., of_columns, :],
                     upper,
                     side,
+                    rate,
                 )
             )
         parts.append(torch.cat(across, -1))

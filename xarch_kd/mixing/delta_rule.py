@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xarch_kd.mixing.decay import causal_pairs, decayed_pairs
+from xarch_kd.mixing.decay import tile
 from xarch_kd.mixing.scan import chunk_sums, padded, recomputed
 
 
@@ -34,8 +34,7 @@ def prepare(key: Tensor, beta: Tensor, log_decay: Tensor) -> Chunks:
     """Return what the delta rule needs of keys [batch, heads, chunks, size, width] and their beta and log decays."""
     sums = chunk_sums(log_decay)
     size = key.shape[3]
-    causal = causal_pairs(slice(0, size), slice(0, size), key.device)
-    inner = decayed_pairs(key, key, sums, sums, causal.tril(-1)) * beta.unsqueeze(-1)
+    inner = tile(key, key, sums).tril(-1) * beta.unsqueeze(-1)
     solved = torch.linalg.solve_triangular(
         inner + torch.eye(size, dtype=key.dtype, device=key.device),
         torch.diag_embed(beta),
@@ -63,9 +62,7 @@ def delta_segment(
         incoming.append(state)
         corrected.append(chunk_fresh - chunk_known @ state)
         state = kept * state + closing @ corrected[-1]
-    size = query.shape[3]
-    causal = causal_pairs(slice(0, size), slice(0, size), query.device)
-    inner = decayed_pairs(query, key, chunks.sums, chunks.sums, causal) @ torch.stack(corrected, 2)
+    inner = tile(query, key, chunks.sums) @ torch.stack(corrected, 2)
     return inner + (query * chunks.sums.to(query.dtype).exp()) @ torch.stack(incoming, 2), state
 
 
@@ -88,7 +85,7 @@ def delta_rows(
     shape = (*query.shape[:2], rows.stop - rows.start, columns.stop - columns.start)
     if 0 in shape or columns.start >= rows.stop:
         return query.new_zeros(shape)
-    size = min(size, query.shape[2])
+    size = min(size, 1 << (query.shape[2] - 1).bit_length())
     first = columns.start // size * size
     chunks = _chunks((query, key, beta, log_decay), slice(first, rows.stop), size)
     asked, tiles = query[:, :, :0], []
@@ -121,6 +118,5 @@ def _row_chunk(query: Tensor, key: Tensor, beta: Tensor, log_decay: Tensor) -> t
     """Return a chunk's pairs of queries and keys, its queries decayed to its start, and the rest of it."""
     chunk = Chunks(*(tensor.squeeze(2) for tensor in prepare(key, beta, log_decay)))
     query = query.squeeze(2)
-    causal = causal_pairs(slice(0, query.shape[2]), slice(0, query.shape[2]), query.device)
-    inner = decayed_pairs(query, key.squeeze(2), chunk.sums, chunk.sums, causal)
+    inner = tile(query, key.squeeze(2), chunk.sums)
     return inner, query * chunk.sums.to(query.dtype).exp(), chunk

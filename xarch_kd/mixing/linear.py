@@ -14,9 +14,9 @@ from xarch_kd.mixing.decay import (
     TILE,
     causal_pairs,
     decayed_entries,
-    decayed_pairs,
     grouped_product,
     running_sum,
+    scalar_pairs,
     spread,
 )
 from xarch_kd.mixing.scan import chunk_size, scan
@@ -113,5 +113,5 @@ class LinearMixing(Mixing):
             return grouped_product(query, key, self.heads).masked_fill(~causal, 0)
         sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)
         if self.log_decay.dim() == 3:
-            return decayed_pairs(query, key, sums[:, :, rows, None], sums[:, :, columns, None], causal)
+            return scalar_pairs(query, key, sums[:, :, rows, None], sums[:, :, columns, None], causal)
         return decayed_entries(query, spread(key, self.heads), sums[:, :, rows], sums[:, :, columns], rows, columns)

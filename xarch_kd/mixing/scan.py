@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from xarch_kd.mixing.decay import causal_pairs, decayed_pairs, running_sum, spread
+from xarch_kd.mixing.decay import remaining, running_sum, spread, tile
 
 # Exponents that a segment may hold.
 SEGMENT_ELEMENTS: Final = {"cpu": 1 << 22, "other": 1 << 26}
@@ -36,14 +36,13 @@ def scan(
     """Return y_i = Σ_{j<=i} Σ_n left_in right_jn exp(c_in − c_jn) v_j [batch, heads, time, width].
 
     left and right [batch, groups, time, n], values [batch, heads, time, width]; c is the running sum of log_decay
-    [batch, heads, time] or [batch, heads, time, n], or of rate [heads, n] times log_decay [batch, heads, time].
+    [batch, heads, time] or [batch, heads, time, n], times rate [heads, n] where given. `size` tokens make a chunk.
     """
     heads, states = values.shape[1], left.shape[-1]
     per_pair = 1 if rate is None and log_decay.dim() == 3 else states
 
     def segment(left: Tensor, right: Tensor, log_decay: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        sums = chunk_sums(log_decay, rate)
-        return _segment(left, right, sums, values, state)
+        return _segment(left, right, chunk_sums(log_decay), values, state, rate)
 
     state = values.new_zeros(values.shape[0], heads, states, values.shape[-1])
     return in_segments(segment, (left, right, log_decay, values), state, size=size, per_pair=per_pair)
@@ -54,10 +53,10 @@ def in_segments(segment: Segment, inputs: tuple[Tensor, ...], state: Tensor, *, 
 
     `segment` takes its part of each input [batch, groups, time, ...] cut into chunks, [batch, groups, chunks, size,
     ...], and the state; it returns outputs cut the same way and the next state. Missing tokens of the last chunk are 0.
-    `per_pair` says how many exponents a pair of tokens of a chunk has.
+    `size` is a power of 2; `per_pair` says how many exponents a pair of tokens of a chunk has.
     """
     time = inputs[0].shape[2]
-    size = min(size, time)
+    size = min(size, 1 << (time - 1).bit_length())
     padding = -time % size
     # Splitting, not slicing: the gradient of a slice is as long as the sequence.
     chunked = [padded(tensor, padding).unflatten(2, (-1, size)) for tensor in inputs]
@@ -83,10 +82,8 @@ def _call(function: Callable[..., Result], *tensors: Tensor) -> Result:
     return function(*tensors)
 
 
-def chunk_sums(log_decay: Tensor, rate: Tensor | None = None) -> Tensor:
+def chunk_sums(log_decay: Tensor) -> Tensor:
     """Return the float64 running sums in each chunk [batch, heads, chunks, size, n or 1] of decays cut into chunks."""
-    if rate is not None:
-        return log_decay.double().cumsum(3).unsqueeze(-1) * rate.double()[:, None, None, :]
     sums = running_sum(log_decay, 3)
     return sums.unsqueeze(-1) if sums.dim() == 4 else sums
 
@@ -96,17 +93,17 @@ def padded(tensor: Tensor, padding: int) -> Tensor:
     return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 3), 0, padding)) if padding else tensor
 
 
-def _segment(left: Tensor, right: Tensor, sums: Tensor, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    size = values.shape[3]
-    causal = causal_pairs(slice(0, size), slice(0, size), values.device)
-    inner = decayed_pairs(left, right, sums, sums, causal) @ values
-    end = sums[..., -1:, :]
-    heads = values.shape[1]
-    added = (spread(right, heads) * (end - sums).to(values.dtype).exp()).transpose(-1, -2) @ values
-    kept = end.to(values.dtype).exp().transpose(-1, -2)
+def _segment(
+    left: Tensor, right: Tensor, sums: Tensor, values: Tensor, state: Tensor, rate: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    heads, dtype = values.shape[1], values.dtype
+    inner = tile(left, right, sums, rate) @ values
+    before, end = torch.zeros_like(sums[..., :1, :]), sums[..., -1:, :]
+    added = (spread(right, heads) * remaining(end, sums, dtype, rate)).transpose(-1, -2) @ values
+    kept = remaining(end, before, dtype, rate).transpose(-1, -2)
     incoming = []
     for chunk_kept, chunk_added in zip(kept.unbind(2), added.unbind(2), strict=True):
         incoming.append(state)
         state = torch.addcmul(chunk_added, chunk_kept, state)
-    outer = (spread(left, heads) * sums.to(values.dtype).exp()) @ torch.stack(incoming, 2)
+    outer = (spread(left, heads) * remaining(sums, before, dtype, rate)) @ torch.stack(incoming, 2)
     return inner + outer, state

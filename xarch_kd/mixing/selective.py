@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
-from xarch_kd.mixing.decay import decayed_entries, same_pairs, spread
+from xarch_kd.mixing.decay import TILE, decayed_entries, same_pairs, spread
 from xarch_kd.mixing.scan import scan
-
-# Tokens of a chunk: every pair in it has an exponent for each state, so that small chunks cost least.
-CHUNK: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +76,7 @@ class SelectiveMixing(Mixing):
         left, right = self._grouped(self.C).to(dtype), self._grouped(self.B).to(dtype)
         dt = self._kept(self.dt).transpose(1, 2)
         inputs = values.transpose(1, 2) * dt.to(dtype)[..., None]
-        result = scan(left, right, dt, inputs, size=CHUNK, rate=self.A).transpose(1, 2)
+        result = scan(left, right, dt, inputs, size=TILE, rate=self.A).transpose(1, 2)
         return result if self.D is None else result + self.D.to(dtype)[:, None] * values
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
@@ -87,9 +84,9 @@ class SelectiveMixing(Mixing):
         right = spread(self._grouped(self.B)[:, :, columns], self.heads)
         dt = self._kept(self.dt).transpose(1, 2)
         right = right * dt[..., columns].to(self.dtype)[..., None]
-        elapsed, rate = dt.double().cumsum(-1), self.A.double()[:, None, :]
-        row_sums, column_sums = elapsed[..., rows, None] * rate, elapsed[..., columns, None] * rate
-        entries = decayed_entries(left, right, row_sums, column_sums, rows, columns)
+        elapsed = dt.double().cumsum(-1)[..., None]
+        sums = elapsed[:, :, rows], elapsed[:, :, columns]
+        entries = decayed_entries(left, right, *sums, rows, columns, rate=self.A.to(self.dtype))
         if self.D is None:
             return entries
         return entries + self.D.to(self.dtype)[:, None, None] * same_pairs(rows, columns, self.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
-from xarch_kd.mixing.decay import causal_pairs, decayed_pairs, running_sum, same_pairs
+from xarch_kd.mixing.decay import causal_pairs, running_sum, same_pairs, scalar_pairs
 from xarch_kd.mixing.scan import chunk_size, scan
 
 
@@ -85,7 +85,7 @@ class SSDMixing(Mixing):
         sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)[..., None]
         causal = causal_pairs(rows, columns, self.device)
         dt = self._kept(self.dt)[:, columns].to(self.dtype).transpose(1, 2)
-        entries = decayed_pairs(left, right, sums[:, :, rows], sums[:, :, columns], causal) * dt[..., None, :]
+        entries = scalar_pairs(left, right, sums[:, :, rows], sums[:, :, columns], causal) * dt[..., None, :]
         if self.D is None:
             return entries
         return entries + self.D.to(self.dtype)[:, None, None] * same_pairs(rows, columns, self.device)
