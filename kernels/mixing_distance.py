@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
+from xarch_kd.kernels import mixing_ssd
 from xarch_kd.kernels.mixing_maps import kept_dtype
 from xarch_kd.kernels.mixing_softmax import Pair, compare_columns, compare_rows
+from xarch_kd.kernels.mixing_ssd import SSDPair
 
 # How many arguments an operator begins with: those of its pair.
 PAIR = len(Pair._fields)
 # How many of those are tensors.
 TENSORS = Pair._fields.index("scales")
+SSD_TENSORS = SSDPair._fields.index("scale")
 
 
 @torch.library.custom_op("xarch_kd::softmax_divergence", mutates_args=())
@@ -98,6 +101,53 @@ def softmax_gradients(
     return of_query, of_key
 
 
+@torch.library.custom_op("xarch_kd::ssd_statistics", mutates_args=())
+def ssd_statistics(
+    C: torch.Tensor,
+    B: torch.Tensor,
+    log_decay: torch.Tensor,
+    dt: torch.Tensor,
+    D: torch.Tensor | None,
+    teacher_query: torch.Tensor,
+    teacher_key: torch.Tensor,
+    span: torch.Tensor,
+    head_map: torch.Tensor | None,
+    scale: float,
+    cap: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, heads, time], and what the backward pass keeps.
+
+    The arguments are the fields of `mixing_ssd.SSDPair`; the teacher is causal.
+    """
+    pair = SSDPair(C, B, log_decay, dt, D, teacher_query, teacher_key, span, head_map, scale, cap, window)
+    return mixing_ssd.statistics(pair.packed())
+
+
+@torch.library.custom_op("xarch_kd::ssd_gradients", mutates_args=())
+def ssd_gradients(
+    C: torch.Tensor,
+    B: torch.Tensor,
+    log_decay: torch.Tensor,
+    dt: torch.Tensor,
+    D: torch.Tensor | None,
+    teacher_query: torch.Tensor,
+    teacher_key: torch.Tensor,
+    span: torch.Tensor,
+    head_map: torch.Tensor | None,
+    scale: float,
+    cap: float,
+    window: int,
+    kept: torch.Tensor,
+    teacher_lse: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of C, B, log_decay, dt and D (empty without one) for ∂L/∂M = a P̄ + b M."""
+    pair = SSDPair(C, B, log_decay, dt, D, teacher_query, teacher_key, span, head_map, scale, cap, window)
+    return mixing_ssd.gradients(pair.packed(), kept, teacher_lse, a, b)
+
+
 @softmax_divergence.register_fake
 def _(query: Any, key: Any, teacher_query: Any, teacher_key: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
     rows, teacher_rows = _row_numbers(query), _row_numbers(teacher_query)
@@ -168,5 +218,33 @@ def _statistics_backward(ctx: Any, upstream: torch.Tensor, *unused: Any) -> tupl
     return *given, *[None] * (PAIR - 2)
 
 
+@ssd_statistics.register_fake
+def _(C: Any, B: Any, log_decay: Any, dt: Any, D: Any, teacher_query: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    batch, time, heads = dt.shape
+    statistics = dt.new_empty(3, batch, heads, time, dtype=torch.float32)
+    return statistics, torch.empty_like(statistics), _row_numbers(teacher_query)
+
+
+@ssd_gradients.register_fake
+def _(C: Any, B: Any, log_decay: Any, dt: Any, D: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    gradients = [tensor.new_empty(tensor.shape) for tensor in (C, B, log_decay, dt)]
+    return *gradients, C.new_empty(0) if D is None else D.new_empty(D.shape)
+
+
+def _setup_ssd(ctx: Any, inputs: Sequence[Any], output: Sequence[torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:SSD_TENSORS], *output[1:])
+    ctx.settings = inputs[SSD_TENSORS:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _ssd_backward(ctx: Any, upstream: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    pair, kept = ctx.saved_tensors[:SSD_TENSORS], ctx.saved_tensors[SSD_TENSORS:]
+    gradients = torch.ops.xarch_kd.ssd_gradients(*pair, *ctx.settings, *kept, upstream[1], 2 * upstream[2])
+    wanted = zip(gradients, ctx.needs_input_grad[: len(gradients)], strict=True)
+    given = [gradient if want else None for gradient, want in wanted]
+    return *given, *[None] * (len(SSDPair._fields) - len(given))
+
+
 softmax_divergence.register_autograd(_divergence_backward, setup_context=_setup_divergence)
 softmax_statistics.register_autograd(_statistics_backward, setup_context=_setup_statistics)
+ssd_statistics.register_autograd(_ssd_backward, setup_context=_setup_ssd)

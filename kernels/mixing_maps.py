@@ -27,6 +27,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
+WORK = ("values", "slopes", "ssd values", "ssd slopes")
 # back end -> what the kernel does -> bytes of an operand of its products -> the first entry whose width holds the widest
 # head. "values" reads maps, "slopes" adds the product with a gradient tile; float16 slopes are multiplied in 4 bytes.
 BLOCKS: dict[str, dict[str, dict[int, dict[int, Blocks]]]] = {
@@ -50,7 +51,7 @@ BLOCKS: dict[str, dict[str, dict[int, dict[int, Blocks]]]] = {
             4: {64: Blocks(32, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
         },
     },
-    "interpreter": {work: {size: {256: Blocks(16, 16, 1, 1)} for size in (2, 4)} for work in ("values", "slopes")},
+    "interpreter": {work: {size: {256: Blocks(16, 16, 1, 1)} for size in (2, 4)} for work in WORK},
 }
 # Programs that a grid should have at least: a few for each multiprocessor of a large GPU.
 PROGRAMS = 512
@@ -63,7 +64,7 @@ def padded(width: int) -> int:
 
 def blocks(work: str, *tensors: Tensor) -> Blocks:
     """Return how a kernel that does `work` ("values" or "slopes") is cut for these operands [..., width]."""
-    wide = any(tensor.dtype == torch.float32 or (work == "slopes" and tensor.dtype == torch.float16) for tensor in tensors)
+    wide = any(tensor.dtype == torch.float32 or (work.endswith("slopes") and tensor.dtype == torch.float16) for tensor in tensors)
     back_end = "interpreter" if INTERPRETED.value else ("hip" if torch.version.hip else "cuda")
     widest = max(padded(tensor.shape[-1]) for tensor in tensors)
     by_width = BLOCKS[back_end][work][4 if wide else 2]

@@ -97,7 +97,10 @@ def _statistics(
     from xarch_kd.kernels import mixing_distance as kernels
 
     of_teacher = _alike(teacher.query.detach(), teacher.key.detach())
-    assert isinstance(student, SoftmaxMixing)
+    if isinstance(student, SSDMixing):
+        factors = (*_alike(student.C, student.B), student.log_decay, student.dt, student.D)
+        settings = (float(teacher.scale), float(teacher.softcap or 0.0), teacher.window or 0)
+        return kernels.ssd_statistics(*factors, *of_teacher, span, head_map, *settings)[0]
     tensors = (*_alike(student.query, student.key), *of_teacher)
     return kernels.softmax_statistics(*tensors, span, head_map, *_settings(student, teacher))[0]
 
