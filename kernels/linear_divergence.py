@@ -96,8 +96,9 @@ def summand(log_p, log_q, share, KIND: tl.constexpr):
 
 @triton.jit
 def logits_of(ROW, BIAS, columns, width, vocabulary, scale, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
-    """softcap(scale * (row + bias)) of some columns; what stands in padded columns is not looked at by the caller."""
+    """softcap(scale * (row + bias)) of some columns, 0 in padded ones, whatever stands there."""
     z = tl.load(ROW + columns, mask=columns < width, other=0.0).to(tl.float32)
+    z = tl.where(columns < vocabulary, z, 0.0)
     if BIASED:
         z += tl.load(BIAS + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
     return softcap(z * scale, cap, CAPPED)

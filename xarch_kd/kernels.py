@@ -6,6 +6,13 @@ package of that name in the checkout's root would be taken for it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from xarch_kd._layout import folder
+
+if TYPE_CHECKING:
+    # What a kernel file holds is known to triton alone.
+    def __getattr__(name: str) -> Any: ...
+
 
 __path__ = [str(folder("kernels"))]

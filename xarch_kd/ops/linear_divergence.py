@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from xarch_kd.ops import checks
 from xarch_kd.ops.dispatch import choose
 from xarch_kd.ops.divergence_problem import DivergenceProblem, Side, make_problem, spread
 from xarch_kd.ops.divergences import Divergence, as_divergence
+from xarch_kd.ops.fused import linear_divergence as fused
 from xarch_kd.ops.reference.linear_divergence import token_values
 from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
 from xarch_kd.ops.streaming.linear_divergence import Sweep, sweep
@@ -85,7 +86,6 @@ def linear_divergence(
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
-    implementation = choose("linear_divergence", impl, {"fused": "this version ships no fused kernel for it"})
     problem = make_problem(
         Side(
             hidden=student_hidden,
@@ -111,6 +111,8 @@ def linear_divergence(
         vocabulary=vocabulary,
         logits_dtype=logits_dtype,
     )
+    obstacle = fused.obstacle(problem)
+    implementation = choose("linear_divergence", impl, {} if obstacle is None else {"fused": obstacle})
     if reduction == "mean" and problem.tokens == 0:
         raise checks.refuse_mean_of_nothing()
     if implementation == "reference":
@@ -118,15 +120,19 @@ def linear_divergence(
             rows, cross = token_values(problem)
         total = _reduce(_weighted_sum(problem, rows, cross), problem, reduction)
     else:
-        total, rows, cross = _streamed(problem, reduction, chunk_size)
+        run = fused.sweep if implementation == "fused" else sweep
+        total, rows, cross = _swept(run, problem, reduction, chunk_size)
     parts = [None if part is None else _reduce(part.detach(), problem, reduction) for part in (rows, cross)]
     _check_finite(parts[0], parts[1])
     assert parts[0] is not None
     return DivergenceLoss(total, parts[0], parts[1])
 
 
-def _streamed(
-    problem: DivergenceProblem, reduction: str, chunk_size: int | None
+def _swept(
+    run: Callable[[DivergenceProblem, Tensor, tuple[bool, ...], int | None], Sweep],
+    problem: DivergenceProblem,
+    reduction: str,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the total, with its gradients attached, and the unweighted values of each counted token."""
     student = problem.student
@@ -134,13 +140,13 @@ def _streamed(
     needs = wanted(*inputs)
     now = needs if reduction != "none" else (False, False, False)
     scale = problem.weights if reduction == "sum" else problem.weights / problem.weights.sum()
-    result = sweep(problem, scale, now, chunk_size)
+    result = run(problem, scale, now, chunk_size)
     total = _reduce(_weighted_sum(problem, result.divergence, result.cross_entropy), problem, reduction)
     if reduction == "none" and any(needs):
 
         def backward(upstream: Tensor) -> Gradients:
             picked = upstream.reshape(-1) if problem.kept is None else upstream.reshape(-1)[problem.kept]
-            return _gradients(sweep(problem, picked * problem.weights, needs, chunk_size), problem)
+            return _gradients(run(problem, picked * problem.weights, needs, chunk_size), problem)
 
         total = recompute(total, inputs, backward)
     elif any(needs):

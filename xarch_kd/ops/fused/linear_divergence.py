@@ -1,0 +1,148 @@
+"""`linear_divergence` with a Triton kernel for the rows: products by the matrix library, one program a row of logits.
+
+Two buffers of chunk by vocabulary exist at a time. The kernel overwrites the student's logits with their gradient,
+which has the dtype of the student's head, so that every product is one of operands of that dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xarch_kd.ops.dispatch import kernel_obstacle
+from xarch_kd.ops.divergence_problem import DivergenceProblem, Side
+from xarch_kd.ops.fused.products import add_product, by_weight, even_chunk, through_weight
+from xarch_kd.ops.streaming.linear_divergence import Sweep
+
+# Reading and writing the float32 gradient of the head takes as long as a product of a quarter of this many tokens, and
+# the two buffers are as large as that gradient where a head is as wide.
+CHUNK_TOKENS = 2048
+# float16 has little room below a mean's gradient: rows are scaled so that the largest scale of all is this.
+FLOAT16_SCALE = 64.0
+
+
+def obstacle(problem: DivergenceProblem) -> str | None:
+    """Return why the kernel cannot run on this problem, or None when it can."""
+    student, teacher = problem.student, problem.teacher
+    return kernel_obstacle(
+        student.hidden, student.weight, student.bias, teacher.hidden, teacher.weight, teacher.bias, problem.weights
+    )
+
+
+@torch.no_grad()
+def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], chunk_size: int | None) -> Sweep:
+    """Go over the counted tokens once. `scale` [k] multiplies each token's part in the gradients.
+
+    `wanted` says whether the gradients of the student's hidden states, weight and bias are computed.
+    """
+    from xarch_kd.kernels import linear_divergence as kernels
+
+    dtype = _operand_dtype(problem.student, problem)
+    lift = _lift(scale, dtype, problem)
+    result = _empty(problem, wanted, dtype)
+    chunk = min(chunk_size or even_chunk(problem.tokens, CHUNK_TOKENS), max(problem.tokens, 1))
+    padded = -(-problem.vocabulary // kernels.ALIGNMENT) * kernels.ALIGNMENT
+    buffers = scale.new_empty(2, chunk, padded, dtype=problem.logits_dtype)
+    with torch.autocast(scale.device.type, enabled=False):
+        for start in range(0, problem.tokens, chunk):
+            at = slice(start, min(start + chunk, problem.tokens))
+            _sweep_chunk(problem, scale if lift is None else scale * lift, result, at, buffers, dtype)
+    if lift is not None:
+        for part in (result.hidden, result.weight, result.bias):
+            if part is not None:
+                part.div_(lift)
+    return result
+
+
+def _operand_dtype(side: Side, problem: DivergenceProblem) -> torch.dtype:
+    """Return what a model's hidden states and head are multiplied in: as they are, where they agree."""
+    if problem.logits_dtype != problem.dtype:
+        return problem.logits_dtype
+    return side.weight.dtype if side.hidden.dtype == side.weight.dtype else problem.dtype
+
+
+def _lift(scale: Tensor, dtype: torch.dtype, problem: DivergenceProblem) -> Tensor | None:
+    """Return what the rows' scales are multiplied by while gradients are float16, and None for other dtypes."""
+    if dtype != torch.float16 or scale.numel() == 0:
+        return None
+    bound = problem.divergence_weight / problem.temperature + problem.cross_entropy_weight
+    peak = scale.abs().max() * (bound * abs(problem.student.scale))
+    return FLOAT16_SCALE / peak.clamp_min(torch.finfo(torch.float32).tiny * FLOAT16_SCALE)
+
+
+def _empty(problem: DivergenceProblem, wanted: tuple[bool, ...], dtype: torch.dtype) -> Sweep:
+    student, tokens = problem.student, problem.weights
+    need_hidden, need_weight, need_bias = wanted
+    # bfloat16 has the range of float32, and the product that gives this gradient is rounded once.
+    direct = dtype == torch.bfloat16 == student.hidden.dtype == student.weight.dtype
+    hidden = tokens.new_zeros(student.hidden.shape, dtype=dtype if direct else None) if need_hidden else None
+    weight = tokens.new_zeros(student.weight.shape) if need_weight else None
+    bias = tokens.new_zeros(student.weight.shape[0]) if need_bias else None
+    cross_entropy = None if problem.labels is None else torch.empty_like(tokens)
+    return Sweep(torch.empty_like(tokens), cross_entropy, hidden, weight, bias)
+
+
+def _sweep_chunk(
+    problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, buffers: Tensor, dtype: torch.dtype
+) -> None:
+    """Fill the rows `at` of the result and add their part to the gradients."""
+    from xarch_kd.kernels import linear_divergence as kernels
+
+    student, vocabulary, size = problem.student, problem.vocabulary, at.stop - at.start
+    rows = at if problem.kept is None else problem.kept[at]
+    hidden = student.hidden[rows].to(dtype)
+    teacher_hidden = problem.teacher.hidden[rows].to(_operand_dtype(problem.teacher, problem))
+    by_weight(buffers[0, :size, :vocabulary], hidden, student.weight[:vocabulary])
+    by_weight(buffers[1, :size, :vocabulary], teacher_hidden, problem.teacher.weight[:vocabulary])
+    needed = any(part is not None for part in (result.hidden, result.weight, result.bias))
+    _rows(problem, scale, result, at, buffers[:, :size], dtype if needed else None)
+    if not needed:
+        return
+    gradient = kernels.gradient_view(buffers[0, :size], dtype)[:, :vocabulary]
+    if result.bias is not None:
+        result.bias[:vocabulary] += gradient.sum(0, dtype=result.bias.dtype)
+    if result.weight is not None:
+        add_product(result.weight[:vocabulary], gradient.T, hidden)
+    if result.hidden is not None and isinstance(rows, slice):
+        through_weight(result.hidden[rows], gradient, student.weight[:vocabulary])
+    elif result.hidden is not None:
+        picked = result.hidden.new_empty(size, student.hidden.shape[-1])
+        through_weight(picked, gradient, student.weight[:vocabulary])
+        result.hidden[rows] = picked
+
+
+def _rows(
+    problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, buffers: Tensor, gradient: torch.dtype | None
+) -> None:
+    """Run the kernel over the products [2, rows, padded vocabulary] of student and teacher."""
+    from xarch_kd.kernels import linear_divergence as kernels
+
+    student, teacher, divergence = problem.student, problem.teacher, problem.divergence
+    share = divergence.parameter or 0.0
+    values, cross_entropy = kernels.divergence_rows(
+        buffers[0],
+        buffers[1],
+        scale[at],
+        None if problem.labels is None else problem.labels[at],
+        _bias(student, problem.vocabulary),
+        _bias(teacher, problem.vocabulary),
+        problem.vocabulary,
+        divergence.kind,
+        share,
+        1 / (share * (1 - share)) if divergence.normalised and divergence.kind == "jsd" else 1.0,
+        problem.temperature,
+        problem.divergence_weight,
+        problem.cross_entropy_weight,
+        student.scale,
+        teacher.scale,
+        student.softcap or 0.0,
+        teacher.softcap or 0.0,
+        gradient,
+    )
+    result.divergence[at] = values
+    if result.cross_entropy is not None:
+        result.cross_entropy[at] = cross_entropy
+
+
+def _bias(side: Side, vocabulary: int) -> Tensor | None:
+    return None if side.bias is None else side.bias[:vocabulary].contiguous()
