@@ -11,13 +11,18 @@ from xarch_kd.ops.divergences import Divergence
 from xarch_kd.ops.linear_divergence import DivergenceLoss, linear_divergence
 from xarch_kd.ops.mixing_distance import MixingDistance, mixing_distance
 from xarch_kd.ops.projected_distance import projected_distance
+from xarch_kd.ops.similarity import LayerSimilarity, Similarity, SimilaritySums, similarity
 
 __all__ = [
     "Divergence",
     "DivergenceLoss",
+    "LayerSimilarity",
     "MixingDistance",
+    "Similarity",
+    "SimilaritySums",
     "explain",
     "linear_divergence",
     "mixing_distance",
     "projected_distance",
+    "similarity",
 ]

@@ -19,6 +19,7 @@ IMPLEMENTATIONS: Final = {
     "linear_divergence": ("fused", "streaming", "reference"),
     "mixing_distance": ("fused", "streaming", "panels", "sketch", "reference"),
     "projected_distance": ("fused", "streaming", "reference"),
+    "similarity": ("streaming", "reference"),
 }
 DESCRIPTIONS: Final = {
     "fused": "Triton kernels: no large intermediate, on a GPU",

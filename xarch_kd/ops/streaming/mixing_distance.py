@@ -122,7 +122,7 @@ def _logarithms(
     if one_to_one:
         # As Σ P = 1, this is Σ P (log P - log M) without a logarithm of each entry.
         normaliser = normaliser - teacher.log_normaliser(teacher_logits, target)
-        values = normaliser + (target * teacher_logits.sub_(logits)).sum(-1)
+        values = normaliser + teacher_logits.sub_(logits).mul_(target).sum(-1)
     else:
         target = problem.mixed(target)
         total = target.sum(-1)
