@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from xarch_kd.ops import checks
 from xarch_kd.ops.dispatch import choose
 from xarch_kd.ops.distance_problem import DistanceProblem, check_distance, energy, make_problem
 from xarch_kd.ops.divergence_problem import spread
+from xarch_kd.ops.fused import projected_distance as fused
 from xarch_kd.ops.reference.projected_distance import token_values
 from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
 from xarch_kd.ops.streaming.projected_distance import Sweep, default_chunk, sweep
@@ -45,8 +48,9 @@ def projected_distance(
     """
     check_distance(distance, reduction, epsilon)
     checks.check_chunk_size(chunk_size)
-    implementation = choose("projected_distance", impl, {"fused": "this version ships no fused kernel for it"})
     problem = make_problem(student, teacher, weight=weight, bias=bias, distance=distance, mask=mask, epsilon=epsilon)
+    obstacle = fused.obstacle(problem)
+    implementation = choose("projected_distance", impl, {} if obstacle is None else {"fused": obstacle})
     if reduction == "mean" and problem.tokens == 0:
         raise checks.refuse_mean_of_nothing()
     chunk = chunk_size or default_chunk(problem)
@@ -56,7 +60,8 @@ def projected_distance(
             values = token_values(problem)
         result = spread(values, problem.kept, problem.shape) if reduction == "none" else values.sum() / divisor
     else:
-        result = _streamed(problem, reduction, divisor, chunk)
+        run = fused.sweep if implementation == "fused" else sweep
+        result = _swept(run, problem, reduction, divisor, chunk)
     if not bool(torch.isfinite(result).all()):
         raise NonFiniteLoss(
             f"The distance '{distance}' is not finite.",
@@ -76,20 +81,26 @@ def _divisor(problem: DistanceProblem, reduction: str, chunk: int) -> Tensor:
     return one * problem.tokens if reduction == "mean" else one
 
 
-def _streamed(problem: DistanceProblem, reduction: str, divisor: Tensor, chunk: int) -> Tensor:
+def _swept(
+    run: Callable[[DistanceProblem, Tensor | None, tuple[bool, ...], int], Sweep],
+    problem: DistanceProblem,
+    reduction: str,
+    divisor: Tensor,
+    chunk: int,
+) -> Tensor:
     inputs = (problem.student, problem.weight, problem.bias)
     needs = wanted(*inputs)
     if reduction != "none":
-        result = sweep(problem, divisor.reciprocal() if any(needs) else None, needs, chunk)
+        result = run(problem, divisor.reciprocal() if any(needs) else None, needs, chunk)
         value = result.values.sum() / divisor
         return hand_over(value, inputs, _gradients(result, problem)) if any(needs) else value
-    values = spread(sweep(problem, None, (False,) * 3, chunk).values, problem.kept, problem.shape)
+    values = spread(run(problem, None, (False,) * 3, chunk).values, problem.kept, problem.shape)
     if not any(needs):
         return values
 
     def backward(upstream: Tensor) -> Gradients:
         picked = upstream.reshape(-1) if problem.kept is None else upstream.reshape(-1)[problem.kept]
-        return _gradients(sweep(problem, picked, needs, chunk), problem)
+        return _gradients(run(problem, picked, needs, chunk), problem)
 
     return recompute(values, inputs, backward)
 
