@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xarch_kd.testing.tiny import VOCABULARY
@@ -185,26 +186,29 @@ def read_mixer(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
 ) -> Reading:
-    """Run the model once; return the outputs of the mixer's `projections` and the first input of its module `inner`.
+    """Run the model once; return the outputs of the mixer's `projections` and the input of its module `inner`.
 
-    Where `inner` ends with `()`, its output instead.
+    Where `inner` ends with `()` it is the output of that module.
     """
-    projected: dict[str, Tensor] = {}
-    seen: list[Tensor] = []
-    path = inner.removesuffix("()")
-    handles = [
-        mixer.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name: projected.update({name: output})
-        )
-        for name in projections
-    ]
-    if inner.endswith("()"):
-        handles.append(mixer.get_submodule(path).register_forward_hook(lambda _, __, output: seen.append(output)))
-    else:
-        handles.append(mixer.get_submodule(path).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+    seen: dict[str, Tensor] = {}
+
+    def keep_output(name: str) -> RemovableHandle:
+        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+            seen[name] = output
+
+        return mixer.get_submodule(name.removesuffix("()")).register_forward_hook(keep)
+
+    def keep_input(name: str) -> RemovableHandle:
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = inputs[0]
+
+        return mixer.get_submodule(name).register_forward_pre_hook(keep)
+
+    handles = [keep_output(name) for name in projections]
+    handles.append(keep_output(inner) if inner.endswith("()") else keep_input(inner))
     try:
         model(input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return Reading(projected, seen[0])
+    return Reading({name: seen[name] for name in projections}, seen[inner])
