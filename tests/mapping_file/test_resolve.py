@@ -258,12 +258,10 @@ def test_a_model_that_is_not_there_is_told_with_its_line(plan_of: PlanOf) -> Non
 
 
 def test_an_unknown_family_asks_for_paths(plan_of: PlanOf, folder_of: FolderOf, tmp_path: Any) -> None:
-    from transformers import OPTConfig
+    from transformers import BloomConfig
 
-    folder = tmp_path / "opt"
-    OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=97).save_pretrained(
-        folder
-    )
+    folder = tmp_path / "bloom"
+    BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97).save_pretrained(folder)
     content = text(str(folder), f"config: '{folder_of('mamba')}'", stage(train="all", layers="layers: same"))
     with pytest.raises(TapError, match=r"map\.yaml:2:10: teacher: [\s\S]*paths: \{blocks:"):
         plan_of(content)

@@ -192,6 +192,12 @@ AlignLoss = Annotated[
 ]
 
 
+def _default_loss(validated: dict[str, object]) -> NormalisedMeanSquaredError | MixingMatch:
+    if validated.get("tap") == "mixing":
+        return MixingMatch(kind="mixing")
+    return NormalisedMeanSquaredError(kind="normalised_mse")
+
+
 class LayerPair(Part):
     """Student block `student` learns from teacher block `teacher` (both count from 0)."""
 
@@ -204,21 +210,14 @@ class Align(Part):
 
     `layers`: `same` (block i to block i), `replaced` (`same`, only the blocks whose mixer was replaced), `uniform`
     (end-aligned), or explicit pairs. `embedding` and `head_input` have no layers. `mixing` has a loss of its own, which
-    is its default, and no projector.
+    is its default (of the others it is `normalised_mse`), and no projector.
     """
 
     name: Name
     tap: Tap
     layers: Literal["same", "replaced", "uniform"] | tuple[LayerPair, ...] | None = None
-    loss: AlignLoss = NormalisedMeanSquaredError(kind="normalised_mse")
+    loss: Annotated[AlignLoss, Field(default_factory=_default_loss)]
     projector: Literal["auto", "none", "linear"] = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_of_mixing(cls, value: object) -> object:
-        if isinstance(value, dict) and value.get("tap") == "mixing" and "loss" not in value:
-            return {**value, "loss": {"kind": "mixing"}}
-        return value
 
     @model_validator(mode="after")
     def _loss_fits_the_tap(self) -> Align:

@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.losses.features import feature_loss, teacher_energy
+from xarch_kd.losses.mixing import mixing_loss
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
 from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
+from xarch_kd.mapping_file.schema import MixingMatch
+from xarch_kd.mixing import Mixing
+from xarch_kd.projectors.heads import head_map
 from xarch_kd.projectors.linear import LinearProjector, build_projector
 from xarch_kd.taps.layout import Layout, layout_of
-from xarch_kd.taps.replay import block_calls, read_block, run_mixer
+from xarch_kd.taps.replay import block_calls, read_block, read_mixing, run_mixer
 from xarch_kd.taps.sites import Site
 from xarch_kd.taps.trace import trace
-from xarch_kd.training.features import Features, TeacherReader
+from xarch_kd.training.features import Feature, Features, TeacherReader
 
 HEAD_INPUT = Site("head_input", None)
 Value = TypeVar("Value")
@@ -106,7 +110,7 @@ class Aligner(nn.Module):
 
     def sites(self) -> tuple[Site, ...]:
         """The teacher's sites that this stage reads: targets, and what the student's blocks are fed."""
-        found = [Site(pair.tap, pair.teacher_layer) for pair in self.stage.pairs]
+        found = [_target(pair) for pair in self.stage.pairs]
         if self.stage.stage.inputs == "teacher":
             found += [self._feed(pair) for pair in self.stage.pairs]
         if self.stage.stage.tokens is not None:
@@ -123,7 +127,7 @@ class Aligner(nn.Module):
     def _mixer_alone(self, student_layer: int | None) -> bool:
         """Whether running the mixer is enough: nothing but its output is matched and nothing around it learns."""
         taps = {pair.tap for pair in self.stage.pairs if pair.student_layer == student_layer}
-        return taps == {"mixer_output"} and set(self.stage.stage.train) == {"mixers"}
+        return taps <= {"mixer_output", "mixing"} and set(self.stage.stage.train) == {"mixers"}
 
     def _freeze(self) -> None:
         wanted = set(self.stage.trainable)
@@ -151,7 +155,7 @@ class Aligner(nn.Module):
         if features is not None:
             for pair in self.stage.pairs:
                 if pair.loss == "relative_mse":
-                    energies[pair.name] = teacher_energy(features[Site(pair.tap, pair.teacher_layer)], mask)
+                    energies[pair.name] = teacher_energy(_tensor(features[_target(pair)]), mask)
         predictions = label_count(next_token_labels(input_ids, attention_mask, labels=labels))
         return Counts(tokens=tokens.to(input_ids.device), predictions=predictions, energies=energies)
 
@@ -184,7 +188,8 @@ class Aligner(nn.Module):
             )
         if self.stage.stage.tokens is not None:
             token = self._named(
-                "tokens", lambda: self._tokens(input_ids, attention_mask, labels, student[None], features, counts)
+                "tokens",
+                lambda: self._tokens(input_ids, attention_mask, labels, _tensor(student[None]), features, counts),
             )
             terms["tokens"] = token.total
         loss = torch.stack(list(terms.values())).sum()
@@ -201,8 +206,8 @@ class Aligner(nn.Module):
 
     def _student_features(
         self, input_ids: Tensor, attention_mask: Tensor | None, features: Features
-    ) -> Mapping[PairPlan | None, Tensor]:
-        """The student's tensor for each pair, and under None its head input when tokens are compared."""
+    ) -> Mapping[PairPlan | None, Feature]:
+        """What the student gives for each pair, and under None its head input when tokens are compared."""
         layout = self._outside[0]
         if self.stage.stage.inputs == "teacher":
             return self._replayed(layout, input_ids, attention_mask, features)
@@ -212,7 +217,7 @@ class Aligner(nn.Module):
         if self.stage.stage.tokens is not None:
             taps.setdefault("head_input", [])
         traced = trace(layout, input_ids, attention_mask, taps=taps)
-        found: dict[PairPlan | None, Tensor] = {
+        found: dict[PairPlan | None, Feature] = {
             pair: traced.at(pair.tap, pair.student_layer) for pair in self.stage.pairs
         }
         if self.stage.stage.tokens is not None:
@@ -221,38 +226,46 @@ class Aligner(nn.Module):
 
     def _replayed(
         self, layout: Layout, input_ids: Tensor, attention_mask: Tensor | None, features: Features
-    ) -> Mapping[PairPlan | None, Tensor]:
+    ) -> Mapping[PairPlan | None, Feature]:
         """Each student block, or its mixer alone, run on what the teacher's was fed."""
         calls = block_calls(layout, input_ids, attention_mask)
         groups: dict[tuple[int, Site], list[PairPlan]] = {}
         for pair in self.stage.pairs:
             if pair.student_layer is not None:
                 groups.setdefault((pair.student_layer, self._feed(pair)), []).append(pair)
-        found: dict[PairPlan | None, Tensor] = {}
+        found: dict[PairPlan | None, Feature] = {}
         for (layer, feed), pairs in groups.items():
-            fed = features[feed].to(next(layout.blocks[layer].parameters()).dtype)
-            if feed.tap == "mixer_input":
-                output = run_mixer(layout, layer, fed, calls)
-                found.update(dict.fromkeys(pairs, output))
-            else:
-                read = read_block(layout, layer, fed, calls, taps=sorted({pair.tap for pair in pairs}))
-                found.update({pair: read[pair.tap] for pair in pairs})
+            fed = _tensor(features[feed]).to(next(layout.blocks[layer].parameters()).dtype)
+            taps = {pair.tap for pair in pairs}
+            read: dict[str, Feature] = {}
+            if feed.tap != "mixer_input":
+                read.update(read_block(layout, layer, fed, calls, taps=sorted(taps)))
+            if feed.tap == "mixer_input" and "mixer_output" in taps:
+                read["mixer_output"] = run_mixer(layout, layer, fed, calls)
+            if feed.tap == "mixer_input" and "mixing" in taps:
+                read["mixing"] = read_mixing(layout, layer, fed, calls)
+            found.update({pair: read[pair.tap] for pair in pairs})
         return found
 
     def _match(
         self,
         pair: PairPlan,
-        student: Mapping[PairPlan | None, Tensor],
+        student: Mapping[PairPlan | None, Feature],
         features: Features,
         mask: Tensor | None,
         counts: Counts,
     ) -> Tensor:
         loss = self.stage.align_of(pair).loss
+        own, target = student[pair], features[_target(pair)]
+        if isinstance(loss, MixingMatch):
+            assert isinstance(own, Mixing)
+            assert isinstance(target, Mixing)
+            return pair.weight * _mixing(loss, own, target, mask, counts)
         projector = self._projector(pair)
         value = feature_loss(
             loss.kind,
-            student[pair].float(),
-            features[Site(pair.tap, pair.teacher_layer)].float(),
+            _tensor(own).float(),
+            _tensor(target).float(),
             normaliser=counts.energies[pair.name] if loss.kind == "relative_mse" else counts.tokens,
             mask=mask,
             projector=projector,
@@ -281,16 +294,19 @@ class Aligner(nn.Module):
         return token_loss(
             student_hidden.to(student_head.weight.dtype),
             student_head,
-            features[HEAD_INPUT],
+            _tensor(features[HEAD_INPUT]),
             teacher_head,
             next_token_labels(input_ids, attention_mask, labels=labels),
             normaliser=counts.predictions,
-            divergence=settings.divergence,
+            divergence=settings.divergence
+            if isinstance(settings.divergence, str)
+            else settings.divergence.model_dump(),
             temperature=settings.temperature,
             weight=settings.weight,
             cross_entropy=settings.cross_entropy,
             temperature_squared=settings.temperature_squared,
             vocabulary=shared,
+            logits_dtype=settings.logits_dtype,
         )
 
     def _named(self, name: str, compute: Callable[[], Value]) -> Value:
@@ -319,6 +335,30 @@ class Aligner(nn.Module):
         _check_keys(path, own.keys(), stored.keys())
         for name, tensor in own.items():
             tensor.copy_(stored[name])
+
+
+def _target(pair: PairPlan) -> Site:
+    """Where the teacher is read for a pair."""
+    return Site(pair.tap, pair.teacher_layer)
+
+
+def _tensor(feature: Feature) -> Tensor:
+    assert isinstance(feature, Tensor)
+    return feature
+
+
+def _mixing(loss: MixingMatch, student: Mixing, teacher: Mixing, mask: Tensor | None, counts: Counts) -> Tensor:
+    heads = head_map(loss.heads, student.heads, teacher.heads)
+    return mixing_loss(
+        loss.distance,
+        student,
+        teacher,
+        normaliser=counts.tokens,
+        mask=mask,
+        head_map=None if heads is None else heads.to(student.device),
+        impl=loss.implementation,
+        probes=loss.probes,
+    )
 
 
 def _check_keys(path: Path, own: Iterable[str], stored: Iterable[str]) -> None:

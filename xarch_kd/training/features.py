@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from xarch_kd.errors import CheckpointError
+from xarch_kd.mixing import (
+    BandedMixing,
+    DeltaMixing,
+    LinearMixing,
+    Mixing,
+    SelectiveMixing,
+    SoftmaxMixing,
+    SSDMixing,
+)
 from xarch_kd.taps.layout import Layout
 from xarch_kd.taps.sites import WHOLE_TAPS, Site
 from xarch_kd.taps.trace import trace
 
-Features = dict[Site, Tensor]
+Feature = Tensor | Mixing
+Features = dict[Site, Feature]
+MIXINGS = {
+    kind.kind: kind for kind in (SoftmaxMixing, SSDMixing, SelectiveMixing, LinearMixing, DeltaMixing, BandedMixing)
+}
 
 
 class FeatureCache(Protocol):
@@ -40,7 +55,7 @@ class MemoryCache:
 
     def put(self, batch: int, features: Features) -> None:
         """Keep the features of `batch`."""
-        self._kept[batch] = {site: tensor.detach().cpu() for site, tensor in features.items()}
+        self._kept[batch] = {site: _moved(feature, "cpu") for site, feature in features.items()}
 
 
 class DiskCache:
@@ -56,17 +71,20 @@ class DiskCache:
         if not path.exists():
             return None
         try:
-            stored = load_file(path)
+            with safe_open(path, "pt") as file:
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+                plain = json.loads((file.metadata() or {}).get("mixings", "{}"))
         except (SafetensorError, OSError):
             return None
-        return {_site(name): tensor for name, tensor in stored.items()}
+        return _unpacked(stored, plain)
 
     def put(self, batch: int, features: Features) -> None:
         """Keep the features of `batch`. Raises CheckpointError when the disk is full."""
         path = self._path(batch)
         partial = path.with_suffix(".partial")
         try:
-            save_file({_name(site): tensor.detach().cpu().contiguous() for site, tensor in features.items()}, partial)
+            tensors, plain = _packed(features)
+            save_file(tensors, partial, {"mixings": json.dumps(plain)})
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -80,6 +98,46 @@ class DiskCache:
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.safetensors"
+
+
+def _moved(feature: Feature, device: torch.device | str) -> Feature:
+    """Return a feature without its graph on `device`."""
+    if isinstance(feature, Tensor):
+        return feature.detach().to(device)
+    tensors = {name: value.detach().to(device) for name, value in _fields(feature).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(feature, **tensors)
+
+
+def _fields(mixing: Mixing) -> dict[str, Any]:
+    return {entry.name: getattr(mixing, entry.name) for entry in dataclasses.fields(mixing)}
+
+
+def _packed(features: Features) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return features as named tensors, and what else their mixing matrices are made of."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for site, feature in features.items():
+        moved = _moved(feature, "cpu")
+        if isinstance(moved, Tensor):
+            tensors[_name(site)] = moved.contiguous()
+            continue
+        plain[_name(site)] = {"kind": moved.kind}
+        for name, value in _fields(moved).items():
+            if isinstance(value, Tensor):
+                # A factor may be an expanded view of fewer numbers, or share them with another.
+                tensors[f"{_name(site)}/{name}"] = value.clone(memory_format=torch.contiguous_format)
+            else:
+                plain[_name(site)][name] = value
+    return tensors, plain
+
+
+def _unpacked(tensors: Mapping[str, Tensor], plain: Mapping[str, dict[str, Any]]) -> Features:
+    found: Features = {_site(name): tensor for name, tensor in tensors.items() if "/" not in name}
+    for name, values in plain.items():
+        own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+        kind = MIXINGS[values["kind"]]
+        found[_site(name)] = kind(**own, **{key: value for key, value in values.items() if key != "kind"})
+    return found
 
 
 def _name(site: Site) -> str:
@@ -114,13 +172,14 @@ class TeacherReader:
         return asked
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, batch: int | None = None) -> Features:
-        """Return the tensors [batch, time, width] at the sites, on the device of `input_ids`; no gradients.
+        """Return what is at the sites, on the device of `input_ids`, without gradients.
 
+        That is a tensor [batch, time, width], or a Mixing at the tap `mixing`.
         `batch` is the batch's number in the stage; without it nothing is looked up or kept.
         """
         kept = self.cache.get(batch) if self.cache is not None and batch is not None else None
         if kept is not None and set(kept) >= set(self.sites):
-            return {site: kept[site].to(input_ids.device) for site in self.sites}
+            return {site: _moved(kept[site], input_ids.device) for site in self.sites}
         with torch.no_grad():
             traced = trace(self.layout, input_ids, attention_mask, taps=self.taps)
         features = {site: traced.at(*site) for site in self.sites}

@@ -1,0 +1,46 @@
+"""The mixing objective: token-mixing matrices of a student's layer and a teacher's, compared row by row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xarch_kd.losses.features import divisor
+from xarch_kd.mixing import Mixing
+from xarch_kd.ops.mixing_distance import mixing_distance
+
+
+def mixing_loss(
+    distance: str,
+    student: Mixing,
+    teacher: Mixing,
+    *,
+    normaliser: Tensor | float,
+    mask: Tensor | None = None,
+    head_map: Tensor | None = None,
+    impl: str = "auto",
+    probes: int = 64,
+    seed: int | torch.Generator | None = None,
+) -> Tensor:
+    """Return this micro-batch's share of the mean over tokens and student heads of the rows' distance, a scalar.
+
+    `normaliser` is the number of tokens [of mask, or all] of the whole step, all micro-batches and ranks; `head_map`
+    [student heads, teacher heads] mixes the teacher's heads (None: one to one); `probes` and `seed` are those of
+    `impl="sketch"`. The teacher gets no gradient.
+
+    Raises:
+        UsageError: matrices, head map or distance do not fit each other.
+        NonFiniteLoss: the distance of a counted row is NaN or infinite.
+    """
+    total = mixing_distance(
+        teacher,
+        student,
+        distance=distance,
+        head_map=head_map,
+        mask=mask,
+        reduction="sum",
+        impl=impl,
+        probes=probes,
+        seed=seed,
+    ).total
+    return total / divisor(normaliser, total) / student.heads
