@@ -6,8 +6,8 @@ implementation that cannot run is an error with the reason.
 
 from __future__ import annotations
 
-from xarch_kd.ops.dispatch import explain
 from xarch_kd.ops.divergences import Divergence
+from xarch_kd.ops.explanation import explain
 from xarch_kd.ops.linear_divergence import DivergenceLoss, linear_divergence
 from xarch_kd.ops.mixing_distance import MixingDistance, mixing_distance
 from xarch_kd.ops.projected_distance import projected_distance

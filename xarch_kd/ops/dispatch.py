@@ -34,6 +34,14 @@ KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 NO_OBSTACLES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
+class Inquiry(str):
+    """An `impl` that asks instead of runs: `choose` answers it with an `Explanation`."""
+
+
+class Explanation(Exception):
+    """The answer to an inquiry, in a few lines; it ends the call before anything is computed."""
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on tensors of the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,7 +74,10 @@ def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO
 
     Raises:
         UsageError: the operation or implementation is unknown, or the implementation cannot run.
+        Explanation: `impl` is an inquiry.
     """
+    if isinstance(impl, Inquiry):
+        raise Explanation(explain_choice(operation, str(impl), obstacles))
     if operation not in IMPLEMENTATIONS:
         raise UsageError(
             f"There is no such operation.{suggest(operation, IMPLEMENTATIONS)}",
@@ -89,13 +100,25 @@ def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO
 
 
 def explain_choice(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO_OBSTACLES) -> str:
-    """Say in a few lines which implementation runs for `impl`, and what speaks for and against each."""
+    """Say in a few lines which implementation runs for `impl`, and what speaks for and against each.
+
+    Raises:
+        UsageError: as `choose` does.
+    """
     lines = [f"{operation}: impl={impl!r} runs '{choose(operation, impl, obstacles)}'"]
+    if impl == "auto" and os.environ.get(ENVIRONMENT):
+        lines[0] += f", which the environment variable {ENVIRONMENT} names"
     for name in IMPLEMENTATIONS[operation]:
-        lines.append(f"  {name}: " + (f"cannot run, {obstacles[name]}" if name in obstacles else DESCRIPTIONS[name]))
+        note = " (taken only by name)" if name in by_name_alone() else ""
+        lines.append(
+            f"  {name}: " + (f"cannot run, {obstacles[name]}" if name in obstacles else DESCRIPTIONS[name] + note)
+        )
     return "\n".join(lines)
 
 
-def explain(operation: str, impl: str = "auto") -> str:
-    """Say which implementation of `operation` runs for `impl`, whatever its inputs."""
-    return explain_choice(operation, impl, {"fused": "this version ships no fused kernel for it"})
+def machine_obstacles() -> Mapping[str, str]:
+    """Return which implementations cannot run on this machine, whatever the inputs, and why."""
+    reason = kernel_obstacle()
+    if reason is None and not torch.cuda.is_available() and not interpreted():
+        reason = "Triton kernels need a GPU and there is none"
+    return NO_OBSTACLES if reason is None else {"fused": reason}

@@ -1,0 +1,41 @@
+"""Which implementation of an operation would run on given inputs, and why not another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from xarch_kd.errors import UsageError
+from xarch_kd.ops.dispatch import Explanation, Inquiry, explain_choice, machine_obstacles
+from xarch_kd.ops.linear_divergence import linear_divergence
+from xarch_kd.ops.mixing_distance import mixing_distance
+from xarch_kd.ops.projected_distance import projected_distance
+from xarch_kd.ops.similarity import similarity
+
+OPERATIONS: Final[Mapping[str, Callable[..., Any]]] = {
+    "linear_divergence": linear_divergence,
+    "mixing_distance": mixing_distance,
+    "projected_distance": projected_distance,
+    "similarity": similarity,
+}
+
+
+def explain(operation: str, *arguments: Any, impl: str = "auto", **options: Any) -> str:
+    """Say which implementation `operation(*arguments, impl=impl, **options)` runs, and why not another.
+
+    Without arguments the answer is that for any inputs on this machine. Nothing is computed but the checks of the
+    arguments.
+
+    Raises:
+        UsageError: what the operation itself refuses: an unknown operation or implementation, an implementation that
+            cannot run, arguments that do not fit.
+    """
+    if operation not in OPERATIONS or not (arguments or options):
+        return explain_choice(operation, impl, machine_obstacles())
+    try:
+        OPERATIONS[operation](*arguments, impl=Inquiry(impl), **options)
+    except Explanation as answer:
+        return str(answer)
+    except TypeError as error:
+        raise UsageError(f"These are not the arguments of {operation}.", found=str(error)) from error
+    raise AssertionError(f"{operation} chose no implementation")
