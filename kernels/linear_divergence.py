@@ -8,6 +8,8 @@ first centred at the student's likeliest entry; forward KL, alpha and Rényi use
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -53,8 +55,8 @@ def log1p(u):
 @triton.jit
 def log_student_over_mixture(x, teacher_share):
     """log(q / (s p + (1 - s) q)) = -log(1 + s (e^x - 1)), which keeps its digits where p and q are close."""
-    bounded = tl.minimum(x, 60.0)
-    return bounded - x - log1p(teacher_share * expm1(bounded))
+    beyond = tl.where(x > 60.0, x - 60.0, 0.0)
+    return -beyond - log1p(teacher_share * expm1(x - beyond))
 
 
 @triton.jit
@@ -115,6 +117,7 @@ def divergence_row(
     SCALE,  # float32 [rows]: what a row's gradient is multiplied by
     DIVERGENCE,  # float32 [rows]
     CROSS_ENTROPY,  # float32 [rows], written if LABELLED
+    STEEPEST,  # float32 [rows], written if WITH_GRADIENT: the largest |∂D/∂(z / temperature)|
     student_stride,
     gradient_stride,
     teacher_stride,
@@ -236,6 +239,7 @@ def divergence_row(
         scale = tl.load(SCALE + row)
         slope_scale = scale * divergence_weight * inverse_temperature * row_factor
         cross_scale = scale * cross_entropy_weight
+        steepest = tl.zeros([BLOCK], tl.float32)
         for start in range(0, student_width, BLOCK):
             v = start + tl.arange(0, BLOCK)
             inside = v < vocabulary
@@ -253,6 +257,8 @@ def divergence_row(
             gradient = slope - q * mean_slope
             if not R_FORM:
                 gradient = tl.where(q == 0.0, 0.0, q * (slope - centre - mean_slope))
+            gradient = tl.where(inside, gradient, 0.0)
+            steepest = tl.maximum(steepest, tl.abs(gradient))
             gradient *= slope_scale
             if LABELLED:
                 gradient += cross_scale * (tl.exp(zs - plain_lse) - tl.where(v == label, 1.0, 0.0))
@@ -262,6 +268,7 @@ def divergence_row(
                 # This block's entries may land on what other threads have still to load.
                 tl.debug_barrier()
             tl.store(GRADIENT + v, gradient, mask=v < student_width)
+        tl.store(STEEPEST + row, tl.max(steepest, 0) * tl.abs(row_factor))
     divergence = tl.sum(value_sum, 0)
     if KIND == "alpha":
         divergence = divergence / (share * (share - 1.0))
@@ -290,8 +297,10 @@ def divergence_rows(
     student_cap: float,
     teacher_cap: float,
     gradient: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the divergence and the cross-entropy (0 elements without labels) of each row, in float32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the divergence D, the cross-entropy and the largest |∂D/∂(z / temperature)| of each row, in float32.
+
+    The second has no elements without labels, the third none without a `gradient`.
 
     `student` and `teacher` are [rows, width] with adjacent columns, of which the first `vocabulary` are the products of
     hidden states and heads; logits are softcap(scale * (product + bias)), and a cap of 0 is none. With a `gradient`
@@ -299,10 +308,9 @@ def divergence_rows(
     respect to the products is written over the student's: `gradient_view` finds it. Columns from `vocabulary` on get 0.
     """
     rows = student.shape[0]
-    divergence = student.new_empty(rows, dtype=torch.float32)
-    cross_entropy = student.new_empty(0 if labels is None else rows, dtype=torch.float32)
+    divergence, cross_entropy, steepest = _values(student, labels, gradient)
     if rows == 0:
-        return divergence, cross_entropy
+        return divergence, cross_entropy, steepest
     out = student if gradient is None else gradient_view(student, gradient)
     with torch.cuda.device_of(student):
         divergence_row[(rows,)](
@@ -314,7 +322,8 @@ def divergence_rows(
             divergence if labels is None else labels,
             scale,
             divergence,
-            cross_entropy if labels is not None else divergence,
+            divergence if labels is None else cross_entropy,
+            divergence if gradient is None else steepest,
             student.stride(0),
             out.stride(0),
             teacher.stride(0),
@@ -343,16 +352,21 @@ def divergence_rows(
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
-    return divergence, cross_entropy
+    return divergence, cross_entropy, steepest
+
+
+def _values(student: Tensor, labels: Tensor | None, gradient: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows = student.shape[0]
+    sizes = (rows, 0 if labels is None else rows, 0 if gradient is None else rows)
+    divergence, cross_entropy, steepest = (student.new_empty(size, dtype=torch.float32) for size in sizes)
+    return divergence, cross_entropy, steepest
 
 
 @divergence_rows.register_fake
 def _(
-    student: Tensor, teacher: Tensor, scale: Tensor, labels: Tensor | None, *options: object
-) -> tuple[Tensor, Tensor]:
-    rows = student.shape[0]
-    divergence = student.new_empty(rows, dtype=torch.float32)
-    return divergence, student.new_empty(0 if labels is None else rows, dtype=torch.float32)
+    student: Tensor, teacher: Tensor, scale: Tensor, labels: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _values(student, labels, options[-1])
 
 
 def gradient_view(student: Tensor, dtype: torch.dtype) -> Tensor:
@@ -369,7 +383,7 @@ def _specimen(kind: str, logits: str, gradient: str, full: bool) -> Specimen:
     operand = "fp32" if gradient == "fp32" else gradient
     types = {"STUDENT": logits, "GRADIENT": gradient, "TEACHER": logits, "LABELS": "i64"}
     types |= {"STUDENT_BIAS": operand, "TEACHER_BIAS": operand}
-    types |= {name: "fp32" for name in ("SCALE", "DIVERGENCE", "CROSS_ENTROPY")}
+    types |= {name: "fp32" for name in ("SCALE", "DIVERGENCE", "CROSS_ENTROPY", "STEEPEST")}
     signature = {name: f"*{element}:16" for name, element in types.items()}
     signature |= {f"{name}_stride": "i32:16" for name in ("student", "gradient", "teacher")}
     signature |= {"student_width": "i32:16", "teacher_width": "i32:16", "vocabulary": "i32"}

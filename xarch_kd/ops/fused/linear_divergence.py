@@ -24,6 +24,8 @@ FLOAT16_SCALE = 64.0
 def obstacle(problem: DivergenceProblem) -> str | None:
     """Return why the kernel cannot run on this problem, or None when it can."""
     student, teacher = problem.student, problem.teacher
+    if not isinstance(teacher, Side):
+        return "the kernel takes a teacher as hidden states and a head"
     return kernel_obstacle(
         student.hidden, student.weight, student.bias, teacher.hidden, teacher.weight, teacher.bias, problem.weights
     )
@@ -89,6 +91,7 @@ def _sweep_chunk(
     from xarch_kd.kernels import linear_divergence as kernels
 
     student, vocabulary, size = problem.student, problem.vocabulary, at.stop - at.start
+    assert isinstance(problem.teacher, Side)
     rows = at if problem.kept is None else problem.kept[at]
     hidden = student.hidden[rows].to(dtype)
     teacher_hidden = problem.teacher.hidden[rows].to(_operand_dtype(problem.teacher, problem))
@@ -118,8 +121,9 @@ def _rows(
     from xarch_kd.kernels import linear_divergence as kernels
 
     student, teacher, divergence = problem.student, problem.teacher, problem.divergence
+    assert isinstance(teacher, Side)
     share = divergence.parameter or 0.0
-    values, cross_entropy = kernels.divergence_rows(
+    values, cross_entropy, _ = kernels.divergence_rows(
         buffers[0],
         buffers[1],
         scale[at],
