@@ -31,13 +31,15 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 class Input:
     """One tensor of a case: the axes that give its shape, and how it is drawn.
 
-    `deviation` is a number, or the name of an axis: 1 / sqrt(size of that axis).
+    `deviation` is a number, or the name of an axis: 1 / sqrt(size of that axis). `like` names an earlier input of the
+    same shape that is added to it.
     """
 
     axes: tuple[str, ...]
     deviation: float | str = 1.0
     transform: str = "normal"
     gradient: bool = False
+    like: str | None = None
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape at these sizes."""
@@ -123,8 +125,9 @@ class Case:
     def draw(self, sizes: Sizes, device: str) -> Inputs:
         """Return the inputs, drawn from the seed; those with a gradient are leaves that require one."""
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = {}
+        drawn: Inputs = {}
         for name, one in self.inputs.items():
             values = one.draw(sizes, generator).to(device=device, dtype=getattr(torch, self.dtype))
+            values = values if one.like is None else values + drawn[one.like].detach()
             drawn[name] = values.requires_grad_(one.gradient)
         return drawn

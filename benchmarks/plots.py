@@ -32,7 +32,7 @@ def _draw_group(group: str, cases: list[dict[str, Any]], path: Path) -> None:
     """Write two panels: seconds and megabytes of each contender."""
     axis = cases[0]["axis"]
     # Text stays text and nothing depends on the time or chance: small files that differ only when the figures do.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 9}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9}):
         figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         names = dict.fromkeys(name for case in cases for name, one in case["contenders"].items() if "seconds" in one)
         for name in names:

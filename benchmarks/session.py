@@ -63,12 +63,15 @@ class Session:
         self.device = device
         self.sizes = {**case.sizes, **(case.quick if quick else {})}
         self.proxy = self.sizes if quick else {**case.sizes, **case.proxy}
+        self.quick = quick
         self.shortest = 0.0 if quick else SHORTEST_REPEAT
         self.calls = 1
         self.first: dict[str, Any] | None = None
 
     def prepare(self) -> str | None:
         """Load what it needs, draw the inputs, make a first call; return the reason when that cannot be done."""
+        if self.quick and "compiler" in self.contender.needs:
+            return "left out of a smoke run: compiling takes longer than the rest of it"
         reason = obstacle(self.contender, self.sizes, self.device)
         if reason is not None:
             return reason

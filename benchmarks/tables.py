@@ -5,7 +5,6 @@ python -m benchmarks.tables [FILE …]     by default every result of `benchmark
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -35,13 +34,14 @@ def stored() -> list[Path]:
 def render(path: Path) -> None:
     """Write the table of a result beside it and, with matplotlib, its plots."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    plots: list[str] = []
-    if importlib.util.find_spec("matplotlib") is not None:
+    try:
         from benchmarks.plots import draw
 
         plots = draw(result, path)
-    else:
-        print("No plots: matplotlib is not installed (extra bench).")
+    except ImportError as error:
+        # The table stands by itself; the page then names no plots.
+        print(f"No plots: matplotlib (extra bench) does not load: {error}")
+        plots = []
     path.with_suffix(".md").write_text(document(result, plots), encoding="utf-8")
 
 
@@ -68,19 +68,19 @@ def heading(result: dict[str, Any]) -> str:
         f"Made by `python -m benchmarks.run --op {result['operation']}` at {stamp['time']}, revision "
         f"{(revision['commit'] or 'unknown')[:12]}{clean}{against}; {stamp['device']}, {stamp['threads']} of "
         f"{stamp['processors']} processors' threads, {stamp['system']}, Python {stamp['python']}, {versions}; "
-        f"{settings['repeats']} rounds. Forward and backward. Seconds: median (least to greatest); ratios are of the "
-        "same round."
+        f"{settings['repeats']} rounds. Forward and, where there are gradients, backward. Seconds: median "
+        "(least to greatest); ratios are of the same round."
     )
 
 
 def case_table(case: dict[str, Any]) -> str:
     """Return one case as a Markdown section."""
     sizes = ", ".join(f"{name} {size:,}" for name, size in case["sizes"].items())
-    roof = case["roofline"]
+    roof, gradients = case["roofline"], ", ".join(case["gradients"]) or "nothing"
     lines = [
         f"## {case['case']}",
         "",
-        f"{sizes}; {case['dtype']}; gradients of {', '.join(case['gradients'])}; baseline {case['baseline']}. "
+        f"{sizes}; {case['dtype']}; gradients of {gradients}; baseline {case['baseline']}. "
         f"Task: {case['flops'] / 1e9:.4g} GFLOP, {case['bytes'] / 1e6:.4g} MB at least; roofline "
         f"{roof['floor_seconds']:.3g} s at {roof['flops'] / 1e9:.4g} GFLOP/s and {roof['bandwidth'] / 1e9:.3g} GB/s "
         f"({roof['source']}).{proxy(case)}",

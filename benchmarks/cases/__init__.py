@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks.case import Case, Growth
-from benchmarks.cases import linear_divergence, mixing_apply, mixing_distance, projected_distance
+from benchmarks.cases import linear_divergence, mixing_apply, mixing_distance, projected_distance, similarity
 
 CASES: Final[dict[str, tuple[Case, ...]]] = {
     "linear_divergence": linear_divergence.CASES,
     "mixing_distance": mixing_distance.CASES,
     "projected_distance": projected_distance.CASES,
+    "similarity": similarity.CASES,
     "mixing_apply": mixing_apply.CASES,
 }
 GROWTHS: Final[dict[str, tuple[Growth, ...]]] = {
     "linear_divergence": linear_divergence.GROWTHS,
     "mixing_distance": mixing_distance.GROWTHS,
     "projected_distance": projected_distance.GROWTHS,
+    "similarity": similarity.GROWTHS,
     "mixing_apply": mixing_apply.GROWTHS,
 }

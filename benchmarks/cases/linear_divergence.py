@@ -54,7 +54,7 @@ def ours(impl: str) -> Contender:
     """`xarch_kd.ops.linear_divergence` as one implementation."""
 
     def make(options: Options) -> Run:
-        from xarch_kd.ops import linear_divergence
+        from xarch_kd.ops.linear_divergence import linear_divergence
 
         def run(inputs: Inputs) -> Tensor:
             given: dict[str, Any] = dict(inputs)

@@ -1,4 +1,4 @@
-"""Cases of `mixing_distance`: a teacher's attention map against a student's mixing matrix, forward and backward.
+"""Cases of `mixing_distance`: a teacher's mixing matrix against a student's, forward and backward.
 
 FLOPs, B sequences of T tokens, H heads of width d, G groups of state N, over p pairs (i, j) of tokens: the scores of a
 softmax map 2BHpd, the products C·B of an SSD matrix 2BGpN, the gradients of a student's two factors twice that of its
@@ -20,7 +20,7 @@ from torch.nn import functional
 from benchmarks.case import Bound, Case, Contender, Growth, Input, Inputs, Options, Run, Sizes
 
 # As in the operation, so that the two compute the same number.
-EPSILON: Final = 1e-12
+EPSILON: Final = 1e-8
 PROBES: Final = 64
 
 
@@ -36,20 +36,28 @@ def log_attention(query: Tensor, key: Tensor) -> Tensor:
     return functional.log_softmax(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), -1)
 
 
-def ssd_matrix(inputs: Inputs) -> Tensor:
+def ssd_matrix(factors: Inputs) -> Tensor:
     """Return the matrix of a Mamba-2 mixer [batch, heads, time, time] (arXiv 2405.21060): exp(Σ log decay) C·B dt."""
-    total = inputs["log_decay"].cumsum(1).transpose(1, 2)
+    total = factors["log_decay"].cumsum(1).transpose(1, 2)
     hidden = ~causal(total.shape[-1], total.device)
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(hidden, -math.inf).exp()
-    products = torch.einsum("bign,bjgn->bgij", inputs["C"], inputs["B"])
+    products = torch.einsum("bign,bjgn->bgij", factors["C"], factors["B"])
     repeated = products.repeat_interleave(decay.shape[1] // products.shape[1], 1)
-    return repeated * decay * inputs["dt"].transpose(1, 2)[..., None, :]
+    return repeated * decay * factors["dt"].transpose(1, 2)[..., None, :]
 
 
-def teacher_map(inputs: Inputs) -> Tensor:
-    """Return the teacher's attention map, without a graph."""
+def sides(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Return the teacher's factors and the student's, by the names of the fields of their mixings."""
+    teacher = {name.removeprefix("teacher_"): one for name, one in inputs.items() if name.startswith("teacher_")}
+    return teacher, {name: one for name, one in inputs.items() if not name.startswith("teacher_")}
+
+
+def matrices(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return the teacher's matrix, without a graph, and the matrix of a Mamba-2 student."""
+    teacher, student = sides(inputs)
     with torch.no_grad():
-        return log_attention(inputs["teacher_query"], inputs["teacher_key"]).exp()
+        target = log_attention(teacher["query"], teacher["key"]).exp() if "query" in teacher else ssd_matrix(teacher)
+    return target, ssd_matrix(student)
 
 
 def naive_kl(options: Options) -> Run:
@@ -68,7 +76,7 @@ def naive_ssd(options: Options) -> Run:
     """Both maps dense, the distance of each row as its definition says, mean over rows and heads."""
 
     def run(inputs: Inputs) -> Tensor:
-        teacher, student = teacher_map(inputs), ssd_matrix(inputs)
+        teacher, student = matrices(inputs)
         if options["distance"] == "frobenius":
             return (teacher - student).square().sum(-1).mean()
         lengths = [(side.square().sum(-1) + EPSILON).sqrt() for side in (teacher, student)]
@@ -79,7 +87,12 @@ def naive_ssd(options: Options) -> Run:
 
 def mohawk(options: Options) -> Run:
     """MOHAWK's matrix orientation (arXiv 2408.10189): |M - A|_F of each head, not squared, mean over heads."""
-    return lambda inputs: torch.linalg.matrix_norm(ssd_matrix(inputs) - teacher_map(inputs)).mean()
+
+    def run(inputs: Inputs) -> Tensor:
+        teacher, student = matrices(inputs)
+        return torch.linalg.matrix_norm(student - teacher).mean()
+
+    return run
 
 
 def compiled_kl(options: Options) -> Run:
@@ -92,22 +105,29 @@ def compiled_ssd(options: Options) -> Run:
     return torch.compile(naive_ssd(options))
 
 
-def ours(impl: str, student: str, **more: Any) -> Contender:
-    """`xarch_kd.ops.mixing_distance` as one implementation; `student` is "softmax" or "ssd"."""
+def mixing_of(factors: Inputs) -> Any:
+    """Return the mixing that these factors make up."""
+    from xarch_kd.mixing import SoftmaxMixing, SSDMixing
+
+    given: dict[str, Any] = dict(factors)
+    return (
+        SoftmaxMixing(**given, scale=1 / math.sqrt(given["query"].shape[-1]))
+        if "query" in given
+        else SSDMixing(**given)
+    )
+
+
+def ours(impl: str, **more: Any) -> Contender:
+    """`xarch_kd.ops.mixing_distance` as one implementation."""
     largest: Mapping[str, int] = {"reference": {"time": 2048}, "panels": {"time": 1024}}.get(impl, {})
 
     def make(options: Options) -> Run:
-        from xarch_kd.mixing import SoftmaxMixing, SSDMixing
-        from xarch_kd.ops import mixing_distance
+        from xarch_kd.ops.mixing_distance import mixing_distance
 
         def run(inputs: Inputs) -> Tensor:
-            scale = 1 / math.sqrt(inputs["teacher_query"].shape[-1])
-            teacher = SoftmaxMixing(query=inputs["teacher_query"], key=inputs["teacher_key"], scale=scale)
-            factors: dict[str, Any] = {
-                name: tensor for name, tensor in inputs.items() if not name.startswith("teacher")
-            }
-            mixing = SoftmaxMixing(**factors, scale=scale) if student == "softmax" else SSDMixing(**factors)
-            return mixing_distance(teacher, mixing, distance=options["distance"], impl=impl, **more).total
+            teacher, student = map(mixing_of, sides(inputs))
+            distance = options["distance"]
+            return mixing_distance(teacher, student, distance=distance, epsilon=EPSILON, impl=impl, **more).total
 
         return run
 
@@ -121,14 +141,14 @@ COMPILED: Final = "PyTorch, the naive computation compiled"
 ATTENTION: Final[dict[str, Contender]] = {
     "naive": Contender(make=naive_kl, source=NAIVE),
     "torch.compile": Contender(make=compiled_kl, source=COMPILED, needs=("compiler",), largest={"time": 2048}),
-    **{impl: ours(impl, "softmax") for impl in ("reference", "streaming", "fused")},
+    **{impl: ours(impl) for impl in ("reference", "streaming", "fused")},
 }
 SSD: Final[dict[str, Contender]] = {
     "naive": Contender(make=naive_ssd, source=NAIVE),
     "torch.compile": Contender(make=compiled_ssd, source=COMPILED, needs=("compiler",), largest={"time": 2048}),
     "mohawk": Contender(make=mohawk, source="formula of arXiv 2408.10189", truth="mohawk"),
-    **{impl: ours(impl, "ssd") for impl in ("reference", "streaming", "fused", "panels")},
-    "sketch": ours("sketch", "ssd", probes=PROBES, seed=0),
+    **{impl: ours(impl) for impl in ("reference", "streaming", "fused", "panels")},
+    "sketch": ours("sketch", probes=PROBES, seed=0),
 }
 
 
@@ -144,8 +164,12 @@ def attention_flops(sizes: Sizes, over: int) -> int:
 
 def ssd_flops(sizes: Sizes, over: int) -> int:
     """Scores of the teacher, C·B of the student and its two gradients, over that many pairs."""
-    heads, groups = sizes["heads"] * sizes["width"], sizes["groups"] * sizes["state"]
-    return 2 * sizes["batch"] * over * (heads + 3 * groups)
+    return 2 * sizes["batch"] * over * (sizes["heads"] * sizes["width"] + 3 * sizes["groups"] * sizes["state"])
+
+
+def pair_flops(sizes: Sizes, over: int) -> int:
+    """C·B of both, the student's two gradients, over that many pairs."""
+    return 8 * sizes["batch"] * over * sizes["groups"] * sizes["state"]
 
 
 TEACHER: Final[dict[str, Input]] = {
@@ -200,6 +224,21 @@ def ssd(distance: str, time: int, *bounds: Bound) -> Case:
     )
 
 
+def ssd_pair(time: int, *bounds: Bound) -> Case:
+    """Return Mamba-2 against Mamba-2: both can be applied in linear time."""
+    return dataclasses.replace(
+        ssd("frobenius", time, *bounds),
+        name=f"ssd_pair, T={time}",
+        group="ssd_pair",
+        inputs={
+            **{f"teacher_{name}": dataclasses.replace(one, gradient=False) for name, one in SSD_STUDENT.items()},
+            **SSD_STUDENT,
+        },
+        flops=lambda sizes: pair_flops(sizes, pairs(sizes)),
+        dense_flops=lambda sizes: pair_flops(sizes, sizes["time"] ** 2),
+    )
+
+
 def on_gpu(case: Case) -> Case:
     """Return the case with 32 heads of 128 in bfloat16, to be run on a GPU."""
     wide = {"heads": 32, "width": 128}
@@ -231,9 +270,16 @@ CASES: Final[tuple[Case, ...]] = (
     ssd("frobenius", 2048, *SKETCH),
     ssd("frobenius", 4096, *AT_4096, *SKETCH),
     ssd("cosine", 1024),
+    ssd_pair(512),
+    ssd_pair(1024),
+    ssd_pair(2048, *SKETCH),
+    ssd_pair(4096, *SKETCH),
     on_gpu(attention_kl(4096)),
     on_gpu(ssd("frobenius", 4096)),
 )
-GROWTHS: Final[tuple[Growth, ...]] = tuple(
-    Growth(group="ssd_frobenius", contender="sketch", measure=measure, at_most=1.2) for measure in ("time", "memory")
+# Softmax attention is applied in linear memory, but no implementation applies it in linear time.
+GROWTHS: Final[tuple[Growth, ...]] = (
+    Growth(group="ssd_frobenius", contender="sketch", measure="memory", at_most=1.2),
+    Growth(group="ssd_pair", contender="sketch", measure="memory", at_most=1.2),
+    Growth(group="ssd_pair", contender="sketch", measure="time", at_most=1.2),
 )

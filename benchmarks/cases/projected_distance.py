@@ -44,7 +44,7 @@ def ours(impl: str) -> Contender:
     """`xarch_kd.ops.projected_distance` as one implementation."""
 
     def make(options: Options) -> Run:
-        from xarch_kd.ops import projected_distance
+        from xarch_kd.ops.projected_distance import projected_distance
 
         def run(inputs: Inputs) -> Tensor:
             given: dict[str, Any] = dict(inputs)
