@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from xarch_kd.testing import recurrent
 from xarch_kd.testing.tiny import SIZES, VOCABULARY, tiny_config, tiny_model
 
 SMALL: dict[str, Any] = {
@@ -25,11 +26,13 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def build() -> Callable[..., PreTrainedModel]:
-    """A tiny model of any type; `tiny_model` where it knows the type, else Llama's sizes with random weights."""
+    """A tiny model of any type, by the builder that knows it, else of Llama's sizes with random weights."""
 
     def build(model_type: str, **overrides: Any) -> PreTrainedModel:
         if model_type in SIZES:
             return tiny_model(model_type, **overrides)
+        if model_type in recurrent.SIZES:
+            return recurrent.recurrent_model(model_type, **overrides)
         config = AutoConfig.for_model(model_type, **{**SMALL, **overrides})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
@@ -47,12 +50,12 @@ def build_meta() -> Callable[..., PreTrainedModel]:
     """The same model on the meta device: no weights."""
 
     def build_meta(model_type: str, **overrides: Any) -> PreTrainedModel:
-        known = model_type in SIZES
-        config = (
-            tiny_config(model_type, **overrides)
-            if known
-            else AutoConfig.for_model(model_type, **{**SMALL, **overrides})
-        )
+        if model_type in SIZES:
+            config = tiny_config(model_type, **overrides)
+        elif model_type in recurrent.SIZES:
+            config = recurrent.recurrent_model(model_type, **overrides).config
+        else:
+            config = AutoConfig.for_model(model_type, **{**SMALL, **overrides})
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
 

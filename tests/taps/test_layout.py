@@ -23,7 +23,8 @@ def test_the_parts_of_a_bamba(build):
     assert layout.mlps is not None and layout.mlps[2] is model.model.layers[2].feed_forward
     assert layout.embedding is model.model.embed_tokens and layout.final_norm is model.model.final_layernorm
     assert layout.head is model.lm_head and layout.head_weight is model.lm_head.weight and layout.head_bias is None
-    assert (layout.width, layout.residual_scale, layout.logit_scale, layout.logit_softcap) == (64, 1.0, 1.0, None)
+    assert (layout.width, layout.mixer_scales, layout.mlp_scale) == (64, (1.0, 1.0, 1.0), 1.0)
+    assert (layout.logit_scale, layout.logit_softcap) == (1.0, None)
     assert layout.path_of(layout.mixers[1]) == "model.layers.1.self_attn"
 
 
@@ -34,7 +35,7 @@ def test_a_layout_is_returned_as_it_is(build):
 
 def test_multipliers_and_softcap_come_from_the_config(build):
     granite, gemma = layout_of(build("granite")), layout_of(build("gemma2"))
-    assert (granite.residual_scale, granite.logit_scale) == (0.6, 0.5)
+    assert (granite.mixer_scales, granite.mlp_scale, granite.logit_scale) == ((0.6, 0.6, 0.6), 0.6, 0.5)
     assert gemma.logit_softcap == 30.0
 
 

@@ -12,7 +12,8 @@ from xarch_kd.taps.families import FAMILIES
 from xarch_kd.taps.layout import head_logits, layout_of
 from xarch_kd.taps.trace import trace
 
-RECURRENT = ("mamba", "mamba2")
+RECURRENT = ("mamba", "mamba2", "falcon_mamba")
+WITHOUT_MLP = (*RECURRENT, "opt", "zamba", "zamba2", "nemotron_h")
 BLOCK_TAPS = ("hidden", "mixer_input", "mixer_output", "mlp_output")
 
 # Per family: the norm before the mixer, the norm before the MLP, the norm after the MLP, each an attribute of a block.
@@ -22,18 +23,31 @@ NORMS = {
         ("gemma2", "gemma3_text"), ("input_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     ),
     **dict.fromkeys(("olmo2", "olmo3"), (None, None, "post_feedforward_layernorm")),
+    **dict.fromkeys(("cohere", "phi"), ("input_layernorm", "input_layernorm", None)),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), ("operator_norm", "ffn_norm", None)),
+    "lfm3": ("operator_norm", "ffn_norm", "post_ffn_norm"),
     "gpt2": ("ln_1", "ln_2", None),
+    "opt": ("self_attn_layer_norm", None, None),
     "bamba": ("input_layernorm", "pre_ff_layernorm", None),
-    "mamba": ("norm", None, None),
-    "mamba2": ("norm", None, None),
+    "jamba": ("input_layernorm", "pre_ff_layernorm", None),
+    "recurrent_gemma": ("temporal_pre_norm", "channel_pre_norm", None),
+    **dict.fromkeys((*RECURRENT, "nemotron_h"), ("norm", None, None)),
 }
-MLPS = {"bamba": "feed_forward"}
+MLPS = {
+    **dict.fromkeys(("bamba", "jamba", "lfm2", "lfm2_moe", "lfm3"), "feed_forward"),
+    "granitemoehybrid": "shared_mlp",
+    "recurrent_gemma": "mlp_block",
+}
+# The MLP's input is the mixer's.
+PARALLEL = ("cohere", "phi")
+# Blocks that mix twice, or that are no sum of what enters and what is added; they have tests of their own.
+OWN_FORM = ("falcon_h1", "zamba", "zamba2", "minimax")
 # One addition of three float32 terms in another order, at the size of the residual stream.
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps
 
 
 def taps_of(model_type: str) -> list[str]:
-    blocks = [tap for tap in BLOCK_TAPS if not (tap == "mlp_output" and model_type in RECURRENT)]
+    blocks = [tap for tap in BLOCK_TAPS if not (tap == "mlp_output" and model_type in WITHOUT_MLP)]
     return ["embedding", *blocks, "head_input"]
 
 
@@ -73,27 +87,75 @@ def test_hidden_embedding_and_head_input_equal_what_the_model_itself_returns(mod
     assert torch.equal(found["head_input"], at_head[0])
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [family for family in FAMILIES if family not in OWN_FORM])
 def test_taps_inside_a_block_equal_calls_of_its_modules_by_hand(model_type, build, input_ids):
     model = build(model_type)
-    before_mixer, before_mlp, after_mlp = NORMS[model_type]
     multiplier = getattr(model.config, "residual_multiplier", 1.0)
     with torch.no_grad():
         found = trace(model, input_ids, taps=taps_of(model_type))
         entering = found["embedding"]
         for layer, block in enumerate(layout_of(model).blocks):
+            # The linear layers of an OLMo hybrid are of Llama's form, its attention layers of OLMo 2's.
+            if model_type == "olmo_hybrid" and hasattr(block, "self_attn"):
+                before_mixer, before_mlp, after_mlp = NORMS["olmo2"]
+            else:
+                before_mixer, before_mlp, after_mlp = NORMS[model_type]
             expected_input = getattr(block, before_mixer)(entering) if before_mixer else entering
             assert torch.equal(found["mixer_input"][layer], expected_input)
             leaving = entering + found["mixer_output"][layer]
-            if model_type not in RECURRENT:
-                mlp_entering = entering if getattr(block, "use_parallel_residual", False) else leaving
+            if "mlp_output" in found:
+                is_parallel = model_type in PARALLEL or getattr(block, "use_parallel_residual", False)
+                mlp_entering = entering if is_parallel else leaving
                 mlp_input = getattr(block, before_mlp)(mlp_entering) if before_mlp else mlp_entering
                 mlp_output = getattr(block, MLPS.get(model_type, "mlp"))(mlp_input)
+                mlp_output = mlp_output[0] if isinstance(mlp_output, tuple) else mlp_output
                 mlp_output = getattr(block, after_mlp)(mlp_output) if after_mlp else mlp_output
                 assert close(found["mlp_output"][layer], mlp_output * multiplier)
                 leaving = leaving + found["mlp_output"][layer]
-            assert close(found["hidden"][layer], leaving)
+            if model_type != "opt":  # its MLP is part of the block
+                assert close(found["hidden"][layer], leaving)
             entering = found["hidden"][layer]
+
+
+def test_the_mixer_output_of_a_falcon_h1_is_what_its_recurrent_half_adds(build, input_ids):
+    model = build("falcon_h1", ssm_out_multiplier=0.4, attention_in_multiplier=1.5, attention_out_multiplier=0.3)
+    attended = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_hook(lambda _, __, output: attended.append(output[0]))
+    with torch.no_grad():
+        found = trace(model, input_ids, taps=["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output"])
+        block, mixer_input = model.model.layers[0], found["mixer_input"][0]
+        assert torch.equal(mixer_input, block.input_layernorm(found["embedding"]))
+        assert torch.equal(found["mixer_output"][0], block.mamba(mixer_input) * 0.4)
+    added = found["mixer_output"][0] + attended[0] * 0.3 + found["mlp_output"][0]
+    assert close(found["hidden"][0], found["embedding"] + added)
+
+
+@pytest.mark.parametrize("model_type", ["zamba", "zamba2"])
+def test_the_mixer_of_a_zamba_s_hybrid_block_is_its_recurrent_one(model_type, build, input_ids):
+    with torch.no_grad():
+        found = trace(build(model_type), input_ids, taps=["embedding", "hidden", "mixer_output"])
+    assert close(found["hidden"][0], found["embedding"] + found["mixer_output"][0])
+    assert close(found["hidden"][1], found["hidden"][0] + found["mixer_output"][1])
+
+
+def test_the_outputs_of_a_minimax_are_scaled_by_kind_of_mixer(build, input_ids):
+    factors = {"linear_attn_beta_factor": 0.5, "full_attn_beta_factor": 0.7, "mlp_beta_factor": 0.9}
+    model = build("minimax", **factors, linear_attn_alpha_factor=2.0, full_attn_alpha_factor=3.0, mlp_alpha_factor=4.0)
+    with torch.no_grad():
+        found = trace(model, input_ids, taps=["hidden", "mixer_input", "mixer_output", "mlp_output"])
+        for layer, alpha in enumerate((2.0, 3.0)):
+            block = model.model.layers[layer]
+            # The residual of a MiniMax is taken after the norm.
+            middle = block.post_attention_layernorm(found["mixer_input"][layer] * alpha + found["mixer_output"][layer])
+            assert close(found["hidden"][layer], middle * 4.0 + found["mlp_output"][layer])
+
+
+def test_a_block_whose_mlp_is_added_to_experts_has_no_mlp_output(build, input_ids):
+    model = build("granitemoehybrid", num_local_experts=4, num_experts_per_tok=2)
+    assert layout_of(model).mlps is None
+    with pytest.raises(TapError, match="have no MLP that is known"):
+        trace(model, input_ids, taps=["mlp_output"])
 
 
 def test_the_mixer_output_of_llama_equals_attention_called_by_hand(build, input_ids):
@@ -128,7 +190,7 @@ def test_outputs_are_what_joins_the_residual_sum_under_dropout_too(model_type, d
     assert close(found["hidden"][0], found["embedding"] + found["mixer_output"][0] + found["mlp_output"][0])
 
 
-@pytest.mark.parametrize("model_type", [*FAMILIES, "cohere"])
+@pytest.mark.parametrize("model_type", [*FAMILIES, "cohere2"])
 def test_the_head_s_formula_gives_the_model_s_own_logits(model_type, build, input_ids):
     model = build(model_type)
     paths = None if model_type in FAMILIES else {"blocks": "model.layers", "mixer": "self_attn"}
@@ -368,21 +430,14 @@ def test_a_model_compiled_as_a_whole_is_traced_uncompiled(build, input_ids):
 
 OUTSIDE = {
     "starcoder2": {"blocks": "model.layers", "mixer": "self_attn", "mlp": "mlp"},
-    "opt": {"blocks": "model.decoder.layers", "mixer": "self_attn", "final_norm": "model.decoder.final_layer_norm"},
-    "falcon_h1": {
-        "blocks": "model.layers",
-        "mixer": "mamba",
-        "mlp": "feed_forward",
-        "final_norm": "model.final_layernorm",
-    },
+    "persimmon": {"blocks": "model.layers", "mixer": "self_attn", "final_norm": "model.final_layernorm"},
+    "biogpt": {"blocks": "biogpt.layers", "mixer": "self_attn", "final_norm": "biogpt.layer_norm"},
 }
 
 
 @pytest.mark.parametrize("model_type", OUTSIDE)
 def test_a_family_outside_the_table_works_with_paths(model_type, build, input_ids):
-    overrides = {"ffn_dim": 96, "word_embed_proj_dim": 64} if model_type == "opt" else {}
-    overrides |= {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16} if model_type == "falcon_h1" else {}
-    model = build(model_type, **overrides)
+    model = build(model_type)
     with pytest.raises(TapError, match=r"paths: \{blocks: model\.layers"):
         trace(model, input_ids, taps=["hidden"])
     with torch.no_grad():
@@ -421,7 +476,7 @@ def test_a_module_that_is_never_called_is_an_error_and_not_an_empty_tap(build, i
     assert "mlp_output of block 1" in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", RECURRENT)
+@pytest.mark.parametrize("model_type", WITHOUT_MLP)
 def test_a_tap_that_a_family_lacks_is_refused(model_type, build, input_ids):
     with pytest.raises(TapError, match=f"model of type '{model_type}' have no MLP") as caught:
         trace(build(model_type), input_ids, taps=["mlp_output"])

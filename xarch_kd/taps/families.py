@@ -12,14 +12,23 @@ from xarch_kd.errors import TapError, UsageError, suggest
 PATH_NAMES = ("blocks", "mixer", "mlp", "embedding", "final_norm", "head")
 
 
+# A path or an attribute of the config, for every block or by the kind of the block's mixer (kinds left out: none).
+ByKind = str | Mapping[str, str]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Attribute paths of one model type.
 
     `blocks`, `embedding`, `final_norm` and `head` start at the causal language model; the others start at a block.
-    `mixers` are (path, kind) alternatives, of which each block has exactly one. `mixer_output` and `mlp_output` name
-    the module whose output joins the residual sum where that is not the mixer or MLP itself (a norm or dropout after
-    it). `block_returns` is what a block's forward returns; None means that it is not known and must be tried.
+    `mixers` are (path, kind) alternatives; the first that a block has is its mixer. A block that mixes tokens twice
+    (Falcon-H1, and Zamba's blocks around a shared Transformer) has the recurrent mixer here; `paths` name the other.
+
+    `mixer_output` and `mlp_output` name the module whose output joins the residual sum where that is not the mixer or
+    MLP itself (a norm or dropout after it); `mixer_scale` and `mlp_scale` the entry of the config that it is
+    multiplied by there, by default `residual_multiplier` if the config has it. `experts` is the path of experts whose
+    output is added to the MLP's: with them no module yields `mlp_output`. `block_returns` is what a block's forward
+    returns; None means that it is not known and must be tried.
     """
 
     blocks: str
@@ -28,14 +37,18 @@ class Family:
     embedding: str | None
     final_norm: str | None
     head: str | None = "lm_head"
-    mixer_output: str | None = None
-    mlp_output: str | None = None
+    mixer_output: ByKind | None = None
+    mlp_output: ByKind | None = None
+    mixer_scale: ByKind | None = None
+    mlp_scale: str | None = None
+    experts: str | None = None
     block_returns: Literal["tensor", "tuple"] | None = "tensor"
 
 
+ATTENTION = ("self_attn", "attention")
 LLAMA = Family(
     blocks="model.layers",
-    mixers=(("self_attn", "attention"),),
+    mixers=(ATTENTION,),
     mlp="mlp",
     embedding="model.embed_tokens",
     final_norm="model.norm",
@@ -48,6 +61,20 @@ MAMBA = Family(
     embedding="backbone.embeddings",
     final_norm="backbone.norm_f",
 )
+BAMBA = replace(
+    LLAMA,
+    mixers=(ATTENTION, ("mamba", "mamba2")),
+    mlp="feed_forward",
+    final_norm="model.final_layernorm",
+    block_returns="tuple",
+)
+QWEN3_NEXT = replace(LLAMA, mixers=(ATTENTION, ("linear_attn", "gated_delta")))
+LFM2 = replace(
+    LLAMA,
+    mixers=(ATTENTION, ("conv", "short_convolution")),
+    mlp="feed_forward",
+    final_norm="model.embedding_norm",
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
@@ -58,7 +85,11 @@ FAMILIES: dict[str, Family] = {
     "granite": LLAMA,
     "gemma": LLAMA,
     "olmo": LLAMA,
+    "cohere": LLAMA,
+    "gpt_oss": LLAMA,
     "phi3": replace(LLAMA, mixer_output="resid_attn_dropout", mlp_output="resid_mlp_dropout"),
+    # Mixer and MLP share a dropout module, which therefore tells neither's output from the other's.
+    "phi": replace(LLAMA, final_norm="model.final_layernorm"),
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
     "olmo2": SANDWICH,
@@ -81,14 +112,66 @@ FAMILIES: dict[str, Family] = {
         mixer_output="post_attention_dropout",
         mlp_output="post_mlp_dropout",
     ),
-    "bamba": replace(
-        LLAMA,
-        mixers=(("self_attn", "attention"), ("mamba", "mamba2")),
-        mlp="feed_forward",
-        final_norm="model.final_layernorm",
-        block_returns="tuple",
+    "opt": Family(
+        blocks="model.decoder.layers",
+        mixers=(ATTENTION,),
+        # Its two layers belong to the block itself.
+        mlp=None,
+        embedding="model.decoder.embed_tokens",
+        final_norm="model.decoder.final_layer_norm",
     ),
+    "bamba": BAMBA,
+    "falcon_h1": replace(BAMBA, mixers=(("mamba", "mamba2"),), mixer_scale="ssm_out_multiplier"),
+    "jamba": replace(BAMBA, mixers=(ATTENTION, ("mamba", "mamba")), block_returns="tensor"),
+    "granitemoehybrid": replace(
+        LLAMA,
+        mixers=(ATTENTION, ("mamba", "mamba2")),
+        mlp="shared_mlp",
+        experts="block_sparse_moe",
+    ),
+    "zamba": replace(
+        LLAMA,
+        mixers=(("mamba_decoder.mamba", "mamba"), ("mamba", "mamba")),
+        mlp=None,
+        final_norm="model.final_layernorm",
+    ),
+    "zamba2": replace(
+        LLAMA,
+        mixers=(("mamba_decoder.mamba", "mamba2"), ("mamba", "mamba2")),
+        mlp=None,
+        final_norm="model.final_layernorm",
+    ),
+    # A block is a mixer, an MLP or experts; the last two are of the kind `other`.
+    "nemotron_h": replace(
+        LLAMA,
+        mixers=(("mixer", None),),
+        mlp=None,
+        embedding="model.embeddings",
+        final_norm="model.norm_f",
+    ),
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_text": QWEN3_NEXT,
+    "qwen3_5_moe_text": QWEN3_NEXT,
+    "olmo_hybrid": replace(
+        QWEN3_NEXT,
+        mixer_output={"attention": "post_attention_layernorm"},
+        mlp_output={"attention": "post_feedforward_layernorm"},
+    ),
+    "kimi_linear": replace(LLAMA, mixers=(("self_attn", None),)),
+    "minimax": replace(
+        LLAMA,
+        mixers=(("self_attn", None),),
+        mixer_scale={"attention": "full_attn_beta_factor", "lightning": "linear_attn_beta_factor"},
+        mlp_scale="mlp_beta_factor",
+    ),
+    "recurrent_gemma": replace(
+        LLAMA, mixers=(("temporal_block", None),), mlp="mlp_block", final_norm="model.final_norm"
+    ),
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
+    "lfm3": replace(LFM2, mixer_output="post_operator_norm", mlp_output="post_ffn_norm"),
     "mamba": MAMBA,
+    "falcon_mamba": MAMBA,
     "mamba2": replace(MAMBA, mixers=(("mixer", "mamba2"),)),
 }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from xarch_kd.errors import TapError
 from xarch_kd.taps.layout import Layout, layout_of
+from xarch_kd.taps.mixings import mixing_read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +20,13 @@ class TapRow:
     """One line of `xarch-kd inspect`.
 
     `layers` are the blocks that it holds for (none for taps of the whole model), `module` the path of the module that
-    is read with `*` for the block's index, `reads` which side of it, `kind` the mixer's kind for mixer taps.
+    is read with `*` for the block's index, `reads` which side of it, `kind` the mixer's kind for mixer taps. A mixing
+    is listed with the shape of the matrix that it stands for; it is held as factors, which are read `inside`.
     """
 
     tap: str
     layers: tuple[int, ...]
-    shape: tuple[str, str, int]
+    shape: tuple[str | int, ...]
     module: str
     reads: str
     kind: str | None
@@ -45,24 +49,49 @@ def inspect_model(
         _row(layout, "embedding", (), layout.blocks[0], "input"),
         _row(layout, "hidden", every, layout.blocks[0], "output"),
     ]
-    for kind in dict.fromkeys(layout.mixer_kinds):
-        layers = tuple(layer for layer in every if layout.mixer_kinds[layer] == kind)
-        rows.append(_row(layout, "mixer_input", layers, layout.mixers[layers[0]], "input", kind))
-        rows.append(_row(layout, "mixer_output", layers, layout.mixer_outputs[layers[0]], "output", kind))
+    for layers in _alike(layout, layout.mixers, layout.mixer_outputs, kinds=layout.mixer_kinds):
+        first, kind = layers[0], layout.mixer_kinds[layers[0]]
+        rows.append(_row(layout, "mixer_input", layers, layout.mixers[first], "input", kind))
+        rows.append(_row(layout, "mixer_output", layers, layout.mixer_outputs[first], "output", kind))
+        if _has_mixing(layout, first):
+            mixing = _row(layout, "mixing", layers, layout.mixers[first], "inside", kind)
+            rows.append(dataclasses.replace(mixing, shape=("batch", "heads", "time", "time")))
     if layout.mlp_outputs is not None:
-        rows.append(_row(layout, "mlp_output", every, layout.mlp_outputs[0], "output"))
+        for layers in _alike(layout, layout.mlp_outputs):
+            rows.append(_row(layout, "mlp_output", layers, layout.mlp_outputs[layers[0]], "output"))
     rows.append(
         _row(layout, "head_input", (), layout.base if layout.final_norm is None else layout.final_norm, "output")
     )
     return tuple(rows)
 
 
+def _alike(
+    layout: Layout, *modules: Sequence[nn.Module], kinds: Sequence[str] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Blocks by where in the block its own of each of `modules` is, and by `kinds`."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for layer, own in enumerate(zip(*modules, strict=True)):
+        places = (_path(layout, module, layer) for module in own)
+        groups.setdefault((*places, kinds[layer] if kinds else ""), []).append(layer)
+    return tuple(tuple(layers) for layers in groups.values())
+
+
+def _has_mixing(layout: Layout, layer: int) -> bool:
+    try:
+        mixing_read(layout, layer)
+    except TapError:
+        return False
+    return True
+
+
+def _path(layout: Layout, module: nn.Module, layer: int) -> str:
+    blocks = layout.path_of(layout.container)
+    return layout.path_of(module).replace(f"{blocks}.{layer}", f"{blocks}.*", 1)
+
+
 def _row(
     layout: Layout, tap: str, layers: tuple[int, ...], module: nn.Module, reads: str, kind: str | None = None
 ) -> TapRow:
-    path = layout.path_of(module)
-    if layers:
-        blocks = layout.path_of(layout.container)
-        path = path.replace(f"{blocks}.{layers[0]}", f"{blocks}.*", 1)
+    path = _path(layout, module, layers[0]) if layers else layout.path_of(module)
     shape = ("batch", "time", layout.width)
     return TapRow(tap=tap, layers=layers, shape=shape, module=path, reads=reads, kind=kind)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import TapError, UsageError, suggest
-from xarch_kd.taps.families import Family, family_of
+from xarch_kd.taps.families import ByKind, Family, family_of
 
 SELECTIONS = ("mixers", "blocks", "embeddings", "norms", "head", "all")
-# What a mixer of a family outside the table is told by: parameters and modules that it owns.
+# What a mixer is told by where the table does not say it: the end of its class's name, else parameters and modules
+# that it owns.
+MIXER_NAMES = {
+    "LightningAttention": "lightning",
+    "DeltaAttention": "kda",
+    "GatedDeltaNet": "gated_delta",
+    "RecurrentBlock": "rg_lru",
+    "ShortConv": "short_convolution",
+}
 MIXER_SIGNS = {"mamba2": ("A_log", "D", "dt_bias"), "mamba": ("A_log", "D", "x_proj")}
 
 
@@ -23,7 +32,8 @@ class Layout:
     """The resolved parts of `model`.
 
     `base` is the module whose forward ends with the final norm and never runs the head. `mixer_outputs` and
-    `mlp_outputs` are the modules whose output, times `residual_scale`, joins the residual sum. The logits are
+    `mlp_outputs` are the modules whose output, times its `mixer_scales` or `mlp_scale`, joins the residual sum. Of a
+    block that mixes tokens twice, `mixers` has the one that its family names. The logits are
     softcap(`logit_scale` · (hidden · `head_weight`ᵀ + `head_bias`)), softcap(x) = c · tanh(x / c) if c is not None.
     """
 
@@ -41,7 +51,8 @@ class Layout:
     final_norm: nn.Module | None
     head: nn.Module | None
     width: int
-    residual_scale: float
+    mixer_scales: tuple[float, ...]
+    mlp_scale: float
     logit_scale: float
     logit_softcap: float | None
 
@@ -93,7 +104,8 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
         )
     blocks = tuple(container)
     mixers, kinds = zip(*(_mixer(eager_module(block), family, model) for block in blocks), strict=True)
-    mlps = _each(blocks, family.mlp, model)
+    has_experts = family.experts is not None and any(_child(block, family.experts) is not None for block in blocks)
+    mlps = None if has_experts else _each(blocks, kinds, family.mlp, model)
     embedding = _part(model, family.embedding, model) if family.embedding else model.get_input_embeddings()
     head_path = None if model.base_model is model else family.head
     config = model.config.get_text_config()
@@ -105,17 +117,28 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
         blocks=blocks,
         mixers=mixers,
         mixer_kinds=kinds,
-        mixer_outputs=_each(blocks, family.mixer_output, model) or mixers,
+        mixer_outputs=_each(blocks, kinds, family.mixer_output, model, mixers) or mixers,
         mlps=mlps,
-        mlp_outputs=_each(blocks, family.mlp_output, model) or mlps,
+        mlp_outputs=mlps and (_each(blocks, kinds, family.mlp_output, model, mlps) or mlps),
         embedding=embedding,
         final_norm=_part(model, family.final_norm, model) if family.final_norm else None,
         head=_part(model, head_path, model) if head_path else model.get_output_embeddings(),
         width=int(config.hidden_size),
-        residual_scale=float(getattr(config, "residual_multiplier", 1.0)),
-        logit_scale=float(getattr(config, "logit_scale", 1.0)) / float(getattr(config, "logits_scaling", 1.0)),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        mixer_scales=tuple(_scale(config, family.mixer_scale, kind) for kind in kinds),
+        mlp_scale=_scale(config, family.mlp_scale, ""),
+        logit_scale=_logit_scale(config),
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
     )
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    factors = (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier"))
+    return math.prod(float(factor) for factor in factors if factor) / float(getattr(config, "logits_scaling", 1.0))
+
+
+def _scale(config: PreTrainedConfig, name: ByKind | None, kind: str) -> float:
+    own = _by_kind(name, kind)
+    return float(getattr(config, "residual_multiplier", 1.0) if own is None else getattr(config, own))
 
 
 def head_logits(layout: Layout, head_input: Tensor) -> Tensor:
@@ -197,22 +220,44 @@ def _names(model: nn.Module, wanted: set[int]) -> tuple[str, ...]:
     return tuple(name for name, parameter in model.named_parameters() if id(parameter) in wanted)
 
 
-def _each(blocks: Sequence[nn.Module], path: str | None, model: PreTrainedModel) -> tuple[nn.Module, ...] | None:
-    return None if path is None else tuple(_part(eager_module(block), path, model) for block in blocks)
+def _by_kind(value: ByKind | None, kind: str) -> str | None:
+    return value.get(kind) if isinstance(value, Mapping) else value
+
+
+def _each(
+    blocks: Sequence[nn.Module],
+    kinds: Sequence[str],
+    path: ByKind | None,
+    model: PreTrainedModel,
+    otherwise: Sequence[nn.Module] = (),
+) -> tuple[nn.Module, ...] | None:
+    """The module at `path` of each block; where the block's kind has none, that block's of `otherwise`."""
+    if path is None:
+        return None
+    own = [_by_kind(path, kind) for kind in kinds]
+    return tuple(
+        otherwise[index] if name is None else _part(eager_module(block), name, model)
+        for index, (block, name) in enumerate(zip(blocks, own, strict=True))
+    )
+
+
+def _child(block: nn.Module, path: str) -> nn.Module | None:
+    """The first module on `path` that `block` has, if any: some families set those that a block lacks to None."""
+    child = getattr(eager_module(block), path.split(".")[0], None)
+    return child if isinstance(child, nn.Module) else None
 
 
 def _mixer(block: nn.Module, family: Family, model: PreTrainedModel) -> tuple[nn.Module, str]:
-    for path, kind in family.mixers[:-1]:
-        if hasattr(block, path.split(".")[0]):
-            mixer = _part(block, path, model)
-            return mixer, kind or _kind(mixer)
-    path, kind = family.mixers[-1]
-    mixer = _part(block, path, model)
-    return mixer, kind or _kind(mixer)
+    chosen = next((mixer for mixer in family.mixers if _child(block, mixer[0]) is not None), family.mixers[-1])
+    mixer = _part(block, chosen[0], model)
+    return mixer, chosen[1] or _kind(mixer)
 
 
 def _kind(mixer: nn.Module) -> str:
     inner = eager_module(mixer)
+    named = next((kind for ending, kind in MIXER_NAMES.items() if type(inner).__name__.endswith(ending)), None)
+    if named is not None:
+        return named
     if any(word in type(inner).__name__.lower() for word in ("attention", "attn")):
         return "attention"
     return next((kind for kind, signs in MIXER_SIGNS.items() if all(hasattr(inner, sign) for sign in signs)), "other")

@@ -137,7 +137,13 @@ class _Reader:
                 asked=", ".join(missing),
                 fix="check `paths:`; some models pass such a module's weights to a function instead of calling it",
             )
-        if self.layout.residual_scale != 1.0:
-            for site, value in self.values.items():
-                if site.tap in ("mixer_output", "mlp_output") and isinstance(value, Tensor):
-                    self.values[site] = value * self.layout.residual_scale
+        for site, value in self.values.items():
+            scale = _scale(self.layout, site)
+            if scale != 1.0 and isinstance(value, Tensor):
+                self.values[site] = value * scale
+
+
+def _scale(layout: Layout, site: Site) -> float:
+    if site.tap == "mixer_output":
+        return layout.mixer_scales[site.layer or 0]
+    return layout.mlp_scale if site.tap == "mlp_output" else 1.0

@@ -41,6 +41,8 @@ _BAMBA = {
     "mamba_chunk_size": 16,
 }
 
+_WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
+
 # Sizes beyond the config class's own defaults, by `model_type`.
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _TRANSFORMER,
@@ -51,9 +53,22 @@ SIZES: dict[str, dict[str, Any]] = {
     "granite": {**_TRANSFORMER, **_GRANITE},
     "smollm3": {**_TRANSFORMER, "num_hidden_layers": 4},
     "gemma": {**_TRANSFORMER, "head_dim": 16},
-    "gemma2": {**_TRANSFORMER, "head_dim": 16},
-    "gemma3_text": {**_TRANSFORMER, "head_dim": 16},
+    "gemma2": {**_TRANSFORMER, "head_dim": 16, "layer_types": _WINDOWED, "sliding_window": 8},
+    "gemma3_text": {**_TRANSFORMER, "head_dim": 16, "layer_types": _WINDOWED, "sliding_window": 8},
+    "olmo": _TRANSFORMER,
     "olmo2": _TRANSFORMER,
+    "olmo3": {**_TRANSFORMER, "layer_types": _WINDOWED, "sliding_window": 8},
+    "cohere": {**_TRANSFORMER, "logit_scale": 0.25},
+    "gpt_oss": {
+        **_TRANSFORMER,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": _WINDOWED,
+        "sliding_window": 8,
+    },
+    "phi": _TRANSFORMER,
+    "opt": {**_GPT_NEOX, "ffn_dim": 96, "word_embed_proj_dim": 64},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512},
     "gpt_neox": _GPT_NEOX,
     "bamba": {**_TRANSFORMER, **_BAMBA},
