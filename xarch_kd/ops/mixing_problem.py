@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError, suggest
-from xarch_kd.mixing import SoftmaxMixing
-from xarch_kd.mixing.base import Mixing
+from xarch_kd.mixing import Mixing, SoftmaxMixing
 from xarch_kd.ops import checks
 
 # Name -> what it is for one row, P the teacher's (mixed over heads) and M the student's.

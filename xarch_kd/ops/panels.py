@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from xarch_kd.mixing.base import Mixing
+from xarch_kd.mixing import Mixing, SoftmaxMixing
 from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
 from xarch_kd.ops.row_distances import RowStatistics, measure, row_slopes, row_values
 
@@ -44,17 +44,17 @@ def sweep(problem: MixingProblem, weights: Tensor, wanted: frozenset[str], chunk
     """
     with torch.autocast(weights.device.type, enabled=False):
         width = chunk_size or COLUMNS
-        student = problem.student.detach()
+        student, teacher = problem.student.detach(), _Target(problem)
         totals: RowStatistics | None = None
-        for identity in _identity_panels(problem, width):
+        for columns, identity in _identity_panels(problem, width):
             entries = _student_panel(student, identity)
-            statistics, _ = measure(problem.distance, target_panel(problem, identity), entries)
+            statistics, _ = measure(problem.distance, teacher.panel(columns, identity), entries)
             totals = statistics if totals is None else _added(totals, statistics)
         assert totals is not None
         values = torch.where(problem.keep[:, :, None], row_values(problem.distance, totals, problem.epsilon), 0)
         if not wanted:
             return Sweep(values, {})
-        return Sweep(values, _gradients(problem, totals, weights, wanted, width))
+        return Sweep(values, _gradients(problem, teacher, totals, weights, wanted, width))
 
 
 def leaves(student: Mixing, wanted: frozenset[str]) -> tuple[Mixing, dict[str, Tensor]]:
@@ -63,12 +63,33 @@ def leaves(student: Mixing, wanted: frozenset[str]) -> tuple[Mixing, dict[str, T
     return replace(student, **cut), {name: factor for name, factor in cut.items() if name in wanted}
 
 
-def target_panel(problem: MixingProblem, values: Tensor) -> Tensor:
+def mixed_target(problem: MixingProblem, values: Tensor) -> Tensor:
     """Return (head_map @ teacher) applied to values [batch, time, 1, width], the same for every head."""
-    seen = values.expand(-1, -1, problem.teacher.heads, -1)
-    panel = problem.teacher.apply(seen).to(problem.dtype)
-    # Whoever gets it may write over it.
-    return panel.clone() if problem.head_map is None else torch.einsum("st,bitp->bisp", problem.head_map, panel)
+    return _mixed(problem, problem.teacher.apply(values.expand(-1, -1, problem.teacher.heads, -1)))
+
+
+class _Target:
+    """Panels of head_map @ teacher. Those of a softmax take its normalisers once, instead of a whole row a panel."""
+
+    def __init__(self, problem: MixingProblem) -> None:
+        self.problem = problem
+        self.normaliser: Tensor | None = None
+        if isinstance(problem.teacher, SoftmaxMixing):
+            self.normaliser = problem.teacher.log_normaliser(slice(0, problem.teacher.time))
+
+    def panel(self, columns: slice, identity: Tensor) -> Tensor:
+        """Return the columns [batch, time, student heads, width]; whoever gets them may write over them."""
+        teacher = self.problem.teacher
+        if self.normaliser is None:
+            return mixed_target(self.problem, identity)
+        assert isinstance(teacher, SoftmaxMixing)
+        logits = teacher.logits(slice(0, teacher.time), columns)
+        return _mixed(self.problem, logits.sub_(self.normaliser[..., None]).exp_().transpose(1, 2))
+
+
+def _mixed(problem: MixingProblem, panel: Tensor) -> Tensor:
+    panel = panel.to(problem.dtype)
+    return panel if problem.head_map is None else torch.einsum("st,bitp->bisp", problem.head_map, panel)
 
 
 def _student_panel(student: Mixing, values: Tensor) -> Tensor:
@@ -76,17 +97,22 @@ def _student_panel(student: Mixing, values: Tensor) -> Tensor:
 
 
 def _gradients(
-    problem: MixingProblem, totals: RowStatistics, weights: Tensor, wanted: frozenset[str], width: int
+    problem: MixingProblem,
+    teacher: _Target,
+    totals: RowStatistics,
+    weights: Tensor,
+    wanted: frozenset[str],
+    width: int,
 ) -> dict[str, Tensor]:
     factor, share = row_slopes(problem.distance, totals, problem.epsilon)
     row = (weights * factor)[..., None]
     student, factors = leaves(problem.student, wanted)
     gradients = {name: torch.zeros_like(leaf, dtype=problem.dtype) for name, leaf in factors.items()}
-    for identity in _identity_panels(problem, width):
+    for columns, identity in _identity_panels(problem, width):
         with torch.enable_grad():
             entries = _student_panel(student, identity)
         seen = entries.detach().to(problem.dtype)
-        slope = target_panel(problem, identity).sub_(seen if share is None else seen * share[..., None]).mul_(row)
+        slope = teacher.panel(columns, identity).sub_(seen if share is None else seen * share[..., None]).mul_(row)
         parts = torch.autograd.grad(entries, list(factors.values()), slope.to(entries.dtype), allow_unused=True)
         for name, part in zip(factors, parts, strict=True):
             if part is not None:
@@ -94,13 +120,13 @@ def _gradients(
     return gradients
 
 
-def _identity_panels(problem: MixingProblem, width: int) -> Iterator[Tensor]:
-    """Return all columns of the identity [batch, time, 1, width], in panels."""
+def _identity_panels(problem: MixingProblem, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Return panels of columns, and those of the identity [batch, time, 1, width]."""
     student = problem.student
     for start in range(0, student.time, width):
         panel = torch.zeros(student.time, min(width, student.time - start), dtype=problem.dtype, device=student.device)
         panel[start : start + width].fill_diagonal_(1)
-        yield panel[None, :, None, :].expand(student.batch, -1, -1, -1)
+        yield slice(start, start + panel.shape[1]), panel[None, :, None, :].expand(student.batch, -1, -1, -1)
 
 
 def _added(first: RowStatistics, second: RowStatistics) -> RowStatistics:

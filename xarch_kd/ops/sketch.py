@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xarch_kd.errors import UsageError
 from xarch_kd.ops.mixing_problem import MixingProblem
-from xarch_kd.ops.panels import leaves, target_panel
+from xarch_kd.ops.panels import leaves, mixed_target
 from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
 
 LEAST_PROBES: Final = 2
@@ -112,7 +112,7 @@ def _sweep(
             values = signs[:, :, None, start : start + chunk].to(problem.dtype)
             with torch.set_grad_enabled(bool(factors)):
                 mixed = student.apply(values.expand(-1, -1, student.heads, -1))
-            difference = mixed.detach().to(problem.dtype) - target_panel(problem, values)
+            difference = mixed.detach().to(problem.dtype) - mixed_target(problem, values)
             if factors:
                 slope = (difference * (weights * (2 / probes))[..., None]).to(mixed.dtype)
                 parts = torch.autograd.grad(mixed, list(factors.values()), slope, allow_unused=True)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xarch_kd.mixing import SoftmaxMixing
-from xarch_kd.mixing.base import Mixing
+from xarch_kd.mixing import Mixing, SoftmaxMixing
 from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
 
 
 def row_distances(problem: MixingProblem) -> Tensor:
     """Return the distance of each row [batch, time, student heads], 0 where a row does not count."""
+    # Widened once: in a narrow dtype each use of a factor would round its part of the gradient.
+    student_mixing = problem.student.map_factors(lambda factor: factor.to(problem.dtype))
     with torch.no_grad():
-        teacher = problem.mixed(_matrix(problem.teacher, problem))
+        teacher = problem.mixed(problem.teacher.dense(limit=None).to(problem.dtype))
     if problem.distance in OF_LOGARITHMS:
-        rows = -(teacher * _log_matrix(problem.student, teacher > 0, problem)).sum(-1)
+        rows = -(teacher * _log_matrix(student_mixing, teacher > 0, problem)).sum(-1)
         if problem.distance == "kl":
             rows = rows + torch.xlogy(teacher, teacher).sum(-1)
     else:
-        student = _matrix(problem.student, problem)
+        student = student_mixing.dense(limit=None)
         norm = teacher.square().sum(-1) + problem.epsilon
         if problem.distance == "cosine":
             lengths = (norm * (student.square().sum(-1) + problem.epsilon)).sqrt()
@@ -30,14 +31,10 @@ def row_distances(problem: MixingProblem) -> Tensor:
     return torch.where(problem.keep[:, :, None], rows.transpose(1, 2), 0)
 
 
-def _matrix(mixing: Mixing, problem: MixingProblem) -> Tensor:
-    return mixing.dense(limit=None).to(problem.dtype)
-
-
 def _log_matrix(mixing: Mixing, attended: Tensor, problem: MixingProblem) -> Tensor:
     """Return log M where the teacher attends, 0 elsewhere; from logits, so that it is finite where M underflows."""
     assert isinstance(mixing, SoftmaxMixing)
     everything = slice(0, mixing.time)
-    logits = torch.where(attended, mixing.logits(everything, everything).to(problem.dtype), 0)
-    normaliser = mixing.log_normaliser(everything).to(problem.dtype)[..., None]
+    logits = torch.where(attended, mixing.logits(everything, everything), 0)
+    normaliser = mixing.log_normaliser(everything)[..., None]
     return torch.where(attended & problem.keep[:, None, :, None], logits - normaliser, 0)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xarch_kd.mixing import SoftmaxMixing
-from xarch_kd.mixing.base import Mixing
+from xarch_kd.mixing import Mixing, SoftmaxMixing
 
 
 class BlockRows:

@@ -13,8 +13,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from xarch_kd.mixing import BandedMixing, LinearMixing, SelectiveMixing, SoftmaxMixing, SSDMixing
-from xarch_kd.mixing.base import Mixing
+from xarch_kd.mixing import (
+    BandedMixing,
+    LinearMixing,
+    Mixing,
+    SelectiveMixing,
+    SoftmaxMixing,
+    SSDMixing,
+)
 from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
 from xarch_kd.ops.row_distances import measure, row_slopes, row_values
 from xarch_kd.ops.streaming.block_rows import BlockRows
@@ -26,7 +32,8 @@ ROWS: Final = {"cpu": 64, "other": 256}
 LEAST_ROWS: Final = 8
 # Entries of one block above which it gets fewer rows: 32 MiB of float32, or 512.
 BLOCK_ELEMENTS: Final = {"cpu": 8 << 20, "other": 128 << 20}
-# Students whose block needs memory for its own rows and columns alone, so that autograd on one block is linear too.
+# Students whose block, and its graph, need memory for its own rows × (columns + width) alone: autograd on one block at
+# a time is exact and linear in the tokens.
 BY_AUTOGRAD: Final = (LinearMixing, SelectiveMixing, BandedMixing)
 
 
@@ -42,7 +49,7 @@ def obstacle(student: Mixing) -> str | None:
     """Return why row blocks cannot be differentiated in linear memory for this student, or None when they can."""
     if isinstance(student, (SoftmaxMixing, SSDMixing, *BY_AUTOGRAD)):
         return None
-    return f"a block of rows of a {student.kind} mixing needs all earlier rows; impl='panels' is exact too"
+    return f"rows of a {student.kind} mixing are not made by themselves; impl='panels' is exact too"
 
 
 def default_chunk(problem: MixingProblem) -> int:
@@ -80,7 +87,7 @@ def sweep(problem: MixingProblem, weights: Tensor, wanted: frozenset[str], chunk
             step = _logarithms if problem.distance in OF_LOGARITHMS else _statistics
             found = step(problem, teacher, student, rows, columns, weight if wanted else None)
             values[:, rows] = torch.where(problem.keep[:, rows, None], found.transpose(1, 2), 0)
-        return Sweep(values, student.finish())
+        return Sweep(values, student.finish() if wanted else {})
 
 
 def _blocks(keep: Tensor, chunk: int) -> Iterator[slice]:
