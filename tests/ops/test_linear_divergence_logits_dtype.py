@@ -99,7 +99,8 @@ def test_a_head_gradient_is_summed_up_in_float32(monkeypatch: pytest.MonkeyPatch
     """24 chunks of one token: each product is rounded to bfloat16, a sum kept in bfloat16 would err by more."""
     import xarch_kd.ops.streaming.logits as module
 
-    monkeypatch.setattr(module, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 64 * WIDTH)
+    monkeypatch.setattr(module, "FEWEST_ROWS", 1)
     whole = value_and_gradients(make(torch.bfloat16), logits_dtype="bfloat16", chunk_size=TOKENS)
     chunked = value_and_gradients(make(torch.bfloat16), logits_dtype="bfloat16", chunk_size=1)
     assert float((whole[2] - chunked[2]).norm() / whole[2].norm()) < torch.finfo(torch.bfloat16).eps

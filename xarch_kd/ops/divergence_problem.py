@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,9 +11,12 @@ from torch import Tensor
 from xarch_kd.errors import UsageError, suggest
 from xarch_kd.ops import checks
 from xarch_kd.ops.divergences import Divergence
+from xarch_kd.ops.teacher import Buckets, Logits, TeacherTopK, check_logits, read_top_k
 
 IGNORED_LABEL = -100
 LOGITS_DTYPES = ("auto", "float32", "bfloat16")
+# Heads are padded to a multiple of at most this many rows; sizes further apart are different vocabularies.
+MOST_PADDING = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,15 @@ class Side:
 class DivergenceProblem:
     """`linear_divergence` with every argument checked and the leading axes of length `shape` flattened to tokens.
 
+    `teacher` is a head, logits of every token, or the `Buckets` of the tokens that count.
+
     `kept` [k] are the indices of the tokens that count (None: all); `weights` [k] multiply their rows; `labels` [k].
     `dtype` is what values and everything a row needs are computed in; `logits_dtype`, equal to it or bfloat16, is what
     the products of hidden states and heads, and the gradient that goes back through them, are rounded to.
     """
 
     student: Side
-    teacher: Side
+    teacher: Side | Logits | Buckets
     divergence: Divergence
     temperature: float
     divergence_weight: float
@@ -85,13 +90,20 @@ def check_side(name: str, hidden: Tensor, side: Side) -> None:
 
 
 def shared_vocabulary(student_rows: int, teacher_rows: int, vocabulary: int | None) -> int:
-    """Return the number of vocabulary entries that are compared: as asked, else all that both heads have."""
+    """Return the number of vocabulary entries that are compared: as asked, else all that both models have."""
     shared = min(student_rows, teacher_rows)
+    if vocabulary is None and max(student_rows, teacher_rows) - shared > MOST_PADDING:
+        raise UsageError(
+            "The vocabularies differ by more than padding.",
+            found=f"{student_rows} student rows and {teacher_rows} teacher rows",
+            allowed=f"a difference of at most {MOST_PADDING}",
+            fix="if the first entries mean the same tokens in both models, say how many with vocabulary=",
+        )
     if vocabulary is None:
         return shared
     if not 1 <= vocabulary <= shared:
         raise UsageError(
-            "vocabulary is more than both heads have.",
+            "vocabulary is more than both models have.",
             asked=vocabulary,
             found=f"{student_rows} student rows and {teacher_rows} teacher rows",
             allowed=f"1 to {shared}",
@@ -165,7 +177,7 @@ def token_keep(labels: Tensor | None, mask: Tensor | None, token_weights: Tensor
 
 def make_problem(
     student: Side,
-    teacher: Side,
+    teacher: Side | Tensor | TeacherTopK,
     *,
     divergence: Divergence,
     temperature: float,
@@ -177,32 +189,26 @@ def make_problem(
     vocabulary: int | None,
     logits_dtype: str = "auto",
 ) -> DivergenceProblem:
-    """Check everything and return the problem; hidden states may still have their leading axes."""
+    """Check everything and return the problem; hidden states, or a teacher's logits, may have their leading axes."""
     check_side("student", student.hidden, student)
-    check_side("teacher", teacher.hidden, teacher)
     check_scalars(temperature, divergence_weight, cross_entropy, labels)
     leading = student.hidden.shape[:-1]
-    checks.check_shape(
-        "teacher_hidden",
-        teacher.hidden,
-        (*leading, teacher.hidden.shape[-1]),
-        "[axes of student_hidden, teacher width]",
-    )
     for name, tensor in (("labels", labels), ("mask", mask), ("token_weights", token_weights)):
         checks.check_shape(name, tensor, tuple(leading), "[leading axes of student_hidden]")
     checks.check_mask(mask)
     checks.check_floating(token_weights=token_weights)
     given = {"student_hidden": student.hidden, "student_weight": student.weight, "student_bias": student.bias}
-    given |= {"teacher_hidden": teacher.hidden, "teacher_weight": teacher.weight, "teacher_bias": teacher.bias}
-    checks.check_device(**given, labels=labels, mask=mask, token_weights=token_weights)
-    shared = shared_vocabulary(student.weight.shape[0], teacher.weight.shape[0], vocabulary)
+    given |= _teacher_tensors(teacher, leading)
+    indices = teacher.indices if isinstance(teacher, TeacherTopK) else None
+    checks.check_device(**given, indices=indices, labels=labels, mask=mask, token_weights=token_weights)
+    shared = shared_vocabulary(student.weight.shape[0], _rows(teacher, student), vocabulary)
     if labels is not None:
         check_labels(labels, shared)
     device, count, dtype = student.hidden.device, math.prod(leading), checks.accumulation_dtype(*given.values())
     kept = checks.counted_tokens(count, token_keep(labels, mask, token_weights), device)
     return DivergenceProblem(
         student=_flat(student),
-        teacher=_flat(teacher),
+        teacher=_read_teacher(teacher, leading, kept, shared),
         divergence=divergence.limit(),
         temperature=temperature,
         divergence_weight=divergence_weight,
@@ -217,9 +223,38 @@ def make_problem(
     )
 
 
+def _teacher_tensors(teacher: Side | Tensor | TeacherTopK, leading: torch.Size) -> dict[str, Tensor | None]:
+    """Return the teacher's floating-point tensors by name, after a check of what does not depend on the vocabulary."""
+    if isinstance(teacher, TeacherTopK):
+        return {"teacher_top_k": teacher.log_probabilities}
+    if isinstance(teacher, Tensor):
+        check_logits(teacher, leading)
+        return {"teacher_logits": teacher}
+    check_side("teacher", teacher.hidden, teacher)
+    expected = (*leading, teacher.hidden.shape[-1])
+    checks.check_shape("teacher_hidden", teacher.hidden, expected, "[axes of student_hidden, teacher width]")
+    return {"teacher_hidden": teacher.hidden, "teacher_weight": teacher.weight, "teacher_bias": teacher.bias}
+
+
+def _rows(teacher: Side | Tensor | TeacherTopK, student: Side) -> int:
+    """Return how many vocabulary entries the teacher has; a top-k has those of the student."""
+    if isinstance(teacher, Side):
+        return teacher.weight.shape[0]
+    return teacher.shape[-1] if isinstance(teacher, Tensor) else student.weight.shape[0]
+
+
+def _read_teacher(
+    teacher: Side | Tensor | TeacherTopK, leading: torch.Size, kept: Tensor | None, vocabulary: int
+) -> Side | Logits | Buckets:
+    if isinstance(teacher, Side):
+        return _flat(teacher)
+    if isinstance(teacher, Tensor):
+        return Logits(values=teacher.detach().reshape(-1, teacher.shape[-1]))
+    return read_top_k(teacher, leading, kept, vocabulary)
+
+
 def _flat(side: Side) -> Side:
-    hidden = side.hidden.reshape(-1, side.hidden.shape[-1])
-    return Side(hidden=hidden, weight=side.weight, bias=side.bias, scale=side.scale, softcap=side.softcap)
+    return replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1]))
 
 
 def _weights(

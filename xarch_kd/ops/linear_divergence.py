@@ -1,14 +1,15 @@
-"""Divergence between two next-token distributions, each given as hidden states and a head."""
+"""Divergence between a student's next-token distributions and a teacher's, and the labels' cross-entropy."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xarch_kd.errors import NonFiniteLoss
+from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
 from xarch_kd.ops.dispatch import choose
 from xarch_kd.ops.divergence_problem import DivergenceProblem, Side, make_problem, spread
@@ -17,6 +18,7 @@ from xarch_kd.ops.fused import linear_divergence as fused
 from xarch_kd.ops.reference.linear_divergence import token_values
 from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
 from xarch_kd.ops.streaming.linear_divergence import Sweep, sweep
+from xarch_kd.ops.teacher import TeacherTopK
 
 
 class DivergenceLoss(NamedTuple):
@@ -34,9 +36,11 @@ class DivergenceLoss(NamedTuple):
 def linear_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     *,
+    teacher_logits: Tensor | None = None,
+    teacher_top_k: TeacherTopK | None = None,
     divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
     temperature: float = 1.0,
     labels: Tensor | None = None,
@@ -62,11 +66,16 @@ def linear_divergence(
     divergence is the plain one at that temperature: a factor T² belongs into `divergence_weight`.
     Cross-entropy is taken at temperature 1.
 
+    The teacher is given in one of three forms: `teacher_hidden` with `teacher_weight`; `teacher_logits`
+    [..., vocabulary], finite, as they come out of its model, before the temperature; or `teacher_top_k`, its likeliest
+    entries at `temperature`, in which case D is the divergence between buckets that `TeacherTopK` describes.
+
     Hidden states are [tokens, width] or [batch, time, width], weights [vocabulary, width], biases [vocabulary];
     `labels` (already shifted: the token that follows that position, -100 to leave the position out), `mask` (boolean)
     and `token_weights` (>= 0) have the leading axes of the hidden states. A token counts when its mask is true, its
     label is not ignored and its weight is not 0. `vocabulary` is the number of leading entries that mean the same in
-    both heads, by default all that both have; the rest, padding, is left out of both distributions.
+    both models, by default all that both have if their sizes differ by no more than padding does; the rest is left out
+    of both distributions.
 
     `logits_dtype` is the dtype of hidden weightᵀ and of its gradient; what follows the product is computed in float32.
     `"auto"` is `"float32"`, which float64 inputs widen to float64. `"bfloat16"` multiplies in bfloat16, with half the
@@ -83,6 +92,10 @@ def linear_divergence(
     Raises:
         UsageError: shapes, dtypes, devices or options that do not fit, or a mean over no tokens.
         NonFiniteLoss: the divergence or cross-entropy of a counted token is NaN or infinite.
+
+    Warns:
+        UserWarning: more than half of the tokens are far from the teacher and have no gradient (JSD, skew KL and total
+            variation saturate); counted by `impl="streaming"`.
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
@@ -94,9 +107,11 @@ def linear_divergence(
             scale=student_scale,
             softcap=student_softcap,
         ),
-        Side(
-            hidden=teacher_hidden,
-            weight=teacher_weight,
+        _teacher(
+            teacher_hidden,
+            teacher_weight,
+            teacher_logits,
+            teacher_top_k,
             bias=teacher_bias,
             scale=teacher_scale,
             softcap=teacher_softcap,
@@ -128,6 +143,40 @@ def linear_divergence(
     return DivergenceLoss(total, parts[0], parts[1])
 
 
+def _teacher(
+    hidden: Tensor | None, weight: Tensor | None, logits: Tensor | None, top_k: TeacherTopK | None, **head: Any
+) -> Side | Tensor | TeacherTopK:
+    """Return the one form in which the teacher is given; `head` are the bias, scale and softcap of its head."""
+    forms = {
+        "teacher_hidden with teacher_weight": hidden is not None or weight is not None,
+        "teacher_logits": logits is not None,
+        "teacher_top_k": top_k is not None,
+    }
+    found = [name for name, given in forms.items() if given]
+    if len(found) != 1:
+        raise UsageError(
+            "A teacher is given in exactly one form.",
+            found=" and ".join(found) or "no teacher",
+            allowed=" | ".join(forms),
+        )
+    if hidden is not None and weight is not None:
+        return Side(hidden=hidden, weight=weight, **head)
+    form = logits if top_k is None else top_k
+    if form is None:
+        missing = "teacher_hidden" if hidden is None else "teacher_weight"
+        raise UsageError(f"{missing} is missing.", found="the other one alone", allowed=found[0])
+    unused = [
+        f"teacher_{name}" for name, value in head.items() if value is not None and (name, value) != ("scale", 1.0)
+    ]
+    if unused:
+        raise UsageError(
+            f"{found[0]} takes no {' and no '.join(unused)}.",
+            allowed="only a teacher given as hidden states and a head takes it",
+            fix="apply it to the logits",
+        )
+    return form
+
+
 def _swept(
     run: Callable[[DivergenceProblem, Tensor, tuple[bool, ...], int | None], Sweep],
     problem: DivergenceProblem,
@@ -141,6 +190,7 @@ def _swept(
     now = needs if reduction != "none" else (False, False, False)
     scale = problem.weights if reduction == "sum" else problem.weights / problem.weights.sum()
     result = run(problem, scale, now, chunk_size)
+    _warn_saturated(problem, result)
     total = _reduce(_weighted_sum(problem, result.divergence, result.cross_entropy), problem, reduction)
     if reduction == "none" and any(needs):
 
@@ -152,6 +202,15 @@ def _swept(
     elif any(needs):
         total = hand_over(total, inputs, _gradients(result, problem))
     return total, result.divergence, result.cross_entropy
+
+
+def _warn_saturated(problem: DivergenceProblem, result: Sweep) -> None:
+    if result.saturated is not None and 2 * int(result.saturated) > problem.tokens:
+        warnings.warn(
+            f"{problem.divergence.kind} is saturated: {int(result.saturated)} of {problem.tokens} tokens are far from "
+            "the teacher and have almost no gradient. Start with forward_kl, or raise the temperature.",
+            stacklevel=4,
+        )
 
 
 def _gradients(result: Sweep, problem: DivergenceProblem) -> Gradients:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xarch_kd.ops.divergence_problem import DivergenceProblem, Side, pick
 from xarch_kd.ops.divergences import Divergence
+from xarch_kd.ops.teacher import Buckets, Logits
 
 
 def logits(side: Side, problem: DivergenceProblem) -> Tensor:
@@ -55,14 +56,29 @@ def divergence_rows(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Ten
     return torch.log1p(excess) / (share - 1)
 
 
+def compared(problem: DivergenceProblem, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p and log q of each counted token over what is compared: the vocabulary, or k + 1 buckets.
+
+    `student` are the student's logits [tokens, vocabulary].
+    """
+    log_q = torch.log_softmax(student / problem.temperature, -1)
+    teacher = problem.teacher
+    if isinstance(teacher, Buckets):
+        rest = torch.logsumexp(log_q.scatter(-1, teacher.indices, -math.inf), -1, keepdim=True)
+        log_p = teacher.log_probabilities.to(problem.dtype)
+        return torch.log_softmax(log_p, -1), torch.cat([log_q.gather(-1, teacher.indices), rest], -1)
+    with torch.no_grad():
+        if isinstance(teacher, Logits):
+            values = pick(teacher.values, problem.kept)[:, : problem.vocabulary].to(problem.dtype)
+        else:
+            values = logits(teacher, problem)
+        return torch.log_softmax(values / problem.temperature, -1), log_q
+
+
 def token_values(problem: DivergenceProblem) -> tuple[Tensor, Tensor | None]:
     """Return the divergence and, with labels, the cross-entropy (nats, at temperature 1) of each counted token."""
     student = logits(problem.student, problem)
-    with torch.no_grad():
-        teacher = logits(problem.teacher, problem)
-        log_p = torch.log_softmax(teacher / problem.temperature, -1)
-    log_q = torch.log_softmax(student / problem.temperature, -1)
-    divergence = divergence_rows(problem.divergence, log_p, log_q)
+    divergence = divergence_rows(problem.divergence, *compared(problem, student))
     if problem.labels is None:
         return divergence, None
     return divergence, -torch.log_softmax(student, -1).gather(-1, problem.labels[:, None]).squeeze(-1)

