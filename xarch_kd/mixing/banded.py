@@ -35,7 +35,9 @@ class BandedMixing(Mixing):
         scale = self._scale
         check_rank(self.kind, "row_scale or column_scale", scale, "batch, time, channels")
         sizes = (self.batch, self.time, self.heads)
-        check_factors(self.kind, self.factors, (*sizes[:2], min(self.heads, self.taps.shape[1])))
+        check_factors(self.kind, self.factors, sizes)
+        if not self.taps.shape[1]:
+            raise UsageError("A banded mixing has at least one tap.", found=list(self.taps.shape))
         for name in ("row_scale", "column_scale"):
             if name in self.factors:
                 check_shape(self.kind, name, self.factors[name], "batch, time, channels", sizes)

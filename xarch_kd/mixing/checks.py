@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -39,6 +40,12 @@ def check_divides(kind: str, groups: int, heads: int, what: str) -> None:
             found=f"{groups} for {heads}",
             allowed=f"a divisor of {heads}",
         )
+
+
+def check_scale(kind: str, scale: float) -> None:
+    """Raise UsageError unless the scale is finite."""
+    if not math.isfinite(scale):
+        raise UsageError(f"The scale of a {kind} mixing is finite.", asked=scale)
 
 
 def check_factors(kind: str, factors: Mapping[str, Tensor], sizes: tuple[int, int, int]) -> None:

@@ -148,12 +148,11 @@ def _split(
 ) -> Tensor:
     """Cut a block at a bound that only one side has, else both sides in halves."""
     candidates = (rows.start, rows.stop, columns.start, columns.stop)
-    # A power of 2, so that halves come down to tiles.
-    middle = rows.start + (1 << (rows.stop - rows.start - 1).bit_length() - 1)
     row_cut = next((cut for cut in candidates if rows.start < cut < rows.stop), None)
     column_cut = next((cut for cut in candidates if columns.start < cut < columns.stop), None)
     if row_cut is None and column_cut is None:
-        row_cut = column_cut = middle
+        # A power of 2, so that halves come down to tiles.
+        row_cut = column_cut = rows.start + (1 << (rows.stop - rows.start - 1).bit_length() - 1)
     row_cut, column_cut = row_cut or rows.stop, column_cut or columns.stop
     parts = []
     for upper in (slice(rows.start, row_cut), slice(row_cut, rows.stop)):

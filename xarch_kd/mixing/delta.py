@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.mixing.checks import check_bounds, check_factors, check_rank, check_shape, check_sign
+from xarch_kd.mixing.checks import check_bounds, check_factors, check_rank, check_scale, check_shape, check_sign
 from xarch_kd.mixing.decay import TILE
 from xarch_kd.mixing.delta_rule import delta_rows, delta_segment
 from xarch_kd.mixing.scan import CHUNK, in_segments
@@ -45,6 +45,7 @@ class DeltaMixing(Mixing):
             per_channel = self.log_decay.dim() == 4
             axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
             check_shape(self.kind, "log_decay", self.log_decay, axes, tuple(self.query.shape) if per_channel else sizes)
+        check_scale(self.kind, self.scale)
         check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
         if self.log_decay is not None:
             check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
+from xarch_kd.mixing.checks import (
+    check_bounds,
+    check_divides,
+    check_factors,
+    check_rank,
+    check_scale,
+    check_shape,
+    check_sign,
+)
 from xarch_kd.mixing.decay import (
     TILE,
     causal_pairs,
@@ -56,6 +64,7 @@ class LinearMixing(Mixing):
             per_channel = self.log_decay.dim() == 4
             axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
             check_shape(self.kind, "log_decay", self.log_decay, axes, tuple(self.query.shape) if per_channel else sizes)
+        check_scale(self.kind, self.scale)
         check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
         if self.log_decay is not None:
             check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
@@ -82,28 +91,31 @@ class LinearMixing(Mixing):
         return {name: factor for name, factor in named.items() if factor is not None}
 
     def _apply(self, values: Tensor) -> Tensor:
+        if not self.normalised:
+            return self._plain_apply(values)
+        result = self._plain_apply(torch.cat([values, torch.ones_like(values[..., :1])], -1))
+        return result[..., :-1] / _divisor(result[..., -1:])
+
+    def _plain_apply(self, values: Tensor) -> Tensor:
+        """Return the rows before normalisation applied to values."""
         dtype = torch.promote_types(self.dtype, values.dtype)
-        query, key = (self._kept(factor).to(dtype).transpose(1, 2) for factor in (self.query * self.scale, self.key))
+        query, key = (self._kept(factor).to(dtype).transpose(1, 2) for factor in (self.query, self.key))
         if self.log_decay is None:
             log_decay = query.new_zeros(self.batch, self.heads, self.time)
         else:
             log_decay = self._kept(self.log_decay).transpose(1, 2)
-        values = values.to(dtype).transpose(1, 2)
-        if self.normalised:
-            values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
         size = TILE if log_decay.dim() == 4 else chunk_size(query.shape[-1] * values.shape[-1])
-        result = scan(query, key, log_decay, values, size=size).transpose(1, 2)
-        if not self.normalised:
-            return result
-        sums = result[..., -1:]
-        return result[..., :-1] / sums.masked_fill(sums == 0, float("inf"))
+        inputs = values.to(dtype).transpose(1, 2)
+        return scan(query * self.scale, key, log_decay, inputs, size=size).transpose(1, 2)
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
         entries = self._plain_block(rows, columns)
         if not self.normalised:
             return entries
-        sums = self._plain_block(rows, slice(0, rows.stop)).sum(-1, keepdim=True)
-        return entries / sums.masked_fill(sums == 0, float("inf"))
+        if columns.start == 0 and columns.stop >= rows.stop:
+            return entries / _divisor(entries.sum(-1, keepdim=True))
+        ones = torch.ones(self.batch, self.time, self.heads, 1, dtype=self.dtype, device=self.device)
+        return entries / _divisor(self._plain_apply(ones)[:, rows].transpose(1, 2))
 
     def _plain_block(self, rows: slice, columns: slice) -> Tensor:
         query = self._kept(self.query)[:, rows].to(self.dtype).transpose(1, 2) * self.scale
@@ -115,3 +127,8 @@ class LinearMixing(Mixing):
         if self.log_decay.dim() == 3:
             return scalar_pairs(query, key, sums[:, :, rows, None], sums[:, :, columns, None], causal)
         return decayed_entries(query, spread(key, self.heads), sums[:, :, rows], sums[:, :, columns], rows, columns)
+
+
+def _divisor(sums: Tensor) -> Tensor:
+    """Return sums of rows to divide by; rows without a sum come out 0."""
+    return sums.masked_fill(sums == 0, float("inf"))

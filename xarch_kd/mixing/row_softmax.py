@@ -14,6 +14,7 @@ from xarch_kd.mixing.decay import grouped_product, spread
 # Entries of a block of rows, all sequences and heads.
 BLOCK_ELEMENTS: Final = {"cpu": 1 << 21, "other": 1 << 26}
 SMALLEST_BLOCK: Final = 16
+SMALLEST_WINDOW: Final = 64
 
 
 class RowSoftmax(NamedTuple):
@@ -57,10 +58,13 @@ class Pattern:
 
     def blocks(self, rows: int, maps: int, device: torch.device) -> list[slice]:
         """Return rows cut into blocks of about BLOCK_ELEMENTS entries in `maps` maps."""
-        budget = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
-        size = max(SMALLEST_BLOCK, budget // (maps * self.time))
-        if self.window is not None:
-            size = min(size, max(SMALLEST_BLOCK, self.window))
+        budget = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // maps
+        size = max(SMALLEST_BLOCK, budget // self.time)
+        if self.causal and self.window is not None:
+            # As many rows as the window has columns: at most twice the entries that are needed.
+            window = max(self.window, SMALLEST_WINDOW)
+            size = max(size, min(window, budget // (2 * window)))
+            size = min(size, window)
         return [slice(at, min(at + size, rows)) for at in range(0, rows, size)]
 
 

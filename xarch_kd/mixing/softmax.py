@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape
+from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_scale, check_shape
 from xarch_kd.mixing.decay import grouped_product, spread
 from xarch_kd.mixing.row_softmax import Pattern, row_softmax
 
@@ -52,6 +52,7 @@ class SoftmaxMixing(Mixing):
             raise UsageError("A window holds at least the token itself.", asked=self.window, allowed=">= 1")
         if self.softcap is not None and not self.softcap > 0:
             raise UsageError("A softcap is above 0.", asked=self.softcap, allowed="> 0, or None for no cap")
+        check_scale(self.kind, self.scale)
         check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
 
     @property
