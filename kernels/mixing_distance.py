@@ -211,9 +211,7 @@ def _statistics_backward(ctx: Any, upstream: torch.Tensor, *unused: Any) -> tupl
     a, b = upstream[1], 2 * upstream[2]
     rows = torch.stack([a, b, a * statistics[1] + b * statistics[2]])
     wanted = list(ctx.needs_input_grad[:2])
-    gradients = torch.ops.xarch_kd.softmax_gradients(
-        *pair, *ctx.settings, "statistics", lse, teacher_lse, rows, wanted
-    )
+    gradients = torch.ops.xarch_kd.softmax_gradients(*pair, *ctx.settings, "statistics", lse, teacher_lse, rows, wanted)
     given = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
     return *given, *[None] * (PAIR - 2)
 

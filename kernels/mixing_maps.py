@@ -1,4 +1,4 @@
-"""What the kernels of `mixing_distance` share: spans, masks, softmax tiles, mixtures of teacher heads, blocks.
+"""What the kernels of `mixing_distance` share: spans, masks, softmax tiles, mixtures of teacher heads.
 
 Letters: a map has rows i and columns j; a tile is BM rows × BN columns. `SPAN` [batch, 4] (int32) holds the student's
 start and stop, then the teacher's. Rows count where both count them; columns count for each map by its own span.
@@ -6,77 +6,26 @@ start and stop, then the teacher's. Rows count where both count them; columns co
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xarch_kd.kernels.tiles import INTERPRETED, dot, finite_or_zero, softcap
+from xarch_kd.kernels.mixing_blocks import back_end, blocks, launch, padded, widest_dtype
+from xarch_kd.kernels.tiles import dot, finite_or_zero, softcap
 
 STUDENT, TEACHER = tl.constexpr(0), tl.constexpr(2)
 
 
-class Blocks(NamedTuple):
-    """How one kernel is cut: rows and columns of a tile, warps of a program, stages of its loads."""
+def by_lists(head_map: Tensor | None, heads: int, *tensors: Tensor) -> Tensor | None:
+    """Return the head map that kernels read; None where head h is compared with head h, and nothing is to be read.
 
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-WORK = ("values", "slopes", "ssd values", "ssd slopes")
-# back end -> what the kernel does -> bytes of an operand of its products -> the first entry whose width holds the widest
-# head. "values" reads maps, "slopes" adds the product with a gradient tile; float16 slopes are multiplied in 4 bytes.
-BLOCKS: dict[str, dict[str, dict[int, dict[int, Blocks]]]] = {
-    "cuda": {
-        "values": {
-            2: {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
-            4: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 4, 2), 256: Blocks(32, 32, 8, 1)},
-        },
-        "slopes": {
-            2: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
-            4: {64: Blocks(32, 32, 4, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(32, 32, 8, 1)},
-        },
-    },
-    "hip": {
-        "values": {
-            2: {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
-            4: {64: Blocks(32, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
-        },
-        "slopes": {
-            2: {64: Blocks(64, 64, 4, 1), 128: Blocks(64, 64, 4, 1), 256: Blocks(32, 32, 4, 1)},
-            4: {64: Blocks(32, 32, 4, 1), 128: Blocks(32, 32, 4, 1), 256: Blocks(32, 32, 4, 1)},
-        },
-    },
-    "interpreter": {work: {size: {256: Blocks(16, 16, 1, 1)} for size in (2, 4)} for work in WORK},
-}
-# Programs that a grid should have at least: a few for each multiprocessor of a large GPU.
-PROGRAMS = 512
-
-
-def padded(width: int) -> int:
-    """Return the width of a tile that holds `width` columns: a power of two, 16 at least."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def blocks(work: str, *tensors: Tensor) -> Blocks:
-    """Return how a kernel that does `work` ("values" or "slopes") is cut for these operands [..., width]."""
-    wide = any(tensor.dtype == torch.float32 or (work.endswith("slopes") and tensor.dtype == torch.float16) for tensor in tensors)
-    back_end = "interpreter" if INTERPRETED.value else ("hip" if torch.version.hip else "cuda")
-    widest = max(padded(tensor.shape[-1]) for tensor in tensors)
-    by_width = BLOCKS[back_end][work][4 if wide else 2]
-    return next(cut for width, cut in by_width.items() if width >= widest)
-
-
-def parts(programs: int, heads: int) -> int:
-    """Return into how many programs the `heads` of one group are dealt, so that a grid of `programs` is not too small."""
-    count = 1
-    while programs * count < PROGRAMS and heads % (count * 2) == 0:
-        count *= 2
-    return count
+    float32 goes by the lists even so on NVIDIA GPUs: a product without tensor cores would keep the teacher's query,
+    which is then the same in every turn of the loop, in registers, and they do not suffice.
+    """
+    if head_map is None and back_end() == "cuda" and widest_dtype(*tensors) == "float32":
+        return torch.eye(heads, device=tensors[0].device)
+    return head_map
 
 
 def head_lists(head_map: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,7 +121,7 @@ def scores(query, key, scale, cap, CAPPED: tl.constexpr):
 def slope_dot(slopes, operand, accumulator):
     """slopes @ operand + accumulator, slopes rounded to the operand's dtype.
 
-    float16 has no room for slopes (a mean over a million rows), so those are multiplied as tf32, which has its mantissa.
+    float16 has no room for slopes (a mean over a million rows): they are multiplied as tf32, which has its mantissa.
     """
     if operand.dtype == tl.float16:
         product = tl.dot(slopes, operand.to(tl.float32), acc=accumulator, input_precision="tf32")
@@ -274,7 +223,7 @@ def log_sum_exp(
 ) -> Tensor:
     """Return the log-sum-exp [batch, heads, time] (float32) of the rows of one softmax map."""
     batch, time, heads, width = query.shape
-    cut = blocks("values", query, key)
+    cut = blocks("lse", query, key)
     lse = query.new_empty(batch, heads, time, dtype=torch.float32)
     lse_kernel[(triton.cdiv(time, cut.rows) * batch * heads,)](
         query, key, span, lse, *query.stride()[:3], *key.stride()[:3], time, heads, key.shape[2], scale, cap,
@@ -282,8 +231,3 @@ def log_sum_exp(
         **launch(cut),
     )  # fmt: skip
     return lse
-
-
-def launch(cut: Blocks) -> dict[str, Any]:
-    """Return the launch arguments of a kernel that is cut so."""
-    return {"BM": cut.rows, "BN": cut.columns, "num_warps": cut.warps, "num_stages": cut.stages}

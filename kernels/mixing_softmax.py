@@ -19,23 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xarch_kd.kernels.mixing_blocks import blocks, launch, padded, parts
 from xarch_kd.kernels.mixing_maps import (
     STUDENT,
     TEACHER,
-    blocks,
+    by_lists,
     columns_seen,
     from_first,
     from_last,
     head_lists,
-    launch,
     load_rows,
     load_span,
     log_sum_exp,
     mixture,
     kept_dtype,
     packed,
-    padded,
-    parts,
     rows_seeing,
     scores,
     slope_dot,
@@ -179,7 +177,9 @@ def softmax_columns(
             else:
                 dz = tl.where(seen, total * s - p, 0.0) * a[:, None]
             slope = slope_dot(tl.trans(dz * softcap_slope(z, cap_s, CAPPED_S)), query, slope)
-    base = SLOPES + share.to(tl.int64) * slope_part + batch.to(tl.int64) * slope_batch + key_head.to(tl.int64) * slope_head
+    base = (
+        SLOPES + share.to(tl.int64) * slope_part + batch.to(tl.int64) * slope_batch + key_head.to(tl.int64) * slope_head
+    )
     store_tile(base, slope * scale_s, columns, tl.arange(0, PADDED_S), slope_row, time, WIDTH_S)
 
 
@@ -198,8 +198,9 @@ class Pair(NamedTuple):
     windows: list[int]
 
     def packed(self) -> Pair:
-        """Return the same pair with adjacent entries in every row, which is what the kernels read."""
-        return self._replace(**{name: packed(getattr(self, name)) for name in self._fields[:4]})
+        """Return the same pair as the kernels read it: adjacent entries in every row, lists of heads where they do."""
+        tensors = {name: packed(getattr(self, name)) for name in self._fields[:4]}
+        return self._replace(**tensors, head_map=by_lists(self.head_map, self.query.shape[2], *tensors.values()))
 
     def log_sum_exps(self) -> tuple[Tensor, Tensor]:
         """Return the log-sum-exps [batch, heads, time] of student and teacher."""
@@ -250,7 +251,7 @@ def compare_rows(
     slopes = torch.empty(
         pair.query.shape if write_slopes else (0, 0, 0, 0), dtype=kept_dtype(pair.query), device=pair.query.device
     )
-    cut = blocks("slopes" if write_slopes else "values", *pair[:4])
+    cut = blocks("row slopes" if write_slopes else "values", *pair[:4])
     softmax_rows[(triton.cdiv(time, cut.rows) * batch * heads,)](
         *pair.arguments(*lses), values if upstream is None else upstream, values, slopes,
         *pair.numbers(), *slopes.stride()[:3], batch * heads * time,
@@ -263,16 +264,13 @@ def compare_columns(pair: Pair, lses: tuple[Tensor, Tensor], kind: str, upstream
     """Run `softmax_columns` and return the key's gradient, in its dtype."""
     batch, time, heads, _ = pair.query.shape
     key_heads = pair.key.shape[2]
-    cut = blocks("slopes", *pair[:4])
+    cut = blocks("column slopes", *pair[:4])
     programs = triton.cdiv(time, cut.columns) * batch * key_heads
     shares = parts(programs, heads // key_heads)
-    slopes = pair.key.new_empty(
-        shares, *pair.key.shape, dtype=pair.key.dtype if shares == 1 else torch.float32
-    )
+    slopes = pair.key.new_empty(shares, *pair.key.shape, dtype=pair.key.dtype if shares == 1 else torch.float32)
     softmax_columns[(programs * shares,)](
         *pair.arguments(*lses), upstream, slopes,
         *pair.numbers(), *slopes.stride()[:4], batch * heads * time, heads // key_heads // shares,
         **pair.constants(), KIND=kind, **launch(cut),
     )  # fmt: skip
     return slopes.sum(0).to(pair.key.dtype) if shares > 1 else slopes[0]
-

@@ -22,21 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xarch_kd.kernels.mixing_blocks import blocks, launch, padded, parts
 from xarch_kd.kernels.mixing_maps import (
     TEACHER,
-    blocks,
+    by_lists,
     columns_seen,
     from_first,
     from_last,
     head_lists,
-    launch,
     load_rows,
     load_span,
     log_sum_exp,
     mixture,
     packed,
-    padded,
-    parts,
     slope_dot,
     spans,
     visible,
@@ -118,9 +116,7 @@ def ssd_rows(
             slope = slope_dot(mixed, right, slope)
     if WRITE_SLOPES:
         base = SLOPES + share.to(tl.int64) * slope_part + batch.to(tl.int64) * slope_batch
-        store_tile(
-            base + group.to(tl.int64) * slope_group, slope, rows, tl.arange(0, PADDED_S), slope_row, time, STATE
-        )
+        store_tile(base + group.to(tl.int64) * slope_group, slope, rows, tl.arange(0, PADDED_S), slope_row, time, STATE)
 
 
 @triton.jit
@@ -141,7 +137,13 @@ def ssd_columns(
     start_s, stop_s, start_t, stop_t, first, last = spans(SPAN, batch)
     columns = column0 + tl.arange(0, BN)
     right = load_span(
-        B + batch.to(tl.int64) * b_batch + group.to(tl.int64) * b_group, columns, b_row, start_s, stop_s, STATE, PADDED_S
+        B + batch.to(tl.int64) * b_batch + group.to(tl.int64) * b_group,
+        columns,
+        b_row,
+        start_s,
+        stop_s,
+        STATE,
+        PADDED_S,
     )
     lefts = C + batch.to(tl.int64) * c_batch + group.to(tl.int64) * c_group
     slope = tl.zeros([BN, PADDED_S], tl.float32)
@@ -171,7 +173,9 @@ def ssd_columns(
             mixed += dm * step[None, :]
             tl.atomic_add(STEPS + of_rows + columns, tl.sum(dm * product, 0), mask=columns < time, sem="relaxed")
         slope = slope_dot(tl.trans(mixed), left, slope)
-    base = SLOPES + share.to(tl.int64) * slope_part + batch.to(tl.int64) * slope_batch + group.to(tl.int64) * slope_group
+    base = (
+        SLOPES + share.to(tl.int64) * slope_part + batch.to(tl.int64) * slope_batch + group.to(tl.int64) * slope_group
+    )
     store_tile(base, slope, columns, tl.arange(0, PADDED_S), slope_row, time, STATE)
 
 
@@ -225,9 +229,9 @@ class SSDPair(NamedTuple):
     window: int
 
     def packed(self) -> SSDPair:
-        """Return the same pair with adjacent entries in every row, which is what the kernels read."""
-        names = ("C", "B", "teacher_query", "teacher_key")
-        return self._replace(**{name: packed(getattr(self, name)) for name in names})
+        """Return the same pair as the kernels read it: adjacent entries in every row, lists of heads where they do."""
+        tensors = {name: packed(getattr(self, name)) for name in ("C", "B", "teacher_query", "teacher_key")}
+        return self._replace(**tensors, head_map=by_lists(self.head_map, self.dt.shape[2], *tensors.values()))
 
     @property
     def by_width(self) -> tuple[Tensor, ...]:
@@ -338,7 +342,7 @@ def _run_rows(
     pair: SSDPair, teacher_lse: Tensor, steps: Tensor, upstream: Tensor, values: Tensor, *, write_slopes: bool
 ) -> Tensor:
     """Run `ssd_rows`: fill `values`, or return C's gradient without the diagonal in float32."""
-    cut = blocks("ssd slopes" if write_slopes else "ssd values", *pair.by_width)
+    cut = blocks("row slopes" if write_slopes else "values", *pair.by_width)
     batch, time, groups, _ = pair.C.shape
     heads = pair.dt.shape[2]
     programs = triton.cdiv(time, cut.rows) * batch * groups
@@ -354,7 +358,7 @@ def _run_rows(
 
 def _run_columns(pair: SSDPair, teacher_lse: Tensor, steps: Tensor, upstream: Tensor, below: Tensor) -> Tensor:
     """Run `ssd_columns`: add dt's gradient to `below` and return B's in float32, both without the diagonal."""
-    cut = blocks("ssd slopes", *pair.by_width)
+    cut = blocks("column slopes", *pair.by_width)
     batch, time, groups, _ = pair.C.shape
     heads = pair.dt.shape[2]
     programs = triton.cdiv(time, cut.columns) * batch * groups
