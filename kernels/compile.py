@@ -135,9 +135,12 @@ def _read_cubin(assembly: Mapping[str, Any]) -> Row:
 
 
 def _read_amd(assembly: Mapping[str, Any]) -> Row:
-    """Vector registers a lane (accumulators included), and registers spilled, from the code object's notes."""
+    """Vector registers a lane (accumulators included), and bytes of scratch memory a lane, from the object's notes.
+
+    A scalar register spills to a lane of a vector register, which is counted, and takes no memory.
+    """
     text = assembly["amdgcn"]
-    spills = _number(r"\.vgpr_spill_count:\s*(\d+)", text) + _number(r"\.sgpr_spill_count:\s*(\d+)", text)
+    spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
     return {"registers": _number(r"\.vgpr_count:\s*(\d+)", text), "spills": spills}
 
 
@@ -153,7 +156,7 @@ def _page(rows: Mapping[str, Row], version: str) -> str:
         "# What the kernels take",
         "",
         f"Compiled by triton {version}, without a GPU; written by `python -m {PACKAGE}.compile --write`. Registers a",
-        "thread; spills in bytes a thread (sm_80, sm_90) or registers (gfx942); shared memory in bytes a program.",
+        "thread; memory for spilled ones in bytes a thread; shared memory in bytes a program.",
         "",
         "| configuration | registers | spills | shared |",
         "|---|---:|---:|---:|",

@@ -188,7 +188,7 @@ def teacher_diagonal(
     """VALUES [batch, HS, time]: the mixture's diagonal P̄_ii."""
     row0, which = from_last(time, BM)
     batch, head = which // HS, which % HS
-    start_s, stop_s, start_t, stop_t, first, last = spans(SPAN, batch)
+    _start_s, _stop_s, _start_t, _stop_t, first, last = spans(SPAN, batch)
     rows = row0 + tl.arange(0, BM)
     mixed = tl.zeros([BM], tl.float32)
     count = 1
