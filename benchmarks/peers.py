@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -49,8 +50,8 @@ def trl_dense(device: str) -> str | None:
     if importlib.util.find_spec("trl") is None:
         return "trl is not installed"
     try:
-        importlib.import_module("trl.experimental.gkd.gkd_trainer")
-    except (ImportError, RuntimeError) as error:
+        load_trl_dense()
+    except (ImportError, RuntimeError, AttributeError) as error:
         return f"trl's GKD trainer does not load: {type(error).__name__}: {error}"
     return None
 
@@ -72,6 +73,13 @@ def load_trl_chunked() -> Any:
     """
     with _trainers_left_out():
         return importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+
+
+def load_trl_dense() -> Callable[..., Any]:
+    """Return the loss of TRL's GKD trainer on logits. Its module warns that it may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("trl.experimental.gkd.gkd_trainer").GKDTrainer.generalized_jsd_loss
 
 
 @contextlib.contextmanager

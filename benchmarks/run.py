@@ -58,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     with ExitStack() as stack:
         places: tuple[Place, ...] = (HERE,)
+        if not settings.isolated:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(settings.threads)
         if asked.against is not None:
             try:
                 stamped["against"] = commit_of(asked.against)

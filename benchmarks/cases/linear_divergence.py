@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.case import Bound, Case, Contender, Growth, Input, Inputs, Options, Run, Sizes
-from benchmarks.peers import load_trl_chunked
+from benchmarks.peers import load_trl_chunked, load_trl_dense
 
 # In every KL or JSD below, GKD's beta: 0 is forward KL, between 0 and 1 the generalised JSD.
 BETA: Final = {"forward_kl": 0.0, "jsd": 0.5}
@@ -120,13 +120,11 @@ def trl_chunked(options: Options) -> Run:
 
 def trl_dense(options: Options) -> Run:
     """TRL's GKD loss on all logits, summed over the vocabulary, mean over tokens."""
-    from trl.experimental.gkd.gkd_trainer import GKDTrainer
-
-    beta = BETA[options["divergence"]]
+    loss, beta = load_trl_dense(), BETA[options["divergence"]]
 
     def run(inputs: Inputs) -> Tensor:
         student, teacher = logits(inputs)
-        return GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum") / student.shape[0]
+        return loss(student, teacher, beta=beta, reduction="sum") / student.shape[0]
 
     return run
 

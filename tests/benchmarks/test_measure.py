@@ -1,0 +1,112 @@
+"""Contenders in processes of their own, and peak memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.case import Case
+from benchmarks.cases.projected_distance import CASES
+from benchmarks.measure import Place, Remote, Settings, measure
+from benchmarks.memory import peak_over
+from benchmarks.session import said, without_paths
+
+ASKED: dict[str, Any] = {"threads": 1}
+
+
+def place(folder: Path, worker: str) -> Place:
+    """A checkout whose worker is the code given."""
+    (folder / "benchmarks").mkdir()
+    (folder / "benchmarks" / "__init__.py").touch()
+    (folder / "benchmarks" / "worker.py").write_text(worker)
+    return Place(root=folder, path=(folder,))
+
+
+def test_contenders_run_in_processes_of_their_own() -> None:
+    case: Case = CASES[0]
+    found, rates = measure(case, ["naive", "streaming", "fused"], Settings(repeats=2, quick=True))
+    assert len(rates) == 2
+    assert all(one["flops"] > 0 and one["bandwidth"] > 0 for one in rates)
+    for name in ("naive", "streaming"):
+        one = found[name]
+        assert one.missing is None
+        assert len(one.seconds) == 2
+        assert one.memory is not None and one.memory["peak_bytes"] >= 0
+        assert one.errors is not None and set(one.errors["gradients"]) == {"student", "weight"}
+    if not torch.cuda.is_available():
+        assert found["fused"].missing == "needs a GPU"
+
+
+def test_a_contender_that_is_not_there_is_said_not_raised() -> None:
+    asked = {"operation": "projected_distance", "case": CASES[0].name, "contender": "no such", "root": "nowhere"}
+    one = Remote({**asked, "device": "cpu", "quick": True, "threads": 1}, Place(), 120.0)
+    try:
+        # The package that is imported lies here, not there.
+        assert one.begin()["failed"].startswith("ImportError: the package that was imported is not")
+    finally:
+        one.close()
+
+
+def test_a_process_that_dies_is_said(tmp_path: Path) -> None:
+    one = Remote(ASKED, place(tmp_path, "raise SystemExit(3)"), 60.0)
+    try:
+        assert one.begin() == {"failed": "its process ended with code 3"}
+    finally:
+        one.close()
+
+
+def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    one = Remote(ASKED, place(tmp_path, "import time; time.sleep(600)"), 0.2)
+    assert one.begin() == {"failed": "no answer within 0 s"}
+    assert one.process.poll() is not None
+
+
+def test_threads_and_import_path_reach_the_worker(tmp_path: Path) -> None:
+    code = "import json, os; input(); print(json.dumps({'answer': [os.environ['OMP_NUM_THREADS'], __file__]}))"
+    one = Remote({"threads": 7}, place(tmp_path, code), 60.0)
+    try:
+        assert one.begin() == ["7", str(tmp_path / "benchmarks" / "worker.py")]
+    finally:
+        one.close()
+
+
+def test_the_peak_is_what_was_held_at_once() -> None:
+    size = 64 << 20
+
+    def compute() -> None:
+        for _ in range(3):
+            torch.ones(size // 4)
+
+    peak, method = peak_over(compute, "cpu")
+    # One of the three at a time; the growth of ru_maxrss may hide all of it.
+    assert peak < 1.5 * size
+    if method.startswith("resident"):
+        assert peak > 0.9 * size
+
+
+def test_errors_are_said_without_paths() -> None:
+    text = said(FileNotFoundError("no /some/where/file.txt here\nsecond line"))
+    assert text == "FileNotFoundError: no … here"
+    assert without_paths("seconds/token stays") == "seconds/token stays"
+
+
+@pytest.mark.parametrize("name", list(peers.REQUIREMENTS))
+def test_a_requirement_that_is_absent_has_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    reason = peers.REQUIREMENTS[name]("cpu")
+    assert reason is not None and ("installed" in reason or "needs" in reason)
+
+
+def test_loading_trl_leaves_its_trainers_as_they_were() -> None:
+    import sys
+
+    pytest.importorskip("trl")
+    before = sys.modules.get("trl.trainer.utils")
+    reason = peers.REQUIREMENTS["trl chunked"]("cpu")
+    assert sys.modules.get("trl.trainer.utils") is before
+    assert reason is None or reason.startswith("this release of trl")
