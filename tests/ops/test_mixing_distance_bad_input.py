@@ -82,7 +82,7 @@ def test_devices_that_differ() -> None:
 
 
 LATE = torch.tensor([0, 2, 1])
-NARROW = {"window": 3}
+NARROW: dict[str, Any] = {"window": 3}
 
 
 @pytest.mark.parametrize("distance", ["kl", "cross_entropy"])

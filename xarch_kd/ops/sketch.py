@@ -119,6 +119,6 @@ def _sweep(
                 for name, part in zip(factors, parts, strict=True):
                     if part is not None:
                         gradients[name] += part
-            rows = torch.where(problem.keep[:, :, None, None], difference.square_(), 0)
-            samples.add(rows if reduction == "none" else (rows * weights[..., None]).sum((0, 1, 2)))
+            rows = difference.square_().masked_fill_(~problem.keep[:, :, None, None], 0)
+            samples.add(rows if reduction == "none" else rows.mul_(weights[..., None]).sum((0, 1, 2)))
     return samples, gradients

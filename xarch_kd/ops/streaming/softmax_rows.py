@@ -28,8 +28,12 @@ class SoftmaxRows:
         self.query = query.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4) * mixing.scale
         self.key = key.transpose(1, 2).contiguous()
         self.sinks = None if mixing.sinks is None else mixing.sinks.detach().to(dtype)
-        shapes = {name: mixing.factors[name] for name in ("query", "key", "sinks") if name in wanted}
-        self.gradients = {name: torch.zeros_like(factor, dtype=dtype) for name, factor in shapes.items()}
+        kept = {"query": mixing.query, "key": self.key.transpose(-1, -2), "sinks": mixing.sinks}
+        self.gradients = {
+            name: torch.zeros(factor.shape, dtype=dtype, device=factor.device)
+            for name, factor in kept.items()
+            if factor is not None and name in wanted
+        }
         self._cap_slope: Tensor | None = None
         self._sink_entries: Tensor | None = None
 
@@ -93,12 +97,12 @@ class SoftmaxRows:
             part = part.unflatten(2, (-1, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
             self.gradients["query"][:, rows] += part
         if "key" in self.gradients:
-            part = slope.transpose(-1, -2) @ (self._query(rows) * weight)
-            self.gradients["key"][:, columns] += part.transpose(1, 2)
+            # Kept as [batch, key heads, width, time]: the product with the short side first is the faster one.
+            self.gradients["key"][..., columns] += (self._query(rows) * weight).transpose(-1, -2) @ slope
 
     def finish(self) -> dict[str, Tensor]:
-        """Return the gradients by the factors' names."""
-        return self.gradients
+        """Return the gradients by the factors' names, in the layout of the factors."""
+        return {name: sums.permute(0, 3, 1, 2) if name == "key" else sums for name, sums in self.gradients.items()}
 
     def _query(self, rows: slice) -> Tensor:
         return self.query[:, :, :, rows].flatten(2, 3)
