@@ -21,6 +21,12 @@ def test_no_mask_no_span() -> None:
     assert span_of(None) == (None, None)
 
 
+def test_the_span_goes_where_it_is_asked_to() -> None:
+    start, stop = span_of(torch.ones(2, 3), torch.device("meta"))
+    assert start is not None and stop is not None
+    assert start.device.type == stop.device.type == "meta"
+
+
 def test_a_mask_with_a_hole_is_refused() -> None:
     with pytest.raises(TapError, match=r"sequence 1 counts 2 tokens"):
         span_of(torch.tensor([[1, 1, 1], [1, 0, 1]]))

@@ -8,11 +8,11 @@ from torch import Tensor
 from xarch_kd.errors import TapError
 
 
-def span_of(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def span_of(attention_mask: Tensor | None, device: torch.device | None = None) -> tuple[Tensor | None, Tensor | None]:
     """Return start and stop [batch] (int64), such that start <= t < stop are the tokens that count; None without mask.
 
     `attention_mask` [batch, time] is non-zero where a token counts, with padding at either end. A sequence of padding
-    alone gets start = stop = 0.
+    alone gets start = stop = 0. Both are on `device`, or where the mask is.
 
     Raises TapError for a mask of another shape and for one with padding between tokens.
     """
@@ -36,4 +36,4 @@ def span_of(attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None
             allowed="padding on the left, on the right, or on both sides",
             fix="move the padding of each sequence to its ends",
         )
-    return start, stop
+    return start.to(device), stop.to(device)

@@ -17,7 +17,7 @@ from xarch_kd.taps.span import span_of
 
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> BandedMixing:
     column_scale, row_scale, _ = projected["in_proj"].chunk(3, dim=-1)
-    start, stop = span_of(attention_mask)
+    start, stop = span_of(attention_mask, row_scale.device)
     return BandedMixing(
         taps=mixer.conv.weight.squeeze(1).flip(-1),
         row_scale=row_scale,

@@ -32,7 +32,7 @@ def _mixing(
     query_key = short_convolution(query_key, mixer.conv1d, ACT2FN[mixer.activation], channels)
     query, key = unit_length(rearrange(query_key, "b t (two h d) -> two b t h d", two=2, d=width))
     served = beta.shape[-1] // query.shape[2]
-    start, stop = span_of(attention_mask)
+    start, stop = span_of(attention_mask, query.device)
     return DeltaMixing(
         query=repeat(query, "b t h d -> b t (h served) d", served=served),
         key=repeat(key, "b t h d -> b t (h served) d", served=served),

@@ -27,7 +27,7 @@ def _heads(mixer: Any, projected: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> LinearMixing:
     query, key, _ = _heads(mixer, projected)
     batch, time = query.shape[:2]
-    start, stop = span_of(attention_mask)
+    start, stop = span_of(attention_mask, query.device)
     return LinearMixing(
         query=query,
         key=key,

@@ -22,7 +22,7 @@ from xarch_kd.taps.span import span_of
 
 
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> SSDMixing:
-    start, stop = span_of(attention_mask)
+    start, stop = span_of(attention_mask, projected["linear_x"].device)
     if start is not None and bool((start > 0).any()):
         raise TapError(
             "This mixer takes padding for tokens, so what it mixes after padding on the left is no matrix of tokens.",

@@ -27,7 +27,7 @@ def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor |
     if hasattr(mixer, "dt_layernorm"):
         rank, key, query = mixer.dt_layernorm(rank), mixer.b_layernorm(key), mixer.c_layernorm(query)
     step = accumulated(functional.linear(rank, mixer.dt_proj.weight)) + accumulated(mixer.dt_proj.bias)
-    start, stop = span_of(attention_mask)
+    start, stop = span_of(attention_mask, rank.device)
     return SelectiveMixing(
         C=query,
         B=key,
@@ -57,7 +57,7 @@ def _build_in_heads(mixer: Any, projected: Mapping[str, Tensor], attention_mask:
     step = accumulated(einsum(rank, mixer.dt_proj_weight, "b t h r, h d r -> b t h d")) + accumulated(
         mixer.dt_proj_bias
     )
-    start, stop = span_of(attention_mask)
+    start, stop = span_of(attention_mask, rank.device)
     return SelectiveMixing(
         C=query,
         B=key,

@@ -42,7 +42,7 @@ def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor |
     # Summed in float32 as the fused kernels do; the plain implementation rounds the step to the model's dtype.
     step = functional.softplus(accumulated(step) + accumulated(mixer.dt_bias))
     step = step.clamp(*mixer.time_step_limit)
-    start, stop = span_of(attention_mask)
+    start, stop = span_of(attention_mask, step.device)
     return SSDMixing(
         C=query,
         B=key,
