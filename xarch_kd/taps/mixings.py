@@ -49,8 +49,8 @@ def reader_of(mixer: nn.Module) -> MixingReader | None:
     return next((READERS[name] for name in names if name in READERS), None)
 
 
-class _Running:
-    """Whether a block is running: some families call one mixer from several blocks."""
+class Running:
+    """Whether a block is running, until `stack` closes: one module may be called by several blocks."""
 
     def __init__(self, block: nn.Module, stack: ExitStack) -> None:
         self.now = False
@@ -75,7 +75,7 @@ class SoftmaxRead:
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
         """See `MixingRead`."""
-        running = _Running(self.block, stack)
+        running = Running(self.block, stack)
 
         def keep(call: AttentionCall) -> None:
             if running.now and self.call is None:
@@ -102,13 +102,13 @@ class RecurrentRead:
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
         """See `MixingRead`."""
-        running = _Running(self.block, stack)
+        running = Running(self.block, stack)
         for path in self.reader.projections:
             hook = self._hook(path, running, arrived)
             stack.callback(self.mixer.get_submodule(path).register_forward_hook(hook).remove)
 
     def _hook(
-        self, path: str, running: _Running, arrived: Callable[[], None]
+        self, path: str, running: Running, arrived: Callable[[], None]
     ) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(module: nn.Module, args: object, output: Tensor) -> None:
             if running.now and path not in self.projected:

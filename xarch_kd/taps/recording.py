@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout
-from xarch_kd.taps.mixings import MixingRead, mixing_read
-from xarch_kd.taps.sites import Site, is_checkpointing, said
+from xarch_kd.taps.mixings import MixingRead, Running, mixing_read
+from xarch_kd.taps.sites import INSIDE_TAPS, Site, is_checkpointing, said
 
 Read = Tensor | Mixing
 
@@ -92,28 +93,34 @@ class _Reader:
 
     def _attach(self, stack: ExitStack, site: Site) -> None:
         layout, layer = self.layout, site.layer or 0
+        running = Running(layout.blocks[layer], stack) if site.tap in INSIDE_TAPS else None
         if site.tap in ("embedding", "mixer_input"):
             module = layout.blocks[0] if site.tap == "embedding" else layout.mixers[layer]
-            stack.callback(module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True).remove)
+            hook = self._input_hook(site, running)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             return
         module = layout.blocks[layer]
         if site.tap == "mixer_output":
             module = layout.mixer_outputs[layer]
         elif site.tap == "mlp_output" and layout.mlp_outputs is not None:
             module = layout.mlp_outputs[layer]
-        stack.callback(module.register_forward_hook(self._output_hook(site)).remove)
+        stack.callback(module.register_forward_hook(self._output_hook(site, running)).remove)
 
-    def _input_hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _input_hook(
+        self, site: Site, running: Running | None
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.values.setdefault(site, hidden_argument(args, kwargs))
-            self._arrived(site)
+            if running is None or running.now:
+                self.values.setdefault(site, hidden_argument(args, kwargs))
+                self._arrived(site)
 
         return read
 
-    def _output_hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
+    def _output_hook(self, site: Site, running: Running | None) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
         def read(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            self.values.setdefault(site, first_tensor(output))
-            self._arrived(site)
+            if running is None or running.now:
+                self.values.setdefault(site, first_tensor(output))
+                self._arrived(site)
 
         return read
 
@@ -129,7 +136,9 @@ class _Reader:
         """Make of what was kept what is asked for. Raises TapError for a site that the pass never came to."""
         # Made out here, not in the hooks, so that nothing is added to a graph that checkpointing will recompute.
         for site, read in self.mixings.items():
-            self.values[site] = read.mixing(attention_mask)
+            mixing = read.mixing(attention_mask)
+            # A factor may be a parameter itself, which has a gradient of its own.
+            self.values[site] = mixing if torch.is_grad_enabled() else mixing.detach()
         missing = [said(site) for site in self.sites if site not in self.values]
         if missing:
             raise TapError(

@@ -145,16 +145,15 @@ def _run_mixer(layout: Layout, site: Site, mixer_input: Tensor, call: BlockCall)
 
 @contextmanager
 def _without_checkpointing(block: nn.Module) -> Iterator[None]:
-    inner = eager_module(block)
-    was = getattr(inner, "gradient_checkpointing", None)
-    if not was:
-        yield
-        return
-    inner.gradient_checkpointing = False  # type: ignore[assignment]  # a plain flag of transformers' layers
+    # A block may hold another that recomputes by itself.
+    saving = [module for module in eager_module(block).modules() if getattr(module, "gradient_checkpointing", False)]
     try:
+        for module in saving:
+            module.gradient_checkpointing = False  # type: ignore[assignment]  # a plain flag of transformers' layers
         yield
     finally:
-        inner.gradient_checkpointing = was
+        for module in saving:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 class _StandIn(nn.Module):
