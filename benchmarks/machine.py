@@ -58,19 +58,15 @@ class Machine:
 
 
 def roofline(rounds: list[dict[str, float]], *, device: str, dtype: str) -> dict[str, Any]:
-    """Return the rates that shares are taken of: the data sheet of a known GPU, else the best that was measured."""
-    measured = {name: max(one[name] for one in rounds) for name in ("flops", "bandwidth")}
+    """Return the rates that shares are taken of, the best that were measured, and a known GPU's data sheet."""
+    best = {name: max(one[name] for one in rounds) for name in ("flops", "bandwidth")}
+    result: dict[str, Any] = {**best, "source": "measured: the best matrix product and copy of this run"}
     if device == "cuda":
         name = torch.cuda.get_device_name()
-        sheet = next((rates for known, rates in GPUS.items() if known in name), None)
-        if sheet is not None and dtype in sheet:
-            return {
-                "flops": sheet[dtype],
-                "bandwidth": sheet["bandwidth"],
-                "source": "data sheet",
-                "measured": measured,
-            }
-    return {**measured, "source": "measured: the best matrix product and copy of this run", "measured": measured}
+        sheet = next((rates for known, rates in GPUS.items() if known in name), {})
+        if dtype in sheet:
+            result["data_sheet"] = {"flops": sheet[dtype], "bandwidth": sheet["bandwidth"]}
+    return result
 
 
 def stamp(*, device: str, threads: int) -> dict[str, Any]:

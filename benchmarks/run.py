@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         threads=asked.threads,
         repeats=1 if asked.quick else asked.repeats,
         quick=asked.quick,
-        isolated=not asked.quick,
+        isolated=not asked.quick or asked.against is not None,
     )
     stamped = stamp(device=asked.device, threads=asked.threads)
     results = []
@@ -85,7 +85,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="GITREF", help="measure our contenders at this revision too")
     parser.add_argument("--threads", type=int, default=available_threads())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes in this process: a smoke run, no figures")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a smoke run, no figures")
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--gate", action="store_true", help="exit code 1 when a bound is missed")
     parser.add_argument("--tables", action="store_true", help="only make tables and plots of the stored results")
