@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from xarch_kd.mixing.decay import remaining, running_sum, spread, tile
 
 # Exponents that a segment may hold.
-SEGMENT_ELEMENTS: Final = {"cpu": 1 << 22, "other": 1 << 26}
+SEGMENT_ELEMENTS: Final = {"cpu": 1 << 20, "other": 1 << 26}
 CHUNK: Final = 64
 SMALL_CHUNK: Final = 16
 
