@@ -31,6 +31,8 @@ LINEAR = [
     "softmax-all",
 ]
 SCANNED = ["ssd", "selective", "linear-channel-decay", "delta-head-decay", "delta-channel-decay"]
+# One decay a head and a small state: chunks of 16.
+SHORT_CHUNKS = ["ssd-small-state", "recurrent-unit", "linear", "linear-normalised", "linear-head-decay"]
 QUADRATIC = ["softmax-grouped", "softmax-capped", "softmax-sinks", "softmax-bidirectional"]
 
 
@@ -64,9 +66,9 @@ def work(build: Build, case: str, time: int) -> Written:
 
 
 @pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces small enough that the shortest sequence has some: whole ones are counted another way."""
-    monkeypatch.setitem(scan.SEGMENT_ELEMENTS, "cpu", 1 << 14)
+def pieces(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of at most 256 tokens: the shortest sequence has some too, or it would be counted another way."""
+    monkeypatch.setitem(scan.SEGMENT_ELEMENTS, "cpu", 1 << (14 if case in SHORT_CHUNKS else 16))
     monkeypatch.setitem(row_softmax.BLOCK_ELEMENTS, "cpu", 1 << 14)
 
 
