@@ -195,7 +195,7 @@ def test_blocks_that_share_one_mixer_are_told_apart(build, input_ids):
     for layer, query in zip((0, 2), projected, strict=True):
         # Rotation keeps the length of each query.
         expected = query.view(2, 13, 4, 16).norm(dim=-1)
-        assert torch.allclose(found["mixing"][layer].query.norm(dim=-1), expected, rtol=1e-5)
+        assert torch.allclose(found["mixing"][layer].factors["query"].norm(dim=-1), expected, rtol=1e-5)
     only = trace(model, input_ids, taps=["mixing"], layers=[2])["mixing"]
     assert same(only[2], found["mixing"][2])
     assert implementations(model) == before
@@ -281,7 +281,7 @@ def test_compiled_parts_are_refused_where_they_hide_a_mixing(build, input_ids):
     with pytest.raises(TapError, match="mixing of a compiled mixer"):
         trace(model, input_ids, taps=["mixing"], layers=[1])
     found = trace(model, input_ids, taps=["mixing"], layers=[2])["mixing"][2]
-    assert torch.allclose(found.query, expected.query, atol=1e-5)
+    assert torch.allclose(found.factors["query"], expected.factors["query"], atol=1e-5)
 
 
 def test_a_mixer_without_a_known_matrix_is_refused_and_not_listed(build, input_ids):

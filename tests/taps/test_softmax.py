@@ -111,7 +111,7 @@ def attention_layers(layout):
 
 def attentions_of(model, input_ids, attention_mask):
     """The probabilities that the mixer of each block returns, by block."""
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Any] = {}
     handles = []
     for layer, mixer in enumerate(layout_of(model, SECOND.get(model.config.model_type)).mixers):
         handles.append(mixer.register_forward_hook(lambda _, __, output, layer=layer: found.setdefault(layer, output)))
@@ -120,6 +120,12 @@ def attentions_of(model, input_ids, attention_mask):
     for handle in handles:
         handle.remove()
     return {layer: output[1] for layer, output in found.items() if isinstance(output, tuple)}
+
+
+def first_mixing(model, input_ids, attention_mask=None) -> SoftmaxMixing:
+    mixing = trace(model, input_ids, attention_mask, taps=["mixing"], layers=[0]).at("mixing", 0)
+    assert isinstance(mixing, SoftmaxMixing)
+    return mixing
 
 
 def largest_score(mixing):
@@ -153,7 +159,7 @@ def test_the_first_block_is_read_alike_whatever_implementation_the_model_uses(mo
     overrides = {"sliding_window": 5} if model_type == "mistral" else {}
     models = [build(model_type, attn_implementation=name, **overrides) for name in ("eager", "sdpa")]
     mask = left_padded(input_ids)
-    first, second = (trace(model, input_ids, mask, taps=["mixing"], layers=[0]).at("mixing", 0) for model in models)
+    first, second = (first_mixing(model, input_ids, mask) for model in models)
     assert torch.equal(first.query, second.query) and torch.equal(first.key, second.key)
     for name in ("scale", "causal", "window", "softcap"):
         assert getattr(first, name) == getattr(second, name)
@@ -161,7 +167,7 @@ def test_the_first_block_is_read_alike_whatever_implementation_the_model_uses(mo
 
 def test_what_shapes_the_scores_is_in_the_mixing(build, input_ids):
     def first(model_type, **overrides):
-        return trace(build(model_type, **overrides), input_ids, taps=["mixing"], layers=[0]).at("mixing", 0)
+        return first_mixing(build(model_type, **overrides), input_ids)
 
     granite, gemma, oss, gpt2 = first("granite"), first("gemma2"), first("gpt_oss"), first("gpt2")
     assert (granite.scale, granite.window, granite.softcap, granite.sinks) == (0.4, None, None, None)
@@ -174,17 +180,15 @@ def test_what_shapes_the_scores_is_in_the_mixing(build, input_ids):
 
 
 def test_a_window_as_long_as_the_sequence_is_none(build, input_ids):
-    windows = [
-        trace(build("mistral", sliding_window=size), input_ids, taps=["mixing"], layers=[0]).at("mixing", 0).window
-        for size in (12, 13, 14)
-    ]
+    windows = [first_mixing(build("mistral", sliding_window=size), input_ids).window for size in (12, 13, 14)]
     assert windows == [12, None, None]
 
 
 def test_padding_bounds_the_tokens_that_count(build, input_ids):
     mask = right_padded(input_ids) * torch.tensor([[0, 0] + [1] * 11])
-    mixing = trace(build("llama"), input_ids, mask, taps=["mixing"], layers=[1]).at("mixing", 1)
-    assert mixing.start.tolist() == [2, 2] and mixing.stop.tolist() == [13, 9]
+    mixing = first_mixing(build("llama"), input_ids, mask)
+    assert mixing.start is not None and mixing.start.tolist() == [2, 2]
+    assert mixing.stop is not None and mixing.stop.tolist() == [13, 9]
 
 
 def test_a_sequence_of_padding_alone_has_no_rows(build, input_ids):
