@@ -151,6 +151,21 @@ def test_near_the_teacher_the_gradient_keeps_its_digits() -> None:
     assert abs(same.item()) < 1e-6
 
 
+def test_a_decay_that_leaves_little_keeps_its_gradient_in_float32() -> None:
+    """Off the diagonal entries are e^-18 of those on it, which do not depend on the decay."""
+    factors = make_ssd(10, 4, 2, skip=False)
+    factors["log_decay"] = torch.full_like(factors["log_decay"], -18.0)
+    teacher = built(SoftmaxMixing, make_softmax(0, 4, 1, 5), torch.float32, False, scale=0.7)
+    student = built(SSDMixing, factors, torch.float32, True)
+    wide = built(SSDMixing, factors, torch.float64, True)
+    found = mixing_distance(teacher, student, distance="frobenius", impl="streaming").total
+    expected = mixing_distance(teacher, wide, distance="frobenius", impl="reference").total
+    mine = torch.autograd.grad(found, student.factors["log_decay"])[0].double()
+    theirs = torch.autograd.grad(expected, wide.factors["log_decay"])[0]
+    # Exponents near 18 are rounded to 2^-20, and so are the entries.
+    assert (mine - theirs).abs().max().item() < 1e-5 * theirs.abs().max().item()
+
+
 def test_what_uncounted_tokens_hold_does_not_matter() -> None:
     teacher, student, _ = ssd_pair("padded", torch.float64)
     lost = ~(teacher.counted() & student.counted())
@@ -170,6 +185,7 @@ def test_what_uncounted_tokens_hold_does_not_matter() -> None:
         found.backward()
         for factor in spoiled.factors.values():
             assert factor.grad is not None and bool(torch.isfinite(factor.grad).all())
+            assert factor.grad.dim() == 1 or not bool(factor.grad[~spoiled.counted()].any())
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100, None])

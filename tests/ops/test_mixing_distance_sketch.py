@@ -104,6 +104,27 @@ def test_more_probes_and_the_same_seed() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_probes_may_be_applied_a_few_at_a_time(reduction: str) -> None:
+    teacher, student, head_map = ssd_pair("padded", torch.float64)
+    whole, parts = (
+        mixing_distance(
+            teacher,
+            student,
+            distance="frobenius",
+            head_map=head_map,
+            reduction=reduction,
+            impl="sketch",
+            probes=13,
+            seed=0,
+            chunk_size=chunk_size,
+        )
+        for chunk_size in (None, 3)
+    )
+    torch.testing.assert_close(parts.total, whole.total, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(parts.standard_error, whole.standard_error, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_gradient_is_that_of_the_estimate(reduction: str) -> None:
     teacher, student, head_map = ssd_pair("padded", torch.float64)
     found = mixing_distance(
