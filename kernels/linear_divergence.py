@@ -273,7 +273,11 @@ def divergence_row(
     if KIND == "alpha":
         divergence = divergence / (share * (share - 1.0))
     if KIND == "renyi":
-        divergence = log1p(divergence) / (share - 1.0)
+        # The logarithm of the sum of overlaps: from what it exceeds 1 by near 1, from itself near 0.
+        overlap = -mean_slope
+        small = overlap < 0.5
+        logarithm = tl.where(small, tl.log(overlap), log1p(tl.where(small, 0.0, divergence)))
+        divergence = logarithm / (share - 1.0)
     tl.store(DIVERGENCE + row, divergence * factor)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from xarch_kd.ops.dispatch import kernel_obstacle
 from xarch_kd.ops.divergence_problem import DivergenceProblem, Side
 from xarch_kd.ops.fused.products import add_product, by_weight, even_chunk, through_weight
-from xarch_kd.ops.streaming.linear_divergence import Sweep
+from xarch_kd.ops.streaming.linear_divergence import SATURATED_GRADIENT, SATURATED_VALUE, SATURATING, Sweep
+from xarch_kd.ops.teacher import Buckets, Logits
 
 # Reading and writing the float32 gradient of the head takes as long as a product of a quarter of this many tokens, and
 # the two buffers are as large as that gradient where a head is as wide.
@@ -24,11 +25,10 @@ FLOAT16_SCALE = 64.0
 def obstacle(problem: DivergenceProblem) -> str | None:
     """Return why the kernel cannot run on this problem, or None when it can."""
     student, teacher = problem.student, problem.teacher
-    if not isinstance(teacher, Side):
-        return "the kernel takes a teacher as hidden states and a head"
-    return kernel_obstacle(
-        student.hidden, student.weight, student.bias, teacher.hidden, teacher.weight, teacher.bias, problem.weights
-    )
+    if isinstance(teacher, Buckets):
+        return "there is no kernel for a teacher given as its likeliest entries"
+    given = (teacher.values,) if isinstance(teacher, Logits) else (teacher.hidden, teacher.weight, teacher.bias)
+    return kernel_obstacle(student.hidden, student.weight, student.bias, *given, problem.weights)
 
 
 @torch.no_grad()
@@ -44,7 +44,8 @@ def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], c
     result = _empty(problem, wanted, dtype)
     chunk = min(chunk_size or even_chunk(problem.tokens, CHUNK_TOKENS), max(problem.tokens, 1))
     padded = -(-problem.vocabulary // kernels.ALIGNMENT) * kernels.ALIGNMENT
-    buffers = scale.new_empty(2, chunk, padded, dtype=problem.logits_dtype)
+    models = 2 if isinstance(problem.teacher, Side) else 1
+    buffers = scale.new_empty(models, chunk, padded, dtype=problem.logits_dtype)
     with torch.autocast(scale.device.type, enabled=False):
         for start in range(0, problem.tokens, chunk):
             at = slice(start, min(start + chunk, problem.tokens))
@@ -81,7 +82,9 @@ def _empty(problem: DivergenceProblem, wanted: tuple[bool, ...], dtype: torch.dt
     weight = tokens.new_zeros(student.weight.shape) if need_weight else None
     bias = tokens.new_zeros(student.weight.shape[0]) if need_bias else None
     cross_entropy = None if problem.labels is None else torch.empty_like(tokens)
-    return Sweep(torch.empty_like(tokens), cross_entropy, hidden, weight, bias)
+    counted = problem.divergence.kind in SATURATING and problem.divergence_weight > 0 and any(wanted)
+    saturated = torch.zeros((), dtype=torch.long, device=tokens.device) if counted else None
+    return Sweep(torch.empty_like(tokens), cross_entropy, hidden, weight, bias, saturated)
 
 
 def _sweep_chunk(
@@ -91,15 +94,12 @@ def _sweep_chunk(
     from xarch_kd.kernels import linear_divergence as kernels
 
     student, vocabulary, size = problem.student, problem.vocabulary, at.stop - at.start
-    assert isinstance(problem.teacher, Side)
     rows = at if problem.kept is None else problem.kept[at]
     hidden = student.hidden[rows].to(dtype)
-    teacher_hidden = problem.teacher.hidden[rows].to(_operand_dtype(problem.teacher, problem))
     by_weight(buffers[0, :size, :vocabulary], hidden, student.weight[:vocabulary])
-    by_weight(buffers[1, :size, :vocabulary], teacher_hidden, problem.teacher.weight[:vocabulary])
-    needed = any(part is not None for part in (result.hidden, result.weight, result.bias))
-    _rows(problem, scale, result, at, buffers[:, :size], dtype if needed else None)
-    if not needed:
+    teacher = _teacher(problem, rows, buffers[-1, :size])
+    _rows(problem, scale, result, at, buffers[0, :size], teacher, dtype if result.gradient else None)
+    if not result.gradient:
         return
     gradient = kernels.gradient_view(buffers[0, :size], dtype)[:, :vocabulary]
     if result.bias is not None:
@@ -114,22 +114,40 @@ def _sweep_chunk(
         result.hidden[rows] = picked
 
 
+def _teacher(problem: DivergenceProblem, rows: slice | Tensor, buffer: Tensor) -> Tensor:
+    """Return the teacher's products or logits [rows, at least the vocabulary], in `buffer` if they are products."""
+    teacher = problem.teacher
+    assert not isinstance(teacher, Buckets)
+    if isinstance(teacher, Logits):
+        values = teacher.values[rows]
+        return values if values.stride(-1) == 1 else values.contiguous()
+    hidden = teacher.hidden[rows].to(_operand_dtype(teacher, problem))
+    by_weight(buffer[:, : problem.vocabulary], hidden, teacher.weight[: problem.vocabulary])
+    return buffer
+
+
 def _rows(
-    problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, buffers: Tensor, gradient: torch.dtype | None
+    problem: DivergenceProblem,
+    scale: Tensor,
+    result: Sweep,
+    at: slice,
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    gradient: torch.dtype | None,
 ) -> None:
-    """Run the kernel over the products [2, rows, padded vocabulary] of student and teacher."""
+    """Run the kernel over rows of products or logits [rows, at least the vocabulary]."""
     from xarch_kd.kernels import linear_divergence as kernels
 
-    student, teacher, divergence = problem.student, problem.teacher, problem.divergence
-    assert isinstance(teacher, Side)
+    student, divergence = problem.student, problem.divergence
+    teacher = problem.teacher if isinstance(problem.teacher, Side) else None
     share = divergence.parameter or 0.0
-    values, cross_entropy, _ = kernels.divergence_rows(
-        buffers[0],
-        buffers[1],
+    values, cross_entropy, steepest = kernels.divergence_rows(
+        student_rows,
+        teacher_rows,
         scale[at],
         None if problem.labels is None else problem.labels[at],
         _bias(student, problem.vocabulary),
-        _bias(teacher, problem.vocabulary),
+        None if teacher is None else _bias(teacher, problem.vocabulary),
         problem.vocabulary,
         divergence.kind,
         share,
@@ -138,14 +156,16 @@ def _rows(
         problem.divergence_weight,
         problem.cross_entropy_weight,
         student.scale,
-        teacher.scale,
+        1.0 if teacher is None else teacher.scale,
         student.softcap or 0.0,
-        teacher.softcap or 0.0,
+        (teacher.softcap or 0.0) if teacher is not None else 0.0,
         gradient,
     )
     result.divergence[at] = values
     if result.cross_entropy is not None:
         result.cross_entropy[at] = cross_entropy
+    if result.saturated is not None and gradient is not None:
+        result.saturated += ((steepest < SATURATED_GRADIENT) & (values > SATURATED_VALUE)).sum()
 
 
 def _bias(side: Side, vocabulary: int) -> Tensor | None:
