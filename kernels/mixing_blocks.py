@@ -1,4 +1,4 @@
-"""How the kernels of `mixing_distance` are cut into tiles on each back end: none of these spills."""
+"""How the kernels of `mixing_distance` are cut into tiles on each back end, so that none spills on sm_90 and gfx942."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCKS: dict[str, dict[str, dict[str, dict[int, Blocks]]]] = {
             "lse": {256: Blocks(64, 64, 8, 2)},
             "values": {128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 2)},
             "row slopes": {128: Blocks(64, 64, 8, 2), 256: Blocks(32, 32, 8, 2)},
-            "column slopes": {64: Blocks(64, 64, 8, 2), 128: Blocks(32, 64, 8, 2), 256: Blocks(32, 32, 8, 2)},
+            "column slopes": {128: Blocks(32, 64, 8, 2), 256: Blocks(32, 32, 8, 2)},
         },
         "float16": {
             "lse": {256: Blocks(64, 64, 8, 2)},

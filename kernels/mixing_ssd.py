@@ -328,7 +328,7 @@ def gradients(
     of_b = _run_columns(pair, teacher_lse, steps, upstream, below) + of_group * pair.wide(pair.C)
     of_steps = below + on_diagonal * pair.products()
     of_sums = (a * pm + b * mm).double() - steps.double() * below.double()
-    of_decay = of_sums.flip(-1).cumsum(-1).flip(-1).transpose(1, 2)
+    of_decay = of_sums.flip(-1).cumsum(-1).flip(-1).transpose(1, 2).masked_fill(~pair.counted()[..., None], 0)
     return (
         of_c.to(pair.C.dtype),
         of_b.to(pair.B.dtype),

@@ -49,7 +49,7 @@ def rows(
             assert isinstance(student, SoftmaxMixing)
             values = _divergence(teacher, student, distance, head_map, span)
         else:
-            values = _distance(_statistics(teacher, student, head_map, span), distance, epsilon)
+            values = _distance(_statistics(teacher, student, head_map, span), distance, epsilon).float()
     values = values.transpose(1, 2)
     return torch.where((teacher.counted() & student.counted())[..., None], values, 0.0)
 
@@ -106,7 +106,8 @@ def _statistics(
 
 
 def _distance(statistics: Tensor, distance: str, epsilon: float) -> Tensor:
-    pp, pm, mm = statistics.unbind()
+    # Three numbers a row: in float64 a slope a P + b M that nearly cancels loses nothing to the rounding of a and b.
+    pp, pm, mm = statistics.double().unbind()
     if distance == "cosine":
         return 1 - pm / ((pp + epsilon).sqrt() * (mm + epsilon).sqrt())
     squared = pp - 2 * pm + mm
