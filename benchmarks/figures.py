@@ -104,13 +104,20 @@ def _meets(measured: float, at_most: float | None, at_least: float | None) -> bo
     return (at_most is None or measured <= at_most) and (at_least is None or measured >= at_least)
 
 
+def effort(one: Record, roof: Record) -> float:
+    """Return the median of seconds × the FLOP/s of the machine in the same round: cases run minutes apart."""
+    return statistics.median(
+        seconds * rates["flops"] for seconds, rates in zip(one["rounds"], roof["rounds"], strict=False)
+    )
+
+
 def grown(growth: Growth, results: list[Record]) -> Record:
     """Return a growth bound with the measured slope of log(measure) against log(axis) over the cases of its group."""
     points = []
     for result in results:
         one = result["contenders"].get(growth.contender, {})
         if result["group"] == growth.group and "seconds" in one:
-            value = one["seconds"]["median"] if growth.measure == "time" else one["memory"]["peak_bytes"]
+            value = effort(one, result["roofline"]) if growth.measure == "time" else one["memory"]["peak_bytes"]
             points.append((math.log(result["sizes"][result["axis"]]), math.log(max(1e-9, value))))
     row = {"group": growth.group, "contender": growth.contender, "measure": growth.measure, "at_most": growth.at_most}
     if len(points) < 3:

@@ -58,9 +58,10 @@ class Machine:
 
 
 def roofline(rounds: list[dict[str, float]], *, device: str, dtype: str) -> dict[str, Any]:
-    """Return the rates that shares are taken of, the best that were measured, and a known GPU's data sheet."""
+    """Return the rates that shares are taken of, the best of all rounds, with each round's and a GPU's data sheet."""
     best = {name: max(one[name] for one in rounds) for name in ("flops", "bandwidth")}
-    result: dict[str, Any] = {**best, "source": "measured: the best matrix product and copy of this run"}
+    source = "measured: the best matrix product and copy of this run"
+    result: dict[str, Any] = {**best, "source": source, "rounds": rounds}
     if device == "cuda":
         name = torch.cuda.get_device_name()
         sheet = next((rates for known, rates in GPUS.items() if known in name), {})
