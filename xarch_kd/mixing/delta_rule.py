@@ -33,14 +33,9 @@ class Chunks(NamedTuple):
 def prepare(key: Tensor, beta: Tensor, log_decay: Tensor) -> Chunks:
     """Return what the delta rule needs of keys [batch, heads, chunks, size, width] and their beta and log decays."""
     sums = chunk_sums(log_decay)
-    size = key.shape[3]
-    inner = tile(key, key, sums).tril(-1) * beta.unsqueeze(-1)
-    solved = torch.linalg.solve_triangular(
-        inner + torch.eye(size, dtype=key.dtype, device=key.device),
-        torch.diag_embed(beta),
-        upper=False,
-        unitriangular=True,
-    )
+    inner = tile(key, key, sums) * beta.unsqueeze(-1)
+    # Its diagonal counts as ones and nothing above it is read.
+    solved = torch.linalg.solve_triangular(inner, torch.diag_embed(beta), upper=False, unitriangular=True)
     end = sums[..., -1:, :]
     opening, closing = key * sums.to(key.dtype).exp(), key * (end - sums).to(key.dtype).exp()
     return Chunks(sums, opening, closing, end.to(key.dtype).exp().transpose(-1, -2), solved)
