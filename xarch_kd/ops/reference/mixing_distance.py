@@ -35,6 +35,6 @@ def _log_matrix(mixing: Mixing, attended: Tensor, problem: MixingProblem) -> Ten
     """Return log M where the teacher attends, 0 elsewhere; from logits, so that it is finite where M underflows."""
     assert isinstance(mixing, SoftmaxMixing)
     everything = slice(0, mixing.time)
-    logits = torch.where(attended, mixing.logits(everything, everything), 0)
+    logits = mixing.logits(everything, everything)
     normaliser = mixing.log_normaliser(everything)[..., None]
     return torch.where(attended & problem.keep[:, None, :, None], logits - normaliser, 0)
