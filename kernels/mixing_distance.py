@@ -116,7 +116,7 @@ def ssd_statistics(
     cap: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, heads, time], and what the backward pass keeps.
+    """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, heads, time] (float64), and what the backward pass keeps.
 
     The arguments are the fields of `mixing_ssd.SSDPair`; the teacher is causal.
     """
@@ -219,8 +219,8 @@ def _statistics_backward(ctx: Any, upstream: torch.Tensor, *unused: Any) -> tupl
 @ssd_statistics.register_fake
 def _(C: Any, B: Any, log_decay: Any, dt: Any, D: Any, teacher_query: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
     batch, time, heads = dt.shape
-    statistics = dt.new_empty(3, batch, heads, time, dtype=torch.float32)
-    return statistics, torch.empty_like(statistics), _row_numbers(teacher_query)
+    statistics = dt.new_empty(3, batch, heads, time, dtype=torch.float64)
+    return statistics, torch.empty_like(statistics, dtype=torch.float32), _row_numbers(teacher_query)
 
 
 @ssd_gradients.register_fake

@@ -295,7 +295,7 @@ class SSDPair(NamedTuple):
 
 
 def statistics(pair: SSDPair) -> tuple[Tensor, Tensor, Tensor]:
-    """Return pp, pm, mm of each row [3, batch, heads, time]; what the gradients need of them; the teacher's LSE.
+    """Return pp, pm, mm of each row [3, batch, heads, time] (float64); what the gradients need; the teacher's LSE.
 
     The second is pm and mm without the diagonal, and P̄_ii.
     """
@@ -306,7 +306,8 @@ def statistics(pair: SSDPair) -> tuple[Tensor, Tensor, Tensor]:
     below, steps = torch.zeros(3, batch, heads, time, dtype=torch.float32, device=pair.C.device), pair.steps()
     _run_rows(pair, teacher_lse, steps, below, below, write_slopes=False)
     teacher, student = _teacher_diagonal(pair, teacher_lse), pair.diagonal(steps)
-    whole = below + torch.stack([teacher * teacher, teacher * student, student * student])
+    # In float64: where the diagonal is nearly the whole row, its slope a P̄ + b M nearly cancels.
+    whole = below + torch.stack([teacher.double() ** 2, teacher.double() * student, student.double() ** 2])
     return whole, torch.stack([below[1], below[2], teacher]), teacher_lse
 
 
@@ -318,16 +319,16 @@ def gradients(
     a, b [batch, heads, time]; kept and teacher_lse are what `statistics` returned.
     """
     rows = pair.rows_counted()
-    upstream = torch.stack([torch.where(rows, a, 0.0), torch.where(rows, b, 0.0)])
-    (a, b), (pm, mm, teacher), steps = upstream.unbind(), kept.unbind(), pair.steps()
-    on_diagonal = a * teacher + b * pair.diagonal(steps)
+    exact = torch.stack([torch.where(rows, a, 0.0), torch.where(rows, b, 0.0)]).double()
+    (a, b), upstream, (pm, mm, teacher), steps = exact.unbind(), exact.float(), kept.unbind(), pair.steps()
+    on_diagonal = (a * teacher + b * pair.diagonal(steps)).float()
     of_group = (on_diagonal * steps).unflatten(1, (pair.C.shape[2], -1)).sum(2).transpose(1, 2)[..., None]
     empty = pair.C.new_empty(0)
     of_c = _run_rows(pair, teacher_lse, steps, upstream, empty, write_slopes=True) + of_group * pair.wide(pair.B)
     below = torch.zeros_like(steps)
     of_b = _run_columns(pair, teacher_lse, steps, upstream, below) + of_group * pair.wide(pair.C)
     of_steps = below + on_diagonal * pair.products()
-    of_sums = (a * pm + b * mm).double() - steps.double() * below.double()
+    of_sums = a * pm + b * mm - steps.double() * below.double()
     of_decay = of_sums.flip(-1).cumsum(-1).flip(-1).transpose(1, 2).masked_fill(~pair.counted()[..., None], 0)
     return (
         of_c.to(pair.C.dtype),

@@ -19,9 +19,10 @@ from xarch_kd.ops.fused.mixing_distance import obstacle, rows
 Student = SoftmaxMixing | SSDMixing
 EPSILON = 1e-6
 DIVERGENCES, SQUARES = ("kl", "cross_entropy"), ("frobenius", "relative_frobenius", "cosine")
-# A kernel sums by tiles and takes exp(z - LSE) where the dense formula divides by a sum: a few roundings more, each as
-# large as the dense formula's own. Below the floor, eight roundings at the size of the result, neither is measured.
-FACTOR, FLOOR = 4.0, 2.0**-21
+# A kernel sums by tiles and takes exp(z - LSE), z and LSE (of up to 6 here) each rounded at their own size, where the
+# dense formula takes exp(z - max), small for the entries that matter: up to 6 of its roundings, and 2 for the sums.
+# Below the floor, eight roundings at the size of the result, neither is measured.
+FACTOR, FLOOR = 8.0, 2.0**-21
 # What narrow factors add to their gradients, relative to the norm: three roundings (slopes, what is kept until the
 # upstream gradient comes, the result), each of at most half a unit in the last place. (The interpreter truncates to
 # bfloat16, which loses as much in the mean.)
