@@ -157,3 +157,10 @@ def test_fields_go_by_name_and_do_not_change(made: Callable[..., Mixing]) -> Non
         mixing.start = torch.zeros(B)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TypeError):
         type(mixing)(None, None)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_wrong_sign_beside_nan_is_seen() -> None:
+    log_decay = -token(H)
+    log_decay[0, 0], log_decay[1, 1] = float("nan"), 1.0
+    with pytest.raises(UsageError, match="wrong sign"):
+        SSDMixing(**{**GOOD[SSDMixing], "log_decay": log_decay})

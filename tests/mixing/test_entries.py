@@ -310,3 +310,14 @@ def test_split_blocks_take_every_pair_once(cut: tuple[int, int, int, int]) -> No
     weights = (sums[:, :, :, None] - sums[:, :, None]).exp()
     whole = (left[:, :, :, None] * right[:, :, None] * weights).sum(-1).tril()
     close(found, whole[:, :, rows, columns])
+
+
+def test_autocast_changes_no_gradient_of_softmax_by_blocks(build: Build) -> None:
+    mixing = build("softmax-all", dtype=torch.float32)
+    values = values_for(mixing, 5, torch.float32)
+    inputs = list(mixing.factors.values())
+    expected = gradients(mixing.apply(values), *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(mixing.apply(values), *inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
