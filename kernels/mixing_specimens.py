@@ -78,7 +78,7 @@ def _specimens() -> Iterator[Specimen]:
                 fixed = constants | _constants(kernel, width, variant == "mixed")
                 fixed |= {side: size for side, size in tile.items() if side in kernel.arg_names}
                 yield Specimen(
-                    label=f"{name} {dtype} {width} {variant}",
+                    label=f"{name.replace(' ', '-')}/{dtype}/{width}/{variant}",
                     kernel=kernel,
                     signature={key: _type(key, dtype) for key in kernel.arg_names if key not in fixed},
                     constexprs=fixed,
