@@ -49,6 +49,10 @@ def arguments(**changes: Any) -> dict[str, Any]:
         ({"cross_entropy": 0.5}, ["cross_entropy needs labels"]),
         ({"vocabulary": 12}, ["12", "11 student rows and 13 teacher rows", "1 to 11"]),
         ({"vocabulary": 0}, ["1 to 11"]),
+        (
+            {"teacher_weight": torch.zeros(11 + 1025, 6)},
+            ["more than padding", "11 student rows and 1036 teacher rows", "at most 1024", "vocabulary="],
+        ),
         ({"student_softcap": 0.0}, ["student_softcap must be positive"]),
         ({"teacher_scale": float("inf")}, ["teacher_scale must be finite"]),
         ({"reduction": "average"}, ["average", "none | mean | sum"]),
@@ -69,12 +73,13 @@ def test_no_token_that_counts_is_an_error_for_a_mean_and_0_for_a_sum(impl: str) 
     with pytest.raises(UsageError, match="no token counts"):
         linear_divergence(**arguments(), mask=nothing, impl=impl)
     for reduction in ("sum", "none"):
-        given = arguments()
-        given["student_hidden"].requires_grad_()
+        given = arguments(student_bias=torch.zeros(11))
+        trained = [given[name].requires_grad_() for name in ("student_hidden", "student_weight", "student_bias")]
         loss = linear_divergence(**given, mask=nothing, impl=impl, reduction=reduction)
         assert torch.count_nonzero(loss.total) == 0
         loss.total.sum().backward()
-        assert torch.equal(given["student_hidden"].grad, torch.zeros(2, 5, 4))
+        for tensor in trained:
+            assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -132,3 +137,41 @@ def test_an_input_changed_before_a_recomputing_backward_is_refused() -> None:
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+@pytest.mark.parametrize("vocabulary", [11, 9])
+def test_vocabularies_far_apart_are_compared_where_that_is_asked_for(vocabulary: int) -> None:
+    wide = arguments(teacher_weight=torch.randn(2000, 6, generator=torch.Generator().manual_seed(1)))
+    narrow = wide | {"teacher_weight": wide["teacher_weight"][:vocabulary]}
+    found = linear_divergence(**wide, vocabulary=vocabulary).total
+    assert torch.equal(found, linear_divergence(**narrow, vocabulary=vocabulary).total)
+
+
+def one_hot(tokens: int, apart: int, **changes: Any) -> dict[str, Any]:
+    """Return `tokens` tokens of which `apart` have a student that is sure of another entry than its teacher."""
+    sure = 40 * torch.eye(5)
+    student = torch.zeros(tokens, dtype=torch.long)
+    student[:apart] = 1
+    return {
+        "student_hidden": sure[student].requires_grad_(),
+        "student_weight": torch.eye(5),
+        "teacher_hidden": sure[torch.zeros(tokens, dtype=torch.long)],
+        "teacher_weight": torch.eye(5),
+    } | changes
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"])
+def test_saturation_of_most_tokens_is_warned_of(divergence: str) -> None:
+    with pytest.warns(UserWarning, match=f"{divergence} is saturated: 4 of 7 tokens .* Start with forward_kl"):
+        linear_divergence(**one_hot(7, 4), divergence=divergence, chunk_size=3)
+
+
+def test_a_teacher_that_is_met_or_a_divergence_with_a_gradient_is_not_warned_of() -> None:
+    """Warnings are errors in this suite."""
+    linear_divergence(**one_hot(7, 3), divergence="jsd")
+    linear_divergence(**one_hot(7, 4), divergence="forward_kl")
+    linear_divergence(**one_hot(7, 4), divergence="reverse_kl")
+    linear_divergence(**one_hot(7, 4, student_hidden=40 * torch.eye(5)[[1] * 7]), divergence="jsd")
+    near = arguments(teacher_hidden=torch.zeros(2, 5, 4), teacher_weight=torch.zeros(11, 4))
+    near["student_hidden"] = torch.zeros(2, 5, 4, requires_grad=True)
+    linear_divergence(**near, divergence="jsd")

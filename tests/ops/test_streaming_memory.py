@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xarch_kd.ops import linear_divergence, projected_distance
+from xarch_kd.ops.teacher import TeacherTopK
 
 TOKENS, VOCABULARY, WIDTH, CHUNK = 64, 900, 16, 8
 
@@ -72,6 +73,30 @@ def test_no_tensor_of_tokens_by_vocabulary(divergence: str, reduction: str, dtyp
     sizes = run(make(dtype, head_trains=True), **options)
     largest_allowed = max(2 * CHUNK, WIDTH) * VOCABULARY
     assert max(sizes) <= largest_allowed < TOKENS * VOCABULARY
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("form", ["logits", "top_k"])
+def test_other_forms_of_the_teacher_need_no_second_buffer(form: str, divergence: str) -> None:
+    hidden, weight, _, _ = make(torch.float32, head_trains=True)
+    logits = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    top = TeacherTopK.from_logits(logits, 5)
+    teacher: dict[str, Any] = {"teacher_logits": logits} if form == "logits" else {"teacher_top_k": top}
+    with Allocations(hidden, weight, logits, top.indices, top.log_probabilities) as allocations:
+        loss = linear_divergence(hidden, weight, **teacher, divergence=divergence, chunk_size=40, temperature=2.0)
+        loss.total.backward()
+    # One chunk of logits, where a teacher with a head has a buffer of two.
+    assert max(allocations.sizes) == 40 * VOCABULARY < TOKENS * VOCABULARY
+
+
+def test_bfloat16_logits_take_half_the_memory() -> None:
+    inputs = make(torch.float32, head_trains=False)
+    sizes = []
+    for logits_dtype in ("float32", "bfloat16"):
+        with Allocations(*inputs) as allocations:
+            linear_divergence(*inputs, chunk_size=CHUNK, logits_dtype=logits_dtype)
+        sizes.append(max(tensor.untyped_storage().nbytes() for tensor in allocations.alive))
+    assert sizes == [2 * CHUNK * VOCABULARY * 4, 2 * CHUNK * VOCABULARY * 2]
 
 
 def test_the_watch_sees_the_dense_form() -> None:

@@ -70,10 +70,14 @@ class _HandOver(torch.autograd.Function):
                 fix="call the operation again, sum the losses before backward, or use impl='reference'",
             )
         gradients, ctx.gradients = ctx.gradients, None
+        # A loss that is minimised alone has 1 above it, and reading that is free on a CPU alone.
+        plain = upstream[0].device.type == "cpu" and float(upstream[0]) == 1.0
         scaled: Gradients = []
         while gradients:
             gradient, dtype = gradients.pop(0), ctx.dtypes[len(scaled)]
-            scaled.append(None if gradient is None else gradient.mul_(upstream[0]).to(dtype))
+            if gradient is not None:
+                gradient = (gradient if plain else gradient.mul_(upstream[0])).to(dtype)
+            scaled.append(gradient)
         return None, None, *scaled
 
 

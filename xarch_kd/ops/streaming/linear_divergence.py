@@ -22,6 +22,8 @@ from xarch_kd.ops.teacher import Buckets, Logits
 CHUNK_ELEMENTS = {"cpu": 8 << 20, "other": 256 << 20}
 GROUP_ELEMENTS = {"cpu": 1 << 17, "other": 64 << 20}
 FROZEN_HEAD_SHARE = 2
+# Tokens in a chunk are a multiple of it, the rows that a CPU's library multiplies together.
+CHUNK_MULTIPLE = 16
 # Divergences whose gradient vanishes where teacher and student share no mass, and what counts as such a row.
 SATURATING = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 SATURATED_GRADIENT, SATURATED_VALUE = 1e-6, 0.1
@@ -52,7 +54,8 @@ def default_chunk(problem: DivergenceProblem, head_trains: bool) -> int:
     device = "cpu" if problem.weights.device.type == "cpu" else "other"
     elements = CHUNK_ELEMENTS[device] if head_trains else CHUNK_ELEMENTS[device] // FROZEN_HEAD_SHARE
     chunks = -(-problem.tokens // max(1, elements // problem.vocabulary))
-    return max(1, -(-problem.tokens // max(1, chunks)))
+    even = -(-problem.tokens // max(1, chunks))
+    return max(1, min(-(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE, problem.tokens))
 
 
 @torch.no_grad()
@@ -75,9 +78,16 @@ def _empty(problem: DivergenceProblem, wanted: tuple[bool, ...]) -> Sweep:
     student, tokens = problem.student, problem.weights
     of = (student.hidden, student.weight, student.bias)
     hidden, weight, bias = (
-        tokens.new_zeros(tensor.shape) if need and tensor is not None else None
+        tokens.new_empty(tensor.shape) if need and tensor is not None else None
         for tensor, need in zip(of, wanted, strict=True)
     )
+    if hidden is not None and (problem.kept is not None or problem.tokens == 0):
+        hidden.zero_()
+    if weight is not None:
+        # The first chunk writes the rows that are compared.
+        weight[problem.vocabulary if problem.tokens else 0 :] = 0
+    if bias is not None:
+        bias.zero_()
     cross_entropy = None if problem.labels is None else torch.empty_like(tokens)
     counted = problem.divergence.kind in SATURATING and problem.divergence_weight > 0 and any(wanted)
     saturated = torch.zeros((), dtype=torch.long, device=tokens.device) if counted else None
@@ -102,7 +112,7 @@ def _sweep_chunk(problem: DivergenceProblem, scale: Tensor, result: Sweep, at: s
     if result.bias is not None:
         result.bias[: problem.vocabulary] += student.sum(0, dtype=result.bias.dtype)
     if result.weight is not None:
-        add_head_gradient(result.weight[: problem.vocabulary], student, hidden)
+        add_head_gradient(result.weight[: problem.vocabulary], student, hidden, first=at.start == 0)
     if result.hidden is not None:
         result.hidden[rows] = through_head(student, side.weight, result.hidden.dtype)
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from xarch_kd.ops.divergence_problem import Side
 
-# Entries of a head that are converted, or multiplied on a CPU, at a time: 4 MiB of float32 stay in its cache.
-BLOCK_ELEMENTS = 1 << 20
+# Entries of a head that are converted, or multiplied on a CPU, at a time: 2 MiB of float32 stay in its cache.
+BLOCK_ELEMENTS = 1 << 19
 FEWEST_ROWS = 256
 
 
@@ -54,10 +54,14 @@ def through_head(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-def add_head_gradient(out: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """Add gradientᵀ hidden [vocabulary, width] to `out`, which may be wider than what is multiplied."""
+def add_head_gradient(out: Tensor, gradient: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """Add gradientᵀ hidden [vocabulary, width] to `out`, which may be wider than what is multiplied.
+
+    The first one is written, whatever `out` holds: it is as large as the head, and need not be filled before.
+    """
     if out.dtype == gradient.dtype:
-        out.addmm_(gradient.T, hidden)
+        out.addmm_(gradient.T, hidden, beta=0 if first else 1)
         return
     for rows in blocks(*out.shape, whole=False):
-        out[rows].add_(gradient[:, rows].T @ hidden)
+        product = gradient[:, rows].T @ hidden
+        _ = out[rows].copy_(product) if first else out[rows].add_(product)
