@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import NonFiniteLoss, UsageError
-from xarch_kd.ops import linear_divergence
-from xarch_kd.ops.teacher import TeacherTopK
+from xarch_kd.ops import TeacherTopK, linear_divergence
 
 IMPLEMENTATIONS = ("reference", "streaming")
 TOKENS, VOCABULARY, WIDTH, NAMED, TEMPERATURE = (3, 7), 53, 8, 6, 1.5

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xarch_kd.ops import linear_divergence, projected_distance
-from xarch_kd.ops.teacher import TeacherTopK
+from xarch_kd.ops import TeacherTopK, linear_divergence, projected_distance
 
 TOKENS, VOCABULARY, WIDTH, CHUNK = 64, 900, 16, 8
 

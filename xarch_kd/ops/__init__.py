@@ -12,6 +12,7 @@ from xarch_kd.ops.linear_divergence import DivergenceLoss, linear_divergence
 from xarch_kd.ops.mixing_distance import MixingDistance, mixing_distance
 from xarch_kd.ops.projected_distance import projected_distance
 from xarch_kd.ops.similarity import LayerSimilarity, Similarity, SimilaritySums, similarity
+from xarch_kd.ops.teacher import TeacherTopK
 
 __all__ = [
     "Divergence",
@@ -20,6 +21,7 @@ __all__ = [
     "MixingDistance",
     "Similarity",
     "SimilaritySums",
+    "TeacherTopK",
     "explain",
     "linear_divergence",
     "mixing_distance",
