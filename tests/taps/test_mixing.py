@@ -201,6 +201,18 @@ def test_blocks_that_share_one_mixer_are_told_apart(build, input_ids):
     assert implementations(model) == before
 
 
+def test_blocks_that_share_one_recurrent_mixer_are_told_apart(build, input_ids):
+    model = build("bamba")
+    model.model.layers[2].mamba = model.model.layers[0].mamba
+    found = trace(model, input_ids, taps=["mixing", "mixer_input"], layers=[0, 2])
+    calls = block_calls(model, input_ids)
+    for layer in (0, 2):
+        alone = read_mixing(layout_of(model), layer, found["mixer_input"][layer], calls)
+        assert same(found["mixing"][layer], alone)
+    assert not same(found["mixing"][0], found["mixing"][2])
+    assert same(trace(model, input_ids, taps=["mixing"], layers=[2])["mixing"][2], found["mixing"][2])
+
+
 @pytest.mark.parametrize("mask", [None, padded], ids=["no-mask", "padded"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_replay_reads_the_same_mixing_from_the_inputs_of_a_pass(model_type, mask, build, input_ids):
