@@ -241,6 +241,7 @@ def test_an_explicit_pair_of_one_student_block_with_two_teacher_blocks(plan_of: 
     pairs = "layers: [{student: 1, teacher: 0}, {student: 1, teacher: 2}, {student: 2, teacher: 2}]"
     plan = plan_of(text(folder_of("llama"), convert("replace: [1, 2]"), stage(layers=pairs)))
     assert [pair.name for pair in plan.stages[0].pairs] == ["match.1-0", "match.1-2", "match.2"]
+    assert [pair.weight for pair in plan.stages[0].pairs] == [0.5, 0.5, 1.0]
 
 
 def test_a_teacher_that_does_not_convert_is_told_with_its_line(plan_of: PlanOf, folder_of: FolderOf) -> None:

@@ -1,7 +1,22 @@
-"""Layer maps: which teacher block each student block learns from."""
+"""Layer maps: how much each student block learns from each teacher block."""
 
 from __future__ import annotations
 
-from xarch_kd.layer_mapping.fixed import STRATEGIES, explicit, replaced, same, uniform
+from xarch_kd.layer_mapping.explicit import explicit
+from xarch_kd.layer_mapping.layer_map import LayerMap, Pairs
+from xarch_kd.layer_mapping.learned import LearnedMap, LearnedMatch
+from xarch_kd.layer_mapping.strategies import STRATEGIES, Strategy, build_layer_map, strategy_named
+from xarch_kd.layer_mapping.transport import transport_plan
 
-__all__ = ["STRATEGIES", "explicit", "replaced", "same", "uniform"]
+__all__ = [
+    "STRATEGIES",
+    "LayerMap",
+    "LearnedMap",
+    "LearnedMatch",
+    "Pairs",
+    "Strategy",
+    "build_layer_map",
+    "explicit",
+    "strategy_named",
+    "transport_plan",
+]

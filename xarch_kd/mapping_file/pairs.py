@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from xarch_kd.errors import UsageError, XarchError
-from xarch_kd.layer_mapping.fixed import STRATEGIES, Pairs, explicit
+from xarch_kd.layer_mapping import Pairs, build_layer_map, explicit
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.mixing_sizes import mixing_size
 from xarch_kd.mapping_file.plan import PairPlan
@@ -59,8 +59,8 @@ def align_pairs(align: Align, stage: Stage, models: Models, place: Place, findin
             message = f"the {name} is a {side.config.model_type}, whose blocks have no MLP that is known"
             findings.problems.append(Problem((*place, "tap"), message))
     layers = _layer_pairs(align, models, place, findings)
-    students = [student for student, _ in layers]
-    return [
+    students = [student for student, _, _ in layers]
+    pairs = [
         _pair(
             align,
             f"{align.name}.{student}" + (f"-{teacher}" if students.count(student) > 1 else ""),
@@ -70,8 +70,9 @@ def align_pairs(align: Align, stage: Stage, models: Models, place: Place, findin
             place,
             findings,
         )
-        for student, teacher in layers
+        for student, teacher, _ in layers
     ]
+    return [replace(pair, weight=pair.weight * share) for pair, (_, _, share) in zip(pairs, layers, strict=True)]
 
 
 def _layer_pairs(align: Align, models: Models, place: Place, findings: Findings) -> Pairs:
@@ -97,10 +98,18 @@ def _layer_pairs(align: Align, models: Models, place: Place, findings: Findings)
             return ()
         if not align.layers:
             findings.problems.append(Problem((*place, "layers"), "the list is empty, so nothing would be matched"))
+            return ()
     try:
         if isinstance(align.layers, str):
-            return STRATEGIES[align.layers](*depths, models.replaced)
-        return explicit([(pair.student, pair.teacher) for pair in align.layers], *depths)
+            kinds = models.student.layout.mixer_kinds, models.teacher.layout.mixer_kinds
+            return build_layer_map(
+                align.layers,
+                *depths,
+                replaced_layers=models.replaced,
+                student_kinds=kinds[0],
+                teacher_kinds=kinds[1],
+            ).pairs()
+        return explicit([(pair.student, pair.teacher) for pair in align.layers], *depths).pairs()
     except UsageError as error:
         findings.problems.append(Problem((*place, "layers"), told(error)))
         return ()

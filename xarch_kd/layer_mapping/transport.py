@@ -1,0 +1,153 @@
+"""Layer maps by optimal transport: each student layer learns from the teacher layers that its share is moved to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError
+from xarch_kd.layer_mapping.layer_map import LayerMap
+from xarch_kd.layer_mapping.similarity import checked_matrix
+
+if TYPE_CHECKING:
+    import numpy
+
+# Of the shares, which sum to 1. The entropic plan's columns are off by less; what is below it in an exact plan is the
+# slack of the linear programme.
+TOLERANCE: Final = 1e-9
+SWEEPS: Final = 20_000
+
+
+def optimal_transport(
+    similarity: Tensor | None = None,
+    *,
+    cost: Tensor | None = None,
+    entropy: float = 0.0,
+    order: float = 0.0,
+    student_weights: Sequence[float] | None = None,
+    teacher_weights: Sequence[float] | None = None,
+) -> LayerMap:
+    """Return the rows of the cheapest transport plan (BERT-EMD, Li et al. 2020), each divided by its sum.
+
+    The cost is 1 - `similarity`, or `cost`, both [student layers, teacher layers]; options as in `transport_plan`. A
+    student layer of weight 0 has no match; other weights decide the plan, and are not in the rows.
+
+    Raises UsageError as `transport_plan` does, and unless one of `similarity` and `cost` is given.
+    """
+    if (similarity is None) == (cost is None):
+        raise UsageError("layers: optimal_transport needs a similarity or a cost, and not both")
+    if similarity is not None:
+        # Before 1 - similarity, which would show another number than was given.
+        cost = 1 - torch.from_numpy(checked_matrix("optimal_transport", similarity))
+    assert cost is not None
+    plan = transport_plan(
+        cost, entropy=entropy, order=order, student_weights=student_weights, teacher_weights=teacher_weights
+    )
+    totals = plan.sum(1, keepdim=True)
+    return LayerMap("optimal_transport", plan / totals.where(totals > 0, 1))
+
+
+def transport_plan(
+    cost: Tensor,
+    *,
+    entropy: float = 0.0,
+    order: float = 0.0,
+    student_weights: Sequence[float] | None = None,
+    teacher_weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Return the plan F >= 0 [student layers, teacher layers], float64, of least Σ F · C with the given marginals.
+
+    C = `cost` + `order` · ((i + 1) / S - (j + 1) / T)², which keeps depths together. Rows of F sum to
+    `student_weights`, columns to `teacher_weights`; both are divided by their sum, and are equal by default. With
+    `entropy` 0 the plan is exact, a linear programme; above 0 it minimises Σ F · C - ε H(F), with ε = `entropy` ×
+    median |C|, by Sinkhorn's iterations in the log domain (Cuturi 2013). 0.05 is a good first choice: at 1 every
+    student layer learns from nearly all teacher layers.
+
+    Raises UsageError for a cost that is empty or not finite, weights that do not fit, a negative entropy or order, and
+    an entropy so small that the iterations do not converge.
+    """
+    import numpy
+
+    costs = checked_matrix("optimal_transport", cost)
+    for name, value in (("entropy", entropy), ("order", order)):
+        if not 0 <= value < float("inf"):
+            raise UsageError(f"layers: {name} of optimal_transport is out of range", found=value, allowed=">= 0")
+    students, teachers = costs.shape
+    depths = numpy.arange(1, students + 1)[:, None] / students - numpy.arange(1, teachers + 1)[None] / teachers
+    costs = costs + order * depths**2
+    rows = _shares("student_weights", student_weights, students)
+    columns = _shares("teacher_weights", teacher_weights, teachers)
+    kept = numpy.ix_(rows > 0, columns > 0)
+    plan = numpy.zeros_like(costs)
+    solved = _exact(costs[kept], rows[rows > 0], columns[columns > 0]) if entropy == 0 else None
+    plan[kept] = _entropic(costs[kept], rows[rows > 0], columns[columns > 0], entropy) if solved is None else solved
+    return torch.from_numpy(plan)
+
+
+def _exact(costs: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray) -> numpy.ndarray:
+    import numpy
+    from scipy.optimize import linprog
+    from scipy.sparse import eye_array, kron, vstack
+
+    students, teachers = costs.shape
+    # F is flattened row by row.
+    sums = vstack(
+        [
+            kron(eye_array(students), numpy.ones((1, teachers))),
+            kron(numpy.ones((1, students)), eye_array(teachers)),
+        ]
+    )
+    # The simplex gives a corner: at most S + T - 1 entries, and no mixture of plans that cost the same.
+    found = linprog(costs.ravel(), A_eq=sums, b_eq=numpy.concatenate([rows, columns]), method="highs-ds")
+    assert found.success, found.message
+    plan = found.x.reshape(students, teachers)
+    return numpy.where(plan > TOLERANCE, plan, 0.0)
+
+
+def _entropic(costs: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray, entropy: float) -> numpy.ndarray:
+    import numpy
+
+    epsilon = entropy * (float(numpy.median(numpy.abs(costs))) or 1.0)
+    scores, own, other = -costs / epsilon, numpy.log(rows), numpy.log(columns)
+    ahead = numpy.zeros_like(other)
+    error = float("inf")
+    for _ in range(SWEEPS):
+        back = own - _logsumexp(scores + ahead[None], 1)
+        reached = _logsumexp(scores + back[:, None], 0)
+        # Rows are exact after `back`; what is left is the error of the columns.
+        error = float(numpy.abs(numpy.exp(reached + ahead) - columns).sum())
+        if error <= TOLERANCE:
+            return numpy.exp(scores + back[:, None] + ahead[None])
+        ahead = other - reached
+    raise UsageError(
+        "layers: the entropic plan of optimal_transport did not converge",
+        asked=f"entropy: {entropy}",
+        found=f"teacher layers whose shares are off by {error:.2g} after {SWEEPS} sweeps",
+        fix="a greater entropy, or entropy: 0 for the exact plan",
+    )
+
+
+def _logsumexp(values: numpy.ndarray, axis: int) -> numpy.ndarray:
+    import numpy
+
+    highest = values.max(axis, keepdims=True)
+    return numpy.log(numpy.exp(values - highest).sum(axis)) + highest.squeeze(axis)
+
+
+def _shares(name: str, weights: Sequence[float] | None, count: int) -> numpy.ndarray:
+    """Return `weights` divided by their sum, or equal shares."""
+    import numpy
+
+    if weights is None:
+        return numpy.full(count, 1 / count)
+    found = numpy.asarray(weights, dtype=numpy.float64)
+    if found.shape != (count,) or not numpy.isfinite(found).all() or (found < 0).any() or found.sum() == 0:
+        raise UsageError(
+            f"layers: {name} of optimal_transport do not fit",
+            found=list(weights),
+            allowed=f"{count} finite numbers >= 0, not all 0",
+        )
+    return found / found.sum()
