@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 
 from benchmarks import peers
-from benchmarks.case import Case
+from benchmarks.case import Case, Contender, Options, Run
 from benchmarks.cases.projected_distance import CASES
 from benchmarks.measure import Place, Remote, Settings, measure
 from benchmarks.memory import peak_over
-from benchmarks.session import said, without_paths
+from benchmarks.session import Session, obstacle, said, without_paths
 
 ASKED: dict[str, Any] = {"threads": 1}
 
@@ -86,6 +87,33 @@ def test_the_peak_is_what_was_held_at_once() -> None:
     assert peak < 1.5 * size
     if method.startswith("resident"):
         assert peak > 0.9 * size
+
+
+def test_the_error_of_a_wrong_contender_is_seen() -> None:
+    def wrong(options: Options) -> Run:
+        right = CASES[0].contenders["naive"].make(options)
+        # Three times the value, and gradients of the value doubled once more.
+        return lambda inputs: 6 * right(inputs) - 3 * right(inputs).detach()
+
+    contenders = {
+        "naive": CASES[0].contenders["naive"],
+        "wrong": Contender(make=wrong, source="made up"),
+        "itself": Contender(make=wrong, source="made up", truth="wrong"),
+    }
+    case = dataclasses.replace(CASES[0], contenders=contenders)
+    for name, value, gradient in (("wrong", 2.0, 5.0), ("itself", 0.0, 0.0)):
+        session = Session(case, name, device="cpu", quick=True)
+        assert session.prepare() is None
+        errors = session.errors()
+        # Rounding of float32, some ten times over.
+        assert errors["value"] == pytest.approx(value, abs=1e-5)
+        assert errors["gradients"] == pytest.approx({"student": gradient, "weight": gradient}, abs=1e-5)
+
+
+def test_what_is_too_large_is_left_out() -> None:
+    large = dataclasses.replace(CASES[0].contenders["naive"], largest={"tokens": 100})
+    assert obstacle(large, {"tokens": 100}, "cpu") is None
+    assert obstacle(large, {"tokens": 101}, "cpu") == "left out above tokens = 100: too large or too slow"
 
 
 def test_errors_are_said_without_paths() -> None:
