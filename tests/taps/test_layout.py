@@ -37,6 +37,7 @@ def test_multipliers_and_softcap_come_from_the_config(build):
     granite, gemma = layout_of(build("granite")), layout_of(build("gemma2"))
     assert (granite.mixer_scales, granite.mlp_scale, granite.logit_scale) == ((0.6, 0.6, 0.6), 0.6, 0.5)
     assert gemma.logit_softcap == 30.0
+    assert layout_of(build("falcon_h1", lm_head_multiplier=0.5)).logit_scale == 0.5
 
 
 def test_a_mamba_has_no_mlps(build):

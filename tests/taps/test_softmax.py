@@ -222,6 +222,20 @@ def test_other_masks_than_a_mixing_holds_are_refused(implementation, build, inpu
         model.model.layers[1].self_attn._forward_pre_hooks.clear()
 
 
+@pytest.mark.parametrize("row", [4, 8, 12])
+def test_a_mask_is_compared_in_the_first_middle_and_last_row_that_counts(row):
+    padding = torch.ones(1, 13, dtype=torch.long)
+    padding[0, :4] = 0
+    mask = torch.ones(1, 1, 13, 13, dtype=torch.bool).tril() & (padding[:, None, None, :] > 0)
+    fields = {"query": torch.zeros(1, 2, 13, 4), "key": torch.zeros(1, 2, 13, 4), "arguments": {}}
+    call = AttentionCall(module=torch.nn.Identity(), mask=mask.clone(), implementation="sdpa", **fields)
+    assert call.mixing(padding).time == 13
+    mask[0, 0, row, row] = False
+    call = AttentionCall(module=torch.nn.Identity(), mask=mask, implementation="sdpa", **fields)
+    with pytest.raises(TapError, match="masks in a way"):
+        call.mixing(padding)
+
+
 @pytest.mark.parametrize(
     ("arguments", "keys", "found"),
     [({"position_bias": torch.zeros(1)}, 5, "an argument position_bias"), ({}, 7, "a cache or a prefix")],
