@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def input_ids() -> Tensor:
 
 
 @pytest.fixture
-def aligner_of(teacher: PreTrainedModel, tmp_path: Path) -> Iterator[Any]:
+def aligner_of(teacher: PreTrainedModel, tmp_path: Path) -> Callable[..., Aligner]:
     teacher.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
 
@@ -67,7 +67,7 @@ def step(aligner: Aligner, input_ids: Tensor) -> AllocationWatch:
     return watch
 
 
-def test_hidden_mixing_and_tokens_together(aligner_of: Any, input_ids: Tensor) -> None:
+def test_hidden_mixing_and_tokens_together(aligner_of: Callable[..., Aligner], input_ids: Tensor) -> None:
     aligner = aligner_of()
     watch = step(aligner, input_ids)
     # 4 pairs and the tokens each give gradients: the step was a whole one.
@@ -78,7 +78,7 @@ def test_hidden_mixing_and_tokens_together(aligner_of: Any, input_ids: Tensor) -
 
 
 def test_the_watch_sees_a_dense_map_and_whole_logits(
-    aligner_of: Any, input_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+    aligner_of: Callable[..., Aligner], input_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = step(aligner_of(implementation="reference", tokens=False), input_ids)
     assert any(shape[-2:] == (TIME, TIME) for _, shape in dense.found)
