@@ -21,7 +21,7 @@ from xarch_kd.training.aligner import Aligner
 
 TIME = 2048
 # The tokens' logits are then more than the chunks of logits that are held, and no multiple of TIME².
-VOCABULARY = 7919
+VOCABULARY = 20011
 # The last token predicts nothing.
 PREDICTIONS = TIME - 1
 ALIGN: list[dict[str, Any]] = [
