@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping.counts import check_placeable
 from xarch_kd.layer_mapping.layer_map import LayerMap, check_depths
-
-if TYPE_CHECKING:
-    import numpy
 
 
 def cka(similarity: Tensor) -> LayerMap:
@@ -85,8 +82,6 @@ def checked_matrix(strategy: str, matrix: Tensor) -> numpy.ndarray:
 
 def _banded(gains: numpy.ndarray, band: float | None) -> numpy.ndarray:
     """Return `gains` with -inf outside the band."""
-    import numpy
-
     if band is None:
         return gains
     if not band >= 0:
@@ -98,8 +93,6 @@ def _banded(gains: numpy.ndarray, band: float | None) -> numpy.ndarray:
 
 def _best_totals(gains: numpy.ndarray, strict: bool) -> numpy.ndarray:
     """Return V_i(j), the greatest total of layers 0 to i when i learns from j; -inf where there is no map."""
-    import numpy
-
     best = numpy.empty_like(gains)
     best[0] = gains[0]
     for layer in range(1, len(gains)):
