@@ -6,11 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from xarch_kd.errors import MappingFileError
+from xarch_kd.mapping_file.mixing_sizes import mixing_size
 from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.mapping_file.render import render_plan
-from xarch_kd.testing.tiny import tiny_config
+from xarch_kd.models.load import meta_model
+from xarch_kd.taps.layout import layout_of
+from xarch_kd.taps.trace import trace
+from xarch_kd.testing.recurrent import SIZES as RECURRENT
+from xarch_kd.testing.recurrent import recurrent_model
+from xarch_kd.testing.tiny import SIZES, tiny_config, tiny_model
 
 PlanOf = Callable[[str], Plan]
 FolderOf = Callable[..., str]
@@ -104,3 +111,24 @@ def test_counts_of_heads_that_no_rule_bridges(plan_of: PlanOf, folder_of: Folder
     assert len(found) == len(set(found)) == 1
     assert found[0].startswith(place)
     assert "3 student heads and 4 teacher heads" in found[0]
+
+
+@pytest.mark.parametrize("model_type", [*SIZES, *RECURRENT])
+def test_sizes_are_those_of_what_is_read(model_type: str) -> None:
+    model: Any = tiny_model(model_type) if model_type in SIZES else recurrent_model(model_type, seed=0)
+    layout = layout_of(model)
+    for kind in dict.fromkeys(layout.mixer_kinds):
+        layer = layout.mixer_kinds.index(kind)
+        size = mixing_size(layout_of(meta_model(model.config)), layer)
+        if size is None:
+            assert kind not in ("attention", "mamba", "mamba2", "gated_delta")
+            continue
+        with torch.no_grad():
+            mixing = trace(layout, torch.zeros(1, 8, dtype=torch.long), taps=["mixing"], layers=[layer]).at(
+                "mixing", layer
+            )
+        assert mixing.heads == size.heads, kind
+        # Multi-head latent attention keeps part of its queries and keys elsewhere than a config says.
+        if model_type != "kimi_linear" and kind in ("attention", "mamba2"):
+            in_time = [factor for factor in mixing.factors.values() if factor.shape[:2] == (1, 8)]
+            assert sum(factor.numel() for factor in in_time) == 8 * size.numbers, kind

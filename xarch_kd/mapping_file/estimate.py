@@ -177,7 +177,7 @@ def _mixing_flops(layout: Layout, index: int, length: int) -> float:
         heads = number_of(config, "num_attention_heads")
         return 2.0 * length * (heads * number_of(config, "head_dim") or number_of(config, "hidden_size"))
     if kind == "mamba2":
-        heads, head_dim, state, chunk = mamba2_sizes(config)
+        heads, head_dim, state, chunk = mamba2_sizes(layout.mixers[index])
         return 2.0 * min(chunk, length) * heads * (state + head_dim) + 4.0 * heads * state * head_dim
     return 9.0 * number_of(config, "intermediate_size") * number_of(config, "state_size") if kind == "mamba" else 0.0
 
@@ -209,7 +209,7 @@ def _kept_numbers(layout: Layout, index: int, work: Work) -> float:
     if layout.mlps is not None and not work.mixers_alone:
         kept += 4.0 * number_of(config, "intermediate_size")
     if layout.mixer_kinds[index] == "mamba2":
-        heads, _, _, chunk = mamba2_sizes(config)
+        heads, _, _, chunk = mamba2_sizes(layout.mixers[index])
         kept += 5.0 * heads * chunk
     return kept
 
