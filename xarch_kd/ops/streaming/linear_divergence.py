@@ -19,9 +19,9 @@ from xarch_kd.ops.teacher import Buckets, Logits
 
 # Logits of one model in a chunk and in a group of rows. On a CPU a larger chunk saves passes over the heads and the
 # head's gradient, until its logits are as large as that gradient; on a GPU it also fills the device.
-CHUNK_ELEMENTS = {"cpu": 8 << 20, "other": 256 << 20}
+CHUNK_ELEMENTS = {"cpu": 6 << 20, "other": 256 << 20}
+FROZEN_HEAD_CHUNK_ELEMENTS = {"cpu": 4 << 20, "other": 128 << 20}
 GROUP_ELEMENTS = {"cpu": 1 << 17, "other": 64 << 20}
-FROZEN_HEAD_SHARE = 2
 # Tokens in a chunk are a multiple of it, the rows that a CPU's library multiplies together.
 CHUNK_MULTIPLE = 16
 # Divergences whose gradient vanishes where teacher and student share no mass, and what counts as such a row.
@@ -52,7 +52,7 @@ class Sweep:
 def default_chunk(problem: DivergenceProblem, head_trains: bool) -> int:
     """Return how many tokens a chunk has, fewer when no gradient of the head is added up, all chunks about as long."""
     device = "cpu" if problem.weights.device.type == "cpu" else "other"
-    elements = CHUNK_ELEMENTS[device] if head_trains else CHUNK_ELEMENTS[device] // FROZEN_HEAD_SHARE
+    elements = (CHUNK_ELEMENTS if head_trains else FROZEN_HEAD_CHUNK_ELEMENTS)[device]
     chunks = -(-problem.tokens // max(1, elements // problem.vocabulary))
     even = -(-problem.tokens // max(1, chunks))
     return max(1, min(-(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE, problem.tokens))
