@@ -218,6 +218,26 @@ def test_a_student_next_to_its_teacher_keeps_its_digits(kind: str) -> None:
         assert _error(found[name], exact[name]) <= 1e-3
 
 
+def test_a_mixture_that_is_nearly_the_student_keeps_its_digits() -> None:
+    """log(q / m) is a hundredth of a log ratio that is itself a hundredth: 1 + that, rounded, has no fourth digit."""
+    inputs = _inputs(19, deviation=0.5, full=False)
+    noise = torch.randn(inputs["teacher_weight"].shape, generator=torch.Generator().manual_seed(20)).to(DEVICE)
+    inputs["student_hidden"] = inputs["teacher_hidden"].clone()
+    inputs["student_weight"] = inputs["teacher_weight"] + 0.002 * noise
+    divergence = {"kind": "jsd", "beta": 0.01}
+    double = {name: value.double() for name, value in inputs.items()}
+    exact = _run(
+        lambda leaves: (
+            linear_divergence(**leaves, vocabulary=VOCABULARY, divergence=divergence, impl="reference").total
+        ),
+        double,
+    )
+    found = _run(_fused, inputs, {"divergence": divergence})
+    for name in _trained(inputs):
+        # Log-probabilities of about -5, two roundings of 2^-22 of them over log ratios of about 0.006.
+        assert _error(found[name], exact[name]) <= 2 * 2.0**-22 / 0.006, _error(found[name], exact[name])
+
+
 @pytest.mark.filterwarnings("ignore:.* is saturated")
 @pytest.mark.parametrize("deviation", [15.0, 40.0])
 @pytest.mark.parametrize("kind", KINDS)

@@ -95,7 +95,7 @@ def linear_divergence(
 
     Warns:
         UserWarning: more than half of the tokens are far from the teacher and have no gradient (JSD, skew KL and total
-            variation saturate); counted by `impl="streaming"`.
+            variation saturate); counted by `impl="streaming"` and `"fused"`.
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
