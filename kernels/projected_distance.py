@@ -1,6 +1,6 @@
 """Distance of projected students y from teachers t and its gradient, written over y. One program a row.
 
-Two passes over a row, whose second finds it in the cache: sums of y², y t, t² and (y - t)²; the gradient.
+Two passes over a row, whose second finds it in the cache: sums of y², y t, t² and (y - t)² or Huber's; the gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xarch_kd.kernels.tiles import INTERPRETED, Specimen
 
-KINDS = ("mse", "squared_error", "relative_mse", "cosine", "normalised_mse")
+KINDS = ("mse", "squared_error", "huber", "l2", "relative_mse", "cosine", "normalised_mse")
 # Columns a block. Interpreted rows are short, and should still have several blocks.
 BLOCK = 64 if INTERPRETED else 2048
 WARPS = 4
@@ -40,6 +40,7 @@ def distance_row(
     teacher_stride,
     width,
     epsilon,
+    delta,  # where Huber's square turns into a line
     KIND: tl.constexpr,
     BIASED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
@@ -62,6 +63,9 @@ def distance_row(
         if KIND == "cosine":
             product += y * t
             length += y * y
+        elif KIND == "huber":
+            bounded = tl.minimum(tl.maximum(y - t, -delta), delta)
+            squared += bounded * (y - t - 0.5 * bounded)
         else:
             squared += (y - t) * (y - t)
         if KIND == "cosine" or KIND == "normalised_mse":
@@ -74,12 +78,16 @@ def distance_row(
         value = 1.0 - cosine
     else:
         divisor = 1.0
-        if KIND == "mse":
+        if KIND == "mse" or KIND == "huber" or KIND == "l2":
             divisor = width * 1.0
         if KIND == "normalised_mse":
             divisor = tl.sum(teacher_length, 0) + epsilon
         value = tl.sum(squared, 0) / divisor
         across = 2.0 / divisor
+        if KIND == "l2":
+            value = tl.sqrt(value)
+            # Where y = t it is multiplied by 0.
+            across = 1.0 / (divisor * tl.maximum(value, 1e-30))
     tl.store(DISTANCE + row, value)
     if WITH_GRADIENT:
         scale = tl.load(SCALE + row)
@@ -89,6 +97,8 @@ def distance_row(
             y = projected_of(PROJECTED, BIAS, c, inside, BIASED)
             t = tl.load(TEACHER + c, mask=inside, other=0.0).to(tl.float32)
             gradient = across * (y - t)
+            if KIND == "huber":
+                gradient = tl.minimum(tl.maximum(y - t, -delta), delta) / divisor
             if KIND == "cosine":
                 gradient = along * y - across * t
             gradient = (gradient * scale).to(GRADIENT.dtype.element_ty)
@@ -107,6 +117,7 @@ def distance_rows(
     distance: str,
     epsilon: float,
     gradient: torch.dtype,
+    delta: float = 1.0,
 ) -> Tensor:
     """Return the distance (float32) of each row of `projected` (+ bias) from the teacher's, both [rows, width].
 
@@ -131,6 +142,7 @@ def distance_rows(
             teacher.stride(0),
             width,
             epsilon,
+            delta,
             KIND=distance,
             BIASED=bias is not None,
             WITH_GRADIENT=scale is not None,
@@ -160,7 +172,7 @@ def _specimen(kind: str, teacher: str, gradient: str) -> Specimen:
     return Specimen(
         label=f"{kind}/{teacher}-{gradient}",
         kernel=distance_row,
-        signature=signature | {"width": "i32:16", "epsilon": "fp32"},
+        signature=signature | {"width": "i32:16", "epsilon": "fp32", "delta": "fp32"},
         constexprs={
             "KIND": kind,
             "BIASED": True,

@@ -52,6 +52,8 @@ def _dense(inputs: dict[str, Tensor], kind: str, dtype: torch.dtype, back: torch
     rows = {
         "mse": squared / t.shape[-1],
         "squared_error": squared,
+        "huber": torch.where((y - t).abs() > 1, (y - t).abs() - 0.5, (y - t) ** 2 / 2).mean(-1),
+        "l2": squared.sqrt() / t.shape[-1] ** 0.5,
         "cosine": 1 - (y * t).sum(-1) / (((y**2).sum(-1) + SMALL) * (energy + SMALL)).sqrt(),
         "normalised_mse": squared / (energy + SMALL),
     }[kind]
@@ -168,6 +170,21 @@ def test_inputs_stay_as_they_are() -> None:
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
     strided = inputs["teacher"].transpose(-1, -2).contiguous().transpose(-1, -2)
     assert torch.equal(_fused(inputs | {"teacher": strided}, "mse"), _fused(inputs, "mse"))
+
+
+def test_huber_turns_at_delta_and_l2_has_no_gradient_at_the_goal() -> None:
+    inputs = _inputs(13, projector=False)
+    inputs.pop("mask")
+
+    def total(leaves: dict[str, Tensor], impl: str) -> Tensor:
+        return projected_distance(**leaves, distance="huber", delta=0.5, impl=impl)
+
+    found, expected = _run(total, inputs, "fused"), _run(total, inputs, "reference")
+    for name, value in expected.items():
+        assert _error(found[name], value.double()) <= ROUNDINGS * EPSILON
+    inputs["student"][0, 0] = inputs["teacher"][0, 0]
+    gradient = _run(_fused, inputs, "l2")["student"]
+    assert not gradient[0, 0].any() and gradient[0, 1].any()
 
 
 def test_no_gradient_is_asked_for() -> None:

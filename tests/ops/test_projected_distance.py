@@ -19,6 +19,9 @@ SHAPE, STUDENT_WIDTH, TEACHER_WIDTH, EPSILON = (3, 7), 6, 9, 1e-4
 FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda y, t: ((y - t) ** 2).sum(-1) / y.shape[-1],
     "squared_error": lambda y, t: ((y - t) ** 2).sum(-1),
+    # At the default delta of 1.
+    "huber": lambda y, t: torch.where((y - t).abs() > 1, (y - t).abs() - 0.5, (y - t) ** 2 / 2).mean(-1),
+    "l2": lambda y, t: ((y - t) ** 2).mean(-1).sqrt(),
     "cosine": lambda y, t: (
         1 - torch.einsum("...d,...d->...", y, t) / ((y.pow(2).sum(-1) + EPSILON) * (t.pow(2).sum(-1) + EPSILON)).sqrt()
     ),
@@ -94,6 +97,35 @@ def test_equal_widths_need_no_projector(impl: str) -> None:
     value.backward()
     torch.testing.assert_close(value.detach(), torch.tensor(0.01, dtype=torch.float64), rtol=1e-12, atol=0)
     torch.testing.assert_close(student.grad, -0.2 * teacher / teacher.square().sum(), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("delta", [0.25, 3.0])
+def test_huber_turns_at_delta(delta: float, impl: str) -> None:
+    student, teacher, weight, _ = make()
+    projected_distance(student, teacher, weight=weight, distance="huber", delta=delta, impl=impl).backward()
+    s, t, w, _ = make()
+    r = s @ w.T - t
+    assert bool((r.abs() > delta).any()) and bool((r.abs() < delta).any())
+    torch.where(r.abs() > delta, delta * (r.abs() - delta / 2), r**2 / 2).mean().backward()
+    torch.testing.assert_close(student.grad, s.grad, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(weight.grad, w.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_l2_pulls_with_one_strength_until_it_is_there(impl: str) -> None:
+    """The gradient of a token has the length 1 / √width however far it is, and is 0 where student and teacher agree."""
+    _, teacher, _, _ = make()
+    gap = torch.randn(*SHAPE, TEACHER_WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gap *= torch.logspace(-6, 3, 21, dtype=torch.float64).view(*SHAPE, 1)
+    gap[0, 0] = 0
+    student = (teacher + gap).requires_grad_()
+    value = projected_distance(student, teacher, distance="l2", reduction="sum", impl=impl)
+    value.backward()
+    assert student.grad is not None
+    expected = torch.full(SHAPE, TEACHER_WIDTH**-0.5, dtype=torch.float64)
+    expected[0, 0] = 0
+    torch.testing.assert_close(student.grad.norm(dim=-1), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -178,6 +210,7 @@ def test_non_finite_features_are_named_unless_masked(impl: str, distance: str) -
         ({"teacher": torch.randn(3, 6, 9)}, ["teacher", "[3, 6, 9]", "[3, 7, 9]"]),
         ({"mask": torch.ones(3, 7)}, ["mask must be boolean"]),
         ({"epsilon": -1.0}, ["epsilon"]),
+        ({"delta": 0.0}, ["delta", "above 0"]),
         ({"student": torch.ones(3, 7, 6, dtype=torch.long)}, ["student must be floating point"]),
         ({"chunk_size": -1}, ["chunk_size"]),
     ],

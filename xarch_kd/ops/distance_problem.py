@@ -16,6 +16,8 @@ from xarch_kd.ops.divergence_problem import pick
 DISTANCES = {
     "mse": "mean over the width of (y - t)²",
     "squared_error": "sum over the width of (y - t)²",
+    "huber": "mean over the width of (y - t)² / 2, or delta (|y - t| - delta / 2) where |y - t| > delta",
+    "l2": "root of the mean over the width of (y - t)²",
     "relative_mse": "(y - t)² over t², each summed over all tokens that count",
     "cosine": "1 - cos(y, t)",
     "normalised_mse": "|y - t|² / (|t|² + epsilon)",
@@ -38,6 +40,7 @@ class DistanceProblem:
     kept: Tensor | None
     shape: torch.Size
     dtype: torch.dtype
+    delta: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -45,8 +48,8 @@ class DistanceProblem:
         return self.student.shape[0] if self.kept is None else self.kept.shape[0]
 
 
-def check_distance(distance: str, reduction: str, epsilon: float) -> None:
-    """Raise UsageError for an unknown distance, or a ratio of sums asked for where it has no meaning."""
+def check_distance(distance: str, reduction: str, epsilon: float, delta: float = 1.0) -> None:
+    """Raise UsageError for an unknown distance, a ratio of sums where it has no meaning, or a number out of range."""
     if distance not in DISTANCES:
         raise UsageError(
             f"There is no such distance.{suggest(distance, DISTANCES)}", asked=distance, allowed=" | ".join(DISTANCES)
@@ -61,6 +64,8 @@ def check_distance(distance: str, reduction: str, epsilon: float) -> None:
         )
     if not (epsilon >= 0 and math.isfinite(epsilon)):
         raise UsageError("epsilon must not be negative.", found=epsilon, allowed=">= 0")
+    if not (delta > 0 and math.isfinite(delta)):
+        raise UsageError("delta, where huber turns from a square to a line, must be above 0.", found=delta)
 
 
 def make_problem(
@@ -72,6 +77,7 @@ def make_problem(
     distance: str,
     mask: Tensor | None,
     epsilon: float,
+    delta: float = 1.0,
 ) -> DistanceProblem:
     """Check the tensors and return the problem."""
     checks.check_floating(student=student, teacher=teacher, weight=weight, bias=bias)
@@ -99,6 +105,7 @@ def make_problem(
         bias=bias,
         distance=distance,
         epsilon=epsilon,
+        delta=delta,
         kept=checks.counted_tokens(math.prod(leading), mask, student.device),
         shape=leading,
         dtype=checks.accumulation_dtype(student, teacher, weight, bias),

@@ -28,6 +28,7 @@ def projected_distance(
     mask: Tensor | None = None,
     reduction: str = "mean",
     epsilon: float = 1e-6,
+    delta: float = 1.0,
     impl: str = "auto",
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -35,8 +36,10 @@ def projected_distance(
 
     `student` is [..., student width], `teacher` [..., teacher width], `weight` [teacher width, student width], `bias`
     [teacher width]; `mask` is boolean with the leading axes, true where a token counts. Of each token: `mse`, the mean
-    over the width of (y - t)²; `squared_error`, the sum; `cosine`, 1 - y·t / (|y| |t|) with epsilon under both roots;
-    `normalised_mse`, |y - t|² / (|t|² + epsilon). `relative_mse` is Σ|y - t|² / Σ|t|² over all tokens that count.
+    over the width of (y - t)²; `squared_error`, the sum; `l2`, the root of the mean, whose gradient is 0 where y = t;
+    `huber`, the mean over the width of (y - t)² / 2, or of delta (|y - t| - delta / 2) where |y - t| > delta; `cosine`,
+    1 - y·t / (|y| |t|) with epsilon under both roots; `normalised_mse`, |y - t|² / (|t|² + epsilon). `relative_mse` is
+    Σ|y - t|² / Σ|t|² over all tokens that count.
 
     `reduction="mean"` is over tokens that count; `"sum"` is 0 when none does; `"none"` gives one value a token, 0 where
     it does not count. Gradients go to student, weight and bias, never to the teacher. `chunk_size` is the number of
@@ -46,9 +49,11 @@ def projected_distance(
         UsageError: shapes, dtypes, devices or options that do not fit, a mean over no tokens, a teacher that is 0.
         NonFiniteLoss: the distance of a counted token is NaN or infinite.
     """
-    check_distance(distance, reduction, epsilon)
+    check_distance(distance, reduction, epsilon, delta)
     checks.check_chunk_size(chunk_size)
-    problem = make_problem(student, teacher, weight=weight, bias=bias, distance=distance, mask=mask, epsilon=epsilon)
+    problem = make_problem(
+        student, teacher, weight=weight, bias=bias, distance=distance, mask=mask, epsilon=epsilon, delta=delta
+    )
     obstacle = fused.obstacle(problem)
     implementation = choose("projected_distance", impl, {} if obstacle is None else {"fused": obstacle})
     if reduction == "mean" and problem.tokens == 0:

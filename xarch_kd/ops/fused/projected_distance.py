@@ -54,6 +54,7 @@ def _sweep_chunk(problem: DistanceProblem, scale: Tensor | None, result: Sweep, 
         problem.distance,
         problem.epsilon,
         dtype,
+        problem.delta,
     )
     if scale is None:
         return

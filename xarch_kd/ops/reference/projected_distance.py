@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from xarch_kd.ops.distance_problem import DistanceProblem
 from xarch_kd.ops.divergence_problem import pick
@@ -16,6 +18,11 @@ def token_values(problem: DistanceProblem) -> Tensor:
         projected = projected @ problem.weight.to(problem.dtype).T
     if problem.bias is not None:
         projected = projected + problem.bias.to(problem.dtype)
+    if problem.distance == "huber":
+        return functional.huber_loss(projected, teacher, reduction="none", delta=problem.delta).mean(-1)
+    if problem.distance == "l2":
+        # A norm has the subgradient 0 at 0, where a root of a sum has none.
+        return torch.linalg.vector_norm(projected - teacher, dim=-1) / teacher.shape[-1] ** 0.5
     squared = (projected - teacher).square()
     if problem.distance == "mse":
         return squared.mean(-1)

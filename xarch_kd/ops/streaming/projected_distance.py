@@ -73,6 +73,15 @@ def _rows(problem: DistanceProblem, projected: Tensor, teacher: Tensor) -> tuple
         slope = projected * (cosine / length.square())
         return 1 - cosine.squeeze(-1), slope.sub_(teacher / (length * teacher_length))
     difference = projected - teacher
+    if problem.distance == "huber":
+        slope = difference.clamp(-problem.delta, problem.delta)
+        # x² / 2 up to delta and a line beyond: clamp(x) (x - clamp(x) / 2).
+        return difference.sub_(slope / 2).mul_(slope).mean(-1), slope.div_(teacher.shape[-1])
+    if problem.distance == "l2":
+        # By the norm of the difference, whose squares might overflow or vanish.
+        length = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
+        root = teacher.shape[-1] ** 0.5
+        return length.squeeze(-1) / root, difference.mul_(torch.where(length > 0, 1 / (length * root), 0.0))
     values = difference.square().sum(-1)
     if problem.distance == "normalised_mse":
         norm = teacher.square().sum(-1) + problem.epsilon
