@@ -103,7 +103,7 @@ def test_explain_refuses_what_the_operation_refuses() -> None:
     with pytest.raises(UsageError, match="temperature must be positive"):
         ops.explain("linear_divergence", hidden, head, hidden, head, temperature=0.0)
     with pytest.raises(UsageError, match="not the arguments of linear_divergence"):
-        ops.explain("linear_divergence", hidden, head)
+        ops.explain("linear_divergence", hidden, head, hidden, head, temprature=2.0)
     with pytest.raises(UsageError, match="Did you mean 'projected_distance'"):
         ops.explain("projected_distanse", hidden, hidden)
 
