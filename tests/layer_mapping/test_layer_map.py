@@ -9,12 +9,13 @@ from xarch_kd.layer_mapping.counts import all_to_one, block_average, random, rev
 
 
 def test_weights_are_float64_and_ones_own_copy() -> None:
-    given = torch.tensor([[0.25, 0.75], [0.0, 0.0]], requires_grad=True)
-    layer_map = LayerMap("given", given)
-    assert layer_map.weights.dtype == torch.float64 and not layer_map.weights.requires_grad
-    with torch.no_grad():
-        given[0, 0] = 9
-    assert layer_map.pairs() == ((0, 0, 0.25), (0, 1, 0.75))
+    for dtype in (torch.float32, torch.float64):
+        given = torch.tensor([[0.25, 0.75], [0.0, 0.0]], dtype=dtype, requires_grad=True)
+        layer_map = LayerMap("given", given)
+        assert layer_map.weights.dtype == torch.float64 and not layer_map.weights.requires_grad
+        with torch.no_grad():
+            given[0, 0] = 9
+        assert layer_map.pairs() == ((0, 0, 0.25), (0, 1, 0.75))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,14 @@ def test_a_picture_of_a_small_map() -> None:
         " 2 ··░▒·▓·",
         " 3 ·······",
     ]
+
+
+def test_shades_do_not_show_rounding() -> None:
+    weights = torch.tensor(
+        [[0.25 + 1e-12, 0.25, 0.5 - 1e-12, 0.0], [1e-10, 0.75 + 1e-12, 0.0, 0.25 - 1e-10]], dtype=torch.float64
+    )
+    rows = LayerMap("given", weights).picture().splitlines()[2:]
+    assert rows == [" 0 ░░▒·", " 1 ·▓·░"]
 
 
 def test_three_thirds_in_one_column_are_a_whole() -> None:

@@ -29,7 +29,7 @@ class LearnedMap(nn.Module):
 
     τ goes from `temperature` to `final_temperature` geometrically over the training, so the rows end near one-hot; with
     None it stays. Where training stands is `progress`, from 0 to 1, told by the caller: the logits are all the state.
-    `initial` is the map to start from, else all weights are equal.
+    `initial` is the map to start from; without one, and in rows of 0, all weights are equal.
 
     Such a map would collapse onto the teacher layer that is easiest to match. Three things hold against it: the student
     sees fixed weights and cannot move them to layers it already matches; the map sees losses without the student's
@@ -109,8 +109,6 @@ class LearnedMap(nn.Module):
                 found=list(initial.weights.shape),
                 allowed=f"{list(self.logits.shape)} [student layers, teacher layers]",
             )
-        rows = initial.weights
-        teachers = rows.shape[1]
-        rows = rows.where(rows.sum(1, keepdim=True) > 0, 1 / teachers)
+        spread = (1 - SPREAD) * initial.weights + SPREAD / initial.weights.shape[1]
         with torch.no_grad():
-            self.logits.copy_(self.start * ((1 - SPREAD) * rows + SPREAD / teachers).log())
+            self.logits.copy_(self.start * spread.log())
