@@ -20,7 +20,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/xarch-kd show $(RUN)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

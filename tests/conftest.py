@@ -10,3 +10,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 # Read when triton is first imported: kernels run in its interpreter, on the CPU. On a GPU: TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a processor of its own; threads of several would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
