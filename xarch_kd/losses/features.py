@@ -26,13 +26,11 @@ SMALLEST_NORMALISER: Final = 1e-12
 
 
 class Projection(Protocol):
-    """A linear map from the student's width to the teacher's: weight [teacher, student], bias [teacher] or None."""
+    """A map from the student's width to the teacher's whose last part is linear, so that its values are never kept."""
 
-    @property
-    def weight(self) -> Tensor: ...
-
-    @property
-    def bias(self) -> Tensor | None: ...
+    def split(self, student: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return features [..., width] and what they are multiplied by: weight [teacher, width], bias [teacher]."""
+        ...
 
 
 def token_count(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -75,11 +73,12 @@ def feature_loss(
         UsageError: an unknown kind, or shapes that do not fit.
         NonFiniteLoss: the distance of a counted token is NaN or infinite.
     """
+    features, weight, bias = (student, None, None) if projector is None else projector.split(student)
     total = projected_distance(
-        student,
+        features,
         teacher,
-        weight=None if projector is None else projector.weight,
-        bias=None if projector is None else projector.bias,
+        weight=weight,
+        bias=bias,
         distance=_distance(kind),
         mask=mask,
         reduction="sum",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from xarch_kd.projectors.base import Projector, Split
 from xarch_kd.projectors.heads import head_map
 from xarch_kd.projectors.linear import LinearProjector, build_projector, ridge
 
-__all__ = ["LinearProjector", "build_projector", "head_map", "ridge"]
+__all__ = ["LinearProjector", "Projector", "Split", "build_projector", "head_map", "ridge"]

@@ -6,14 +6,14 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from xarch_kd.errors import UsageError, suggest
+from xarch_kd.projectors.base import Projector, Split
 
 KINDS: Final = ("auto", "none", "linear")
 
 
-class LinearProjector(nn.Module):
+class LinearProjector(Projector):
     """y = student weightᵀ (+ bias): [..., student width] → [..., teacher width]; weight is [teacher, student].
 
     It starts as an isometry: the identity for equal widths, else a random semi-orthogonal matrix, drawn from
@@ -37,9 +37,9 @@ class LinearProjector(nn.Module):
             else:
                 nn.init.orthogonal_(self.weight, generator=generator)
 
-    def forward(self, student: Tensor) -> Tensor:
-        """Return the projected features; objectives read `weight` and `bias` instead and never build them."""
-        return functional.linear(student, self.weight, self.bias)
+    def split(self, student: Tensor) -> Split:
+        """Return student, weight and bias."""
+        return Split(student, self.weight, self.bias)
 
     @torch.no_grad()
     def fit(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, penalty: float = 1e-3) -> None:

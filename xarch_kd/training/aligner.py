@@ -21,8 +21,8 @@ from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labe
 from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
 from xarch_kd.mapping_file.schema import MixingMatch
 from xarch_kd.mixing import Mixing
+from xarch_kd.projectors import Projector, build_projector
 from xarch_kd.projectors.heads import head_map
-from xarch_kd.projectors.linear import LinearProjector, build_projector
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.replay import block_calls, read_block, read_mixing, run_mixer
 from xarch_kd.taps.sites import Site
@@ -273,9 +273,9 @@ class Aligner(nn.Module):
         )
         return pair.weight * value
 
-    def _projector(self, pair: PairPlan) -> LinearProjector | None:
+    def _projector(self, pair: PairPlan) -> Projector | None:
         found = dict(self.projectors.items()).get(_key(pair))
-        assert found is None or isinstance(found, LinearProjector)
+        assert found is None or isinstance(found, Projector)
         return found
 
     def _tokens(
