@@ -1,17 +1,42 @@
-"""Floor 3: objectives. Each is a sum over tokens over a count of the whole step, so micro-batches add up."""
+"""Floor 3: objectives. Each is a sum over tokens over a count of the whole step, so micro-batches add up.
+
+`cka_loss` alone is not: its micro-batches add up to the mean of their own.
+"""
 
 from __future__ import annotations
 
+from xarch_kd.losses.balance import Balance, observed_loss
+from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_widths, queries_and_keys
+from xarch_kd.losses.cka import cka_loss, cka_tokens
 from xarch_kd.losses.features import feature_loss, feature_normaliser, teacher_energy, token_count
+from xarch_kd.losses.mixing import mixing_loss
+from xarch_kd.losses.relations import gram_loss, relation_heads, relation_loss
+from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.losses.standardise import FeatureStatistics, Standardiser
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
 
 __all__ = [
+    "Balance",
+    "FeatureStatistics",
     "Head",
+    "QueriesAndKeys",
+    "Standardiser",
     "TokenLoss",
+    "WeightSchedule",
+    "attention_bridge",
+    "bridge_widths",
+    "cka_loss",
+    "cka_tokens",
     "feature_loss",
     "feature_normaliser",
+    "gram_loss",
     "label_count",
+    "mixing_loss",
     "next_token_labels",
+    "observed_loss",
+    "queries_and_keys",
+    "relation_heads",
+    "relation_loss",
     "teacher_energy",
     "token_count",
     "token_loss",

@@ -2,6 +2,13 @@
 
 A step's loss is Σ over its micro-batches of `feature_loss(…, normaliser=N)` where N is the sum over all micro-batches,
 and all ranks, of `feature_normaliser(…)`: the same value and gradient as one batch of them all.
+
+None is invariant to a rotation or a shift of the student, so the student must share the teacher's basis or have a
+projector. `cosine` alone does not see the scale of a token. A massive dimension that student and teacher share blinds
+`cosine`, and `relative_mse` and `normalised_mse`, whose divisor it fills; it leaves `mse`, `l2` and `huber` as they
+are. One that differs takes all of `mse`, and the less of `l2` and `huber`, whose gradient is bounded. With a
+`standardiser` every dimension weighs the same and a shared one blinds none; a scale and a shift are seen by all but
+`cosine`, on purpose: statistics of the student's own would let its size drift.
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError, suggest
+from xarch_kd.losses.standardise import Standardiser
 from xarch_kd.ops.projected_distance import projected_distance
 
 # Loss of a mapping file -> the distance that is summed over tokens.
@@ -20,6 +28,8 @@ DISTANCES: Final = {
     "relative_mse": "squared_error",
     "cosine": "cosine",
     "normalised_mse": "normalised_mse",
+    "huber": "huber",
+    "l2": "l2",
 }
 # A step without one counted token, or a teacher that is 0, has loss 0 rather than 0/0.
 SMALLEST_NORMALISER: Final = 1e-12
@@ -46,10 +56,14 @@ def teacher_energy(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     return norms.sum() if mask is None else norms.masked_fill(~mask, 0.0).sum()
 
 
-def feature_normaliser(kind: str, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return what this micro-batch adds to the divisor of loss `kind`: teacher energy, or a token count."""
+def feature_normaliser(
+    kind: str, teacher: Tensor, mask: Tensor | None = None, *, standardiser: Standardiser | None = None
+) -> Tensor:
+    """Return what this micro-batch adds to the divisor of loss `kind`: energy of the teacher as compared, or tokens."""
     _distance(kind)
-    return teacher_energy(teacher, mask) if kind == "relative_mse" else token_count(teacher, mask)
+    if kind != "relative_mse":
+        return token_count(teacher, mask)
+    return teacher_energy(teacher if standardiser is None else standardiser.apply(teacher.detach()), mask)
 
 
 def feature_loss(
@@ -60,20 +74,26 @@ def feature_loss(
     normaliser: Tensor | float,
     mask: Tensor | None = None,
     projector: Projection | None = None,
+    standardiser: Standardiser | None = None,
     epsilon: float = 1e-6,
+    delta: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
     """Return this micro-batch's share of loss `kind`, a scalar.
 
     `student` is [batch, time, student width] and `teacher` [batch, time, teacher width]; `mask` [batch, time] is true
-    where a token counts. `mse`, `cosine` and `normalised_mse` are means over tokens, `relative_mse` is Σ|y - t|² over
-    Σ|t|². The teacher gets no gradient.
+    where a token counts. `relative_mse` is Σ|y - t|² over Σ|t|²; the others are means over tokens of the distances of
+    `projected_distance`: `huber`, with `delta`, and `l2` among them. With the teacher's `standardiser`, y and t are
+    standardised before they are compared. The teacher gets no gradient.
 
     Raises:
         UsageError: an unknown kind, or shapes that do not fit.
         NonFiniteLoss: the distance of a counted token is NaN or infinite.
     """
     features, weight, bias = (student, None, None) if projector is None else projector.split(student)
+    if standardiser is not None:
+        features, weight, bias = standardiser.fold(features, weight, bias)
+        teacher = standardiser.apply(teacher.detach())
     total = projected_distance(
         features,
         teacher,
@@ -83,6 +103,7 @@ def feature_loss(
         mask=mask,
         reduction="sum",
         epsilon=epsilon,
+        delta=delta,
         impl=impl,
     )
     return total / divisor(normaliser, total)

@@ -1,0 +1,100 @@
+"""An attention bridge: a student's C and B taught by a teacher's queries and keys (CAB, arXiv:2510.19266)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from xarch_kd.errors import UsageError
+from xarch_kd.losses.features import Projection, feature_loss
+from xarch_kd.mixing import DeltaMixing, LinearMixing, Mixing, SelectiveMixing, SoftmaxMixing, SSDMixing
+
+
+class QueriesAndKeys(NamedTuple):
+    """What the entries of a token-mixing matrix are products of, both [batch, time, heads or groups, width]."""
+
+    query: Tensor
+    key: Tensor
+
+
+def queries_and_keys(mixing: Mixing) -> QueriesAndKeys:
+    """Return queries and keys of a mixing with their graph: C and B of a state-space model.
+
+    They are as the mixer uses them: after a rotation (RoPE), a convolution, a normalisation.
+
+    Raises:
+        UsageError: a mixing whose entries are no products of two vectors, as a convolution's.
+    """
+    if isinstance(mixing, SoftmaxMixing | LinearMixing | DeltaMixing):
+        return QueriesAndKeys(mixing.query, mixing.key)
+    if isinstance(mixing, SSDMixing):
+        return QueriesAndKeys(mixing.C, mixing.B)
+    if isinstance(mixing, SelectiveMixing):
+        # One group without an axis of its own in Mamba-1.
+        query, key = (factor if factor.dim() == 4 else factor.unsqueeze(2) for factor in (mixing.C, mixing.B))
+        return QueriesAndKeys(query, key)
+    raise UsageError(
+        "This mixer has neither queries and keys nor C and B.",
+        found=mixing.kind,
+        allowed="softmax | linear | delta | ssd | selective",
+    )
+
+
+def bridge_widths(student: QueriesAndKeys, teacher: QueriesAndKeys) -> dict[str, tuple[int, int]]:
+    """Return (student width, teacher width), of all heads together, of the maps `query` and `key` of a bridge."""
+    return {
+        name: (own.shape[2:].numel(), target.shape[2:].numel())
+        for name, own, target in zip(QueriesAndKeys._fields, student, teacher, strict=True)
+    }
+
+
+def attention_bridge(
+    student: QueriesAndKeys,
+    teacher: QueriesAndKeys,
+    *,
+    normaliser: Tensor | float,
+    query_map: Projection | None = None,
+    key_map: Projection | None = None,
+    mask: Tensor | None = None,
+    kind: str = "normalised_mse",
+    epsilon: float = 1e-6,
+    delta: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Return this micro-batch's share of the mean of two feature losses: of queries and of keys, heads side by side.
+
+    `query_map` and `key_map` take the student's width (`bridge_widths`) to the teacher's. They are held outside and
+    must train with the student; None where the widths are equal. `kind` is one of the feature losses that are means
+    over tokens, `normaliser` the number of tokens of the whole step.
+
+    Invariant to what the maps can undo, for linear ones any invertible linear map of all heads together, and to nothing
+    else that its `kind` sees; blinded by what blinds its `kind`, and by maps that are too free: they can learn the
+    teacher by themselves where the student's C and B merely tell tokens apart. Queries and keys after a rotation
+    (RoPE) ask a student without positions to reproduce positions; take the teacher's before it where you can.
+
+    Raises:
+        UsageError: shapes that do not fit, or `relative_mse`, whose divisor would be one for queries and one for keys.
+        NonFiniteLoss: a feature of a counted token is NaN or infinite.
+    """
+    if kind == "relative_mse":
+        raise UsageError(
+            "A bridge has two distances and one normaliser, the number of tokens.",
+            asked=kind,
+            allowed="a mean over tokens, e.g. normalised_mse",
+        )
+    query, key = (
+        feature_loss(
+            kind,
+            own.flatten(2),
+            target.flatten(2),
+            normaliser=normaliser,
+            mask=mask,
+            projector=projector,
+            epsilon=epsilon,
+            delta=delta,
+            impl=impl,
+        )
+        for own, target, projector in zip(student, teacher, (query_map, key_map), strict=True)
+    )
+    return (query + key) / 2

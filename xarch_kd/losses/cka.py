@@ -1,0 +1,121 @@
+"""One minus the similarity (linear CKA) of student and teacher: no projector, any widths."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError
+from xarch_kd.losses.blocks import finite
+from xarch_kd.losses.features import divisor
+from xarch_kd.losses.standardise import Standardiser
+from xarch_kd.ops import checks
+
+# HSIC_1 divides by n - 3.
+LEAST_TOKENS: Final = 4
+TOKENS_A_DIMENSION: Final = 4
+# Of features whose tokens have a mean square of 1: the dependence of features that do not vary, without 0/0.
+LEAST_DEPENDENCE: Final = 1e-7
+
+
+def cka_tokens(student_width: int, teacher_width: int) -> int:
+    """Return how many tokens a micro-batch should have: with fewer than 4 a dimension CKA is more noise than signal.
+
+    It stays without bias below that, but one batch's value and gradient are then far from those of all tokens.
+    """
+    return TOKENS_A_DIMENSION * max(student_width, teacher_width)
+
+
+def cka_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normaliser: Tensor | float,
+    mask: Tensor | None = None,
+    standardiser: Standardiser | None = None,
+    shared_basis: bool = False,
+) -> Tensor:
+    """Return this micro-batch's share of 1 - CKA, weighted by its tokens; student and teacher [..., width] of each.
+
+    CKA = HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)) with HSIC_1 (Song et al. 2012, eq. 5; `ops.reference.similarity`),
+    which has no bias. The loss is 0 for equal features, near 1 for independent ones, perhaps slightly above. It is no
+    sum over tokens: micro-batches add up to the mean of their own 1 - CKA, which is not that of one large batch. A
+    micro-batch of fewer than 4 tokens that count adds 0; see `cka_tokens` for how many it should have.
+
+    A massive token, as the first of a sequence may be, costs digits in float32: leave it out by `mask`.
+
+    Invariant to a rotation, a scale and a shift of the student; not to scales of single tokens or dimensions. Blinded
+    by a massive dimension that both share and that varies over tokens (a constant one is a shift). Then pass the
+    teacher's `standardiser`, and `shared_basis` if the dimensions of the student are those of the teacher, as in a
+    converted one, so that it is standardised too.
+
+    Raises:
+        UsageError: tensors that do not fit.
+        NonFiniteLoss: a feature of a counted token is NaN or infinite.
+    """
+    checks.check_floating(student=student, teacher=teacher)
+    leading = tuple(student.shape[:-1])
+    checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, teacher width]")
+    checks.check_shape("mask", mask, leading, "[leading axes of student]")
+    checks.check_mask(mask)
+    checks.check_device(student=student, teacher=teacher, mask=mask)
+    dtype = checks.accumulation_dtype(student, teacher)
+    x, y = (features.flatten(0, -2) if mask is None else features[mask] for features in (student, teacher.detach()))
+    tokens = x.shape[0]
+    with torch.autocast(student.device.type, enabled=False):
+        x, y = standardised(x.to(dtype), y.to(dtype), standardiser, shared_basis)
+        if tokens < LEAST_TOKENS:
+            return x.sum() * 0
+        return finite((1 - _cka(x, y)) * (tokens / divisor(normaliser, x)), "cka")
+
+
+def standardised(
+    student: Tensor, teacher: Tensor, standardiser: Standardiser | None, shared_basis: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the teacher standardised, and the student too if its dimensions are the teacher's.
+
+    Raises UsageError for a shared basis of unequal widths.
+    """
+    if standardiser is None:
+        return student, teacher
+    if not shared_basis:
+        return student, standardiser.apply(teacher)
+    if student.shape[-1] != teacher.shape[-1]:
+        raise UsageError(
+            "Models of unequal widths do not share their dimensions.",
+            asked="shared_basis=True",
+            found=f"student {student.shape[-1]}, teacher {teacher.shape[-1]}",
+            fix="shared_basis=False: the teacher alone is standardised",
+        )
+    return standardiser.apply(student), standardiser.apply(teacher)
+
+
+def _cka(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _centred(x), _centred(y)
+    with torch.no_grad():
+        teacher = _hsic(y, y).clamp(min=LEAST_DEPENDENCE)
+    return _hsic(x, y) / (_hsic(x, x).clamp(min=LEAST_DEPENDENCE) * teacher).sqrt()
+
+
+def _centred(features: Tensor) -> Tensor:
+    """Return features without their offset and with a mean square of 1 a token, for the digits' sake.
+
+    CKA changes with neither, so both are constants to its gradient.
+    """
+    with torch.no_grad():
+        mean = features.mean(0)
+        size = (features - mean).square().sum(1).mean().sqrt().clamp(min=torch.finfo(features.dtype).tiny)
+    return (features - mean) / size
+
+
+def _hsic(x: Tensor, y: Tensor) -> Tensor:
+    """Return HSIC_1 from width × width products (formulas of `ops.streaming.similarity`), differentiable."""
+    count = x.shape[0]
+    x_norms, y_norms = x.square().sum(1), y.square().sum(1)
+    products, x_sum, y_sum, both = x.T @ y, x.sum(0), y.sum(0), x_norms @ y_norms
+    trace = products.square().sum() - both
+    total = (x_sum @ x_sum - x_norms.sum()) * (y_sum @ y_sum - y_norms.sum()) / ((count - 1) * (count - 2))
+    rows = x_sum @ products @ y_sum - x_sum @ (y_norms @ x) - y_sum @ (x_norms @ y) + both
+    return (trace + total - 2 * rows / (count - 2)) / (count * (count - 3))
