@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,17 +11,27 @@ from transformers import BambaConfig, PreTrainedConfig
 from xarch_kd.errors import ConversionError
 from xarch_kd.models.facts import TeacherFacts
 from xarch_kd.models.mixers import MixerShape
-from xarch_kd.models.weights import TeacherWeights
+from xarch_kd.models.rotary import rotary_parameters
+from xarch_kd.models.weights import BlockWeights, Projection, TeacherWeights
 
 CONVOLUTION = 4
 # Of 64, 128 and 256 the fastest in the PyTorch path of transformers on a CPU; the kernels take any power of two.
 CHUNK = 64
 
 
+def bamba_obstacle(facts: TeacherFacts) -> str | None:
+    """Return why Bamba cannot hold a teacher, or None."""
+    if facts.norm_after:
+        return "its norms follow attention and MLP, where Bamba's precede them"
+    if facts.query_key_norm is not None:
+        return "its query and key norms are not linear and no Mamba-2 class has them"
+    return None
+
+
 def mixer_head_dim(facts: TeacherFacts) -> tuple[int, int]:
     """Return (expansion, channels per mixer head), the smallest that hold the teacher's heads.
 
-    Bamba's mixer is `expansion × width` channels wide, an integer, split evenly over the heads. A head of the teacher
+    A mixer is `expansion × width` channels wide, an integer, split evenly over the heads. A head of the teacher
     that is narrower fills the first channels of its mixer head and leaves the others zero.
     """
     for expansion in range(1, 65):
@@ -29,7 +39,7 @@ def mixer_head_dim(facts: TeacherFacts) -> tuple[int, int]:
         if rest == 0 and channels >= facts.head_dim:
             return expansion, channels
     raise ConversionError(
-        "No whole multiple of the teacher's width splits evenly over its heads, as Bamba's mixer needs.",
+        "No whole multiple of the teacher's width splits evenly over its heads, as a Mamba-2 mixer needs.",
         found=f"width {facts.width}, {facts.heads} heads of {facts.head_dim}",
     )
 
@@ -40,64 +50,57 @@ def bamba_config(facts: TeacherFacts, kept: Sequence[int], teacher: PreTrainedCo
     It is built field by field: a teacher's dict may carry keys (quantisation, code) that a student must not have.
     Raises `ConversionError` if the kept blocks do not agree on whether they use rotary positions.
     """
-    expansion, channels = mixer_head_dim(facts)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
-    copied: dict[str, Any] = {name: getattr(teacher, name) for name in names}
-    # Not a field of Bamba's config class, but its attention reads it and it survives saving.
-    copied["head_dim"] = facts.head_dim
     return BambaConfig(
-        **copied,
+        **copied_fields(facts, teacher),
+        **mamba2_fields(facts),
         architectures=["BambaForCausalLM"],
-        vocab_size=facts.vocabulary,
         tie_word_embeddings=facts.tied and not facts.is_scaled,
-        hidden_size=facts.width,
-        intermediate_size=facts.intermediate,
-        num_hidden_layers=facts.layers,
-        num_attention_heads=facts.heads,
-        num_key_value_heads=facts.key_value_heads,
-        hidden_act=facts.activation,
-        rms_norm_eps=facts.epsilon,
-        attention_dropout=getattr(teacher, "attention_dropout", 0.0),
-        attention_bias=facts.input_bias or facts.output_bias,
         mlp_bias=facts.mlp_bias,
-        rope_parameters=_rope(facts, kept),
+        rope_parameters=rotary_parameters(facts, kept),
         attn_layer_indices=list(kept),
-        mamba_expand=expansion,
-        mamba_n_heads=facts.heads,
-        mamba_n_groups=facts.heads,
-        mamba_d_head=channels,
-        mamba_d_state=facts.head_dim,
-        mamba_d_conv=CONVOLUTION,
-        mamba_chunk_size=CHUNK,
-        mamba_conv_bias=True,
-        mamba_proj_bias=True,
     )
 
 
-def _rope(facts: TeacherFacts, kept: Sequence[int]) -> dict[str, Any]:
-    """Return the student's rotary parameters; Bamba's own default would rotate half of each head."""
-    rotary = {facts.rotary_layers[index] for index in kept}
-    if rotary == {True, False}:
-        without = [index for index in kept if not facts.rotary_layers[index]]
-        raise ConversionError(
-            "The kept blocks mix attention with and without rotary positions, which Bamba has one switch for.",
-            found=f"blocks without rotary positions: {without} of {list(kept)}",
-            fix="keep only blocks with them, or only blocks without: "
-            f"{[index for index in range(facts.layers) if facts.rotary_layers[index]]} or "
-            f"{[index for index in range(facts.layers) if not facts.rotary_layers[index]]}",
-        )
-    if rotary == {False}:
-        # In the shared rotary utilities this leaves every frequency zero, so that no channel is rotated.
-        theta = facts.rope_parameters["rope_theta"]
-        return {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": 0.0}
-    return dict(facts.rope_parameters)
+def copied_fields(facts: TeacherFacts, teacher: PreTrainedConfig) -> dict[str, Any]:
+    """Return the fields that every student class has under the same names."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings")
+    return {name: getattr(teacher, name) for name in names} | {
+        "vocab_size": facts.vocabulary,
+        "hidden_size": facts.width,
+        "num_hidden_layers": facts.layers,
+        "num_attention_heads": facts.heads,
+        "num_key_value_heads": facts.key_value_heads,
+        # Not a field of every config class, but every attention reads it and it survives saving.
+        "head_dim": facts.head_dim,
+        "intermediate_size": facts.intermediate,
+        "hidden_act": facts.activation,
+        "rms_norm_eps": facts.epsilon,
+        "attention_dropout": getattr(teacher, "attention_dropout", 0.0),
+        "attention_bias": facts.input_bias or facts.output_bias,
+    }
 
 
-def mixer_shape(config: BambaConfig) -> MixerShape:
-    """Return the sizes of the mixers of a config that `bamba_config` made."""
+def mamba2_fields(facts: TeacherFacts) -> dict[str, Any]:
+    """Return the sizes of Mamba-2 mixers with one head and one group for each head of the teacher."""
+    expansion, channels = mixer_head_dim(facts)
+    return {
+        "mamba_expand": expansion,
+        "mamba_n_heads": facts.heads,
+        "mamba_n_groups": facts.heads,
+        "mamba_d_head": channels,
+        "mamba_d_state": facts.head_dim,
+        "mamba_d_conv": CONVOLUTION,
+        "mamba_chunk_size": CHUNK,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": True,
+    }
+
+
+def mamba2_shape(config: PreTrainedConfig) -> MixerShape:
+    """Return the sizes of the Mamba-2 mixers of a config that was made here or in `granitemoehybrid.py`."""
     sizes: Any = config
     return MixerShape(
-        width=config.hidden_size,
+        width=sizes.hidden_size,
         heads=sizes.mamba_n_heads,
         channels=sizes.mamba_d_head,
         state=sizes.mamba_d_state,
@@ -116,18 +119,25 @@ def bamba_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tenso
         block, place = weights.block(index), f"model.layers.{index}"
         state[f"{place}.input_layernorm.weight"] = block.mixer_norm
         state[f"{place}.pre_ff_layernorm.weight"] = block.mlp_norm
-        named = {"feed_forward.gate_proj": block.gate, "feed_forward.up_proj": block.up}
-        named["feed_forward.down_proj"] = block.down
-        biased = dict.fromkeys(named, weights.facts.mlp_bias)
+        mlp = {"gate_proj": block.gate, "up_proj": block.up, "down_proj": block.down}
+        state |= projections(f"{place}.feed_forward", mlp, with_bias=weights.facts.mlp_bias)
         if index in kept:
-            attention = {"q": block.query, "k": block.key, "v": block.value, "o": block.output}
-            named |= {f"self_attn.{name}_proj": projection for name, projection in attention.items()}
-            has_bias = weights.facts.input_bias or weights.facts.output_bias
-            biased |= {f"self_attn.{name}_proj": has_bias for name in attention}
+            state |= attention_state(f"{place}.self_attn", block, weights.facts)
+    return state
+
+
+def attention_state(place: str, block: BlockWeights, facts: TeacherFacts) -> dict[str, Tensor]:
+    """Return the weights of an attention with four projections, under its place in the student."""
+    named = {"q_proj": block.query, "k_proj": block.key, "v_proj": block.value, "o_proj": block.output}
+    # The classes have one switch for the four biases; one that the teacher lacks is zero.
+    return projections(place, named, with_bias=facts.input_bias or facts.output_bias)
+
+
+def projections(place: str, named: Mapping[str, Projection], *, with_bias: bool) -> dict[str, Tensor]:
+    """Return weights, and biases if the class has them, under `place`; a bias that is missing is zero."""
+    state = {f"{place}.{name}.weight": projection.weight for name, projection in named.items()}
+    if with_bias:
         for name, projection in named.items():
-            state[f"{place}.{name}.weight"] = projection.weight
-            if biased[name]:
-                # Bamba has one switch for the four attention biases; one that the teacher lacks is zero.
-                missing = projection.weight.new_zeros(projection.weight.shape[0])
-                state[f"{place}.{name}.bias"] = missing if projection.bias is None else projection.bias
+            missing = projection.weight.new_zeros(projection.weight.shape[0])
+            state[f"{place}.{name}.bias"] = missing if projection.bias is None else projection.bias
     return state

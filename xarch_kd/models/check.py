@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError
-from xarch_kd.models.bamba import bamba_config, bamba_state
 from xarch_kd.models.facts import TeacherFacts
+from xarch_kd.models.targets import Target
 from xarch_kd.models.weights import TeacherWeights
 
 ROWS, TOKENS = 2, 24
 
 
-def check_logits(teacher: PreTrainedModel, facts: TeacherFacts, kept: Sequence[int]) -> float:
+def check_logits(teacher: PreTrainedModel, facts: TeacherFacts, kept: Sequence[int], target: Target) -> float:
     """Return the largest difference of logits between a teacher and its all-attention student.
 
     Both run in float32 (float64 for a float64 teacher). The student borrows the teacher's tensors; a teacher of lower
@@ -33,9 +33,10 @@ def check_logits(teacher: PreTrainedModel, facts: TeacherFacts, kept: Sequence[i
     rotary = facts.rotary_layers[kept[0]] if len(kept) > 0 else True
     uniform = replace(facts, rotary_layers=(rotary,) * facts.layers)
     everything = range(facts.layers)
-    config = bamba_config(uniform, everything, teacher.config)
-    weights = TeacherWeights(reference, uniform)
-    student = runnable(config, bamba_state(weights, everything), teacher.device)
+    config = target.config(uniform, everything, teacher.config)
+    weights = TeacherWeights(reference, target.read_as(uniform))
+    state = {name: value.to(reference.dtype) for name, value in target.state(weights, everything).items()}
+    student = runnable(config, state, teacher.device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, facts.vocabulary, (ROWS, TOKENS), generator=generator).to(teacher.device)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a teacher's config says about conversion, and which teachers no stock Mamba-2 class holds.
+"""What a teacher's config says about conversion, and which teachers no stock hybrid class holds.
 
 A family enters `FACTS` only with a test that its converted logits equal the teacher's.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -16,12 +16,13 @@ from xarch_kd.errors import ConversionError
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFacts:
-    """A pre-norm Transformer with rotary attention and a gated MLP, in numbers.
+    """A Transformer with rotary attention and a gated MLP, in numbers.
 
     `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
     mixer or MLP adds to the residual stream, `embedding_scale` the embedding, `logit_scale` the logits.
     `rope_parameters` always says which share of a head is rotated. `rotary_layers[i]` is False where block i has no
-    position encoding. `output_bias` is that of o_proj.
+    position encoding. `output_bias` is that of o_proj. `query_key_norm` says over what queries and keys are normed,
+    if they are. With `norm_after` a block's two norms are not before its attention and MLP but after them.
     """
 
     model_type: str
@@ -45,16 +46,23 @@ class TeacherFacts:
     residual_scale: float = 1.0
     attention_scale: float
     logit_scale: float = 1.0
+    query_key_norm: Literal["head", "width"] | None = None
+    norm_after: bool = False
 
     @property
     def is_scaled(self) -> bool:
         """Whether embedding and head are scaled apart, so that a folded student cannot tie them."""
         return self.embedding_scale != 1.0 or self.logit_scale != 1.0
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether a student without multipliers needs some of the weights scaled."""
+        return self.is_scaled or self.residual_scale != 1.0 or self.attention_scale != self.head_dim**-0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Why a family is not converted to Mamba-2, and the nearest thing that works."""
+    """Why no stock hybrid class holds a family, and the nearest thing that works."""
 
     reason: str
     instead: str
@@ -65,7 +73,7 @@ def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
     refusal = REFUSALS.get(config.model_type)
     if refusal is not None:
         raise ConversionError(
-            f"A {config.model_type} teacher cannot become a stock Mamba-2 student: {refusal.reason}.",
+            f"A {config.model_type} teacher cannot become a stock hybrid student: {refusal.reason}.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(FACTS),
             fix=refusal.instead,
@@ -83,7 +91,7 @@ def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
 
 def _refuse_window(config: PreTrainedConfig) -> None:
     window = getattr(config, "sliding_window", None)
-    if config.model_type in ("qwen2", "smollm3") and not getattr(config, "use_sliding_window", False):
+    if config.model_type in ("qwen2", "qwen3", "smollm3") and not getattr(config, "use_sliding_window", False):
         window = None
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
@@ -91,7 +99,7 @@ def _refuse_window(config: PreTrainedConfig) -> None:
     if window is None or window >= config.max_position_embeddings:
         return
     raise ConversionError(
-        f"The teacher attends through a sliding window of {window} tokens, and no stock Mamba-2 class masks so.",
+        f"The teacher attends through a sliding window of {window} tokens, and no stock hybrid class masks so.",
         asked=f"sliding_window: {window}, max_position_embeddings: {config.max_position_embeddings}",
         allowed="a teacher without a window",
         fix=f"if no sequence is longer than {window} tokens, the window changes nothing: set sliding_window to null "
@@ -169,6 +177,14 @@ def _gemma(config: PreTrainedConfig) -> TeacherFacts:
     return replace(facts, mlp_bias=False, norm_offset=1.0, embedding_scale=facts.width**0.5)
 
 
+def _qwen3(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), mlp_bias=False, query_key_norm="head")
+
+
+def _olmo2(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), mlp_bias=False, query_key_norm="width", norm_after=True)
+
+
 FACTS: dict[str, Callable[[PreTrainedConfig], TeacherFacts]] = {
     "llama": _full_rotary,
     "mistral": _mistral,
@@ -177,15 +193,13 @@ FACTS: dict[str, Callable[[PreTrainedConfig], TeacherFacts]] = {
     "granite": _granite,
     "smollm3": _smollm3,
     "gemma": _gemma,
+    "qwen3": _qwen3,
+    "olmo2": _olmo2,
 }
 
 _FRESH = "build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion"
 
 REFUSALS: dict[str, Refusal] = {
-    "qwen3": Refusal(
-        reason="its query and key norms are not linear and no Mamba-2 class has them",
-        instead="a Qwen2 or Llama teacher converts exactly; a gated-delta class (Qwen3.5) would hold it; or " + _FRESH,
-    ),
     "gemma2": Refusal(
         reason="it has norms before and after each sub-block, soft-capped attention and logits, and a sliding window",
         instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
@@ -199,15 +213,11 @@ REFUSALS: dict[str, Refusal] = {
         instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
     ),
     "gpt2": Refusal(
-        reason="it adds learned positions to its embedding and uses LayerNorm, and no Mamba-2 class has either",
+        reason="it adds learned positions to its embedding and uses LayerNorm, and no stock hybrid class has either",
         instead=_FRESH,
     ),
     "gpt_neox": Refusal(
         reason="its attention and MLP read the same input in parallel, and its LayerNorms have biases with no place",
         instead=_FRESH,
-    ),
-    "olmo2": Refusal(
-        reason="it normalises after each sub-block only and norms queries and keys over their whole width",
-        instead="a Llama teacher converts exactly; olmo_hybrid (gated delta) would hold OLMo 2; or " + _FRESH,
     ),
 }

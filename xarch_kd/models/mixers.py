@@ -77,7 +77,7 @@ def mixer_from_attention(block: BlockWeights, facts: TeacherFacts, shape: MixerS
     return {
         "in_proj.weight": rows[:, :-1].contiguous(),
         "in_proj.bias": rows[:, -1].contiguous(),
-        "conv1d.weight": _last_tap(taps, shape.convolution),
+        "conv1d.weight": last_tap(taps, shape.convolution),
         "conv1d.bias": torch.zeros_like(taps),
         "dt_bias": inverse_softplus(1.0 / horizon),
         "A_log": torch.zeros_like(horizon),
@@ -100,14 +100,14 @@ def random_mixer(
     inner = shape.heads * shape.channels
     convolved = inner + 2 * shape.heads * shape.state
     bound = shape.convolution**-0.5
-    step = torch.exp(_uniform((shape.heads,), math.log(1e-3), math.log(1e-1), generator))
+    step = torch.exp(uniform((shape.heads,), math.log(1e-3), math.log(1e-1), generator))
     state = {
         "in_proj.weight": spread * torch.randn(inner + convolved + shape.heads, shape.width, generator=generator),
         "in_proj.bias": torch.zeros(inner + convolved + shape.heads),
-        "conv1d.weight": _uniform((convolved, 1, shape.convolution), -bound, bound, generator),
+        "conv1d.weight": uniform((convolved, 1, shape.convolution), -bound, bound, generator),
         "conv1d.bias": torch.zeros(convolved),
         "dt_bias": inverse_softplus(step),
-        "A_log": torch.log(_uniform((shape.heads,), 1.0, 16.0, generator)),
+        "A_log": torch.log(uniform((shape.heads,), 1.0, 16.0, generator)),
         "D": torch.ones(shape.heads),
         "norm.weight": torch.ones(inner),
         "out_proj.weight": spread * (2 * layers) ** -0.5 * torch.randn(shape.width, inner, generator=generator),
@@ -145,10 +145,10 @@ def _bias(projection: Projection) -> Tensor:
     return torch.zeros(projection.weight.shape[0], device=projection.weight.device)
 
 
-def _last_tap(taps: Tensor, convolution: int) -> Tensor:
+def last_tap(taps: Tensor, convolution: int) -> Tensor:
     """Return a depthwise kernel [channels, 1, convolution] that multiplies the present by `taps` and reads no past."""
     return functional.pad(taps[:, None, None], (convolution - 1, 0))
 
 
-def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator)

@@ -24,14 +24,17 @@ class Projection:
         """Return the projection times `factor`; the very same tensors if that is 1."""
         if factor == 1.0:
             return self
-        return Projection(weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
+        bias = None if self.bias is None else widened(self.bias) * factor
+        return Projection(weight=widened(self.weight) * factor, bias=bias)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights:
     """One block: x + o(attention(q, k, v of norm(x))), then x + down(act(gate) × up) of the second norm.
 
-    `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], norms [width].
+    `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], norms [width]: before the
+    mixer and the MLP, or after them if the facts say so. The norms of queries and keys are [head_dim], or as wide as
+    all their heads, or None.
     """
 
     query: Projection
@@ -43,6 +46,8 @@ class BlockWeights:
     down: Projection
     mixer_norm: Tensor
     mlp_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
 
 
 class TeacherWeights:
@@ -84,6 +89,9 @@ class TeacherWeights:
         else:
             query, key, value = (self._projection(f"{place}.self_attn.{name}_proj") for name in ("q", "k", "v"))
             gate, up = (self._projection(f"{place}.mlp.{name}_proj") for name in ("gate", "up"))
+        mixer_norm, mlp_norm = "input_layernorm", "post_attention_layernorm"
+        if facts.norm_after:
+            mixer_norm, mlp_norm = "post_attention_layernorm", "post_feedforward_layernorm"
         query_scale = facts.attention_scale / facts.head_dim**-0.5
         return BlockWeights(
             query=query.scaled(query_scale),
@@ -93,8 +101,10 @@ class TeacherWeights:
             gate=gate,
             up=up,
             down=self._projection(f"{place}.mlp.down_proj").scaled(facts.residual_scale),
-            mixer_norm=self._norm(f"{place}.input_layernorm"),
-            mlp_norm=self._norm(f"{place}.post_attention_layernorm"),
+            mixer_norm=self._norm(f"{place}.{mixer_norm}"),
+            mlp_norm=self._norm(f"{place}.{mlp_norm}"),
+            query_norm=None if facts.query_key_norm is None else self._norm(f"{place}.self_attn.q_norm"),
+            key_norm=None if facts.query_key_norm is None else self._norm(f"{place}.self_attn.k_norm"),
         )
 
     def unread(self) -> tuple[str, ...]:
@@ -120,11 +130,16 @@ class TeacherWeights:
 
     def _norm(self, place: str) -> Tensor:
         weight = self._take(f"{place}.weight")
-        return weight if self.facts.norm_offset == 0.0 else weight + self.facts.norm_offset
+        return weight if self.facts.norm_offset == 0.0 else widened(weight) + self.facts.norm_offset
+
+
+def widened(weight: Tensor) -> Tensor:
+    """Return a weight in at least float32, so that what is folded into it is not rounded to a narrower type."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _times(weight: Tensor, factor: float) -> Tensor:
-    return weight if factor == 1.0 else weight * factor
+    return weight if factor == 1.0 else widened(weight) * factor
 
 
 def check_finite(state: Mapping[str, Tensor], *, what: str) -> None:
