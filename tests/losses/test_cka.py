@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,12 +153,13 @@ def test_how_many_tokens_a_micro_batch_should_have() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     student, teacher = pair()
     statistics = Standardiser(torch.zeros(9), torch.ones(9))
-    for options, words in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"mask": torch.ones(TOKENS)}, "boolean"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask does not fit"),
         ({"standardiser": statistics, "shared_basis": True}, "do not share their dimensions"),
         ({"standardiser": Standardiser(torch.zeros(6), torch.ones(6))}, "features does not fit"),
-    ):
+    )
+    for options, words in refused:
         with pytest.raises(UsageError, match=words):
             cka_loss(student, teacher, normaliser=TOKENS, **options)
     with pytest.raises(UsageError, match="teacher does not fit"):

@@ -47,9 +47,10 @@ def cka_loss(
     A massive token, as the first of a sequence may be, costs digits in float32: leave it out by `mask`.
 
     Invariant to a rotation, a scale and a shift of the student; not to scales of single tokens or dimensions. Blinded
-    by a massive dimension that both share and that varies over tokens (a constant one is a shift). Then pass the
-    teacher's `standardiser`, and `shared_basis` if the dimensions of the student are those of the teacher, as in a
-    converted one, so that it is standardised too.
+    by a massive dimension that both share and that varies over tokens (a constant one is a shift). The teacher's
+    `standardiser` cures it: with `shared_basis`, where the dimensions of the student are those of the teacher, as in a
+    converted one, both are standardised, and a rotation is seen; without, the teacher alone is, and the student learns
+    to do without massive dimensions.
 
     Raises:
         UsageError: tensors that do not fit.

@@ -38,8 +38,7 @@ def gram_loss(
     tokens × tokens products is in memory at a time.
 
     Invariant to a rotation and a scale of the student; not to a shift nor to scales of single tokens. Blinded by a
-    massive dimension that both share, constant or not; then pass the teacher's `standardiser`, and `shared_basis` if
-    the dimensions of the student are those of the teacher, as in a converted one, so that it is standardised too.
+    massive dimension that both share, constant or not. `standardiser` and `shared_basis` cure it as in `cka_loss`.
 
     Raises:
         UsageError: tensors that do not fit.
