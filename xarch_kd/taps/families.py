@@ -9,6 +9,8 @@ from typing import Literal
 
 from xarch_kd.errors import TapError, UsageError, suggest
 
+# Types of models whose blocks are a teacher's, with mixers of several kinds where the teacher has attention.
+IN_PLACE = "xarch_kd_"
 PATH_NAMES = ("blocks", "mixer", "mlp", "embedding", "final_norm", "head")
 
 
@@ -184,6 +186,9 @@ def family_of(model_type: str, paths: Mapping[str, str | None] | object | None =
     """
     if paths is not None:
         return _family_from_paths(paths)
+    teacher = model_type.removeprefix(IN_PLACE)
+    if teacher != model_type and teacher in FAMILIES:
+        return replace(FAMILIES[teacher], mixers=tuple((path, None) for path, _ in FAMILIES[teacher].mixers))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.5)
