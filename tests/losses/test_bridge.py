@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -89,7 +91,7 @@ def test_it_is_the_mean_of_two_distances_through_their_maps_and_trains_both_side
 
 def test_micro_batches_add_up() -> None:
     (student, teacher), (query_map, key_map) = sides(), maps()
-    options = {"normaliser": BATCH * TIME, "query_map": query_map, "key_map": key_map}
+    options: dict[str, Any] = {"normaliser": BATCH * TIME, "query_map": query_map, "key_map": key_map}
     whole = attention_bridge(student, teacher, **options)
     halves = [
         attention_bridge(
