@@ -109,8 +109,10 @@ CASES = {
     "wrong strategy": (
         "layers: replaced",
         "layers: repalced",
-        "map.yaml:22:17: stages[0].align[0].layers: 'repalced' is not same | replaced | uniform, or a list of "
-        "{student, teacher} entries. Did you mean 'replaced'?",
+        "map.yaml:22:17: stages[0].align[0].layers: 'repalced' is not same | replaced | uniform | uniform_endpoints | "
+        "uniform_begin | first | last | block_average | type_aware | cka | monotone | optimal_transport | reverse | "
+        "all_to_one | random, or a mapping with a 'strategy', or a list of {student, teacher, weight} entries. Did you "
+        "mean 'replaced'?",
     ),
     "one pair misspelt": (
         "layers: replaced",

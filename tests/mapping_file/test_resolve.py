@@ -164,8 +164,8 @@ def test_problems_of_several_stages_are_told_at_once(plan_of: PlanOf, folder_of:
         "stages[0].align[0].tap: inputs: teacher runs single blocks, which have no head_input. Use a tap of blocks.",
         "stages[0].align[0].layers: the tap head_input is one for the whole model, so it has no layers. "
         "Leave this key out.",
-        "stages[1].align[0].layers: required key is missing. It must be a strategy (same, uniform, cka, …) or a list of "
-        "{student, teacher}.",
+        "stages[1].align[0].layers: required key is missing. It must be a strategy (same, uniform, cka, …) or a list "
+        "of {student, teacher}.",
         "stages[2].tokens: with inputs: teacher each block runs on its own, so there are no next-token distributions. "
         "Use inputs: student, or a stage of its own.",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,15 @@ import typer
 def command(
     mapping: Annotated[Path, typer.Argument(help="The mapping file, YAML.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Load both models and run the pass that cka, monotone, … follow from."),
+    ] = False,
 ) -> None:
     """Check a mapping file against both models' configs and show what it would do; no weights are read.
 
     The models, their blocks, each pair with its shapes, what trains, tokens, memory and time are shown. Every problem
-    of the file is told at once with its line and column.
+    of the file is told at once with its line and column. Layer maps that follow from data are shown with --calibrate.
     """
     from xarch_kd.mapping_file.load import load_mapping
 
@@ -30,6 +35,10 @@ def command(
         from xarch_kd.mapping_file.resolve import make_plan
 
         plan = make_plan(mapping)
+    if calibrate:
+        from xarch_kd.job.calibrate import calibrate as run_calibration
+
+        plan = run_calibration(plan, lambda text: print(text, file=sys.stderr))
     if as_json:
         print(json.dumps(plan_as_dict(plan), indent=2))
         return

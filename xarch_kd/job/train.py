@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xarch_kd.data.rows import BatchOrder, StageRows, pack
 from xarch_kd.errors import UsageError
+from xarch_kd.job.calibrate import calibrated
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.models import DTYPES, Models, device_of, load_models, load_run_tokenizer
@@ -100,6 +101,7 @@ class _Job:
         rows = pack(text, tokenizer, data.sequence_length)
         self._say(f"{rows.numel():,} tokens of {text.description} in {rows.shape[0]} rows of {rows.shape[1]}")
         models = load_models(self.plan, tokenizer, self._say)
+        self.plan = calibrated(self.plan, models, rows, self._say, kept=self.folder.calibration)
         self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint)
         self.folder.event("started", seconds_to_load=round(time.perf_counter() - started, 2), data_sha256=text.sha256)
         projectors: dict[str, Tensor] = {}

@@ -139,13 +139,19 @@ def _not_one_of(kind: str, place: Place, data: Any, marks: Marks) -> Problem:
         if type(value) not in {type(choice) for choice in choices}:
             return _wrong_kind(place, data, marks)
         return Problem(place, f"{_found(value)} is not {expected(annotation)}.{suggest(str(value), map(str, choices))}")
-    kinds = [choice for option in _parts(annotation) for choice in _choices(option.model_fields["kind"].annotation)]
+    key = _discriminator(_parts(annotation)[0])
+    kinds = [choice for option in _parts(annotation) for choice in _choices(option.model_fields[key].annotation)]
     names = " | ".join(kinds)
     if kind == "union_tag_not_found":
-        return Problem((*place, "kind"), f"{_MISSING_KEY} It must be {names}.")
-    given = value["kind"]
+        return Problem((*place, key), f"{_MISSING_KEY} It must be {names}.")
+    given = value[key]
     problem = f"{_found(given)} is not {names}.{suggest(str(given), kinds)}"
-    return Problem((*place, "kind"), problem)
+    return Problem((*place, key), problem)
+
+
+def _discriminator(part: type[Part]) -> str:
+    """The key by which parts of one union are told apart."""
+    return "kind" if "kind" in part.model_fields else "strategy"
 
 
 def expected(annotation: Any) -> str:
@@ -162,7 +168,7 @@ def expected(annotation: Any) -> str:
             words.append(f"a list of {{{', '.join(parts[0].model_fields)}}} entries" if parts else "a list")
         elif kind == "mapping":
             keys = f"keys among {', '.join(option.model_fields)}"
-            words.append("a mapping with a 'kind'" if told_apart else f"a mapping with {keys}")
+            words.append(f"a mapping with a '{_discriminator(option)}'" if told_apart else f"a mapping with {keys}")
         else:
             words.append({"text": "text", "whole": "a whole number", "number": "a number"}.get(kind, "true or false"))
     return ", or ".join(dict.fromkeys(words))

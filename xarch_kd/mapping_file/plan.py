@@ -56,7 +56,10 @@ class PairPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `estimate.py` for their derivation."""
+    """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `estimate.py` for their derivation.
+
+    `pictures` are the layer maps of the `align` entries by name, drawn.
+    """
 
     index: int
     stage: Stage
@@ -72,6 +75,7 @@ class StagePlan:
     flops: float
     seconds: float
     peak_bytes: int
+    pictures: tuple[tuple[str, str], ...] = ()
 
     @property
     def folder(self) -> str:
@@ -88,7 +92,9 @@ class Plan:
     """Everything that `train` needs to know, checked. `source` is the mapping file's text as it was read.
 
     `student_config` is the student's config as a dict (of the class named by its `model_type`); `trainable` of each
-    stage lists parameter names of the student. `basis` says in one line what the times rest on.
+    stage lists parameter names of the student. `basis` says in one line what the times rest on. `uncalibrated` are the
+    entries, as (stage index, name), whose layer map follows from a calibration pass that was not made yet: `uniform`
+    stands in for it.
     """
 
     mapping: MappingFile
@@ -100,3 +106,4 @@ class Plan:
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
     basis: str = ""
+    uncalibrated: tuple[tuple[int, str], ...] = ()

@@ -35,6 +35,9 @@ def render_plan(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_models(plan), Text(""), _blocks(plan), Text(""), _stages(plan), Text("")]
     if any(stage.pairs for stage in plan.stages):
         parts += [_pairs(plan), Text("")]
+    drawn = dict.fromkeys(picture for stage in plan.stages for _, picture in stage.pictures)
+    if any(not picture.startswith(("same:", "replaced:")) for picture in drawn):
+        parts += [part for picture in drawn for part in (Text(picture), Text(""))]
     parts.append(Text(f"Time: {plan.basis}.", style="dim"))
     parts += [Text(f"notice: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*parts)
@@ -211,5 +214,6 @@ def _stage_as_dict(stage: StagePlan) -> dict[str, Any]:
         "folder": stage.folder,
         "stage": stage.stage.model_dump(mode="json"),
         "pairs": [dataclasses.asdict(pair) for pair in stage.pairs],
+        "pictures": dict(stage.pictures),
         "trainable": list(stage.trainable),
     }

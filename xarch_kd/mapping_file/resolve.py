@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from xarch_kd.errors import ModelError, UsageError
 from xarch_kd.mapping_file.estimate import Rates, measured_rates
+from xarch_kd.mapping_file.findings import Findings, Models, told
+from xarch_kd.mapping_file.layer_maps import entry_key, is_measured
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.marks import Marks, Place, Problem, mapping_error, place_text
-from xarch_kd.mapping_file.pairs import Findings, Models, told
 from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.mapping_file.schema import MappingFile, Paths
 from xarch_kd.mapping_file.sides import Side, replaced_layers
@@ -36,7 +39,19 @@ def make_plan(mapping: str | Path | MappingFile, *, rates: Rates | None = None) 
     return _plan(loaded, source, Path(mapping), marks, rates)
 
 
-def _plan(mapping: MappingFile, source: str, path: Path | None, marks: Marks | None, rates: Rates | None) -> Plan:
+def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor], *, rates: Rates | None = None) -> Plan:
+    """Return the plan with the layer maps that follow from `similarities`: [student, teacher layers] by `entry_key`."""
+    return _plan(plan.mapping, plan.source, plan.path, None, rates, similarities)
+
+
+def _plan(
+    mapping: MappingFile,
+    source: str,
+    path: Path | None,
+    marks: Marks | None,
+    rates: Rates | None,
+    similarities: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Plan:
     findings = Findings()
     with _placed(("teacher", "model"), marks):
         teacher_config = load_config(mapping.teacher.model, mapping.teacher.revision)
@@ -44,7 +59,7 @@ def _plan(mapping: MappingFile, source: str, path: Path | None, marks: Marks | N
         mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), marks
     )
     student = _student(mapping, teacher_config, marks, findings)
-    models = Models(teacher, student, replaced_layers(teacher, student))
+    models = Models(teacher, student, replaced_layers(teacher, student), similarities)
     rates = rates or measured_rates(_device(mapping))
     stages = [
         stage_plan(index, stage, mapping.data, models, rates, findings) for index, stage in enumerate(mapping.stages)
@@ -61,6 +76,12 @@ def _plan(mapping: MappingFile, source: str, path: Path | None, marks: Marks | N
         stages=tuple(stage for stage in stages if stage is not None),
         warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *findings.warnings])),
         basis=rates.basis,
+        uncalibrated=tuple(
+            (index, align.name)
+            for index, stage in enumerate(mapping.stages)
+            for align in stage.align
+            if is_measured(align) and entry_key(index, align.name) not in similarities
+        ),
     )
 
 

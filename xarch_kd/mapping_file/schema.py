@@ -199,23 +199,114 @@ def _default_loss(validated: dict[str, object]) -> NormalisedMeanSquaredError | 
 
 
 class LayerPair(Part):
-    """Student block `student` learns from teacher block `teacher` (both count from 0)."""
+    """Student block `student` learns from teacher block `teacher` (both count from 0).
+
+    `weight` is relative to the other pairs of the same student block.
+    """
 
     student: LayerIndex
     teacher: LayerIndex
+    weight: Positive = 1.0
+
+
+class EveryStrategy(Part):
+    """Student block i learns from teacher block (i+1)·k - 1."""
+
+    strategy: Literal["every"]
+    k: Annotated[int, Field(ge=1)]
+
+
+class AllToOneStrategy(Part):
+    """Every student block learns from one teacher block, by default the last: a control."""
+
+    strategy: Literal["all_to_one"]
+    teacher_layer: LayerIndex | None = None
+
+
+class RandomStrategy(Part):
+    """A random teacher block for each student block, in order if `ordered`: a control."""
+
+    strategy: Literal["random"]
+    seed: Annotated[int, Field(ge=0)] = 0
+    ordered: bool = False
+
+
+class MonotoneStrategy(Part):
+    """The order-preserving map of greatest total similarity (by a dynamic programme).
+
+    `strict`: no teacher block twice; `band`: at most so far from the uniform map, in teacher blocks.
+    """
+
+    strategy: Literal["monotone"]
+    strict: bool = True
+    band: Annotated[int, Field(ge=0)] | None = None
+    last_to_last: bool = True
+
+
+class TransportStrategy(Part):
+    """The cheapest transport of the student's blocks to the teacher's, at cost 1 - similarity.
+
+    `entropy` is relative to the median cost (0: exact, by a linear programme); `order` adds order · (i/S - j/T)².
+    """
+
+    strategy: Literal["optimal_transport"]
+    entropy: NonNegative = 0.0
+    order: NonNegative = 0.0
+
+
+class PlainStrategy(Part):
+    """A strategy without an option; its name alone says the same."""
+
+    strategy: Literal[
+        "same",
+        "replaced",
+        "uniform",
+        "uniform_endpoints",
+        "uniform_begin",
+        "first",
+        "last",
+        "block_average",
+        "reverse",
+        "type_aware",
+        "cka",
+    ]
+
+
+StrategyName = Literal[
+    "same",
+    "replaced",
+    "uniform",
+    "uniform_endpoints",
+    "uniform_begin",
+    "first",
+    "last",
+    "block_average",
+    "type_aware",
+    "cka",
+    "monotone",
+    "optimal_transport",
+    "reverse",
+    "all_to_one",
+    "random",
+]
+LayerStrategy = Annotated[
+    PlainStrategy | EveryStrategy | AllToOneStrategy | RandomStrategy | MonotoneStrategy | TransportStrategy,
+    Field(discriminator="strategy"),
+]
 
 
 class Align(Part):
     """A tap of student blocks matched to the same tap of teacher blocks.
 
-    `layers`: `same` (block i to block i), `replaced` (`same`, only the blocks whose mixer was replaced), `uniform`
-    (end-aligned), or explicit pairs. `embedding` and `head_input` have no layers. `mixing` has a loss of its own, which
+    `layers`: a strategy (`same` is block i to block i, `replaced` the same for blocks whose mixer was replaced,
+    `uniform` end-aligned; `cka`, `monotone` and `optimal_transport` follow from a calibration pass), or explicit pairs.
+    `embedding` and `head_input` have no layers. `mixing` has a loss of its own, which
     is its default (of the others it is `normalised_mse`), and no projector.
     """
 
     name: Name
     tap: Tap
-    layers: Literal["same", "replaced", "uniform"] | tuple[LayerPair, ...] | None = None
+    layers: StrategyName | LayerStrategy | tuple[LayerPair, ...] | None = None
     loss: Annotated[AlignLoss, Field(default_factory=_default_loss)]
     projector: Literal["auto", "none", "linear"] = "auto"
 
@@ -364,6 +455,12 @@ class Stage(Part):
         return self
 
 
+class Calibration(Part):
+    """The pass that strategies which follow from data need: about so many `tokens` of the training text."""
+
+    tokens: Annotated[int, Field(ge=64)] = 16_384
+
+
 class Evaluate(Part):
     """What is measured when training is done: `tokens` at most of the held-out text, and of each of `also`."""
 
@@ -382,6 +479,7 @@ class MappingFile(Part):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    calibration: Calibration = Calibration()
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     evaluate: Evaluate | None = None
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from xarch_kd.errors import TapError, UsageError
 from xarch_kd.mapping_file.estimate import BYTES, Rates, Work, stage_cost
+from xarch_kd.mapping_file.findings import Findings, Models, told
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.mixing_sizes import mixing_size
-from xarch_kd.mapping_file.pairs import Findings, Models, align_pairs, told
+from xarch_kd.mapping_file.pairs import align_pairs
 from xarch_kd.mapping_file.plan import PairPlan, StagePlan
 from xarch_kd.mapping_file.schema import Data, Stage
 from xarch_kd.mapping_file.sides import Side
@@ -26,11 +27,11 @@ def stage_plan(
     known = len(findings.problems)
     trainable = _trainable(stage, models, place, findings)
     _check_inputs(stage, models, place, findings)
-    pairs = tuple(
-        pair
+    entries = {
+        align.name: align_pairs(align, stage, models, (*place, "align", position), findings)
         for position, align in enumerate(stage.align)
-        for pair in align_pairs(align, stage, models, (*place, "align", position), findings)
-    )
+    }
+    pairs = tuple(pair for found, _ in entries.values() for pair in found)
     if len(findings.problems) > known:
         return None
     pairs = _reached_pairs(stage, pairs, set(trainable), models, findings)
@@ -47,6 +48,7 @@ def stage_plan(
         length=data.sequence_length,
         pairs=pairs,
         trainable=trainable,
+        pictures=tuple((name, found.picture()) for name, (_, found) in entries.items() if found is not None),
     )
     return _measured(resolved, models, rates, findings)
 
@@ -61,6 +63,7 @@ class _Resolved:
     length: int
     pairs: tuple[PairPlan, ...]
     trainable: tuple[str, ...]
+    pictures: tuple[tuple[str, str], ...]
 
     @property
     def micro_batches(self) -> int:
@@ -92,6 +95,7 @@ def _measured(resolved: _Resolved, models: Models, rates: Rates, findings: Findi
         index=resolved.index,
         stage=resolved.stage,
         pairs=resolved.pairs,
+        pictures=resolved.pictures,
         trainable=resolved.trainable,
         trainable_parameters=sum(
             parameter.numel()

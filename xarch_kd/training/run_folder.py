@@ -82,6 +82,11 @@ class RunFolder:
         return self.root / "plan.json"
 
     @property
+    def calibration(self) -> Path:
+        """How alike the layers of both models were at the start, where layer maps follow from it."""
+        return self.root / "calibration.safetensors"
+
+    @property
     def events(self) -> Path:
         """One JSON object a line: each step's figures, and what happened in between."""
         return self.root / "events.jsonl"

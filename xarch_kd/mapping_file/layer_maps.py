@@ -1,0 +1,94 @@
+"""The layer map of one `align` entry."""
+
+from __future__ import annotations
+
+from xarch_kd.errors import UsageError
+from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
+from xarch_kd.mapping_file.findings import Findings, Models, told
+from xarch_kd.mapping_file.marks import Place, Problem
+from xarch_kd.mapping_file.schema import Align, LayerPair
+
+
+def layer_map(align: Align, models: Models, place: Place, findings: Findings) -> LayerMap | None:
+    """Return the layer map of an `align` entry, or None when `findings` tell why there is none.
+
+    Of a strategy that follows from data this is `uniform` until the similarity of the layers is known.
+    """
+    depths = (models.student.depth, models.teacher.depth)
+    if align.layers is None:
+        message = (
+            "required key is missing. It must be a strategy (same, uniform, cka, …) or a list of {student, teacher}."
+        )
+        findings.problems.append(Problem((*place, "layers"), message))
+        return None
+    if isinstance(align.layers, tuple):
+        return _explicit(align.layers, depths, place, findings)
+    name, options = strategy_of(align)
+    similarity = models.similarities.get(entry_key(int(place[1]), align.name))
+    if is_measured(align) and similarity is None:
+        if align.tap == "mixing":
+            message = f"{name} compares features, and mixing is none. Use a strategy that needs no calibration."
+            findings.problems.append(Problem((*place, "layers"), message))
+            return None
+        findings.warnings.append(
+            f"{align.name}: which layers {name} pairs follows from a calibration pass; uniform stands in for it here"
+        )
+        name, options = "uniform", {}
+    try:
+        return build_layer_map(
+            name,
+            *depths,
+            replaced_layers=models.replaced,
+            student_kinds=models.student.layout.mixer_kinds,
+            teacher_kinds=models.teacher.layout.mixer_kinds,
+            similarity=similarity,
+            options=options,
+        )
+    except UsageError as error:
+        findings.problems.append(Problem((*place, "layers"), told(error)))
+        return None
+
+
+def strategy_of(align: Align) -> tuple[str, dict[str, object]]:
+    """Return the name of an entry's strategy and its options, however it was written."""
+    if isinstance(align.layers, str):
+        return align.layers, {}
+    assert align.layers is not None
+    assert not isinstance(align.layers, tuple)
+    return align.layers.strategy, align.layers.model_dump(exclude={"strategy"}, exclude_none=True)
+
+
+def is_measured(align: Align) -> bool:
+    """Whether the layer map of an entry follows from a calibration pass."""
+    if align.layers is None or isinstance(align.layers, tuple):
+        return False
+    return STRATEGIES[strategy_of(align)[0]].needs == "similarity"
+
+
+def entry_key(stage: int, name: str) -> str:
+    """The name under which the similarity of an entry's layers is kept: its stage's index and its own name."""
+    return f"{stage}.{name}"
+
+
+def _explicit(
+    pairs: tuple[LayerPair, ...], depths: tuple[int, int], place: Place, findings: Findings
+) -> LayerMap | None:
+    outside = [
+        Problem(
+            (*place, "layers", index, name),
+            f"layer {layer} is out of range: the {name} has {depth} blocks, so 0 to {depth - 1} are allowed",
+        )
+        for index, pair in enumerate(pairs)
+        for name, layer, depth in (("student", pair.student, depths[0]), ("teacher", pair.teacher, depths[1]))
+        if layer >= depth
+    ]
+    findings.problems += outside
+    if not pairs:
+        findings.problems.append(Problem((*place, "layers"), "the list is empty, so nothing would be matched"))
+    if outside or not pairs:
+        return None
+    try:
+        return explicit([(pair.student, pair.teacher, pair.weight) for pair in pairs], *depths)
+    except UsageError as error:
+        findings.problems.append(Problem((*place, "layers"), told(error)))
+        return None
