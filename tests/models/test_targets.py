@@ -372,3 +372,32 @@ def test_a_fold_is_told_only_where_the_class_has_no_multipliers() -> None:
     assert conversion_warnings(config, replace=[1]) == ()
     assert student_config(config, replace=[1]).tie_word_embeddings
     assert teacher_facts(config).is_folded
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "mixer"),
+    [("gemma2", {}, "mamba2"), ("gpt2", {}, "gated_delta"), ("mistral", {"sliding_window": 8}, "mamba2")],
+)
+def test_in_place_is_offered_where_no_class_fits_and_converts(
+    model_type: str, overrides: dict[str, Any], mixer: str
+) -> None:
+    teacher = tiny_model(model_type, **overrides)
+    with pytest.raises(ConversionError, match=r"fix: .*target: in_place"):
+        convert(teacher, mixer=mixer, keep_attention=[0])
+    student = convert(teacher, mixer=mixer, target="in_place", keep_attention=[0])
+    assert student.config.replaced_layers == [1, 2]
+    planned = student_config(teacher.config, mixer=mixer, target="in_place", replace=[1, 2])
+    assert planned.to_dict()["replaced_layers"] == [1, 2] and planned.model_type == student.config.model_type
+    (told,) = conversion_warnings(teacher.config, mixer=mixer, target="in_place", replace=[1, 2])
+    assert "needs this package" in told
+    assert len(conversion_warnings(teacher.config, target="in_place", keep_attention="none")) == 2
+    assert planned_frozen_names(teacher.config, target="in_place", replace=[1]) == ()
+
+
+def test_in_place_is_not_offered_where_it_does_not_exist() -> None:
+    config = tiny_config("phi3", sliding_window=8)
+    with pytest.raises(ConversionError) as caught:
+        student_config(config, replace=[1])
+    assert "in_place" not in str(caught.value)
+    with pytest.raises(ConversionError, match=r"mix attention with and without(.|\n)*fix: .*in_place"):
+        student_config(tiny_config("smollm3"), keep_attention=[2, 3])

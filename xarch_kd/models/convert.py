@@ -21,6 +21,8 @@ from xarch_kd.models.weights import TeacherWeights, check_finite
 
 Selection = str | Sequence[int] | None
 
+IN_PLACE = "in_place"
+
 NO_ATTENTION = (
     "No block keeps its attention: generation with a cache fails in a stock class whose blocks are all recurrent "
     "(use_cache=False works). Keep at least one attention block if the student is to generate."
@@ -41,15 +43,23 @@ def convert(
 ) -> PreTrainedModel:
     """Return a stock student: a copy of the teacher whose blocks outside `keep_attention` have a new mixer.
 
-    `mixer` is `mamba2` or `gated_delta`, `target` a class that has it (`targets.py`) or `auto`. The new mixers start
-    from the attention they replace (`mixers.py` and `delta_mixers.py` have the recipes) or, seeded, at random. The
-    teacher is not changed and shares no tensor with the student. With `check` the conversion ends with the comparison
-    of logits in `check.py`. Parameters that `frozen_names` tells must not be trained need no gradient. Raises
-    `UsageError` for a selection that does not fit, `ConversionError` for a teacher that no stock class holds or a
+    `mixer` is `mamba2` or `gated_delta`; `target` a stock class that has it (`targets.py`), `auto` for the one that
+    fits best, or `in_place` for the teacher's own class with new mixers, which is not stock (`in_place.py`). The new
+    mixers start from the attention they replace (`mixers.py` and `delta_mixers.py` have the recipes) or, seeded, at
+    random. The teacher is not changed and shares no tensor with the student. With `check` the conversion ends with the
+    comparison of logits in `check.py`. What `frozen_names` tells of the student has its gradient turned off. Raises
+    `UsageError` for a selection that does not fit, `ConversionError` for a teacher that the class does not hold or a
     conversion that is not exact; warns if no attention is left.
     """
     if initialisation not in ("attention", "random"):
         raise ConversionError("There is no such initialisation.", asked=initialisation, allowed="attention, random")
+    if target == IN_PLACE:
+        from xarch_kd.models.in_place import convert_in_place
+
+        layers = _replaced(teacher.config, keep_attention, replace)
+        return convert_in_place(
+            teacher, layers=layers, mixer=mixer, initialisation=initialisation, seed=seed, dtype=dtype, check=check
+        )
     facts = teacher_facts(teacher.config)
     chosen = choose_target(facts, mixer=mixer, target=target)
     kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
@@ -87,6 +97,10 @@ def student_config(
 
     Raises `UsageError` for a selection that does not fit, `ConversionError` for a teacher that no stock class holds.
     """
+    if target == IN_PLACE:
+        from xarch_kd.models.in_place import in_place_config
+
+        return in_place_config(teacher, layers=_replaced(teacher, keep_attention, replace), mixer=mixer)
     facts = teacher_facts(teacher)
     chosen = choose_target(facts, mixer=mixer, target=target)
     kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
@@ -102,6 +116,12 @@ def conversion_warnings(
     target: str = "auto",
 ) -> tuple[str, ...]:
     """Return what a user should know before converting: one sentence each."""
+    if target == IN_PLACE:
+        from xarch_kd.models.in_place import ALL_RECURRENT, NEEDS_PACKAGE
+
+        replaced = _replaced(teacher, keep_attention, replace)
+        all_recurrent = len(replaced) == teacher.num_hidden_layers  # type: ignore[attr-defined]
+        return (NEEDS_PACKAGE, ALL_RECURRENT) if all_recurrent else (NEEDS_PACKAGE,)
     facts = teacher_facts(teacher)
     kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
     return tuple(_warnings(facts, choose_target(facts, mixer=mixer, target=target), kept))
@@ -116,9 +136,17 @@ def planned_frozen_names(
     target: str = "auto",
 ) -> tuple[str, ...]:
     """Return the parameters of the student that `convert` would build which must stay as they are; often none."""
+    if target == IN_PLACE:
+        return ()
     facts = teacher_facts(teacher)
     kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
     return frozen_in_blocks(facts, choose_target(facts, mixer=mixer, target=target), kept)
+
+
+def _replaced(teacher: PreTrainedConfig, keep_attention: Selection, replace: Selection) -> list[int]:
+    count: int = teacher.num_hidden_layers  # type: ignore[attr-defined]  # a field of every family's config
+    kept = kept_layers(count, keep_attention=keep_attention, replace=replace)
+    return [index for index in range(count) if index not in kept]
 
 
 def _warnings(facts: TeacherFacts, target: Target, kept: Sequence[int]) -> list[str]:

@@ -76,7 +76,7 @@ def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
             f"A {config.model_type} teacher cannot become a stock hybrid student: {refusal.reason}.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(FACTS),
-            fix=refusal.instead,
+            fix=or_in_place(config.model_type, refusal.instead),
         )
     if config.model_type not in FACTS:
         raise ConversionError(
@@ -87,6 +87,15 @@ def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
         )
     _refuse_window(config)
     return FACTS[config.model_type](config)
+
+
+def or_in_place(model_type: str, fix: str) -> str:
+    """Return `fix` with the other way out in front of it where there is one: new mixers in the teacher's own class."""
+    from xarch_kd.models.in_place_teachers import FAMILIES
+
+    if model_type not in FAMILIES:
+        return fix
+    return f"target: in_place puts new mixers into the teacher's own class, which needs this package to load; or {fix}"
 
 
 def _refuse_window(config: PreTrainedConfig) -> None:
@@ -102,8 +111,11 @@ def _refuse_window(config: PreTrainedConfig) -> None:
         f"The teacher attends through a sliding window of {window} tokens, and no stock hybrid class masks so.",
         asked=f"sliding_window: {window}, max_position_embeddings: {config.max_position_embeddings}",
         allowed="a teacher without a window",
-        fix=f"if no sequence is longer than {window} tokens, the window changes nothing: set sliding_window to null "
-        f"and max_position_embeddings to {window} in a copy of the teacher's config.json",
+        fix=or_in_place(
+            config.model_type,
+            f"if no sequence is longer than {window} tokens, the window changes nothing: set sliding_window to null "
+            f"and max_position_embeddings to {window} in a copy of the teacher's config.json",
+        ),
     )
 
 

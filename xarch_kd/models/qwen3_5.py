@@ -13,6 +13,7 @@ Three things in its attention need undoing, all exact in binary arithmetic but t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -57,7 +58,7 @@ def qwen3_5_config(facts: TeacherFacts, kept: Sequence[int], teacher: PreTrained
     )
 
 
-def delta_fields(facts: TeacherFacts) -> dict[str, int]:
+def delta_fields(facts: TeacherFacts) -> dict[str, Any]:
     """Return the sizes of gated delta mixers with one key and one value head for each query head of the teacher.
 
     The class serves several value heads by one key head but not the reverse, so shared key and value heads of a

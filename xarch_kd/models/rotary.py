@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xarch_kd.errors import ConversionError
-from xarch_kd.models.facts import TeacherFacts
+from xarch_kd.models.facts import TeacherFacts, or_in_place
 
 
 def is_rotary(facts: TeacherFacts, kept: Sequence[int]) -> bool:
@@ -20,9 +20,12 @@ def is_rotary(facts: TeacherFacts, kept: Sequence[int]) -> bool:
         raise ConversionError(
             "The kept blocks mix attention with and without rotary positions, which a stock class has one switch for.",
             found=f"blocks without rotary positions: {without} of {list(kept)}",
-            fix="keep only blocks with them, or only blocks without: "
-            f"{[index for index in range(facts.layers) if facts.rotary_layers[index]]} or "
-            f"{[index for index in range(facts.layers) if not facts.rotary_layers[index]]}",
+            fix=or_in_place(
+                facts.model_type,
+                "keep only blocks with them, or only blocks without: "
+                f"{[index for index in range(facts.layers) if facts.rotary_layers[index]]} or "
+                f"{[index for index in range(facts.layers) if not facts.rotary_layers[index]]}",
+            ),
         )
     return rotary != {False}
 

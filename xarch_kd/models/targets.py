@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from xarch_kd.errors import ConversionError
 from xarch_kd.models.bamba import bamba_config, bamba_obstacle, bamba_state
-from xarch_kd.models.facts import TeacherFacts
+from xarch_kd.models.facts import TeacherFacts, or_in_place
 from xarch_kd.models.granitemoehybrid import (
     granitemoehybrid_config,
     granitemoehybrid_obstacle,
@@ -136,6 +136,5 @@ def _instead(facts: TeacherFacts) -> str:
     able = [one for one in TARGETS.values() if one.obstacle(facts) is None]
     able.sort(key=lambda one: FITS.index(one.fit(facts)))
     fresh = "build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion"
-    if not able:
-        return fresh
-    return f"mixer: {able[0].mixer}, target: {able[0].name} holds this teacher; or {fresh}"
+    others = or_in_place(facts.model_type, fresh)
+    return others if not able else f"mixer: {able[0].mixer}, target: {able[0].name} holds this teacher; or {others}"
