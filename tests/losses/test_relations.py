@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,22 @@ def test_gram_equals_its_formula(masked: bool, rows: int, monkeypatch: pytest.Mo
     (2 * loss).backward()
     expected = dense_gram(again, teacher, mask)
     (2 * expected).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(student.grad, again.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("shared_basis", [True, False])
+def test_gram_of_standardised_features(shared_basis: bool) -> None:
+    mask, teacher = some_mask(), normal(1, BATCH, TIME, 9)
+    mean, deviation = 5 * normal(2, 9), normal(3, 9).abs() + 0.1
+    student, again = normal(0, BATCH, TIME, 9).requires_grad_(), normal(0, BATCH, TIME, 9).requires_grad_()
+    poisoned = torch.where(mask[..., None], teacher, torch.full((), float("nan"), dtype=torch.float64))
+    options: dict[str, Any] = {"standardiser": Standardiser(mean, deviation), "shared_basis": shared_basis}
+    loss = gram_loss(student, poisoned, normaliser=mask.sum(), mask=mask, **options)
+    loss.backward()
+    own = (again - mean) / deviation if shared_basis else again
+    expected = dense_gram(own, (teacher - mean) / deviation, mask)
+    expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(student.grad, again.grad, rtol=1e-10, atol=1e-14)
 

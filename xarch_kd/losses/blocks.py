@@ -42,7 +42,8 @@ def sum_of_blocks(student: Tensor, time: int, rows: int, part: Callable[[Tensor,
 def paired(student: Tensor, teacher: Tensor, mask: Tensor | None, axes: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return student and teacher in the dtype of accumulation, 0 where no token counts, and which do [batch, time].
 
-    The teacher has no gradient. `axes` names those of both. Raises UsageError when they do not fit.
+    The teacher has no gradient. `axes` names those of both. Rows of products of tokens that do not count are then alike
+    in student and teacher, and add nothing to a distance of rows. Raises UsageError when the tensors do not fit.
     """
     checks.check_floating(student=student, teacher=teacher)
     for name, tensor in (("student", student), ("teacher", teacher)):

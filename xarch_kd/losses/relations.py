@@ -44,15 +44,13 @@ def gram_loss(
         UsageError: tensors that do not fit.
         NonFiniteLoss: a feature of a counted token is NaN or infinite.
     """
+    student, teacher = standardised(student, teacher, standardiser, shared_basis)
     own, target, counted = paired(student, teacher, mask, "batch, time, width")
-    own, target = standardised(own, target, standardiser, shared_basis)
-    if standardiser is not None:
-        own, target = (features.masked_fill(~counted[..., None], 0) for features in (own, target))
 
     def part(leaf: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
             expected = _directions(target, rows)
-        return ((_directions(leaf, rows) - expected).square().sum(-1) * counted[:, rows]).sum()
+        return (_directions(leaf, rows) - expected).square().sum()
 
     batch, time = counted.shape
     total = sum_of_blocks(own, time, block_rows(batch, 1, time, own.device), part)
@@ -100,8 +98,7 @@ def relation_loss(
         found = _log_relations(leaf, rows, columns, hidden)
         with torch.no_grad():
             expected = _log_relations(target, rows, columns, hidden)
-        divergences = (expected.exp() * (expected - found)).sum(-1)
-        return (divergences * counted[:, None, rows]).sum()
+        return (expected.exp() * (expected - found)).sum()
 
     total = sum_of_blocks(own, time, block_rows(batch, heads, time, own.device), part)
     return finite(total / divisor(normaliser, total) / heads, "relation")
