@@ -87,7 +87,7 @@ def blocks_seen(model: PreTrainedModel, feed: dict[int, Tensor]) -> tuple[dict[i
 
     def before(index: int) -> Any:
         def replace(_: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            given[index] = feed.get(index, args[0])
+            given[index] = feed[index] if index in feed else args[0]
             return (given[index], *args[1:])
 
         return replace
@@ -115,7 +115,8 @@ def test_saved_and_loaded_the_student_is_the_same(name: str, mixer: str, tmp_pat
     assert type(loaded) is type(student)
     assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
     assert loaded.config.to_diff_dict() == student.config.to_diff_dict()
-    is_tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    head: Any = loaded.get_output_embeddings()
+    is_tied = head.weight is loaded.get_input_embeddings().weight
     assert is_tied is (name in ("gemma2-tied", "gpt2"))
     assert "import xarch_kd.models.in_place" in json.loads((tmp_path / "student" / "config.json").read_text())["needs"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BambaConfig, PreTrainedConfig
 
 from xarch_kd.errors import ConversionError
-from xarch_kd.models.facts import TeacherFacts
+from xarch_kd.models.facts import AttentionFacts, TeacherFacts
 from xarch_kd.models.mixers import MixerShape
 from xarch_kd.models.rotary import rotary_parameters
 from xarch_kd.models.weights import BlockWeights, Projection, TeacherWeights
@@ -28,7 +28,7 @@ def bamba_obstacle(facts: TeacherFacts) -> str | None:
     return None
 
 
-def mixer_head_dim(facts: TeacherFacts) -> tuple[int, int]:
+def mixer_head_dim(facts: AttentionFacts) -> tuple[int, int]:
     """Return (expansion, channels per mixer head), the smallest that hold the teacher's heads.
 
     A mixer is `expansion × width` channels wide, an integer, split evenly over the heads. A head of the teacher
@@ -80,7 +80,7 @@ def copied_fields(facts: TeacherFacts, teacher: PreTrainedConfig) -> dict[str, A
     }
 
 
-def mamba2_fields(facts: TeacherFacts) -> dict[str, Any]:
+def mamba2_fields(facts: AttentionFacts) -> dict[str, Any]:
     """Return the sizes of Mamba-2 mixers with one head and one group for each head of the teacher."""
     expansion, channels = mixer_head_dim(facts)
     return {

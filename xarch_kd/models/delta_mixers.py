@@ -32,10 +32,10 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from xarch_kd.models.facts import TeacherFacts
+from xarch_kd.models.facts import AttentionFacts
 from xarch_kd.models.mixers import GATE_OPEN, MixerShape, inverse_softplus, last_tap, uniform
 from xarch_kd.models.moments import BlockMoments
-from xarch_kd.models.weights import BlockWeights, Projection
+from xarch_kd.models.weights import AttentionWeights, Projection
 
 WRITTEN = 0.3
 SHARP = 6.0
@@ -45,7 +45,7 @@ AVERAGED = 0.3
 
 
 def delta_from_attention(
-    block: BlockWeights, facts: TeacherFacts, shape: MixerShape, moments: BlockMoments
+    block: AttentionWeights, facts: AttentionFacts, shape: MixerShape, moments: BlockMoments
 ) -> dict[str, Tensor]:
     """Return a mixer's state, in float32, made from a block's attention by the recipe above."""
     constant = moments.constant.float()

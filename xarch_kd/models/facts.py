@@ -15,7 +15,19 @@ from xarch_kd.errors import ConversionError
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherFacts:
+class AttentionFacts:
+    """The sizes of an attention, and the `epsilon` of its norm, which comes before it unless `norm_after`."""
+
+    width: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    epsilon: float
+    norm_after: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFacts(AttentionFacts):
     """A Transformer with rotary attention and a gated MLP, in numbers.
 
     `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
@@ -27,14 +39,9 @@ class TeacherFacts:
 
     model_type: str
     layers: int
-    width: int
     intermediate: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
     vocabulary: int
     activation: str
-    epsilon: float
     rope_parameters: dict[str, Any]
     rotary_layers: tuple[bool, ...]
     input_bias: bool
@@ -47,7 +54,6 @@ class TeacherFacts:
     attention_scale: float
     logit_scale: float = 1.0
     query_key_norm: Literal["head", "width"] | None = None
-    norm_after: bool = False
 
     @property
     def is_scaled(self) -> bool:

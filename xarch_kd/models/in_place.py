@@ -89,6 +89,7 @@ def in_place_config(
     Raises `UsageError` for layers that do not fit, `ConversionError` for a teacher or mixer that is not in the table.
     """
     classes = _classes(teacher)
+    make: Any = classes.config
     if mixer not in MIXERS:
         raise ConversionError("There is no conversion to this mixer.", asked=mixer, allowed=", ".join(MIXERS))
     sizes = attention_sizes(teacher)
@@ -101,7 +102,7 @@ def in_place_config(
     names = {field.name for field in dataclasses.fields(FAMILIES[teacher.model_type].config)} - common
     # Not a field of every class whose attention reads it.
     names |= {"head_dim"} if getattr(teacher, "head_dim", None) is not None else set()
-    return classes.config(
+    return make(
         **{name: copy.deepcopy(getattr(teacher, name)) for name in sorted(names)},
         architectures=[classes.model.__name__],
         replaced_layers=[index for index in range(count) if index not in kept],

@@ -3,59 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from xarch_kd.models.facts import AttentionFacts
 from xarch_kd.models.in_place_teachers import FAMILIES
-from xarch_kd.models.weights import Projection
+from xarch_kd.models.weights import AttentionWeights, Projection
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attention:
-    """The weights of one attention: o(softmax(q·k / √head_dim) v) of queries, keys and values of norm(x).
+def attention_of(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
+    """Return the weights of the attention of one block of a teacher, in float32.
 
-    `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], `mixer_norm` [width].
-    Norms of queries and keys are folded into their projections at the size that white input gives them.
+    Norms of queries and keys are folded into their projections, at the size that white input gives them.
     """
-
-    query: Projection
-    key: Projection
-    value: Projection
-    output: Projection
-    mixer_norm: Tensor
-    query_norm: None = None
-    key_norm: None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes of an attention with a norm before it, and the norm's `epsilon`."""
-
-    width: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    epsilon: float
-    norm_after: bool = False
-
-
-def attention_of(teacher: PreTrainedModel, layer: int) -> Attention:
-    """Return the weights of the attention of one block of a teacher."""
     family = FAMILIES[teacher.config.model_type]
     blocks: Any = getattr(teacher.base_model, family.blocks)
     return READERS[family.attention](blocks[layer], teacher.config, family.norm_offset)
 
 
-def attention_sizes(config: PreTrainedConfig) -> Sizes:
+def attention_sizes(config: PreTrainedConfig) -> AttentionFacts:
     """Return the sizes of the attention of a config of one of the families."""
     values: Any = config
     heads = values.num_attention_heads
     epsilons = (getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"))
-    return Sizes(
+    return AttentionFacts(
         width=values.hidden_size,
         heads=heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -64,7 +38,7 @@ def attention_sizes(config: PreTrainedConfig) -> Sizes:
     )
 
 
-def _separate(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> Attention:
+def _separate(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> AttentionWeights:
     """Return the weights of an attention with four projections, with or without norms of queries and keys."""
     sizes, inner = attention_sizes(config), block.get_submodule("self_attn")
     norm = _weight(block, "input_layernorm") + norm_offset
@@ -73,7 +47,7 @@ def _separate(block: nn.Module, config: PreTrainedConfig, norm_offset: float) ->
         query = _normed(query, norm, _weight(inner, "q_norm") + norm_offset, sizes.heads)
         key = _normed(key, norm, _weight(inner, "k_norm") + norm_offset, sizes.key_value_heads)
     scale = getattr(config, "query_pre_attn_scalar", sizes.head_dim) ** -0.5
-    return Attention(
+    return AttentionWeights(
         query=query.scaled(scale * sizes.head_dim**0.5),
         key=key,
         value=_linear(inner, "v_proj"),
@@ -82,7 +56,7 @@ def _separate(block: nn.Module, config: PreTrainedConfig, norm_offset: float) ->
     )
 
 
-def _transposed(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> Attention:
+def _transposed(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> AttentionWeights:
     """GPT-2 keeps its weights transposed, queries, keys and values in one, and scales scores in its own ways."""
     sizes = attention_sizes(config)
     weights, biases = _weight(block, "attn.c_attn").T.chunk(3), _bias(block, "attn.c_attn").chunk(3)
@@ -90,10 +64,12 @@ def _transposed(block: nn.Module, config: PreTrainedConfig, norm_offset: float) 
     scaling: Any = block.get_submodule("attn").scaling
     output = Projection(weight=_weight(block, "attn.c_proj").T, bias=_bias(block, "attn.c_proj"))
     query = query.scaled(scaling * sizes.head_dim**0.5)
-    return Attention(query=query, key=key, value=value, output=output, mixer_norm=_weight(block, "ln_1") + norm_offset)
+    return AttentionWeights(
+        query=query, key=key, value=value, output=output, mixer_norm=_weight(block, "ln_1") + norm_offset
+    )
 
 
-def _fused_heads(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> Attention:
+def _fused_heads(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> AttentionWeights:
     """GPT-NeoX keeps queries, keys and values in one, head by head."""
     fused, heads = _linear(block.get_submodule("attention"), "query_key_value"), attention_sizes(config).heads
     weights = rearrange(fused.weight, "(h part d) w -> part (h d) w", h=heads, part=3)
@@ -103,7 +79,7 @@ def _fused_heads(block: nn.Module, config: PreTrainedConfig, norm_offset: float)
     query, key, value = (Projection(weight=one, bias=other) for one, other in zip(weights, biases, strict=True))
     output = _linear(block.get_submodule("attention"), "dense")
     norm = _weight(block, "input_layernorm") + norm_offset
-    return Attention(query=query, key=key, value=value, output=output, mixer_norm=norm)
+    return AttentionWeights(query=query, key=key, value=value, output=output, mixer_norm=norm)
 
 
 def _normed(projection: Projection, norm: Tensor, weight: Tensor, heads: int) -> Projection:
@@ -129,7 +105,7 @@ def _bias(module: nn.Module, path: str) -> Tensor:
     return layer.bias.detach().float()
 
 
-READERS: dict[str, Callable[[nn.Module, PreTrainedConfig, float], Attention]] = {
+READERS: dict[str, Callable[[nn.Module, PreTrainedConfig, float], AttentionWeights]] = {
     "separate": _separate,
     "fused_heads": _fused_heads,
     "transposed": _transposed,

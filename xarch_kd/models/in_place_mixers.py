@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.models.delta_mixers import delta_from_attention, random_delta
 from xarch_kd.models.in_place_attention import attention_of, attention_sizes
 from xarch_kd.models.mixers import MixerShape, mixer_from_attention, random_mixer
-from xarch_kd.models.moments import ROWS, TOKENS
+from xarch_kd.models.moments import block_moments
 from xarch_kd.models.qwen3_5 import qwen3_5_mixer
-from xarch_kd.taps.trace import trace
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputMoments:
-    """`constant` [width]: constant · x is near 1 for every x that an attention reads."""
-
-    constant: Tensor
 
 
 def new_mixers(teacher: PreTrainedModel, config: PreTrainedConfig, *, seed: int | None) -> dict[int, dict[str, Tensor]]:
@@ -65,7 +54,7 @@ def _gated_delta(teacher: PreTrainedModel, config: Any, seed: int | None) -> dic
         convolution=settings["linear_conv_kernel_dim"],
     )
     drawn: dict[str, Any] = {"layers": config.num_hidden_layers, "spread": config.initializer_range}
-    moments = input_moments(teacher, config.replaced_layers) if seed is None else {}
+    moments = block_moments(teacher, config.replaced_layers) if seed is None else {}
     state = {}
     for index in config.replaced_layers:
         if seed is None:
@@ -75,23 +64,3 @@ def _gated_delta(teacher: PreTrainedModel, config: Any, seed: int | None) -> dic
         named = qwen3_5_mixer("", made)
         state[index] = {name.removeprefix(".linear_attn."): value for name, value in named.items()}
     return state
-
-
-@torch.no_grad()
-def input_moments(teacher: PreTrainedModel, layers: Sequence[int]) -> dict[int, InputMoments]:
-    """Return moments of what the attention of each layer reads, measured as in `moments.py`, in any family."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, teacher.config.vocab_size, (ROWS, TOKENS), generator=generator).to(teacher.device)
-    training = teacher.training
-    try:
-        teacher.eval()
-        first, second = (trace(teacher, half, taps=["mixer_input"], layers=layers) for half in tokens.chunk(2))
-    finally:
-        teacher.train(training)
-    moments = {}
-    for layer in layers:
-        mean, read = first["mixer_input"][layer].float().mean(dim=(0, 1)), second["mixer_input"][layer].float()
-        along = read @ mean
-        constant = mean * along.mean() / along.square().mean().clamp_min(1e-12)
-        moments[layer] = InputMoments(constant=constant)
-    return moments

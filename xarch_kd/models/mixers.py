@@ -35,8 +35,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional
 
-from xarch_kd.models.facts import TeacherFacts
-from xarch_kd.models.weights import BlockWeights, Projection
+from xarch_kd.models.facts import AttentionFacts
+from xarch_kd.models.weights import AttentionWeights, Projection
 
 # silu(GATE_OPEN) = 1.
 GATE_OPEN = 1.2784645427610738
@@ -57,7 +57,7 @@ class MixerShape:
     convolution: int
 
 
-def mixer_from_attention(block: BlockWeights, facts: TeacherFacts, shape: MixerShape) -> dict[str, Tensor]:
+def mixer_from_attention(block: AttentionWeights, facts: AttentionFacts, shape: MixerShape) -> dict[str, Tensor]:
     """Return a mixer's state, in float32, made from a block's attention by the recipe above."""
     values = _in_heads(block.value, facts.key_value_heads, shape.heads, shape.channels)
     keys = _in_heads(block.key, facts.key_value_heads, shape.heads, shape.state)
@@ -131,7 +131,7 @@ def _in_heads(projection: Projection, given: int, heads: int, size: int) -> Tens
     return functional.pad(rows, (0, 0, 0, size - rows.shape[1]))
 
 
-def _value_size(block: BlockWeights, facts: TeacherFacts, heads: int) -> Tensor:
+def _value_size(block: AttentionWeights, facts: AttentionFacts, heads: int) -> Tensor:
     """Return r of the recipe, [heads], never zero."""
     weight = block.value.weight.float() * block.mixer_norm.float()
     rows = weight.square().sum(dim=1) + _bias(block.value).square()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from xarch_kd.taps.layout import layout_of
+
 ROWS, TOKENS = 16, 128
 
 
@@ -50,10 +52,10 @@ def block_moments(teacher: PreTrainedModel, blocks: Sequence[int]) -> dict[int, 
     with _watched(teacher, blocks) as seen:
         teacher.base_model(tokens[: ROWS // 2], use_cache=False)
         for index in blocks:
-            means[index] = seen[index, "self_attn"][0].mean(dim=(0, 1))
+            means[index] = seen[index, "mixer"][0].mean(dim=(0, 1))
         teacher.base_model(tokens[ROWS // 2 :], use_cache=False)
         for index in blocks:
-            (read, mixed), (mlp_read, mapped) = seen[index, "self_attn"], seen[index, "mlp"]
+            (read, mixed), (mlp_read, mapped) = seen[index, "mixer"], seen[index, "mlp"]
             along = read @ means[index]
             moments[index] = BlockMoments(
                 constant=means[index] * along.mean() / along.square().mean().clamp_min(1e-12),
@@ -81,11 +83,12 @@ def _watched(teacher: PreTrainedModel, blocks: Sequence[int]) -> Iterator[dict[t
 
         return keep
 
-    layers: Any = teacher.base_model.layers
+    layout = layout_of(teacher)
+    watched = {"mixer": layout.mixers, "mlp": layout.mlps or ()}
     handles = [
-        getattr(layers[index], name).register_forward_hook(watch(index, name), with_kwargs=True)
+        modules[index].register_forward_hook(watch(index, name), with_kwargs=True)
         for index in blocks
-        for name in ("self_attn", "mlp")
+        for name, modules in watched.items()
     ]
     training = teacher.training
     try:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3_5TextConfig
 
 from xarch_kd.models.bamba import CONVOLUTION, copied_fields, projections
-from xarch_kd.models.facts import TeacherFacts
+from xarch_kd.models.facts import AttentionFacts, TeacherFacts
 from xarch_kd.models.mixers import MixerShape
 from xarch_kd.models.rotary import rotary_parameters
 from xarch_kd.models.weights import BlockWeights, Projection, TeacherWeights, widened
@@ -58,7 +58,7 @@ def qwen3_5_config(facts: TeacherFacts, kept: Sequence[int], teacher: PreTrained
     )
 
 
-def delta_fields(facts: TeacherFacts) -> dict[str, Any]:
+def delta_fields(facts: AttentionFacts) -> dict[str, Any]:
     """Return the sizes of gated delta mixers with one key and one value head for each query head of the teacher.
 
     The class serves several value heads by one key head but not the reverse, so shared key and value heads of a

@@ -29,25 +29,30 @@ class Projection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockWeights:
-    """One block: x + o(attention(q, k, v of norm(x))), then x + down(act(gate) × up) of the second norm.
+class AttentionWeights:
+    """One attention: o(attention(q, k, v of norm(x))), or the norm of o(…) if the facts say so.
 
-    `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], norms [width]: before the
-    mixer and the MLP, or after them if the facts say so. The norms of queries and keys are [head_dim], or as wide as
-    all their heads, or None.
+    `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], `mixer_norm` [width]. The
+    norms of queries and keys are [head_dim], or as wide as all their heads, or None.
     """
 
     query: Projection
     key: Projection
     value: Projection
     output: Projection
+    mixer_norm: Tensor
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWeights(AttentionWeights):
+    """One block: x + its attention, then x + down(act(gate) × up) of the second norm, or after it, as in attention."""
+
     gate: Projection
     up: Projection
     down: Projection
-    mixer_norm: Tensor
     mlp_norm: Tensor
-    query_norm: Tensor | None
-    key_norm: Tensor | None
 
 
 class TeacherWeights:
