@@ -14,7 +14,13 @@ from xarch_kd.errors import UsageError
 def command(
     teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    mixer: Annotated[Literal["mamba2"], typer.Option(help="What takes the place of attention.")] = "mamba2",
+    mixer: Annotated[
+        Literal["mamba2", "gated_delta"], typer.Option(help="What takes the place of attention.")
+    ] = "mamba2",
+    target: Annotated[
+        Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"],
+        typer.Option(help="The student's class; auto: the stock class that fits best."),
+    ] = "auto",
     keep_attention: Annotated[
         str | None,
         typer.Option(
@@ -51,6 +57,7 @@ def command(
     student = convert(
         load_model(teacher, revision=revision),
         mixer=mixer,
+        target=target,
         keep_attention=selection(keep_attention),
         replace=selection(replace),
         initialisation=initialisation,

@@ -10,7 +10,7 @@ import typer
 
 def command(
     teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
-    mixer: Annotated[str, typer.Option(help="What replaces attention: mamba2.")] = "mamba2",
+    mixer: Annotated[str, typer.Option(help="What replaces attention: mamba2, gated_delta.")] = "mamba2",
     keep_attention: Annotated[
         str,
         typer.Option(help='Blocks that keep attention: "every N", "first N", "last N", "none", or 0,4,8.'),

@@ -29,13 +29,15 @@ class Findings:
 class Models:
     """Both models, the blocks of the student whose mixer was replaced, and what a calibration pass measured.
 
-    `similarities` are [student layers, teacher layers] by `entry_key`.
+    `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
+    stage may train.
     """
 
     teacher: Side
     student: Side
     replaced: tuple[int, ...]
     similarities: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
 
 
 def told(error: XarchError) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import yaml
@@ -19,10 +20,10 @@ from xarch_kd.mapping_file.layer_maps import entry_key, is_measured
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.marks import Marks, Place, Problem, mapping_error, place_text
 from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.schema import MappingFile, Paths
+from xarch_kd.mapping_file.schema import Conversion, MappingFile, Paths
 from xarch_kd.mapping_file.sides import Side, replaced_layers
 from xarch_kd.mapping_file.stages import stage_plan
-from xarch_kd.models.convert import conversion_warnings, student_config
+from xarch_kd.models.convert import conversion_warnings, planned_frozen_names, student_config
 from xarch_kd.models.load import load_config, read_student_config
 
 
@@ -59,7 +60,9 @@ def _plan(
         mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), marks
     )
     student = _student(mapping, teacher_config, marks, findings)
-    models = Models(teacher, student, replaced_layers(teacher, student), similarities)
+    conversion = mapping.student.convert
+    frozen = () if conversion is None else planned_frozen_names(teacher_config, **_conversion(conversion))
+    models = Models(teacher, student, replaced_layers(teacher, student), similarities, frozenset(frozen))
     rates = rates or measured_rates(_device(mapping))
     stages = [
         stage_plan(index, stage, mapping.data, models, rates, findings) for index, stage in enumerate(mapping.stages)
@@ -90,10 +93,10 @@ def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | Non
     if student.convert is not None:
         conversion = student.convert
         key = "keep_attention" if conversion.keep_attention is not None else "replace"
-        chosen = {"keep_attention": conversion.keep_attention, "replace": conversion.replace}
+        chosen = _conversion(conversion)
         try:
             with _placed(("student", "convert"), marks):
-                config = student_config(teacher, mixer=conversion.mixer, target=conversion.target, **chosen)
+                config = student_config(teacher, **chosen)
                 findings.warnings += conversion_warnings(teacher, **chosen)
         except UsageError as error:
             raise mapping_error([Problem(("student", "convert", key), told(error))], marks) from None
@@ -107,6 +110,12 @@ def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | Non
         with _placed(("student", "model"), marks):
             config = load_config(reference, student.revision)
     return _side(reference, config, student.paths, student.dtype, ("student",), marks)
+
+
+def _conversion(conversion: Conversion) -> dict[str, Any]:
+    """Return the arguments that `student_config` and its siblings take."""
+    names = ("mixer", "keep_attention", "replace", "target")
+    return {name: getattr(conversion, name) for name in names}
 
 
 def _side(

@@ -70,10 +70,10 @@ class Model(Part):
 class Conversion(Part):
     """How the teacher becomes a stock hybrid. Exactly one of `keep_attention` and `replace`, in the same language."""
 
-    mixer: Literal["mamba2"]
+    mixer: Literal["mamba2", "gated_delta"]
     keep_attention: str | tuple[LayerIndex, ...] | None = None
     replace: str | tuple[LayerIndex, ...] | None = None
-    target: Literal["auto", "bamba"] = "auto"
+    target: Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"] = "auto"
     initialisation: Literal["attention", "random"] = "attention"
 
     @model_validator(mode="after")

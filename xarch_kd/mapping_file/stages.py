@@ -152,10 +152,11 @@ def _mixing_products(pair: PairPlan, length: int, models: Models) -> float:
 def _trainable(stage: Stage, models: Models, place: Place, findings: Findings) -> tuple[str, ...]:
     layout = models.student.layout
     try:
-        return trainable_names(layout.model, layout, stage.train, models.replaced or None)
+        names = trainable_names(layout.model, layout, stage.train, models.replaced or None)
     except (UsageError, TapError) as error:
         findings.problems.append(Problem((*place, "train"), told(error)))
         return ()
+    return tuple(name for name in names if name not in models.frozen)
 
 
 def _check_inputs(stage: Stage, models: Models, place: Place, findings: Findings) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.models.keep import kept_layers
 from xarch_kd.models.load import load_config
+from xarch_kd.models.targets import MIXERS
 
 TEMPLATE = """\
 version: 1
@@ -67,8 +68,8 @@ def mapping_text(
     Only the teacher's config is read. Raises `ModelError` for a teacher that cannot be read, `UsageError` for blocks
     that it lacks or when every block would keep its attention.
     """
-    if mixer != "mamba2":
-        raise UsageError("there is no conversion to this mixer", asked=mixer, allowed="mamba2")
+    if mixer not in MIXERS:
+        raise UsageError("there is no conversion to this mixer", asked=mixer, allowed=", ".join(MIXERS))
     config = load_config(teacher, revision).get_text_config()
     depth = int(config.num_hidden_layers)  # type: ignore[arg-type]
     listed = _LIST.fullmatch(keep_attention)

@@ -36,7 +36,7 @@ def frozen_names(student: nn.Module) -> tuple[str, ...]:
         if name.endswith("self_attn.q_norm.weight")
         and parameter.device.type != "meta"
         and bool((parameter == parameter[0]).all())
-        and float(parameter[0]) > 1e-4 / BELOW_EPSILON
+        and float(parameter.detach()[0]) > 1e-4 / BELOW_EPSILON
     ]
     return tuple(
         name

@@ -21,6 +21,7 @@ from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labe
 from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
 from xarch_kd.mapping_file.schema import MixingMatch
 from xarch_kd.mixing import Mixing
+from xarch_kd.models.frozen import frozen_names
 from xarch_kd.projectors import Projector, build_projector
 from xarch_kd.projectors.heads import head_map
 from xarch_kd.taps.layout import Layout, layout_of
@@ -138,6 +139,8 @@ class Aligner(nn.Module):
                 asked=", ".join(sorted(unknown)[:3]),
                 found=type(self.student).__name__,
             )
+        # A student that was converted earlier and is trained further carries no plan that knows of these.
+        wanted -= set(frozen_names(self.student))
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in wanted)
 
