@@ -69,6 +69,14 @@ def test_the_loss_hands_the_scaled_sum_to_every_parameter() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
+def test_the_graph_of_the_parts_is_let_go() -> None:
+    toy = Toy()
+    parts = toy.parts()
+    observed_loss(parts, Balance(anchor="match", parts=("tokens",)), toy.parameters)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(parts["tokens"], toy.parameters)
+
+
 def test_an_accumulating_optimiser_sees_it_as_any_loss() -> None:
     toy = Toy()
     balance = Balance(anchor="tokens", parts=("match",))

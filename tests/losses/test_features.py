@@ -66,6 +66,15 @@ def test_the_value_is_the_mean_over_tokens_or_the_ratio_of_sums(kind: str) -> No
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-13)
 
 
+def test_huber_turns_at_delta() -> None:
+    student, teacher, mask = batch(torch.float64)
+    student = student.new_zeros(teacher.shape)
+    loss = feature_loss("huber", student, teacher, normaliser=token_count(teacher, mask), mask=mask, delta=0.3)
+    gap = teacher[mask].abs()
+    expected = torch.where(gap > 0.3, 0.3 * (gap - 0.15), gap**2 / 2).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
 def test_counts_and_energies() -> None:
     _, teacher, mask = batch(torch.float32)
     assert token_count(teacher) == ROWS * TIME
