@@ -3,7 +3,52 @@
 from __future__ import annotations
 
 from xarch_kd.projectors.base import Projector, Split
-from xarch_kd.projectors.heads import head_map
-from xarch_kd.projectors.linear import LinearProjector, build_projector, ridge
+from xarch_kd.projectors.build import KINDS, build_projector, parameter_count, resolve_kind
+from xarch_kd.projectors.closed_form import (
+    STARTS,
+    LinearMap,
+    ceiling,
+    explained_variance,
+    initialise,
+    pca,
+    procrustes,
+    resolve_start,
+    ridge,
+)
+from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
+from xarch_kd.projectors.heads import assignment, head_costs, head_map
+from xarch_kd.projectors.learned_heads import HeadMap
+from xarch_kd.projectors.linear import IdentityProjector, LinearProjector, LowRankProjector, OrthogonalProjector
+from xarch_kd.projectors.mlp import MLPProjector
+from xarch_kd.projectors.statistics import PairStatistics
 
-__all__ = ["LinearProjector", "Projector", "Split", "build_projector", "head_map", "ridge"]
+__all__ = [
+    "KINDS",
+    "STARTS",
+    "Diagnosis",
+    "HeadMap",
+    "IdentityProjector",
+    "LinearMap",
+    "LinearProjector",
+    "LowRankProjector",
+    "MLPProjector",
+    "OrthogonalProjector",
+    "PairStatistics",
+    "Projector",
+    "Split",
+    "assignment",
+    "build_projector",
+    "ceiling",
+    "diagnose",
+    "explained_alone",
+    "explained_variance",
+    "head_costs",
+    "head_map",
+    "initialise",
+    "parameter_count",
+    "pca",
+    "procrustes",
+    "resolve_kind",
+    "resolve_start",
+    "ridge",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,14 +25,62 @@ class Projector(nn.Module, ABC):
     """Student features [..., student width] → [..., teacher width].
 
     Objectives read `split`, whose parts `projected_distance` multiplies a few tokens at a time; the projected features
-    are never kept.
+    are never kept. `rank` is the greatest rank of a linear map that it can be.
     """
+
+    kind: ClassVar[str]
+
+    def __init__(self, student_width: int, teacher_width: int, rank: int) -> None:
+        super().__init__()
+        self.student_width, self.teacher_width, self.rank = student_width, teacher_width, rank
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether an offset is added."""
+        return getattr(self, "bias", None) is not None
 
     @abstractmethod
     def split(self, student: Tensor) -> Split:
         """Return what the projection is the product of, with its graph."""
 
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """Return the linear map that it is, [teacher width, student width], without a gradient."""
+
+    @abstractmethod
+    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Become the linear map `weight` [teacher width, student width], of at most its own rank, plus `offset`.
+
+        A projector without a bias leaves the offset out.
+        """
+
     def forward(self, student: Tensor) -> Tensor:
         """Return the projected features [..., teacher width]."""
         features, weight, bias = self.split(student)
         return features if weight is None else functional.linear(features, weight, bias)
+
+    def extra_repr(self) -> str:
+        """Return widths and rank."""
+        return f"{self.student_width} -> {self.teacher_width}, rank {self.rank}"
+
+    def _set_bias(self, offset: Tensor | None) -> None:
+        bias = getattr(self, "bias", None)
+        if bias is not None and offset is not None:
+            bias.copy_(offset)
+
+
+def isometry(
+    rows: int, columns: int, *, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the identity, or a random semi-orthogonal matrix [rows, columns] where the two differ."""
+    matrix = torch.empty(rows, columns, dtype=dtype)
+    if rows == columns:
+        return nn.init.eye_(matrix)
+    return nn.init.orthogonal_(matrix, generator=generator)
+
+
+def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return up [rows, rank] and down [rank, columns] of equal size whose product is nearest to weight, in float64."""
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import numpy
 import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError, suggest
+from xarch_kd.ops import checks
 
 RULES: Final = ("auto", "mean", "repeat")
 # Of the sum of a row of weights that a person wrote down, e.g. three times 0.333.
@@ -43,6 +45,92 @@ def head_map(rule: str | Sequence[Sequence[float]], student_heads: int, teacher_
         allowed="counts of which one divides the other: mean with more teacher heads, repeat with more student heads",
         fix="give the weights [student heads, teacher heads] themselves",
     )
+
+
+def assignment(costs: Tensor, *, every_teacher: bool = False) -> Tensor:
+    """Return weights [student heads, teacher heads] of the cheapest assignment, from costs of the same shape.
+
+    Each student head learns from one teacher head. With more student heads every teacher head teaches as many of them,
+    or one more or less; with fewer, no teacher head teaches two, and some teach none, or with `every_teacher` all are
+    taught: each teacher head has one student head, which learns from the mean of its own, as many as any other or one
+    more or less. A cost of infinity forbids a pair. Exact (scipy's linear_sum_assignment).
+
+    Raises UsageError for costs that are not numbers, or forbid every assignment.
+    """
+    if costs.dim() != 2 or 0 in costs.shape or bool(torch.isnan(costs).any()):
+        raise UsageError(
+            "heads: the costs do not fit.",
+            found=f"shape {list(costs.shape)}, {int(torch.isnan(costs).sum())} of them NaN",
+            allowed="a number for each [student head, teacher head]",
+        )
+    matrix = costs.detach().to("cpu", torch.float64).numpy()
+    students, teachers = matrix.shape
+    weights = torch.zeros(students, teachers)
+    if students < teachers and every_teacher:
+        weights[_grouped(matrix.T), torch.arange(teachers)] = 1
+        return weights / weights.sum(1, keepdim=True)
+    weights[torch.arange(students), _grouped(matrix)] = 1
+    return weights
+
+
+def head_costs(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return 1 - cosine of each student head's output with each teacher head's, float64 [student heads, teacher heads].
+
+    `student` [batch, time, student heads, width] and `teacher` [batch, time, teacher heads, width] are what the mixing
+    matrices of both make of the same values, e.g. random ones: the cosine then estimates that of the matrices. `mask`
+    [batch, time] is true where a token counts. A head of zeros costs 1 everywhere.
+    """
+    cross, own, gram = head_products(student, teacher, mask)
+    lengths = torch.outer(own, gram.diagonal()).sqrt()
+    return 1 - cross / lengths.where(lengths > 0, 1)
+
+
+@torch.no_grad()
+def head_products(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums over tokens and width, in float64: of student heads with teacher heads [student heads, teacher
+    heads], of student heads with themselves [student heads], and of teacher heads with each other [teacher heads,
+    teacher heads]. Arguments as of `head_costs`.
+
+    Raises UsageError for tensors that do not fit.
+    """
+    batch, time, _, width = student.shape
+    checks.check_shape(
+        "teacher", teacher, (batch, time, teacher.shape[2], width), "[batch, time, teacher heads, width]"
+    )
+    checks.check_shape("mask", mask, (batch, time), "[batch, time]")
+    checks.check_mask(mask)
+    own, other = (
+        (heads.flatten(0, 1) if mask is None else heads[mask]).transpose(0, 1).flatten(1).double()
+        for heads in (student, teacher)
+    )
+    return own @ other.T, own.square().sum(1), other @ other.T
+
+
+def _grouped(costs: numpy.ndarray) -> Tensor:
+    """Return the column [rows] of each row in the cheapest assignment.
+
+    No column is taken twice while there are enough; else each is taken rows / columns times, rounded down or up.
+    """
+    # Here, because reading a mapping file needs no scipy.
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = costs.shape
+    copies = -(-rows // columns)
+    wide = numpy.tile(costs, (1, copies))
+    if copies > 1:
+        # Rows that stand for nobody fill what is left of the last copy, so the other copies are taken in full.
+        fill = numpy.full((columns * copies - rows, columns * copies), numpy.inf)
+        fill[:, columns * (copies - 1) :] = 0
+        wide = numpy.concatenate((wide, fill))
+    try:
+        _, found = linear_sum_assignment(wide)
+    except ValueError as error:
+        raise UsageError(
+            "heads: there is no such assignment.",
+            found="costs of infinity that leave a head without a partner",
+            allowed="enough finite costs in each row and column",
+        ) from error
+    return torch.from_numpy(found[:rows] % columns)
 
 
 def _given(weights: Sequence[Sequence[float]], student_heads: int, teacher_heads: int) -> Tensor:

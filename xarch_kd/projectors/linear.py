@@ -1,4 +1,4 @@
-"""The linear projector, random or fitted in closed form."""
+"""Projectors that are linear: full, of low rank, semi-orthogonal, and none at all."""
 
 from __future__ import annotations
 
@@ -7,18 +7,49 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from xarch_kd.errors import UsageError, suggest
-from xarch_kd.projectors.base import Projector, Split
+from xarch_kd.errors import UsageError
+from xarch_kd.projectors.base import Projector, Split, factors, isometry
 
-KINDS: Final = ("auto", "none", "linear")
+# Of a weight that is to be an orthogonal projector's: largest entry of weightᵀ weight - 1, from float32 factors.
+ORTHOGONALITY: Final = 1e-3
+
+
+class IdentityProjector(Projector):
+    """y = student: no freedom, no parameters; for equal widths. Raises UsageError where they differ."""
+
+    kind = "identity"
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        if student_width != teacher_width:
+            raise UsageError(
+                "An identity keeps the width.",
+                asked="projector: identity",
+                found=f"student {student_width}, teacher {teacher_width}",
+                fix="projector: linear, or auto",
+            )
+        super().__init__(student_width, teacher_width, student_width)
+
+    def split(self, student: Tensor) -> Split:
+        """Return the student alone."""
+        return Split(student, None, None)
+
+    def matrix(self) -> Tensor:
+        """Return the identity."""
+        return torch.eye(self.teacher_width)
+
+    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Raise UsageError: it is the identity and nothing else."""
+        raise UsageError("An identity has nothing to set.", fix="projector: linear, or initialise: random")
 
 
 class LinearProjector(Projector):
-    """y = student weightᵀ (+ bias): [..., student width] → [..., teacher width]; weight is [teacher, student].
+    """y = student weightᵀ (+ bias); weight is [teacher width, student width].
 
     It starts as an isometry: the identity for equal widths, else a random semi-orthogonal matrix, drawn from
     `generator`.
     """
+
+    kind = "linear"
 
     def __init__(
         self,
@@ -28,74 +59,129 @@ class LinearProjector(Projector):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(teacher_width, student_width))
+        super().__init__(student_width, teacher_width, min(student_width, teacher_width))
+        self.weight = nn.Parameter(isometry(teacher_width, student_width, generator=generator))
         self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
-        with torch.no_grad():
-            if student_width == teacher_width:
-                nn.init.eye_(self.weight)
-            else:
-                nn.init.orthogonal_(self.weight, generator=generator)
 
     def split(self, student: Tensor) -> Split:
         """Return student, weight and bias."""
         return Split(student, self.weight, self.bias)
 
+    def matrix(self) -> Tensor:
+        """Return the weight."""
+        return self.weight.detach()
+
     @torch.no_grad()
-    def fit(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, penalty: float = 1e-3) -> None:
-        """Set weight (and bias) to the ridge solution from features [..., width] of the tokens that count."""
-        if mask is not None:
-            student, teacher = student[mask], teacher[mask]
-        weight, offset = ridge(
-            student.flatten(0, -2), teacher.flatten(0, -2), penalty=penalty, bias=self.bias is not None
-        )
+    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Take the weight over as it is."""
         self.weight.copy_(weight)
-        if self.bias is not None and offset is not None:
-            self.bias.copy_(offset)
+        self._set_bias(offset)
 
 
-@torch.no_grad()
-def ridge(
-    student: Tensor, teacher: Tensor, *, penalty: float = 1e-3, bias: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return weight [teacher, student] and bias [teacher] (or None) of the ridge regression of teacher on student.
+class LowRankProjector(Projector):
+    """y = (student downᵀ) upᵀ (+ bias); down is [rank, student width], up [teacher width, rank].
 
-    Minimises |student weightᵀ + bias - teacher|² / tokens + λ|weight|², λ = penalty * mean eigenvalue of the student's
-    second moment, in float64. Features are [tokens, width].
+    Both start semi-orthogonal, drawn from `generator`. `rank` is by default a quarter of the smaller width.
     """
-    if student.dim() != 2 or teacher.dim() != 2 or student.shape[0] != teacher.shape[0] or student.shape[0] == 0:
-        raise UsageError(
-            "A projector is fitted to matching rows of features.",
-            found=f"student {list(student.shape)}, teacher {list(teacher.shape)}",
-            allowed="[tokens, student width] and [tokens, teacher width], at least one token",
-        )
-    x, y = student.double(), teacher.double()
-    mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]))
-    x, y = x - mean_x, y - mean_y
-    moment = x.T @ x / x.shape[0]
-    scale = moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    regularised = moment + penalty * scale * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(regularised, x.T @ y / x.shape[0]).T
-    return weight, mean_y - weight @ mean_x if bias else None
+
+    kind = "low_rank"
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        rank: int | None = None,
+        bias: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(student_width, teacher_width, default_rank(student_width, teacher_width, rank))
+        self.down = nn.Parameter(isometry(self.rank, student_width, generator=generator))
+        self.up = nn.Parameter(isometry(teacher_width, self.rank, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
+
+    def split(self, student: Tensor) -> Split:
+        """Return student downᵀ [..., rank], up and bias."""
+        return Split(nn.functional.linear(student, self.down), self.up, self.bias)
+
+    def matrix(self) -> Tensor:
+        """Return up · down."""
+        return self.up.detach() @ self.down.detach()
+
+    @torch.no_grad()
+    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Take over the factors of the nearest weight of its rank; both are equally large."""
+        up, down = factors(weight, self.rank)
+        self.up.copy_(up)
+        self.down.copy_(down)
+        self._set_bias(offset)
 
 
-def build_projector(
-    kind: str, student_width: int, teacher_width: int, *, generator: torch.Generator | None = None
-) -> LinearProjector | None:
-    """Return the projector of `kind`: `none`, `linear`, or `auto`, which is linear only where widths differ.
+class OrthogonalProjector(Projector):
+    """y = student weightᵀ (+ bias) whose weight [teacher width, student width] is semi-orthogonal throughout training.
 
-    Raises:
-        UsageError: an unknown kind, or `none` where widths differ.
+    It keeps lengths and angles of a student that is not wider than its teacher, so it can't do the student's work.
+    The weight is the orthogonal factor of the QR decomposition, with a positive diagonal of R, of the parameter `basis`
+    [larger width, smaller width]: any basis gives one, and a semi-orthogonal basis gives itself.
     """
-    if kind not in KINDS:
-        raise UsageError(f"There is no such projector.{suggest(kind, KINDS)}", asked=kind, allowed=" | ".join(KINDS))
-    if kind == "none" and student_width != teacher_width:
+
+    kind = "orthogonal"
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        bias: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(student_width, teacher_width, min(student_width, teacher_width))
+        self.wide = student_width > teacher_width
+        start = isometry(teacher_width, student_width, generator=generator)
+        self.basis = nn.Parameter(start.T.contiguous() if self.wide else start)
+        self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The semi-orthogonal weight [teacher width, student width], with its graph."""
+        factor, triangle = torch.linalg.qr(self.basis)
+        diagonal = triangle.detach().diagonal()
+        factor = factor * torch.where(diagonal < 0, -1.0, 1.0).to(factor.dtype)
+        return factor.T if self.wide else factor
+
+    def split(self, student: Tensor) -> Split:
+        """Return student, the semi-orthogonal weight and bias."""
+        return Split(student, self.weight, self.bias)
+
+    def matrix(self) -> Tensor:
+        """Return the semi-orthogonal weight."""
+        return self.weight.detach()
+
+    @torch.no_grad()
+    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Take a semi-orthogonal weight over. Raises UsageError for another."""
+        basis = weight.T if self.wide else weight
+        error = float((basis.T @ basis - torch.eye(self.rank, dtype=basis.dtype, device=basis.device)).abs().max())
+        if not error <= ORTHOGONALITY:
+            raise UsageError(
+                "An orthogonal projector takes a semi-orthogonal weight.",
+                found=f"columns or rows whose products are off by {error:.2g}",
+                fix="initialise: procrustes or pca",
+            )
+        self.basis.copy_(basis)
+        self._set_bias(offset)
+
+
+def default_rank(student_width: int, teacher_width: int, rank: int | None) -> int:
+    """Return the rank of a low-rank projector. Raises UsageError for one that the widths do not have."""
+    smaller = min(student_width, teacher_width)
+    if rank is None:
+        return max(1, smaller // 4)
+    if not 1 <= rank <= smaller:
         raise UsageError(
-            "Without a projector student and teacher must have the same width.",
-            asked="projector: none",
+            "A projector cannot have this rank.",
+            asked=f"rank: {rank}",
             found=f"student {student_width}, teacher {teacher_width}",
-            fix="projector: linear, or auto",
+            allowed=f"1 to {smaller}",
         )
-    if kind == "linear" or student_width != teacher_width:
-        return LinearProjector(student_width, teacher_width, generator=generator)
-    return None
+    return rank

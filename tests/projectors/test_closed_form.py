@@ -1,0 +1,258 @@
+"""Projectors in closed form: against least squares and explicit decompositions in float64, and by recovery.
+
+Tolerances are those of float64 products over some hundred tokens unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import NonFiniteLoss, UsageError
+from xarch_kd.projectors import (
+    PairStatistics,
+    build_projector,
+    ceiling,
+    explained_variance,
+    initialise,
+    pca,
+    procrustes,
+    resolve_start,
+    ridge,
+)
+
+TOKENS = 60
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+# Of parameters, which are float32.
+SINGLE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def pair(student: int = 5, teacher: int = 7, tokens: int = TOKENS, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return features with offsets, a student that varies unequally, and a teacher that is partly a map of it."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y, mix = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((tokens, student), (tokens, teacher), (student, teacher))
+    )
+    x = x * torch.linspace(0.5, 2, student, dtype=torch.float64) + 3
+    return x, y + x @ mix - 2
+
+
+def of(x: Tensor, y: Tensor) -> PairStatistics:
+    statistics = PairStatistics()
+    statistics.update(x, y)
+    return statistics
+
+
+def centre(features: Tensor) -> Tensor:
+    return features - features.mean(0)
+
+
+def rotation(size: int, seed: int = 0) -> Tensor:
+    draw = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(draw).Q
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_ridge_is_the_least_squares_solution(bias: bool, rank: int | None) -> None:
+    """Ridge is least squares with √λ rows more; of a rank, what is left of its fit by the leading directions."""
+    x, y = pair()
+    own, target = (centre(x), centre(y)) if bias else (x, y)
+    strength = 0.1 * own.square().sum() / own.numel() * TOKENS
+    rows = torch.cat((own, strength.sqrt() * torch.eye(5, dtype=torch.float64)))
+    aims = torch.cat((target, torch.zeros(5, 7, dtype=torch.float64)))
+    expected = torch.linalg.lstsq(rows, aims).solution
+    if rank is not None:
+        leading = torch.linalg.svd(rows @ expected, full_matrices=False).Vh[:rank]
+        expected = expected @ leading.T @ leading
+    weight, offset = ridge(of(x, y), bias=bias, rank=rank, penalty=0.1)
+    torch.testing.assert_close(weight, expected.T, **EXACT)
+    if not bias:
+        assert offset is None
+        return
+    assert offset is not None
+    torch.testing.assert_close(offset, y.mean(0) - x.mean(0) @ expected, **EXACT)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("widths", [(5, 7), (7, 5)])
+def test_procrustes_is_the_explicit_decomposition(widths: tuple[int, int], rank: int | None) -> None:
+    x, y = pair(*widths)
+    left, values, right = torch.linalg.svd(centre(y).T @ centre(x), full_matrices=False)
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    isometry = left @ right
+    statistics = of(x, y)
+    torch.testing.assert_close(procrustes(statistics, rank=rank, scaled=False).weight, isometry, **EXACT)
+    weight, offset = procrustes(statistics, rank=rank)
+    # The best factor of a fixed map, by least squares.
+    projected = (centre(x) @ isometry.T).reshape(-1, 1)
+    factor = torch.linalg.lstsq(projected, centre(y).reshape(-1, 1)).solution.item()
+    torch.testing.assert_close(weight, factor * isometry, **EXACT)
+    assert offset is not None
+    torch.testing.assert_close(offset, y.mean(0) - x.mean(0) @ weight.T, **EXACT)
+
+
+def test_a_rotated_student_is_rotated_back() -> None:
+    x, _ = pair(6, 6)
+    turn = rotation(6)
+    teacher = 0.25 * x @ turn.T + 4
+    weight, offset = procrustes(of(x, teacher))
+    torch.testing.assert_close(weight, 0.25 * turn, **EXACT)
+    assert offset is not None
+    torch.testing.assert_close(offset, torch.full((6,), 4, dtype=torch.float64), **EXACT)
+    for kind, how in (("orthogonal", "procrustes"), ("orthogonal", "pca"), ("linear", "procrustes")):
+        projector = build_projector(kind, 6, 6, bias=True)
+        assert projector is not None
+        # pca takes the student's rotation too where nothing has to be left out.
+        target = teacher if kind == "linear" else x @ turn.T + 4
+        initialise(projector, of(x, target), how)
+        torch.testing.assert_close(projector(x.float()), target.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_pca_reaches_what_no_map_of_its_rank_exceeds(bias: bool) -> None:
+    x, y = pair(3, 7)
+    target = centre(y) if bias else y
+    directions = torch.linalg.svd(target, full_matrices=False).Vh[:3]
+    weight, offset = pca(of(x, y), bias=bias)
+    torch.testing.assert_close(weight.T @ weight, torch.eye(3, dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(weight @ weight.T, directions.T @ directions, **EXACT)
+    # Within the directions, the rotation nearest to the student: no other has a larger product with the teacher.
+    own = centre(x) if bias else x
+    products = [(own @ turn @ weight.T * target).sum() for turn in (rotation(3, seed) for seed in range(20))]
+    assert (own @ weight.T * target).sum() > max(products)
+    assert (offset is not None) == bias
+    scores = centre(y) @ directions.T
+    share = (scores.square().sum() / centre(y).square().sum()).item()
+    if bias:
+        assert ceiling(of(x, y), 3) == pytest.approx(share, abs=1e-12)
+        best = explained_variance(of(scores, y), directions.T, y.mean(0))
+        assert best == pytest.approx(share, abs=1e-12)
+
+
+def test_explained_variance_is_the_direct_formula() -> None:
+    x, y = pair()
+    weight, offset = pair(5, 7, tokens=7, seed=3)[0], y[0]
+    direct = 1 - (x @ weight.T + offset - y).square().sum() / centre(y).square().sum()
+    assert explained_variance(of(x, y), weight, offset) == pytest.approx(direct.item(), rel=1e-10)
+    same = 1 - (y + 0.5 - y).square().sum() / centre(y).square().sum()
+    assert explained_variance(of(y + 0.5, y), None) == pytest.approx(same.item(), rel=1e-10)
+    assert explained_variance(of(x, torch.ones_like(y)), weight) == 0
+
+
+def test_merged_parts_are_the_whole_and_masked_tokens_are_left_out() -> None:
+    x, y = pair()
+    x, y = x + 1e4, y - 1e4
+    whole, parts, rest, empty = of(x, y), of(x[:17], y[:17]), PairStatistics(), PairStatistics()
+    mask = torch.rand(4, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask.view(-1)[:37] = True
+    padded_x, padded_y = torch.full((80, 5), torch.nan).double(), torch.full((80, 7), torch.nan).double()
+    counted = mask.view(-1).nonzero()[:43, 0]
+    mask.view(-1)[counted[-1] + 1 :] = False
+    padded_x[counted], padded_y[counted] = x[17:], y[17:]
+    rest.update(padded_x.view(4, 20, 5), padded_y.view(4, 20, 7), mask=mask)
+    rest.update(x[:0], y[:0])
+    parts.merge(rest)
+    parts.merge(empty)
+    empty.merge(parts)
+    assert whole.tokens == parts.tokens == empty.tokens == TOKENS and whole.widths == (5, 7)
+    for centred in (True, False):
+        for merged in (parts, empty, PairStatistics.from_state(parts.state())):
+            for one, other in zip(whole.moments(centred=centred), merged.moments(centred=centred), strict=True):
+                # Products of about 1e8 in the sums about 0; about the means the offset costs 4 of 16 digits.
+                torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-9)
+    for one, dense in zip(
+        whole.moments(),
+        (centre(x).T @ centre(x) / TOKENS, centre(x).T @ centre(y) / TOKENS, centre(y).T @ centre(y) / TOKENS),
+        strict=False,
+    ):
+        torch.testing.assert_close(one, dense, rtol=0, atol=1e-9)
+    torch.testing.assert_close(whole.moments(centred=False).cross, x.T @ y / TOKENS, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "rank"),
+    [
+        ("linear", {}, None),
+        ("low_rank", {"rank": 2}, 2),
+        ("mlp", {}, None),
+        ("mlp", {"width": 31}, None),
+        ("mlp", {"width": 5}, 2),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_projector_starts_as_the_ridge_of_its_rank(
+    kind: str, options: dict[str, int], rank: int | None, bias: bool
+) -> None:
+    x, y = pair()
+    projector = build_projector(kind, 5, 7, bias=bias, **options)
+    assert projector is not None
+    fitted = initialise(projector, of(x, y))
+    assert fitted is not None
+    torch.testing.assert_close(fitted, ridge(of(x, y), bias=bias, rank=rank))
+    dense = x @ fitted.weight.T + (0 if fitted.offset is None else fitted.offset)
+    torch.testing.assert_close(projector(x.float()), dense.float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(projector.matrix(), fitted.weight.float(), **SINGLE)
+
+
+def test_what_a_start_leaves_alone() -> None:
+    x, y = pair(6, 6)
+    linear, identity = build_projector("linear", 6, 6), build_projector("identity", 6, 6)
+    assert linear is not None and identity is not None
+    assert initialise(linear, of(x, y), "random") is None and torch.equal(linear.matrix(), torch.eye(6))
+    assert initialise(identity, of(x, y)) is None
+    assert resolve_start("auto", "orthogonal") == "procrustes" and resolve_start("auto", "mlp") == "ridge"
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "message"),
+    [
+        ("orthogonal", "ridge", "not orthogonal"),
+        ("linear", "rigde", "Did you mean 'ridge'"),
+        ("identity", "pca", "nothing to fit"),
+    ],
+)
+def test_forms_that_do_not_fit_are_refused(kind: str, how: str, message: str) -> None:
+    projector = build_projector(kind, 6, 6)
+    assert projector is not None
+    with pytest.raises(UsageError, match=message):
+        initialise(projector, of(*pair(6, 6)), how)
+
+
+def test_fewer_tokens_than_dimensions() -> None:
+    linear, thin = build_projector("linear", 6, 9, bias=True), build_projector("low_rank", 6, 9, rank=2)
+    assert linear is not None and thin is not None
+    few = of(*pair(6, 9, tokens=6))
+    for how in ("ridge", "procrustes"):
+        with pytest.raises(UsageError, match=r"6 tokens\n.*>= 7; 24 say more"):
+            initialise(linear, few, how)
+    for tokens in (7, 23):
+        with pytest.warns(UserWarning, match=f"{tokens} tokens in 6 dimensions.*at least 24"):
+            initialise(linear, of(*pair(6, 9, tokens=tokens)))
+    initialise(linear, of(*pair(6, 9, tokens=24)))
+    # Two components need no more tokens for a wider student.
+    initialise(thin, of(*pair(6, 9, tokens=8)), "pca")
+    with pytest.raises(UsageError, match=">= 3; 8 say more"):
+        initialise(thin, of(*pair(6, 9, tokens=2)), "pca")
+
+
+def test_bad_input() -> None:
+    x, y = pair()
+    statistics = of(x, y)
+    projector = build_projector("linear", 7, 5)
+    assert projector is not None
+    with pytest.raises(UsageError, match="other widths"):
+        initialise(projector, statistics)
+    with pytest.raises(UsageError, match="teacher does not fit"):
+        statistics.update(x, y[:-1])
+    with pytest.raises(UsageError, match="widths of the first call"):
+        statistics.update(y, x)
+    with pytest.raises(UsageError, match="of no tokens"):
+        ridge(PairStatistics())
+    with pytest.raises(UsageError, match="needs a penalty"):
+        ridge(statistics, penalty=0.0)
+    y[3, 2] = torch.inf
+    with pytest.raises(NonFiniteLoss, match="of the teacher are not finite"):
+        statistics.update(x, y)

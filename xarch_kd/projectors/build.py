@@ -1,0 +1,116 @@
+"""Projectors by name."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from xarch_kd.errors import UsageError, suggest
+from xarch_kd.projectors.base import Projector
+from xarch_kd.projectors.linear import (
+    IdentityProjector,
+    LinearProjector,
+    LowRankProjector,
+    OrthogonalProjector,
+    default_rank,
+)
+from xarch_kd.projectors.mlp import MLPProjector, default_width
+
+# Kind -> what it is.
+KINDS: Final = {
+    "auto": "none where the widths are equal, else linear",
+    "none": "nothing between student and teacher",
+    "identity": "the same, as a module",
+    "linear": "one matrix",
+    "low_rank": "the product of two thin matrices",
+    "mlp": "one hidden layer",
+    "orthogonal": "one matrix that keeps lengths and angles",
+}
+
+
+def resolve_kind(kind: str, student_width: int, teacher_width: int) -> str:
+    """Return the kind that `auto` stands for, or the kind itself.
+
+    Raises UsageError for an unknown kind, and for `none` or `identity` where the widths differ.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"There is no such projector.{suggest(kind, KINDS)}", asked=kind, allowed=" | ".join(KINDS))
+    if kind == "auto":
+        return "none" if student_width == teacher_width else "linear"
+    if kind in ("none", "identity") and student_width != teacher_width:
+        raise UsageError(
+            "Without a projector student and teacher must have the same width.",
+            asked=f"projector: {kind}",
+            found=f"student {student_width}, teacher {teacher_width}",
+            fix="projector: linear, or auto",
+        )
+    return kind
+
+
+def build_projector(
+    kind: str,
+    student_width: int,
+    teacher_width: int,
+    *,
+    rank: int | None = None,
+    width: int | None = None,
+    bias: bool = False,
+    generator: torch.Generator | None = None,
+) -> Projector | None:
+    """Return the projector of `kind`, one of KINDS, with random weights from `generator`; None for `none`.
+
+    `rank` is for low_rank, `width` (hidden units) for mlp, `bias` for every kind but identity.
+
+    Raises:
+        UsageError: an unknown kind, `none` or `identity` where widths differ, an option that the kind lacks or that is
+            out of range.
+    """
+    kind = resolve_kind(kind, student_width, teacher_width)
+    _check_options(kind, rank, width, bias)
+    if kind == "none":
+        return None
+    if kind == "identity":
+        return IdentityProjector(student_width, teacher_width)
+    if kind == "low_rank":
+        return LowRankProjector(student_width, teacher_width, rank, bias, generator=generator)
+    if kind == "mlp":
+        return MLPProjector(student_width, teacher_width, width, bias, generator=generator)
+    chosen = OrthogonalProjector if kind == "orthogonal" else LinearProjector
+    return chosen(student_width, teacher_width, bias, generator=generator)
+
+
+def parameter_count(
+    kind: str,
+    student_width: int,
+    teacher_width: int,
+    *,
+    rank: int | None = None,
+    width: int | None = None,
+    bias: bool = False,
+) -> int:
+    """Return how many parameters `build_projector` of the same arguments has, without building it; raises the same."""
+    kind = resolve_kind(kind, student_width, teacher_width)
+    _check_options(kind, rank, width, bias)
+    if kind in ("none", "identity"):
+        return 0
+    offset = teacher_width if bias else 0
+    if kind == "low_rank":
+        return default_rank(student_width, teacher_width, rank) * (student_width + teacher_width) + offset
+    if kind == "mlp":
+        return default_width(student_width, teacher_width, width) * (student_width + 1 + teacher_width) + offset
+    return student_width * teacher_width + offset
+
+
+def _check_options(kind: str, rank: int | None, width: int | None, bias: bool) -> None:
+    given: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
+        ("rank", rank is not None, ("low_rank",)),
+        ("width", width is not None, ("mlp",)),
+        ("bias", bias, ("linear", "low_rank", "mlp", "orthogonal")),
+    )
+    for option, asked, kinds in given:
+        # Without a projector an offset has nowhere to go and nothing to mend: `auto` may turn out to be none.
+        if asked and kind not in kinds and not (option == "bias" and kind == "none"):
+            raise UsageError(
+                f"This projector has no {option}.", asked=f"{option} of projector: {kind}", allowed=" | ".join(kinds)
+            )

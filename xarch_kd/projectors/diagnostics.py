@@ -1,0 +1,134 @@
+"""Whether a projector lets the student learn or learns in its place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from xarch_kd.projectors.base import Projector
+from xarch_kd.projectors.closed_form import FORMS, ceiling, check_widths, explained_variance, resolve_start
+from xarch_kd.projectors.statistics import PairStatistics
+
+# Of the greatest singular value: a direction below it does not count as one.
+LEAST_DIRECTION: Final = 1e-3
+# Of what a warning is given for.
+USELESS: Final = 0.05
+NARROW: Final = 4
+ILL_CONDITIONED: Final = 1e4
+ITS_OWN_WORK: Final = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What a trained projector is. Explained variances are of the teacher's, at most 1, on tokens not fitted to.
+
+    `rank` counts the singular values above a thousandth of the greatest, of at most `possible_rank`; `condition` is the
+    greatest over the least (infinity for a map that loses directions). `explained` is the trained student's through the
+    projector, `ceiling` what no map of this rank exceeds, `alone` what a projector alone reached with the student
+    frozen at its initialisation, and `share` that of `explained`. `warnings` say what is wrong, in sentences.
+    """
+
+    kind: str
+    rank: int
+    possible_rank: int
+    condition: float
+    explained: float
+    ceiling: float
+    alone: float | None
+    warnings: tuple[str, ...]
+
+    @property
+    def share(self) -> float | None:
+        """Which part of the match a projector alone reaches, 0 to 1; None where not measured, or nothing matches."""
+        return _share(self.explained, self.alone)
+
+    @property
+    def verdict(self) -> str:
+        """The warnings, or that there are none, as text of a line each."""
+        if self.warnings:
+            return "\n".join(self.warnings)
+        found = f"ok: the student explains {self.explained:.0%} of the teacher's variance through it"
+        return found if self.share is None else f"{found}, a projector alone {self.alone:.0%}"
+
+
+def explained_alone(projector: Projector, fitted: PairStatistics, held_out: PairStatistics) -> float:
+    """Return the teacher's variance that a projector of this kind explains with the student as it is, untrained.
+
+    It is fitted in closed form to `fitted` and measured on `held_out`: statistics of the student's own features, at
+    initialisation, of different tokens. Measured on the tokens it was fitted to, it would explain noise. An MLP is
+    fitted as the linear map it starts as, so its figure is a lower bound.
+
+    Raises UsageError for statistics of other widths.
+    """
+    for statistics in (fitted, held_out):
+        check_widths(projector, statistics)
+    how = resolve_start("auto", projector.kind)
+    if how == "random":
+        return explained_variance(held_out, None)
+    return explained_variance(held_out, *FORMS[how].fit(projector, fitted))
+
+
+def diagnose(projector: Projector, trained: PairStatistics, *, alone: float | None = None) -> Diagnosis:
+    """Return the diagnosis of a trained projector.
+
+    `trained` are statistics of `projector.split(student).features` (for all but low_rank and mlp, the student's own)
+    and the teacher's, with the student trained; `alone` is `explained_alone` from before training.
+
+    Raises UsageError for statistics that are not of these features.
+    """
+    with torch.no_grad():
+        # Its shapes alone matter: what the weights are of.
+        parameter = next(projector.parameters(), torch.zeros(()))
+        features, weight, bias = projector.split(parameter.new_zeros(1, projector.student_width))
+        matrix = projector.matrix().double()
+    check_widths(projector, trained, features.shape[-1])
+    values = torch.linalg.svdvals(matrix)[: projector.rank]
+    greatest, least = float(values[0]), float(values[-1])
+    rank = int((values > LEAST_DIRECTION * greatest).sum())
+    condition = greatest / least if least > 0 else math.inf
+    explained, highest = explained_variance(trained, weight, bias), ceiling(trained, rank)
+    return Diagnosis(
+        kind=projector.kind,
+        rank=rank,
+        possible_rank=projector.rank,
+        condition=condition,
+        explained=explained,
+        ceiling=highest,
+        alone=alone,
+        warnings=tuple(_warnings(rank, projector.rank, condition, explained, highest, alone)),
+    )
+
+
+def _warnings(
+    rank: int, possible: int, condition: float, explained: float, highest: float, alone: float | None
+) -> list[str]:
+    found = []
+    if explained < USELESS:
+        found.append(
+            f"useless: through it the student explains {explained:.0%} of the teacher's variance. Check the layer map; "
+            "initialise it in closed form, or raise projector_lr."
+        )
+    if rank * NARROW <= possible:
+        found.append(
+            f"narrow: it passes {rank} of {possible} directions, which cannot explain more than {highest:.0%} of the "
+            "teacher's variance. Lower its weight decay, or use orthogonal."
+        )
+    elif condition > ILL_CONDITIONED:
+        found.append(
+            f"ill-conditioned: its directions differ {condition:.1e}-fold, so some of the student's learn hardly "
+            "anything. Use orthogonal, or more weight decay."
+        )
+    share = _share(explained, alone)
+    if share is not None and share >= ITS_OWN_WORK and explained >= USELESS:
+        found.append(
+            f"the projector does the student's work: alone, with the student untrained, it reaches {share:.0%} of the "
+            "match. Lower projector_lr, use orthogonal or a lower rank, or match another layer."
+        )
+    return found
+
+
+def _share(explained: float, alone: float | None) -> float | None:
+    return None if alone is None or explained <= 0 else min(max(alone / explained, 0.0), 1.0)
