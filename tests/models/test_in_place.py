@@ -18,6 +18,7 @@ from xarch_kd.models import in_place as in_place_module
 from xarch_kd.models.in_place import ALL_RECURRENT, check_in_place, convert_in_place, in_place_config
 from xarch_kd.models.in_place_classes import CLASSES
 from xarch_kd.models.load import fresh_model, meta_model
+from xarch_kd.models.registration import register_when_loaded
 from xarch_kd.models.save import save_student
 from xarch_kd.testing.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
@@ -245,21 +246,33 @@ def test_the_classes_are_registered_and_can_be_pickled() -> None:
     assert torch.equal(copy.deepcopy(student)(tokens()).logits, student(tokens()).logits)
 
 
-def test_a_fresh_interpreter_loads_it_after_one_import(tmp_path: Path) -> None:
+def test_a_fresh_interpreter_knows_it_once_transformers_is_loaded_and_loads_nothing_before(tmp_path: Path) -> None:
     convert_in_place(tiny_model("gpt2"), layers=[1]).save_pretrained(tmp_path)
     code = f"""
+import sys
+from xarch_kd.models.registration import register_when_loaded
+register_when_loaded()
+register_when_loaded()
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+def finders():
+    return [finder for finder in sys.meta_path if type(finder).__module__ == "xarch_kd.models.registration"]
+assert len(finders()) == 1
 from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
-except ValueError as error:
-    assert "xarch_kd_gpt2" in str(error), error
-else:
-    raise AssertionError("loaded without the package")
-import xarch_kd.models.in_place
-AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+assert type(model).__name__ == "InPlaceGPT2LMHeadModel"
+assert finders() == []
+import inspect, transformers.models.auto.modeling_auto as auto
+assert "AutoModelForCausalLM" in inspect.getsource(auto)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_registering_late_is_registering_at_once() -> None:
+    finders = list(sys.meta_path)
+    register_when_loaded()
+    assert sys.meta_path == finders
+    assert type(AutoConfig.for_model("xarch_kd_gpt2")) is CLASSES["gpt2"].config
 
 
 def test_no_attention_left_warns_and_still_runs_without_a_cache() -> None:

@@ -99,7 +99,7 @@ def in_place_config(
     # The recipes of the first weights are for silu, whatever the teacher's MLP has.
     settings |= {"hidden_act": "silu", "rms_norm_eps": sizes.epsilon}
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names = {field.name for field in dataclasses.fields(FAMILIES[teacher.model_type].config)} - common
+    names = {field.name for field in dataclasses.fields(teacher)} - common
     # Not a field of every class whose attention reads it.
     names |= {"head_dim"} if getattr(teacher, "head_dim", None) is not None else set()
     return make(
@@ -114,9 +114,9 @@ def in_place_config(
 def mixer_places(config: PreTrainedConfig) -> dict[int, str]:
     """Return what the names of the weights of each new mixer begin with, by block."""
     values: Any = config
-    family = FAMILIES[config.model_type.removeprefix(PREFIX)]
-    prefix = f"{family.model.base_model_prefix}.{family.blocks}"
-    return {layer: f"{prefix}.{layer}.{family.mixer}." for layer in values.replaced_layers}
+    name = config.model_type.removeprefix(PREFIX)
+    family, prefix = FAMILIES[name], CLASSES[name].model.base_model_prefix
+    return {layer: f"{prefix}.{family.blocks}.{layer}.{family.mixer}." for layer in values.replaced_layers}
 
 
 def check_in_place(teacher: PreTrainedModel) -> float:

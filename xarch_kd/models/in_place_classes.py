@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -222,9 +223,10 @@ def make_classes(model_type: str, family: Family) -> InPlaceClasses:
     """Return new classes `InPlace…` for a family, of the type `xarch_kd_…`."""
     own = {"__module__": __name__, "family": family}
 
-    def made(kind: type, teacher: type, **attributes: Any) -> Any:
-        documented = f"{teacher.__name__} with recurrent mixers in some of its blocks."
-        return type(f"InPlace{teacher.__name__}", (kind, teacher), {"__doc__": documented, **own, **attributes})
+    def made(kind: type, name: str, **attributes: Any) -> Any:
+        teacher = getattr(transformers, name)
+        documented = f"{name} with recurrent mixers in some of its blocks."
+        return type(f"InPlace{name}", (kind, teacher), {"__doc__": documented, **own, **attributes})
 
     config = made(InPlaceConfig, family.config, model_type=PREFIX + model_type)
     base = made(InPlaceBase, family.base, config_class=config)
