@@ -63,9 +63,9 @@ def test_auto_is_linear_only_where_widths_differ() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "low_rank", "mlp", "orthogonal"])
 def test_it_starts_as_an_isometry_drawn_from_the_generator(kind: str) -> None:
-    options = {"rank": 6} if kind == "low_rank" else {}
+    rank = 6 if kind == "low_rank" else None
     wide, again, other = (
-        build_projector(kind, 6, 9, generator=torch.Generator().manual_seed(seed), **options) for seed in (1, 1, 2)
+        build_projector(kind, 6, 9, generator=torch.Generator().manual_seed(seed), rank=rank) for seed in (1, 1, 2)
     )
     assert wide is not None and again is not None and other is not None
     torch.testing.assert_close(wide.matrix().T @ wide.matrix(), torch.eye(6), rtol=0, atol=ROUNDING)
