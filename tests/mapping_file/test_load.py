@@ -93,13 +93,13 @@ CASES = {
         "kind: relative_mse",
         "kind: relative_mes",
         "map.yaml:23:22: stages[0].align[0].loss.kind: 'relative_mes' is not mse | relative_mse | cosine | "
-        "normalised_mse | mixing. Did you mean 'relative_mse'?",
+        "normalised_mse | huber | l2 | mixing. Did you mean 'relative_mse'?",
     ),
     "loss without a kind": (
         "{kind: relative_mse, weight: 1.0}",
         "{weight: 1.0}",
         "map.yaml:23:15: stages[0].align[0].loss.kind: required key is missing. It must be mse | relative_mse | cosine"
-        " | normalised_mse | mixing.",
+        " | normalised_mse | huber | l2 | mixing.",
     ),
     "loss as a word": (
         "{kind: relative_mse, weight: 1.0}",

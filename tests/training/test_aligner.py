@@ -20,7 +20,7 @@ from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 from xarch_kd.training.aligner import Aligner
 
 TOKENS: dict[str, Any] = {"tokens": {"divergence": "forward_kl", "cross_entropy": 0.5}}
-KINDS = ("mse", "relative_mse", "cosine", "normalised_mse")
+KINDS = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", "l2")
 
 
 def _hidden(kind: str, layers: str = "same") -> dict[str, Any]:

@@ -17,7 +17,8 @@ from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.convert import convert
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
-from xarch_kd.training.aligner import Aligner, Counts
+from xarch_kd.training.aligner import Aligner
+from xarch_kd.training.counts import Counts
 
 EXACT = ("auto", "reference", "streaming", "panels")
 

@@ -170,6 +170,21 @@ class NormalisedMeanSquaredError(Part):
     epsilon: Positive = 1e-6
 
 
+class Huber(Part):
+    """Mean over the width of Huber's function of the difference: quadratic up to `delta`, linear beyond."""
+
+    kind: Literal["huber"]
+    weight: Positive = 1.0
+    delta: Positive = 1.0
+
+
+class EuclideanDistance(Part):
+    """The length of the difference, per token: its gradient has the same size however near the student is."""
+
+    kind: Literal["l2"]
+    weight: Positive = 1.0
+
+
 class MixingMatch(Part):
     """Distance of the rows of two token-mixing matrices, mean over rows and student heads; for the tap `mixing` alone.
 
@@ -187,7 +202,13 @@ class MixingMatch(Part):
 
 
 AlignLoss = Annotated[
-    MeanSquaredError | RelativeMeanSquaredError | Cosine | NormalisedMeanSquaredError | MixingMatch,
+    MeanSquaredError
+    | RelativeMeanSquaredError
+    | Cosine
+    | NormalisedMeanSquaredError
+    | Huber
+    | EuclideanDistance
+    | MixingMatch,
     Field(discriminator="kind"),
 ]
 

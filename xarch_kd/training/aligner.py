@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,40 +28,11 @@ from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.replay import block_calls, read_block, read_mixing, run_mixer
 from xarch_kd.taps.sites import Site
 from xarch_kd.taps.trace import trace
+from xarch_kd.training.counts import Counts
 from xarch_kd.training.features import Feature, Features, TeacherReader
 
 HEAD_INPUT = Site("head_input", None)
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What the sums of a step are divided by, over all its micro-batches and ranks.
-
-    `tokens` are unmasked positions, `predictions` positions whose next token counts, `energies` Σ‖teacher‖² by pair.
-    """
-
-    tokens: Tensor | float = 0.0
-    predictions: Tensor | float = 0.0
-    energies: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __add__(self, other: Counts) -> Counts:
-        names = {**self.energies, **other.energies}
-        energies = {
-            name: sum((side.energies[name] for side in (self, other) if name in side.energies), torch.zeros(()))
-            for name in names
-        }
-        return Counts(
-            tokens=self.tokens + other.tokens, predictions=self.predictions + other.predictions, energies=energies
-        )
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Counts:
-        """Return the counts with `function` applied to each of them as a tensor."""
-        return Counts(
-            tokens=function(torch.as_tensor(self.tokens)),
-            predictions=function(torch.as_tensor(self.predictions)),
-            energies={name: function(energy) for name, energy in self.energies.items()},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +244,7 @@ class Aligner(nn.Module):
             mask=mask,
             projector=projector,
             epsilon=getattr(loss, "epsilon", 1e-6),
+            delta=getattr(loss, "delta", 1.0),
         )
         return pair.weight * value
 

@@ -18,7 +18,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from xarch_kd.data.rows import StageRows, collate
 from xarch_kd.errors import CheckpointError, NonFiniteLoss
 from xarch_kd.mapping_file.plan import StagePlan
-from xarch_kd.training.aligner import Aligner, AlignerOutput, Counts
+from xarch_kd.training.aligner import Aligner, AlignerOutput
+from xarch_kd.training.counts import Counts
 from xarch_kd.training.features import TeacherReader
 from xarch_kd.training.progress import StageProgress, StepFigures
 from xarch_kd.training.run_folder import cannot_write, write_tensors
