@@ -106,6 +106,24 @@ def test_moments_leave_the_teacher_as_it_was() -> None:
     assert ROWS % 2 == 0 and ROWS * TOKENS == 2048
 
 
+@torch.no_grad()
+def test_where_a_norm_follows_attention_its_size_is_measured() -> None:
+    teacher = tiny_model("olmo2")
+    student = convert(teacher, mixer="gated_delta", replace=[1])
+    block, made = teacher.model.layers[1], student.model.layers[1]
+    moments = block_moments(teacher, [1])[1]
+    # The teacher's attention reads its input as it is, so the norm that now precedes the mixer restores its size.
+    usual = torch.full((64,), moments.mixer_input_size)
+    torch.testing.assert_close(made.input_layernorm.weight, usual)
+    size = white_size(block.self_attn.v_proj.weight, usual)
+    columns = repeat(size, "h -> (h d)", d=16)
+    rows = block.post_attention_layernorm.weight / moments.mixer_output_size
+    expected = rows[:, None] * block.self_attn.o_proj.weight * columns
+    torch.testing.assert_close(made.linear_attn.o_proj.weight, expected)
+    # Else beta would start at twice what the recipe says.
+    assert not made.linear_attn.allow_neg_eigval
+
+
 @pytest.mark.parametrize("model_type", ["qwen3", "olmo2"])
 @torch.no_grad()
 def test_random_mixers_are_the_same_for_the_same_seed_and_differ_by_block(model_type: str) -> None:

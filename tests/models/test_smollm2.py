@@ -57,3 +57,18 @@ def test_mixers_made_from_attention_start_nearer_to_the_teacher_than_no_mixer(
     print(f"nats per token: teacher {teacher_nll:.3f}, student {student_nll:.3f}, without mixers {without_nll:.3f}")
     assert teacher_nll < student_nll < without_nll
     assert student_nll < teacher_nll + 0.5
+
+
+def test_gated_delta_mixers_made_from_attention_start_nearer_to_the_teacher_than_no_mixer(
+    smollm2: PreTrainedModel, rows: Tensor
+) -> None:
+    student = convert(smollm2, mixer="gated_delta", replace=REPLACED, check=False)
+    teacher_nll, student_nll = nll(smollm2, rows), nll(student, rows)
+    with torch.no_grad():
+        for index in REPLACED:
+            student.model.layers[index].linear_attn.out_proj.weight.zero_()
+    without_nll = nll(student, rows)
+    print(f"nats per token: teacher {teacher_nll:.3f}, student {student_nll:.3f}, without mixers {without_nll:.3f}")
+    assert teacher_nll < student_nll < without_nll
+    # Nothing is trained: at least a fifth of what the attention of four blocks gave is there at the start.
+    assert student_nll - teacher_nll < 0.8 * (without_nll - teacher_nll)

@@ -401,3 +401,11 @@ def test_in_place_is_not_offered_where_it_does_not_exist() -> None:
     assert "in_place" not in str(caught.value)
     with pytest.raises(ConversionError, match=r"mix attention with and without(.|\n)*fix: .*in_place"):
         student_config(tiny_config("smollm3"), keep_attention=[2, 3])
+
+
+def test_a_mixer_under_multipliers_reads_scaled_queries_and_returns_what_the_class_scales() -> None:
+    teacher = tiny_model("granite")
+    own = convert(teacher, target="granitemoehybrid", replace=[1]).model.layers[1].mamba
+    folded = convert(teacher, target="bamba", replace=[1]).model.layers[1].mamba
+    torch.testing.assert_close(own.in_proj.weight, folded.in_proj.weight)
+    torch.testing.assert_close(0.6 * own.out_proj.weight, folded.out_proj.weight)
