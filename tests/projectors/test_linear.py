@@ -113,6 +113,8 @@ def test_forward_is_its_formula(
     if "bias" in names:
         expected = expected + projector.get_parameter("bias")
     torch.testing.assert_close(projector(x), expected, rtol=1e-5, atol=1e-5)
+    slope = torch.func.jacrev(projector)(torch.zeros(student))
+    torch.testing.assert_close(projector.matrix(), slope, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "student", "teacher", "options", "names"), SPECIMENS)

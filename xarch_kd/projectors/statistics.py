@@ -72,7 +72,10 @@ class PairStatistics:
                     self._add(first.shape[0], _about_means(first.double(), second.double()))
 
     def merge(self, other: PairStatistics) -> None:
-        """Add the tokens that `other` took in. Raises UsageError where its widths differ."""
+        """Add the tokens that `other` took in, e.g. of another pair that shares a projector.
+
+        Raises UsageError where its widths differ.
+        """
         if other._sums:
             self._add(other.tokens, {name: tensor.clone() for name, tensor in other._sums.items()})
 
