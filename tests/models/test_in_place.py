@@ -31,6 +31,7 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-head-32": ("qwen3", {"head_dim": 32}),
     "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "smollm3": ("smollm3", {}),
+    "smollm3-head-32": ("smollm3", {"head_dim": 32}),
     "mistral-window": ("mistral", {"sliding_window": 8}),
     "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox": ("gpt_neox", {}),
