@@ -151,4 +151,5 @@ def last_tap(taps: Tensor, convolution: int) -> Tensor:
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Return numbers of `shape` drawn evenly between `low` and `high`."""
     return low + (high - low) * torch.rand(shape, generator=generator)
