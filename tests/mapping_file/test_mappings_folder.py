@@ -16,7 +16,8 @@ from xarch_kd._layout import folder
 from xarch_kd.errors import MappingFileError
 from xarch_kd.mapping_file.json_schema import FILE_NAME
 from xarch_kd.mapping_file.load import load_mapping, parse_mapping
-from xarch_kd.mapping_file.schema import Align, Data, Evaluate, MappingFile, Model, Stage, Student, Tokens
+from xarch_kd.mapping_file.objectives import Align, Tokens
+from xarch_kd.mapping_file.schema import Data, Evaluate, MappingFile, Model, Stage, Student
 from xarch_kd.mapping_file.yaml_core import read_yaml
 
 MAPPINGS = folder("mappings")

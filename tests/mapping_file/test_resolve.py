@@ -290,3 +290,30 @@ def test_a_mapping_built_in_python(plan_of: PlanOf, folder_of: FolderOf, rates: 
     assert dataclasses.replace(from_object, source="", path=None) == dataclasses.replace(
         from_file, source="", path=None
     )
+
+
+@pytest.mark.parametrize(
+    ("projector", "kind", "parameters"),
+    [
+        ("low_rank", "low_rank", 8 * (32 + 64)),
+        ("{kind: low_rank, rank: 4, bias: true}", "low_rank", 4 * (32 + 64) + 64),
+        ("{kind: mlp, width: 10}", "mlp", 10 * (32 + 1 + 64)),
+        ("orthogonal", "orthogonal", 32 * 64),
+        ("{kind: linear, bias: true}", "linear", 32 * 64 + 64),
+    ],
+)
+def test_projectors_and_their_options(
+    plan_of: PlanOf, folder_of: FolderOf, projector: str, kind: str, parameters: int
+) -> None:
+    teacher, student = folder_of("llama", num_hidden_layers=4), folder_of("llama", hidden_size=32, num_hidden_layers=2)
+    entry = stage(inputs="student", train="all", tap="hidden", layers="layers: uniform")
+    plan = plan_of(text(teacher, f"config: '{student}'", entry + f"        projector: {projector}\n"))
+    assert {(pair.projector, pair.projector_parameters) for pair in plan.stages[0].pairs} == {(kind, parameters)}
+
+
+def test_an_option_out_of_range_is_told_with_its_line(plan_of: PlanOf, folder_of: FolderOf) -> None:
+    teacher, student = folder_of("llama", num_hidden_layers=4), folder_of("llama", hidden_size=32, num_hidden_layers=2)
+    entry = stage(inputs="student", train="all", tap="hidden", layers="layers: uniform")
+    content = text(teacher, f"config: '{student}'", entry + "        projector: {kind: low_rank, rank: 64}\n")
+    (found,) = first_lines(plan_of, content)
+    assert found.startswith("14:20: stages[0].align[0].projector: ")

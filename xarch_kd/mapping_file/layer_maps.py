@@ -6,7 +6,7 @@ from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
 from xarch_kd.mapping_file.findings import Findings, Models, told
 from xarch_kd.mapping_file.marks import Place, Problem
-from xarch_kd.mapping_file.schema import Align, LayerPair
+from xarch_kd.mapping_file.objectives import Align, LayerPair
 
 
 def layer_map(align: Align, models: Models, place: Place, findings: Findings) -> LayerMap | None:

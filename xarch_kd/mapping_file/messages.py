@@ -11,7 +11,8 @@ from pydantic_core import ErrorDetails
 
 from xarch_kd.errors import suggest
 from xarch_kd.mapping_file.marks import Marks, Place, Problem, shortened
-from xarch_kd.mapping_file.schema import MappingFile, Part
+from xarch_kd.mapping_file.parts import Part
+from xarch_kd.mapping_file.schema import MappingFile
 
 _MISSING = object()
 _MISSING_KEY = "required key is missing."

@@ -10,8 +10,10 @@ from xarch_kd.mapping_file.findings import Findings, Models, told
 from xarch_kd.mapping_file.layer_maps import layer_map
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.mixing_sizes import mixing_size
+from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.plan import PairPlan
-from xarch_kd.mapping_file.schema import Align, Stage
+from xarch_kd.mapping_file.schema import Stage
+from xarch_kd.projectors import parameter_count, resolve_kind
 from xarch_kd.projectors.heads import head_map
 
 WHOLE_TAPS = ("embedding", "head_input")
@@ -63,14 +65,18 @@ def _pair(
     student, teacher = models.student.layout.width, models.teacher.layout.width
     if align.tap == "mixing":
         return _mixing_pair(align, name, student_layer, teacher_layer, models, place, findings)
-    projector = align.projector
-    if projector == "auto":
-        projector = "none" if student == teacher else "linear"
+    projector, parameters = align.projector_kind, 0
     if projector == "none" and student != teacher:
         message = (
             f"the student is {student} wide and the teacher {teacher}, so a projector is needed. Use auto or linear."
         )
         findings.add(Problem((*place, "projector"), message))
+    else:
+        try:
+            projector = resolve_kind(projector, student, teacher)
+            parameters = parameter_count(projector, student, teacher, **align.projector_options)
+        except UsageError as error:
+            findings.add(Problem((*place, "projector"), told(error)))
     return PairPlan(
         name=name,
         align=align.name,
@@ -80,7 +86,7 @@ def _pair(
         student_width=student,
         teacher_width=teacher,
         projector=projector,
-        projector_parameters=student * teacher if projector == "linear" else 0,
+        projector_parameters=parameters,
         loss=align.loss.kind,
         weight=align.loss.weight,
     )

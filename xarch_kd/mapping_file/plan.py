@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xarch_kd.mapping_file.schema import Align, MappingFile, Stage
+from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.mapping_file.schema import MappingFile, Stage
 
 
 @dataclass(frozen=True, kw_only=True)

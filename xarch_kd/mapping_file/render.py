@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
-from xarch_kd.mapping_file.schema import Align
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.losses.features import feature_loss, teacher_energy
 from xarch_kd.losses.mixing import mixing_loss
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
+from xarch_kd.mapping_file.objectives import MixingMatch
 from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
-from xarch_kd.mapping_file.schema import MixingMatch
 from xarch_kd.mixing import Mixing
 from xarch_kd.models.frozen import frozen_names
 from xarch_kd.projectors import Projector, build_projector
@@ -63,7 +63,9 @@ class Aligner(nn.Module):
         self.projectors = nn.ModuleDict()
         for index, pair in enumerate(self.stage.pairs):
             generator = torch.Generator().manual_seed(plan.mapping.seed * 1_000_003 + self.stage.index * 10_007 + index)
-            projector = build_projector(pair.projector, pair.student_width, pair.teacher_width, generator=generator)
+            options = {} if pair.tap == "mixing" else self.stage.align_of(pair).projector_options
+            widths = (pair.student_width, pair.teacher_width)
+            projector = build_projector(pair.projector, *widths, generator=generator, **options)
             if projector is not None:
                 self.projectors[_key(pair)] = projector.to(self.student.device)
         self._freeze()
