@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from xarch_kd.errors import XarchError
+from xarch_kd.models.registration import register_when_loaded
 
 if TYPE_CHECKING:
     from xarch_kd import ops
@@ -46,6 +47,10 @@ _ORIGINS: dict[str, tuple[str, str | None]] = {
     "trace": ("xarch_kd.taps.trace", "trace"),
     "train": ("xarch_kd.job.train", "train"),
 }
+
+
+# So that AutoModelForCausalLM knows students that were converted in place.
+register_when_loaded()
 
 
 def __getattr__(name: str) -> object:

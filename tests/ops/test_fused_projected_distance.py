@@ -176,7 +176,7 @@ def test_huber_turns_at_delta_and_l2_has_no_gradient_at_the_goal() -> None:
     inputs = _inputs(13, projector=False)
     inputs.pop("mask")
 
-    def total(leaves: dict[str, Tensor], impl: str) -> Tensor:
+    def total(leaves: dict[str, Any], impl: str) -> Tensor:
         return projected_distance(**leaves, distance="huber", delta=0.5, impl=impl)
 
     found, expected = _run(total, inputs, "fused"), _run(total, inputs, "reference")

@@ -2,9 +2,9 @@
 
 Everything but the replaced attention is the teacher's: norms after sub-blocks, norms of queries and keys, windows, soft
 caps, learned positions, parallel residuals. The price is that transformers alone does not know the class. Importing
-this module registers the classes with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`, so
+this package registers the classes with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`, so
 
-    import xarch_kd.models.in_place
+    import xarch_kd
     student = AutoModelForCausalLM.from_pretrained(folder)
 
 loads such a student; its config says so under `needs`.
@@ -36,7 +36,7 @@ from xarch_kd.models.weights import check_finite
 
 NEEDS_PACKAGE = (
     "The student is the teacher's own class with other mixers, which transformers alone does not know: whoever loads "
-    "it needs this package, and `import xarch_kd.models.in_place` before."
+    "it needs this package, and `import xarch_kd` before."
 )
 ALL_RECURRENT = (
     "No block keeps its attention, and transformers' cache does not know its length then: such a student generates "

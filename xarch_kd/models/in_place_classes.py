@@ -32,7 +32,7 @@ from xarch_kd.models.in_place_teachers import FAMILIES, Family
 
 PREFIX = "xarch_kd_"
 RECURRENT = "linear_attention"
-NEEDS = "the package xarch_kd: import xarch_kd.models.in_place before this model is loaded"
+NEEDS = "the package xarch_kd: import xarch_kd before this model is loaded"
 # What says where the sequences of a packed row begin; the mixers' kernels take it.
 PACKING = ("seq_idx", "cu_seq_lens_q")
 
