@@ -72,7 +72,9 @@ def test_a_band_of_one_block_always_leaves_a_map() -> None:
     for students, teachers in product(range(1, 13), range(1, 13)):
         for strict in (True, False):
             if not strict or students <= teachers:
-                monotone(torch.zeros(students, teachers), band=1.0, strict=strict)
+                found = monotone(torch.zeros(students, teachers), band=1.0, strict=strict)
+                assert found.weights.shape == (students, teachers)
+                assert len(found.pairs()) == students
 
 
 def test_cka_takes_the_first_of_equals() -> None:

@@ -32,6 +32,14 @@ def check_rank(kind: str, name: str, tensor: Tensor, *axes: str) -> None:
         )
 
 
+def check_decay(kind: str, log_decay: Tensor, query: tuple[int, ...]) -> None:
+    """Raise UsageError unless `log_decay` has one number a head, or one a channel of the queries of that shape."""
+    check_rank(kind, "log_decay", log_decay, "batch, time, heads", "batch, time, heads, width")
+    per_channel = log_decay.dim() == 4
+    axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
+    check_shape(kind, "log_decay", log_decay, axes, query if per_channel else query[:3])
+
+
 def check_divides(kind: str, groups: int, heads: int, what: str) -> None:
     """Raise UsageError unless `groups` divides `heads`."""
     if groups < 1 or heads % groups:

@@ -8,15 +8,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from xarch_kd.mixing.base import Mixing
-from xarch_kd.mixing.checks import check_bounds, check_factors, check_rank, check_scale, check_shape, check_sign
+from xarch_kd.mixing.checks import (
+    check_bounds,
+    check_decay,
+    check_factors,
+    check_rank,
+    check_scale,
+    check_shape,
+    check_sign,
+)
 from xarch_kd.mixing.decay import TILE
 from xarch_kd.mixing.delta_rule import delta_rows, delta_segment
+from xarch_kd.mixing.query_key import QueryKeyMixing
 from xarch_kd.mixing.scan import CHUNK, in_segments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DeltaMixing(Mixing):
+class DeltaMixing(QueryKeyMixing):
     """M of S_t = (I − beta_t k_t k_tᵀ) e^{g_t} S_{t−1} + beta_t k_t v_tᵀ, o_t = scale S_tᵀ q_t (arXiv:2412.06464).
 
     query and key [batch, time, heads, width] as the mixer uses them (L2-normalised if it does), beta [batch, time,
@@ -28,8 +36,6 @@ class DeltaMixing(Mixing):
 
     kind: ClassVar[str] = "delta"
 
-    query: Tensor
-    key: Tensor
     beta: Tensor
     log_decay: Tensor | None = None
     scale: float = 1.0
@@ -41,29 +47,11 @@ class DeltaMixing(Mixing):
         check_shape(self.kind, "key", self.key, "batch, time, heads, width", tuple(self.query.shape))
         check_shape(self.kind, "beta", self.beta, "batch, time, heads", sizes)
         if self.log_decay is not None:
-            check_rank(self.kind, "log_decay", self.log_decay, "batch, time, heads", "batch, time, heads, width")
-            per_channel = self.log_decay.dim() == 4
-            axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
-            check_shape(self.kind, "log_decay", self.log_decay, axes, tuple(self.query.shape) if per_channel else sizes)
+            check_decay(self.kind, self.log_decay, tuple(self.query.shape))
         check_scale(self.kind, self.scale)
         check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
         if self.log_decay is not None:
             check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
-
-    @property
-    def batch(self) -> int:
-        """How many sequences."""
-        return self.query.shape[0]
-
-    @property
-    def time(self) -> int:
-        """How many tokens a sequence has."""
-        return self.query.shape[1]
-
-    @property
-    def heads(self) -> int:
-        """How many heads."""
-        return self.query.shape[2]
 
     @property
     def factors(self) -> dict[str, Tensor]:

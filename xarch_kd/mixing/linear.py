@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import (
     check_bounds,
+    check_decay,
     check_divides,
     check_factors,
     check_rank,
@@ -27,11 +27,12 @@ from xarch_kd.mixing.decay import (
     scalar_pairs,
     spread,
 )
+from xarch_kd.mixing.query_key import QueryKeyMixing
 from xarch_kd.mixing.scan import chunk_size, scan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LinearMixing(Mixing):
+class LinearMixing(QueryKeyMixing):
     """M_ij = scale Σ_n query_in key_jn exp(Σ_{j<k<=i} log_decay_kn) for j <= i (GLA, arXiv:2312.06635).
 
     query [batch, time, heads, width], key [batch, time, key heads, width] (head h has key head h // (heads / key
@@ -44,8 +45,6 @@ class LinearMixing(Mixing):
 
     kind: ClassVar[str] = "linear"
 
-    query: Tensor
-    key: Tensor
     scale: float = 1.0
     log_decay: Tensor | None = None
     normalised: bool = False
@@ -60,29 +59,11 @@ class LinearMixing(Mixing):
         check_shape(self.kind, "key", self.key, "batch, time, key heads, width", expected)
         check_divides(self.kind, key_heads, self.heads, "key heads")
         if self.log_decay is not None:
-            check_rank(self.kind, "log_decay", self.log_decay, "batch, time, heads", "batch, time, heads, width")
-            per_channel = self.log_decay.dim() == 4
-            axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
-            check_shape(self.kind, "log_decay", self.log_decay, axes, tuple(self.query.shape) if per_channel else sizes)
+            check_decay(self.kind, self.log_decay, tuple(self.query.shape))
         check_scale(self.kind, self.scale)
         check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
         if self.log_decay is not None:
             check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
-
-    @property
-    def batch(self) -> int:
-        """How many sequences."""
-        return self.query.shape[0]
-
-    @property
-    def time(self) -> int:
-        """How many tokens a sequence has."""
-        return self.query.shape[1]
-
-    @property
-    def heads(self) -> int:
-        """How many query heads."""
-        return self.query.shape[2]
 
     @property
     def factors(self) -> dict[str, Tensor]:

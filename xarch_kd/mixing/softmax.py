@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from xarch_kd.errors import UsageError
-from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_scale, check_shape
 from xarch_kd.mixing.decay import grouped_product, spread
+from xarch_kd.mixing.query_key import QueryKeyMixing
 from xarch_kd.mixing.row_softmax import Pattern, row_softmax
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SoftmaxMixing(Mixing):
+class SoftmaxMixing(QueryKeyMixing):
     """M_ij = softmax over visible j of z_ij, z = scale query_i·key_j, capped to softcap·tanh(z / softcap).
 
     query [batch, time, heads, width], key [batch, time, key heads, width]: head h has key head h // (heads / key
@@ -29,8 +29,6 @@ class SoftmaxMixing(Mixing):
 
     kind: ClassVar[str] = "softmax"
 
-    query: Tensor
-    key: Tensor
     scale: float
     causal: bool = True
     window: int | None = None
@@ -54,21 +52,6 @@ class SoftmaxMixing(Mixing):
             raise UsageError("A softcap is above 0.", asked=self.softcap, allowed="> 0, or None for no cap")
         check_scale(self.kind, self.scale)
         check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
-
-    @property
-    def batch(self) -> int:
-        """How many sequences."""
-        return self.query.shape[0]
-
-    @property
-    def time(self) -> int:
-        """How many tokens a sequence has."""
-        return self.query.shape[1]
-
-    @property
-    def heads(self) -> int:
-        """How many query heads."""
-        return self.query.shape[2]
 
     @property
     def factors(self) -> dict[str, Tensor]:
