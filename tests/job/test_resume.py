@@ -93,11 +93,11 @@ def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping
     assert same(student_of(run), student_of(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize(("stage", "cache"), [(MIXERS, "memory"), (MIXERS, "disk"), (LOGITS, "disk")])
 def test_resuming_with_a_cache_gives_bitwise_the_same_student(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], cache: str
 ) -> None:
-    mapping = write_mapping({**MIXERS, "steps": 6, "cache": cache})
+    mapping = write_mapping({**stage, "steps": 6, "batches": 3, "cache": cache})
     train(mapping, tmp_path / "whole")
     with monkeypatch.context() as patched:
         stop_after(patched, 4)

@@ -19,6 +19,7 @@ from xarch_kd.testing.tiny import tiny_config
 from xarch_kd.training import features as features_module
 
 ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
+END_TO_END: dict[str, Any] = {**LOGITS, "align": [{"name": "stream", "tap": "hidden", "layers": "replaced"}]}
 
 
 def test_every_stage_through_the_command_line(
@@ -116,8 +117,9 @@ def test_accumulating_four_by_two_equals_eight(write_mapping: Write, tmp_path: P
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("stage", [MIXERS, END_TO_END], ids=["inputs: teacher", "inputs: student"])
 def test_a_cache_gives_the_same_student_and_costs_no_second_teacher_pass(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], cache: str
 ) -> None:
     passes = {"count": 0}
     traced = features_module.trace
@@ -127,14 +129,14 @@ def test_a_cache_gives_the_same_student_and_costs_no_second_teacher_pass(
         return traced(*args, **kwargs)
 
     monkeypatch.setattr(features_module, "trace", counting)
-    stage = {**MIXERS, "steps": 9, "batches": 3}
+    stage = {**stage, "steps": 9, "batches": 3}
     train(write_mapping({**stage, "cache": "off"}, name="off.yaml"), tmp_path / "off")
     assert passes["count"] == 9
     passes["count"] = 0
     train(write_mapping({**stage, "cache": cache}, name="on.yaml"), tmp_path / "on")
     assert passes["count"] == 3
     assert same(student_of(tmp_path / "off"), student_of(tmp_path / "on"))
-    assert not (tmp_path / "on" / "stages" / "01-mixers" / "features").exists()
+    assert not (tmp_path / "on" / "stages" / f"01-{stage['name']}" / "features").exists()
 
 
 def test_unlike_widths_are_bridged_by_projectors_that_stay_outside_the_student(

@@ -237,6 +237,17 @@ def test_a_cache_over_its_limit(plan_of: PlanOf, folder_of: FolderOf) -> None:
     ]
 
 
+def test_the_cache_of_a_stage_that_runs_end_to_end_holds_targets_alone(plan_of: PlanOf, folder_of: FolderOf) -> None:
+    both = stage(inputs="student", tap="hidden", layers="layers: [{student: 0, teacher: 1}, {student: 1, teacher: 1}]")
+    more = "    batches: 2\n    cache: memory\n    tokens: {divergence: forward_kl}\n"
+    plan = plan_of(text(folder_of("llama"), convert("replace: [0, 1]"), both + more))
+    # Two sites, though three objectives read them, of 64 float32 numbers a token; two batches of 128 tokens.
+    assert plan.stages[0].cache_bytes == 2 * 64 * 4 * 2 * 128
+    assert plan.warnings == ()
+    off = plan_of(text(folder_of("llama"), convert("replace: [0, 1]"), both + more.replace("memory", "'off'")))
+    assert off.stages[0].cache_bytes == 0 and off.stages[0].flops > plan.stages[0].flops
+
+
 def test_an_explicit_pair_of_one_student_block_with_two_teacher_blocks(plan_of: PlanOf, folder_of: FolderOf) -> None:
     pairs = "layers: [{student: 1, teacher: 0}, {student: 1, teacher: 2}, {student: 2, teacher: 2}]"
     plan = plan_of(text(folder_of("llama"), convert("replace: [1, 2]"), stage(layers=pairs)))
@@ -280,7 +291,7 @@ def test_notices_about_models(plan_of: PlanOf, folder_of: FolderOf) -> None:
     assert "data.sequence_length is 64, but the teacher was made for at most 32 positions" in warnings
     assert "compared over the first 90" in warnings
     assert "the student's head is its embedding, so training head trains both" in warnings
-    assert "cache is without effect" in warnings
+    assert "stage one: every batch is drawn once, so the cache is never read" in warnings
 
 
 def test_a_mapping_built_in_python(plan_of: PlanOf, folder_of: FolderOf, rates: Rates) -> None:

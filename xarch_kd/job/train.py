@@ -200,8 +200,6 @@ def _check_tracking(tracking: tuple[str, ...]) -> None:
 
 
 def _cache_of(stage: StagePlan, path: Path) -> tuple[FeatureCache | None, Path | None]:
-    if stage.stage.inputs == "student":
-        return None, None
     if stage.stage.cache_place == "memory":
         return MemoryCache(), None
     if stage.stage.cache_place == "disk":

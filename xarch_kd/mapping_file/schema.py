@@ -136,7 +136,7 @@ class Optimizer(Part):
 
 
 class Cache(Part):
-    """Where the teacher's features of an `inputs: teacher` stage are kept, and at most how much."""
+    """Where the teacher's features of a stage are kept, and at most how much."""
 
     where: Literal["memory", "disk", "off"] = "memory"
     limit_gib: Positive = 4.0

@@ -75,7 +75,7 @@ class _Resolved:
 
     @property
     def is_cached(self) -> bool:
-        return self.stage.cache_place != "off" and self.stage.inputs == "teacher"
+        return self.stage.cache_place != "off"
 
     def cache_bytes(self, teacher: Side) -> int:
         """Bytes of the teacher's features at every site that is read, over all distinct batches."""
@@ -161,8 +161,6 @@ def _trainable(stage: Stage, models: Models, place: Place, findings: Findings) -
 
 def _check_inputs(stage: Stage, models: Models, place: Place, findings: Findings) -> None:
     if stage.inputs == "student":
-        if stage.cache_place != "off":
-            findings.warnings.append(f"stage {stage.name}: cache is without effect, because inputs is not teacher")
         return
     teacher, student = models.teacher.layout.width, models.student.layout.width
     if teacher != student:
