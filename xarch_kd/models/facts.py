@@ -86,7 +86,8 @@ def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
         )
     if config.model_type not in FACTS:
         raise ConversionError(
-            f"Conversion of a {config.model_type} teacher is not known to be exact, so it is refused.",
+            f"A {config.model_type} teacher cannot become a stock hybrid student: "
+            "its conversion is not known to be exact.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(FACTS),
             fix="build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion",

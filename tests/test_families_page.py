@@ -1,0 +1,160 @@
+"""Every row of docs/families.md, run: what it claims works on a tiny model, what it refuses raises what it says."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from xarch_kd.errors import ConversionError, TapError, XarchError
+from xarch_kd.models.check import logits_tolerance
+from xarch_kd.models.convert import IN_PLACE, convert
+from xarch_kd.models.facts import FACTS, REFUSALS
+from xarch_kd.models.frozen import frozen_names
+from xarch_kd.models.in_place_teachers import FAMILIES as IN_PLACE_FAMILIES
+from xarch_kd.models.targets import TARGETS
+from xarch_kd.taps.families import FAMILIES
+from xarch_kd.taps.layout import Layout, layout_of
+from xarch_kd.taps.sites import TAPS, WHOLE_TAPS
+from xarch_kd.taps.trace import trace
+from xarch_kd.testing.families import (
+    CONVERSIONS,
+    SPECIMENS,
+    Conversion,
+    Row,
+    in_short,
+    readable_layers,
+    row_of,
+    token_ids,
+)
+from xarch_kd.testing.families_page import PAGE, page
+
+# Composite models: their text parts have a row of their own.
+WITHOUT_ROW = {"gemma3"}
+ATTENTION = "attention"
+
+
+@functools.cache
+def row(name: str) -> Row:
+    return row_of(SPECIMENS[name])
+
+
+@functools.cache
+def layout(name: str) -> Layout:
+    """The layout of the row's model; tests leave the model as it is."""
+    return layout_of(SPECIMENS[name].model())
+
+
+def test_the_page_is_what_the_code_yields() -> None:
+    assert PAGE.read_text() == page(), "make docs writes it anew"
+
+
+def test_every_type_that_the_code_knows_has_a_row() -> None:
+    types = {specimen.model_type for specimen in SPECIMENS.values()}
+    known = FAMILIES.keys() | FACTS.keys() | REFUSALS.keys() | IN_PLACE_FAMILIES.keys()
+    assert known - types == WITHOUT_ROW
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+@torch.no_grad()
+def test_the_taps_of_a_row(name: str) -> None:
+    claimed = [tap for tap in TAPS if tap not in row(name).missing and tap not in ("mixing", "values")]
+    found = trace(layout(name), token_ids(), taps=claimed)
+    expected = (*token_ids().shape, layout(name).width)
+    for tap in claimed:
+        values = [found[tap]] if tap in WHOLE_TAPS else found[tap].values()
+        assert len(values) == (1 if tap in WHOLE_TAPS else len(layout(name).blocks))
+        for value in values:
+            assert value.shape == expected and bool(value.isfinite().all()), tap
+            assert float(value.std()) > 0.0, tap
+    norm: Any = layout(name).final_norm
+    assert torch.equal(norm(found["hidden"][len(layout(name).blocks) - 1]), found["head_input"])
+
+
+@pytest.mark.parametrize("name", [name for name in SPECIMENS if name == SPECIMENS[name].model_type])
+def test_a_tap_that_a_row_lacks_raises_what_the_row_says(name: str) -> None:
+    for tap, reason in row(name).missing.items():
+        with pytest.raises(TapError) as caught:
+            trace(layout(name), token_ids(), taps=[tap])
+        assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SPECIMENS)
+@torch.no_grad()
+def test_the_mixing_of_a_row(name: str) -> None:
+    kinds, reasons = layout(name).mixer_kinds, readable_layers(layout(name))
+    assert {kinds[layer] for layer, reason in reasons.items() if reason is None} == row(name).mixings.keys()
+    readable = [layer for layer, reason in reasons.items() if reason is None]
+    found = trace(layout(name), token_ids(), taps=["mixing"], layers=readable)["mixing"] if readable else {}
+    for layer, mixing in found.items():
+        assert mixing.kind == row(name).mixings[kinds[layer]]
+        dense = mixing.dense()
+        assert dense.shape == (2, mixing.heads, mixing.time, mixing.time)
+        assert dense.triu(1).count_nonzero() == 0
+        values = torch.randn(2, mixing.time, mixing.heads, 3, generator=torch.Generator().manual_seed(2))
+        expected = torch.einsum("bhij,bjhd->bihd", dense, values.to(dense.dtype))
+        # Two orders of at most `time` products each, beside entries that are made in two ways themselves.
+        bound = 16 * mixing.time * torch.finfo(dense.dtype).eps * float(dense.abs().sum(-1).max() * values.abs().max())
+        assert float((mixing.apply(values) - expected).abs().max()) <= bound
+    for layer, reason in reasons.items():
+        if reason is not None:
+            assert reason == row(name).unread[kinds[layer]]
+            with pytest.raises(TapError) as caught:
+                trace(layout(name), token_ids(), taps=["mixing"], layers=[layer])
+            assert reason in str(caught.value)
+
+
+CELLS = [(name, mixer, target) for name in SPECIMENS for mixer, targets in CONVERSIONS.items() for target in targets]
+
+
+@pytest.mark.parametrize(("name", "mixer", "target"), CELLS)
+def test_a_conversion_of_a_row(name: str, mixer: str, target: str) -> None:
+    claimed, teacher = row(name).conversions[mixer, target], layout(name).model
+    replaced = len(layout(name).blocks) - 1
+    if claimed.fit is None:
+        with pytest.raises(XarchError) as caught:
+            convert(teacher, mixer=mixer, target=target, replace=[replaced])
+        assert claimed.reason == in_short(caught.value) and str(claimed.reason) in str(caught.value)
+        return
+    student = convert(teacher, mixer=mixer, target=target, replace=[replaced])
+    check_student(student, claimed, mixer, target)
+    assert_same(hidden_before(student, replaced), hidden_before(teacher, replaced), claimed, replaced)
+    if claimed.all_kept is None:
+        whole = convert(teacher, mixer=mixer, target=target, keep_attention="all")
+        with torch.no_grad():
+            assert_same(whole(token_ids()).logits, teacher(token_ids()).logits, claimed, replaced + 1)
+        return
+    with pytest.raises(ConversionError) as caught:
+        convert(teacher, mixer=mixer, target=target, keep_attention="all")
+    assert claimed.all_kept in str(caught.value)
+
+
+def check_student(student: PreTrainedModel, claimed: Conversion, mixer: str, target: str) -> None:
+    """The class that was asked for, with the mixer in the last of the teacher's blocks, and frozen where it says so."""
+    if target != IN_PLACE:
+        assert student.config.model_type.removesuffix("_text") == target and TARGETS[target].mixer == mixer
+    kinds = layout_of(student).mixer_kinds
+    assert kinds[-1] == mixer and set(kinds[:-1]) == {ATTENTION}
+    assert bool(frozen_names(student)) is (claimed.fit == "frozen")
+    with torch.no_grad():
+        assert bool(student(token_ids()).logits.isfinite().all())
+
+
+@torch.no_grad()
+def hidden_before(model: PreTrainedModel, layer: int) -> Tensor:
+    """What leaves the blocks before `layer`, [blocks, batch, time, width]."""
+    found = trace(model, token_ids(), taps=["hidden"], layers=range(layer))["hidden"]
+    return torch.stack([found[index] for index in range(layer)])
+
+
+def assert_same(found: Tensor, expected: Tensor, claimed: Conversion, blocks: int) -> None:
+    """Bit for bit where a row says exact, else within what rounding makes of it."""
+    if claimed.fit == "exact":
+        assert torch.equal(found, expected)
+    else:
+        bound = logits_tolerance(float(expected.abs().max()), blocks, expected.dtype)
+        assert float((found - expected).abs().max()) <= bound

@@ -1,0 +1,226 @@
+"""What every model type is served with, found by asking the code: the rows of the page docs/families.md.
+
+A row is a tiny model. A cell says what works, or the reason that the code gives when it is asked for what does not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from xarch_kd.errors import XarchError
+from xarch_kd.models.convert import IN_PLACE, conversion_warnings, student_config
+from xarch_kd.models.facts import FACTS, REFUSALS, teacher_facts
+from xarch_kd.models.in_place import convert_in_place
+from xarch_kd.models.in_place_teachers import FAMILIES as IN_PLACE_FAMILIES
+from xarch_kd.models.targets import TARGETS, Fit, choose_target
+from xarch_kd.taps.families import FAMILIES
+from xarch_kd.taps.families import IN_PLACE as IN_PLACE_PREFIX
+from xarch_kd.taps.layout import Layout, layout_of
+from xarch_kd.taps.mixings import mixing_read
+from xarch_kd.taps.sites import TAPS, sites_of
+from xarch_kd.taps.trace import trace
+from xarch_kd.testing import recurrent, tiny
+
+LENGTH = 13
+CONVERSIONS: dict[str, tuple[str, ...]] = {
+    mixer: (*(name for name, target in TARGETS.items() if target.mixer == mixer), IN_PLACE)
+    for mixer in ("mamba2", "gated_delta")
+}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specimen:
+    """The tiny model of a row; `overrides` are fields of its config that make it a case of its own."""
+
+    model_type: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    # Fields that only make the model tiny, and are no part of the row's name.
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The type, and what sets it apart, e.g. `mistral, sliding_window: 8`."""
+        return ", ".join([self.model_type, *(f"{key}: {_short(value)}" for key, value in self.overrides.items())])
+
+    def model(self) -> PreTrainedModel:
+        """A new model, the same each time."""
+        overrides = {**self.sizes, **self.overrides}
+        teacher = self.model_type.removeprefix(IN_PLACE_PREFIX)
+        if teacher != self.model_type:
+            return convert_in_place(tiny.tiny_model(teacher, **overrides), layers=[0], check=False)
+        builds = tiny.tiny_model if self.model_type in tiny.SIZES else recurrent.recurrent_model
+        return builds(self.model_type, **overrides)
+
+
+def _short(value: object) -> str:
+    """A field's value; of rotary parameters only what is not as everywhere."""
+    if not isinstance(value, Mapping):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    kind, share = value["rope_type"], value.get("partial_rotary_factor", 1.0)
+    return kind if share == 1.0 else f"a share of {share}"
+
+
+VARIANTS = (
+    Specimen(model_type="llama", overrides={"rope_parameters": LLAMA3}),
+    Specimen(model_type="llama", overrides={"attention_bias": True, "mlp_bias": True}),
+    Specimen(model_type="llama", overrides={"head_dim": 24}),
+    Specimen(model_type="mistral", overrides={"sliding_window": 8}),
+    Specimen(
+        model_type="qwen3", overrides={"use_sliding_window": True, "sliding_window": 8}, sizes={"max_window_layers": 1}
+    ),
+    Specimen(model_type="phi3", overrides={"rope_parameters": PARTIAL}),
+    Specimen(model_type="gpt_neox", overrides={"use_parallel_residual": False}),
+    Specimen(model_type="granite", overrides={"tie_word_embeddings": True}),
+)
+# What a tiny model needs to have a mixer of each kind of its family.
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "nemotron_h": {"layers_block_type": ["mamba", "mlp", "attention"], "num_hidden_layers": 3}
+}
+
+
+def _specimens() -> Iterator[Specimen]:
+    for model_type in sorted(FAMILIES, key=lambda name: (name not in {*FACTS, *REFUSALS}, name)):
+        yield Specimen(model_type=model_type, sizes=OWN_SIZES.get(model_type, {}))
+        yield from (variant for variant in VARIANTS if variant.model_type == model_type)
+    for model_type in IN_PLACE_FAMILIES:
+        yield Specimen(model_type=f"{IN_PLACE_PREFIX}{model_type}")
+
+
+SPECIMENS: dict[str, Specimen] = {specimen.name: specimen for specimen in _specimens()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Whether a teacher becomes a student of one class, and how near it then is to it.
+
+    `fit` is None where it does not, for `reason`. `notes` are what the code tells of a conversion that works;
+    `chosen` says that it is the class that `target: auto` takes. `all_kept` is why not all of the attention can be
+    kept, where it can not.
+    """
+
+    fit: Fit | None
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    chosen: bool = False
+    all_kept: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a specimen is served with.
+
+    `missing` has the reason for each tap that it lacks, `mixings` what the tap `mixing` gives for each kind of its
+    mixers, `unread` why it gives nothing, and `conversions` one entry for each (mixer, target).
+    """
+
+    name: str
+    mixers: tuple[str, ...]
+    missing: Mapping[str, str]
+    mixings: Mapping[str, str]
+    unread: Mapping[str, str]
+    conversions: Mapping[tuple[str, str], Conversion]
+
+
+def row_of(specimen: Specimen) -> Row:
+    """Ask the code for everything that the row says; nothing is trained and only the tiny model runs."""
+    model = specimen.model()
+    layout = layout_of(model)
+    mixings, unread = _mixings(layout)
+    return Row(
+        name=specimen.name,
+        mixers=tuple(dict.fromkeys(layout.mixer_kinds)),
+        missing={tap: reason for tap in TAPS if tap != "mixing" and (reason := _missing(layout, tap)) is not None},
+        mixings=mixings,
+        unread=unread,
+        conversions={
+            (mixer, target): conversion_of(model.config, mixer, target)
+            for mixer, targets in CONVERSIONS.items()
+            for target in targets
+        },
+    )
+
+
+def in_short(error: XarchError) -> str:
+    """The reason in what an error says, word for word: what was found against one target, or what follows a colon."""
+    against = re.fullmatch(r"\w+: ([^;]*)", str(error.found))
+    if against is not None:
+        return against[1]
+    return error.message.split(": ", 1)[-1].rstrip(".")
+
+
+def token_ids() -> Tensor:
+    """Tokens [batch, time] that every specimen can read."""
+    return torch.randint(1, tiny.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+def readable_layers(layout: Layout) -> dict[int, str | None]:
+    """For each block, why its mixing cannot be read, or None."""
+    reasons: dict[int, str | None] = {}
+    for layer in range(len(layout.blocks)):
+        try:
+            mixing_read(layout, layer)
+        except XarchError as error:
+            reasons[layer] = in_short(error)
+        else:
+            reasons[layer] = None
+    return reasons
+
+
+def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> Conversion:
+    """Whether a teacher of `config` becomes a student of `target` when the mixer of its last block is replaced."""
+    replaced = [int(config.num_hidden_layers) - 1]  # type: ignore[attr-defined]  # a field of every family's config
+    try:
+        student_config(config, mixer=mixer, target=target, replace=replaced)
+    except XarchError as error:
+        return Conversion(fit=None, reason=in_short(error))
+    notes = conversion_warnings(config, mixer=mixer, target=target, replace=replaced)
+    all_kept = _all_kept(config, mixer, target)
+    if target == IN_PLACE:
+        return Conversion(fit="exact", notes=notes, all_kept=all_kept)
+    facts = teacher_facts(config)
+    chosen = choose_target(facts, mixer=mixer, target="auto").name == target
+    fit = TARGETS[target].fit(facts)
+    return Conversion(fit=fit, notes=notes, chosen=chosen, all_kept=all_kept)
+
+
+def _all_kept(config: PreTrainedConfig, mixer: str, target: str) -> str | None:
+    try:
+        student_config(config, mixer=mixer, target=target, keep_attention="all")
+    except XarchError as error:
+        return in_short(error)
+    return None
+
+
+def _missing(layout: Layout, tap: str) -> str | None:
+    try:
+        sites_of(layout, [tap])
+    except XarchError as error:
+        return in_short(error)
+    return None
+
+
+def _mixings(layout: Layout) -> tuple[dict[str, str], dict[str, str]]:
+    reasons = readable_layers(layout)
+    unread = {layout.mixer_kinds[layer]: reason for layer, reason in reasons.items() if reason is not None}
+    layers = [layer for layer, reason in reasons.items() if reason is None]
+    if not layers:
+        return {}, unread
+    with torch.no_grad():
+        found = trace(layout, token_ids(), taps=["mixing"], layers=layers)["mixing"]
+    return {layout.mixer_kinds[layer]: mixing.kind for layer, mixing in found.items()}, unread

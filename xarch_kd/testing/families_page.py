@@ -1,0 +1,108 @@
+"""The page docs/families.md. `python -m xarch_kd.testing.families_page` writes it anew; a test runs every row of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from xarch_kd.models.targets import Fit
+from xarch_kd.taps.sites import TAPS
+from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, Conversion, Row, row_of
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+FITS: dict[Fit, str] = {"exact": "exact", "folded": "up to rounding", "frozen": "as initialisation"}
+ABOUT = f"""\
+# Model types
+
+Generated from the code by `python -m xarch_kd.testing.families_page`, and checked: a test builds the tiny model of
+every row, reads the taps, applies the mixing, converts, and asks for what is not served. A number leads to what the
+code itself says, below. What a field of your own model's config changes, `xarch-kd plan` tells.
+
+- **Mixers**: what the blocks mix tokens with. **Taps**: {", ".join(f"`{tap}`" for tap in TAPS)}.
+- **`mixing`**: the kind of matrix (`xarch_kd.mixing`) that the tap yields for each kind of mixer.
+- **mamba2**, **gated_delta**: the classes of students that a teacher of this type becomes with `mixer: mamba2` or
+  `mixer: gated_delta`; in bold the one that `target: auto` takes. {FITS["exact"].capitalize()}: with all attention
+  kept the logits are the teacher's, bit for bit, and so is what a kept block returns for the same input.
+  {FITS["folded"].capitalize()}: multipliers are folded into weights. {FITS["frozen"].capitalize()}: equal up to
+  rounding only while a part stays frozen.
+"""
+
+
+class Notes:
+    """The numbered list of what the code says, each text once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def number(self, text: str) -> str:
+        """The number of `text` as a link."""
+        if text not in self.texts:
+            self.texts.append(text)
+        number = self.texts.index(text) + 1
+        return f"[{number}](#{number})"
+
+
+def page() -> str:
+    """The whole page."""
+    notes = Notes()
+    header = ("Type", "Mixers", "Taps", "`mixing`", *CONVERSIONS)
+    lines = [_line(header), _line(["---"] * len(header))]
+    lines += [_line(_cells(row_of(specimen), notes)) for specimen in SPECIMENS.values()]
+    texts = [f'{number}. <a id="{number}"></a>{_sentence(text)}' for number, text in enumerate(notes.texts, 1)]
+    return "\n".join([ABOUT, *lines, "\n## What the code says\n", *texts, ""])
+
+
+def _cells(row: Row, notes: Notes) -> Sequence[str]:
+    name, *fields = row.name.split(", ")
+    name = ", ".join([f"`{name}`", *(f"`{one}`" for one in fields)])
+    conversions = [
+        _conversions({target: row.conversions[mixer, target] for target in targets}, notes)
+        for mixer, targets in CONVERSIONS.items()
+    ]
+    return (name, ", ".join(row.mixers), _taps(row.missing, notes), _mixings(row, notes), *conversions)
+
+
+def _taps(missing: Mapping[str, str], notes: Notes) -> str:
+    if not missing:
+        return "all"
+    return "all but " + ", ".join(f"`{tap}` {notes.number(reason)}" for tap, reason in missing.items())
+
+
+def _mixings(row: Row, notes: Notes) -> str:
+    served = [f"{mixer}: {kind}" if len(row.mixers) > 1 else kind for mixer, kind in row.mixings.items()]
+    refused = [
+        f"{mixer}: no {notes.number(reason)}" if len(row.mixers) > 1 else f"no {notes.number(reason)}"
+        for mixer, reason in row.unread.items()
+    ]
+    return ", ".join([*served, *refused])
+
+
+def _conversions(conversions: Mapping[str, Conversion], notes: Notes) -> str:
+    """Targets that say the same are named together; where all refuse for one reason, none is named."""
+    together: dict[str, list[str]] = {}
+    for target, conversion in conversions.items():
+        said = _said(conversion, notes)
+        together.setdefault(said, []).append(f"**{target}**" if conversion.chosen else target)
+    if len(together) == 1 and all(conversion.fit is None for conversion in conversions.values()):
+        return next(iter(together))
+    return "; ".join(f"{', '.join(targets)}: {said}" for said, targets in together.items())
+
+
+def _said(conversion: Conversion, notes: Notes) -> str:
+    if conversion.fit is None:
+        return f"no {notes.number(conversion.reason or '')}"
+    told = [*conversion.notes, *([conversion.all_kept] if conversion.all_kept else [])]
+    return " ".join([FITS[conversion.fit], *(notes.number(text) for text in told)])
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
