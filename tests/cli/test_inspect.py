@@ -11,7 +11,8 @@ from transformers import GPTBigCodeConfig
 from tests.cli.conftest import XarchKd
 from xarch_kd.cli.inspect import span
 
-BLOCK_TAPS = {"hidden", "mixer_input", "mixer_output", "mlp_output", "mixing"}
+BLOCK_TAPS = {"hidden", "mixer_input", "mixer_output", "mlp_output", "mixing", "values"}
+INSIDE = {"mixing": ["batch", "heads", "time", "time"], "values": ["batch", "time", "heads", "width"]}
 
 
 def test_json_lists_every_tap(teacher: Path, xarch_kd: XarchKd) -> None:
@@ -21,8 +22,7 @@ def test_json_lists_every_tap(teacher: Path, xarch_kd: XarchKd) -> None:
     assert found["model_type"] == "llama"
     assert {row["tap"] for row in found["taps"]} == {"embedding", "head_input", *BLOCK_TAPS}
     for row in found["taps"]:
-        shape = ["batch", "heads", "time", "time"] if row["tap"] == "mixing" else ["batch", "time", 64]
-        assert row["shape"] == shape
+        assert row["shape"] == INSIDE.get(row["tap"], ["batch", "time", 64])
         assert row["layers"] == ([0, 1, 2] if row["tap"] in BLOCK_TAPS else [])
 
 

@@ -23,6 +23,12 @@ def test_every_row_holds_in_a_traced_model(model_type, build, build_meta, input_
             assert row.shape == ("batch", "heads", "time", "time")
             assert [mixing.dense().shape[2:] for mixing in found["mixing"].values()] == [(13, 13)] * len(row.layers)
             continue
+        if row.tap == "values":
+            assert row.shape == ("batch", "time", "heads", "width")
+            assert [(value.dim(), *value.shape[:2]) for value in found["values"].values()] == [(4, 2, 13)] * len(
+                row.layers
+            )
+            continue
         tensors = list(found[row.tap].values()) if row.tap in BLOCK_TAPS else [found[row.tap]]
         assert [tuple(tensor.shape) for tensor in tensors] == [(2, 13, row.shape[2])] * len(tensors)
         assert all(row.module.replace("*", str(layer)) in modules for layer in row.layers or (0,))
@@ -52,13 +58,15 @@ def test_the_rows_of_a_bamba(build_meta):
         ("mixer_input", (0, 2), "model.layers.*.mamba", "input", "mamba2"),
         ("mixer_output", (0, 2), "model.layers.*.mamba", "output", "mamba2"),
         ("mixing", (0, 2), "model.layers.*.mamba", "inside", "mamba2"),
+        ("values", (0, 2), "model.layers.*.mamba", "inside", "mamba2"),
         ("mixer_input", (1,), "model.layers.*.self_attn", "input", "attention"),
         ("mixer_output", (1,), "model.layers.*.self_attn", "output", "attention"),
         ("mixing", (1,), "model.layers.*.self_attn", "inside", "attention"),
+        ("values", (1,), "model.layers.*.self_attn", "inside", "attention"),
         ("mlp_output", (0, 1, 2), "model.layers.*.feed_forward", "output", None),
         ("head_input", (), "model.final_layernorm", "output", None),
     ]
-    assert {row.shape for row in rows if row.tap != "mixing"} == {("batch", "time", 64)}
+    assert {row.shape for row in rows if row.reads != "inside"} == {("batch", "time", 64)}
 
 
 def test_a_mamba_lists_no_mlp(build_meta):
@@ -70,6 +78,6 @@ def test_an_unknown_type_needs_paths(build_meta):
     with pytest.raises(TapError, match=r"paths: \{blocks: model\.layers"):
         inspect_model(model)
     rows = inspect_model(model, {"blocks": "model.layers", "mixer": "self_attn"})
-    expected = ["embedding", "hidden", "mixer_input", "mixer_output", "mixing", "head_input"]
+    expected = ["embedding", "hidden", "mixer_input", "mixer_output", "mixing", "values", "head_input"]
     assert [row.tap for row in rows] == expected
     assert rows[2].kind == "attention"

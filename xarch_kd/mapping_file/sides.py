@@ -55,7 +55,7 @@ class Side:
             module = layout.embedding if tap == "embedding" else layout.base
             return self.names_of(module.parameters())
         inside = self.names_of(layout.blocks[layer].parameters())
-        if tap in ("mixer_input", "mixer_output", "mixing") and layout.mlps is not None:
+        if tap in ("mixer_input", "mixer_output", "mixing", "values") and layout.mlps is not None:
             inside -= self.names_of(layout.mlps[layer].parameters())
         if tap == "mixer_input":
             inside -= self.names_of(layout.mixers[layer].parameters())

@@ -21,7 +21,8 @@ class TapRow:
 
     `layers` are the blocks that it holds for (none for taps of the whole model), `module` the path of the module that
     is read with `*` for the block's index, `reads` which side of it, `kind` the mixer's kind for mixer taps. A mixing
-    is listed with the shape of the matrix that it stands for; it is held as factors, which are read `inside`.
+    is listed with the shape of the matrix that it stands for; it is held as factors, which are read `inside`, as are
+    the values that it is applied to.
     """
 
     tap: str
@@ -54,8 +55,9 @@ def inspect_model(
         rows.append(_row(layout, "mixer_input", layers, layout.mixers[first], "input", kind))
         rows.append(_row(layout, "mixer_output", layers, layout.mixer_outputs[first], "output", kind))
         if _has_mixing(layout, first):
-            mixing = _row(layout, "mixing", layers, layout.mixers[first], "inside", kind)
-            rows.append(dataclasses.replace(mixing, shape=("batch", "heads", "time", "time")))
+            for tap, shape in (("mixing", ("heads", "time", "time")), ("values", ("time", "heads", "width"))):
+                inside = _row(layout, tap, layers, layout.mixers[first], "inside", kind)
+                rows.append(dataclasses.replace(inside, shape=("batch", *shape)))
     if layout.mlp_outputs is not None:
         for layers in _alike(layout, layout.mlp_outputs):
             rows.append(_row(layout, "mlp_output", layers, layout.mlp_outputs[layers[0]], "output"))

@@ -1,8 +1,9 @@
-"""Reading the mixing matrix of one block: what is kept during a pass, and the Mixing that it makes afterwards."""
+"""Reading the mixing matrix of one block and what it is applied to: what is kept during a pass, and what it makes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -24,9 +25,17 @@ class MixingRead(Protocol):
         """The Mixing of what was kept; the mask [batch, time] is the one that the pass was given."""
         ...
 
+    def values(self, attention_mask: Tensor | None) -> Tensor:
+        """What the matrix is applied to, [batch, time, heads, width], with the mask as for `mixing`."""
+        ...
 
-def mixing_read(layout: Layout, layer: int) -> MixingRead:
-    """A new reading of the mixer of block `layer`. Raises TapError when nothing is known about such a mixer."""
+
+def mixing_read(layout: Layout, layer: int, taps: Collection[str] = ("mixing",)) -> MixingRead:
+    """A new reading of the mixer of block `layer` for `taps`, of `mixing` and `values`.
+
+    Raises TapError when nothing is known about such a mixer.
+    """
+    asked = " and ".join(taps)
     block, mixer = layout.blocks[layer], layout.mixers[layer]
     reader = reader_of(mixer)
     if reader is not None:
@@ -34,13 +43,13 @@ def mixing_read(layout: Layout, layer: int) -> MixingRead:
     if layout.mixer_kinds[layer] != "attention":
         raise TapError(
             f"The mixing matrix of {type(eager_module(mixer)).__name__} cannot be read.",
-            asked=f"mixing of block {layer}",
+            asked=f"{asked} of block {layer}",
             allowed=f"softmax attention, {', '.join(sorted(READERS))}",
             fix="leave its layer out, or read mixer_output instead",
         )
     if not calls_attention_interface(mixer):
-        raise never_called(mixer)
-    return SoftmaxRead(block, mixer)
+        raise never_called(mixer, asked)
+    return SoftmaxRead(block, mixer, taps)
 
 
 def reader_of(mixer: nn.Module) -> MixingReader | None:
@@ -66,21 +75,27 @@ class Running:
 
 
 class SoftmaxRead:
-    """Keeps the first attention call of a mixer while its block runs."""
+    """Keeps of the first attention call of a mixer, while its block runs, what `taps` need."""
 
-    def __init__(self, block: nn.Module, mixer: nn.Module) -> None:
+    def __init__(self, block: nn.Module, mixer: nn.Module, taps: Collection[str]) -> None:
         self.block = block
         self.mixer = mixer
+        self.taps = taps
         self.call: AttentionCall | None = None
+        self.value: Tensor | None = None
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
         """See `MixingRead`."""
         running = Running(self.block, stack)
 
         def keep(call: AttentionCall) -> None:
-            if running.now and self.call is None:
-                self.call = call
-                arrived()
+            if not running.now or self.call is not None or self.value is not None:
+                return
+            if "mixing" in self.taps:
+                self.call = dataclasses.replace(call, value=None)
+            if "values" in self.taps:
+                self.value = call.checked_value()
+            arrived()
 
         stack.enter_context(intercepting(self.mixer, keep))
 
@@ -89,6 +104,12 @@ class SoftmaxRead:
         if self.call is None:
             raise never_called(self.mixer)
         return self.call.mixing(attention_mask)
+
+    def values(self, attention_mask: Tensor | None) -> Tensor:
+        """See `MixingRead`. Raises TapError when the attention function was never called."""
+        if self.value is None:
+            raise never_called(self.mixer, "values")
+        return self.value.transpose(1, 2)
 
 
 class RecurrentRead:
@@ -120,11 +141,18 @@ class RecurrentRead:
 
     def mixing(self, attention_mask: Tensor | None) -> Mixing:
         """See `MixingRead`. Raises TapError when a projection was never called."""
+        return self.reader.build(eager_module(self.mixer), self._all_projected("mixing"), attention_mask)
+
+    def values(self, attention_mask: Tensor | None) -> Tensor:
+        """See `MixingRead`. Raises TapError when a projection was never called."""
+        return self.reader.values(eager_module(self.mixer), self._all_projected("values"), attention_mask)
+
+    def _all_projected(self, tap: str) -> dict[str, Tensor]:
         missing = [path for path in self.reader.projections if path not in self.projected]
         if missing:
             raise TapError(
                 f"A projection of {type(self.mixer).__name__} was never called in this pass.",
-                asked="mixing",
+                asked=tap,
                 found=f"no output of {', '.join(missing)}",
             )
-        return self.reader.build(eager_module(self.mixer), self.projected, attention_mask)
+        return self.projected

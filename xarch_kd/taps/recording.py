@@ -13,7 +13,7 @@ from xarch_kd.errors import TapError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout
 from xarch_kd.taps.mixings import MixingRead, Running, mixing_read
-from xarch_kd.taps.sites import INSIDE_TAPS, Site, is_checkpointing, said
+from xarch_kd.taps.sites import INSIDE_TAPS, MIXING_TAPS, Site, is_checkpointing, said
 
 Read = Tensor | Mixing
 
@@ -31,10 +31,10 @@ def recording(
 ) -> Iterator[dict[Site, Any]]:
     """Fill a dict with what is read at `sites` while models run inside the `with`; hooks are gone when it ends.
 
-    `attention_mask` [batch, time] is the one that the pass is given; only mixings need it. The first value of a site
-    wins (a module may be called again). With `stops` the pass ends as soon as all is read; not inside a block that is
-    going to be recomputed, but at its end. A site at the head's input is not filled here: it is what the base model
-    returns.
+    `attention_mask` [batch, time] is the one that the pass is given; only `mixing` and `values` need it. The first
+    value of a site wins (a module may be called again). With `stops` the pass ends as soon as all is read; not inside a
+    block that is going to be recomputed, but at its end. A site at the head's input is not filled here: it is what the
+    base model returns.
     """
     values: dict[Site, Read] = {}
     reader = _Reader(layout, [site for site in sites if site.tap != "head_input"], values, stops)
@@ -72,9 +72,14 @@ class _Reader:
         self.layout = layout
         self.sites = sites
         self.values = values
-        self.mixings: dict[Site, MixingRead] = {
-            site: mixing_read(layout, site.layer or 0) for site in sites if site.tap == "mixing"
-        }
+        # Both taps of a block are read at once.
+        asked: dict[int, list[Site]] = {}
+        for site in sites:
+            if site.tap in MIXING_TAPS:
+                asked.setdefault(site.layer or 0, []).append(site)
+        self.mixings: list[tuple[MixingRead, list[Site]]] = [
+            (mixing_read(layout, layer, [site.tap for site in own]), own) for layer, own in asked.items()
+        ]
         self.waiting = set(sites)
         self.last = layout.blocks[max((site.layer or 0 for site in sites), default=0)]
         self.stops = stops and bool(sites)
@@ -83,10 +88,10 @@ class _Reader:
 
     def attach(self, stack: ExitStack) -> None:
         """Put the hooks on the model until `stack` closes."""
+        for read, sites in self.mixings:
+            read.attach(stack, lambda sites=sites: self._arrived(*sites))
         for site in self.sites:
-            if site in self.mixings:
-                self.mixings[site].attach(stack, lambda site=site: self._arrived(site))
-            else:
+            if site.tap not in MIXING_TAPS:
                 self._attach(stack, site)
         if self.stops and not all(site.tap == "embedding" for site in self.sites):
             stack.callback(self.last.register_forward_hook(self._stop).remove)
@@ -124,9 +129,9 @@ class _Reader:
 
         return read
 
-    def _arrived(self, site: Site) -> None:
-        self.waiting.discard(site)
-        if not self.waiting and (self.stops_inside or (self.stops and site.tap == "embedding")):
+    def _arrived(self, *sites: Site) -> None:
+        self.waiting.difference_update(sites)
+        if not self.waiting and (self.stops_inside or (self.stops and sites[0].tap == "embedding")):
             self._stop()
 
     def _stop(self, *_: object) -> None:
@@ -135,10 +140,11 @@ class _Reader:
     def finish(self, attention_mask: Tensor | None) -> None:
         """Make of what was kept what is asked for. Raises TapError for a site that the pass never came to."""
         # Made out here, not in the hooks, so that nothing is added to a graph that checkpointing will recompute.
-        for site, read in self.mixings.items():
-            mixing = read.mixing(attention_mask)
-            # A factor may be a parameter itself, which has a gradient of its own.
-            self.values[site] = mixing if torch.is_grad_enabled() else mixing.detach()
+        for read, sites in self.mixings:
+            for site in sites:
+                value = read.mixing(attention_mask) if site.tap == "mixing" else read.values(attention_mask)
+                # A factor may be a parameter itself, which has a gradient of its own.
+                self.values[site] = value if torch.is_grad_enabled() else value.detach()
         missing = [said(site) for site in self.sites if site not in self.values]
         if missing:
             raise TapError(

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.taps.layout import Layout, checked_layers, eager_module, layout_of
+from xarch_kd.taps.layout import Layout, eager_module, layout_of
 from xarch_kd.taps.recording import Read, hidden_argument, recording
-from xarch_kd.taps.sites import BLOCK_TAPS, WHOLE_TAPS, Site, is_checkpointing, refuse_unreadable, sites_of
+from xarch_kd.taps.sites import BLOCK_TAPS, MIXING_TAPS, WHOLE_TAPS, Site, is_checkpointing, refuse_unreadable, sites_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def run_mixer(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[B
     The block itself calls its mixer, so that the mixer gets its own arguments; the mixer's input is put in place, and
     the pass ends when its output is there. A block under gradient checkpointing recomputes its mixer in the backward.
     """
-    return _read_mixer(layout, Site("mixer_output", layer), mixer_input, calls)
+    return read_mixer(layout, layer, mixer_input, calls, ["mixer_output"])["mixer_output"]
 
 
 def read_mixing(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Mixing:
@@ -111,18 +111,34 @@ def read_mixing(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence
     The pass ends when what the matrix is made of is there: neither attention nor a scan runs. Raises TapError for a
     mixer whose matrix cannot be read.
     """
-    return _read_mixer(layout, Site("mixing", layer), mixer_input, calls)
+    return read_mixer(layout, layer, mixer_input, calls, ["mixing"])["mixing"]
 
 
-def _read_mixer(layout: Layout, site: Site, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Any:
-    layer = checked_layers(layout, [site.layer or 0])[0]
-    refuse_unreadable(layout, [site])
+def read_mixer(
+    layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall], taps: Sequence[str]
+) -> dict[str, Any]:
+    """What is at `taps` (`mixer_output`, `mixing`, `values`) of block `layer` when its mixer is fed `mixer_input`.
+
+    One run of the mixer for all of them, which ends when the last is there; see `run_mixer` and `read_mixing`.
+
+    Raises UsageError for another tap, TapError as `trace` does.
+    """
+    outside = [tap for tap in taps if tap not in ("mixer_output", *MIXING_TAPS)]
+    if outside or not taps:
+        raise UsageError(
+            "A mixer alone has no such tap.",
+            asked=", ".join(outside) or "none",
+            allowed=", ".join(("mixer_output", *MIXING_TAPS)),
+        )
+    sites = sites_of(layout, taps, [layer])
+    refuse_unreadable(layout, sites)
     if not is_checkpointing(layout.blocks[layer]):
-        return _run_mixer(layout, site, mixer_input, calls[layer])
-    return checkpoint(_run_mixer, layout, site, mixer_input, calls[layer], use_reentrant=False)
+        return _run_mixer(layout, sites, mixer_input, calls[layer])
+    found: Any = checkpoint(_run_mixer, layout, sites, mixer_input, calls[layer], use_reentrant=False)
+    return found
 
 
-def _run_mixer(layout: Layout, site: Site, mixer_input: Tensor, call: BlockCall) -> Read:
+def _run_mixer(layout: Layout, sites: Sequence[Site], mixer_input: Tensor, call: BlockCall) -> dict[str, Read]:
     def feed(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -130,17 +146,17 @@ def _run_mixer(layout: Layout, site: Site, mixer_input: Tensor, call: BlockCall)
             return (mixer_input, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": mixer_input}
 
-    layer = site.layer or 0
+    layer = sites[0].layer or 0
     handle = layout.mixers[layer].register_forward_pre_hook(feed, with_kwargs=True)
     try:
         with (
             _without_checkpointing(layout.blocks[layer]),
-            recording(layout, [site], attention_mask=call.attention_mask) as values,
+            recording(layout, sites, attention_mask=call.attention_mask) as values,
         ):
             layout.blocks[layer](mixer_input.detach(), *call.args, **call.kwargs)
     finally:
         handle.remove()
-    return values[site]
+    return {site.tap: values[site] for site in sites}
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from xarch_kd.errors import TapError, UsageError, suggest
 from xarch_kd.taps.layout import Layout, checked_layers, eager_module
 from xarch_kd.taps.mixings import mixing_read
 
-BLOCK_TAPS = ("hidden", "mixer_input", "mixer_output", "mlp_output", "mixing")
+MIXING_TAPS = ("mixing", "values")
+BLOCK_TAPS = ("hidden", "mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
 WHOLE_TAPS = ("embedding", "head_input")
 TAPS = ("embedding", *BLOCK_TAPS, "head_input")
-INSIDE_TAPS = ("mixer_input", "mixer_output", "mlp_output", "mixing")
+INSIDE_TAPS = ("mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
 
 
 class Site(NamedTuple):
@@ -53,10 +54,10 @@ def sites_of(
             )
         chosen = next((given for given in (own_layers, layers) if given is not None), range(len(layout.blocks)))
         chosen = checked_layers(layout, chosen)
-        if tap == "mixing":
+        if tap in MIXING_TAPS:
             # Made and thrown away: it raises where there is nothing to read.
             for layer in chosen:
-                mixing_read(layout, layer)
+                mixing_read(layout, layer, [tap])
         sites += [Site(tap, layer) for layer in chosen]
     return tuple(sites)
 
@@ -87,9 +88,9 @@ def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
                 allowed="embedding, hidden, head_input",
                 fix="read `hidden`, or compile the mixer and the MLP of the block instead of the whole block",
             )
-        if site.tap == "mixing" and _is_compiled(layout.mixers[site.layer or 0]):
+        if site.tap in MIXING_TAPS and _is_compiled(layout.mixers[site.layer or 0]):
             raise TapError(
-                "The mixing of a compiled mixer cannot be read: it is read inside the mixer.",
+                f"The {site.tap} of a compiled mixer cannot be read: it is read inside the mixer.",
                 asked=said(site),
                 found="a mixer compiled by torch.compile",
                 fix="read `mixer_output`, or leave the mixer uncompiled",

@@ -1,4 +1,4 @@
-"""Reading softmax attention: queries and keys as a model's attention function is given them.
+"""Reading softmax attention: queries, keys and values as a model's attention function is given them.
 
 Families of transformers look their attention function up by a name in their config. While a mixer is read, it holds
 a copy of its config with another name, under which stands a function that keeps what it is given and then calls the
@@ -30,7 +30,8 @@ FOREIGN_ARGUMENTS = ("position_bias", "score_mod", "indices", "block_indices")
 class AttentionCall:
     """What an attention function was given: query [batch, heads, time, width], key [batch, key heads, time, width].
 
-    `mask` is the model's own, in the form that its implementation takes; `implementation` is its name.
+    `value` [batch, key heads, time, value width] is left out where nobody asks for it. `mask` is the model's own, in
+    the form that its implementation takes; `implementation` is its name.
     """
 
     module: nn.Module
@@ -39,6 +40,19 @@ class AttentionCall:
     mask: object
     implementation: str | None
     arguments: Mapping[str, Any]
+    value: Tensor | None = None
+
+    def checked_value(self) -> Tensor:
+        """The values [batch, key heads, time, value width]. Raises TapError where a cache or a prefix adds to them."""
+        assert self.value is not None
+        if self.value.shape[2] != self.query.shape[2]:
+            raise TapError(
+                f"The values of {type(self.module).__name__} are not those of one pass.",
+                asked="values",
+                found="more values than queries: a cache or a prefix",
+                allowed="queries and values of the same tokens",
+            )
+        return self.value
 
     def mixing(self, attention_mask: Tensor | None) -> SoftmaxMixing:
         """The mixing matrix; `attention_mask` [batch, time] is the one that the pass was given.
@@ -135,12 +149,12 @@ def intercepting(mixer: nn.Module, keep: Callable[[AttentionCall], None]) -> Ite
         yield
 
 
-def never_called(mixer: nn.Module) -> TapError:
+def never_called(mixer: nn.Module, tap: str = "mixing") -> TapError:
     """The error for a mixer that ran and never called its attention function."""
     return TapError(
-        f"{type(mixer).__name__} does not call transformers' AttentionInterface, so its queries and keys cannot be "
-        "read.",
-        asked="mixing",
+        f"{type(mixer).__name__} does not call transformers' AttentionInterface, so its queries, keys and values "
+        "cannot be read.",
+        asked=tap,
         allowed="models whose attention function is looked up by `config._attn_implementation`",
         fix="read mixer_output instead",
     )
@@ -160,7 +174,13 @@ def _intercepted(module: nn.Module, keep: Callable[[AttentionCall], None]) -> It
     ) -> object:
         keep(
             AttentionCall(
-                module=caller, query=query, key=key, mask=mask, implementation=implementation, arguments=kwargs
+                module=caller,
+                query=query,
+                key=key,
+                value=value,
+                mask=mask,
+                implementation=implementation,
+                arguments=kwargs,
             )
         )
         own = functions.get_interface(implementation, eager)

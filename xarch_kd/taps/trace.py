@@ -19,7 +19,10 @@ class Trace:
     """What one forward pass yielded.
 
     `trace["hidden"][3]` is [batch, time, width]; `trace["embedding"]` and `trace["head_input"]` are tensors themselves;
-    `trace["mixing"][3]` is a `xarch_kd.mixing.base.Mixing`, the mixer's token-mixing matrix held as its factors.
+    `trace["mixing"][3]` is a `xarch_kd.mixing.base.Mixing`, the mixer's token-mixing matrix held as its factors, and
+    `trace["values"][3]` is what that matrix is applied to, [batch, time, heads, width]. Attention with grouped heads
+    has its values once a key head, of which head h of the matrix mixes h // (heads / key heads); where every channel
+    mixes by itself (Mamba, short convolutions, RG-LRU) a head is a channel and its width 1.
     `embedding` is the residual stream that enters the first block (position embeddings and multipliers included),
     `hidden` the one that leaves a block, `mixer_input` what the mixer is called with, `mixer_output` and `mlp_output`
     what they add to the residual stream (a norm after them and a residual multiplier included), `head_input` the
@@ -30,7 +33,9 @@ class Trace:
         self._values = dict(values)
 
     @overload
-    def __getitem__(self, tap: Literal["hidden", "mixer_input", "mixer_output", "mlp_output"]) -> dict[int, Tensor]: ...
+    def __getitem__(
+        self, tap: Literal["hidden", "mixer_input", "mixer_output", "mlp_output", "values"]
+    ) -> dict[int, Tensor]: ...
     @overload
     def __getitem__(self, tap: Literal["mixing"]) -> dict[int, Mixing]: ...
     @overload

@@ -19,7 +19,7 @@ class MixingReader:
     no module but these. `attention_mask` [batch, time] is the one that the pass was given.
 
     `build(mixer, projected, attention_mask)` returns M, with gradients to all that it depends on;
-    `values(mixer, projected, attention_mask)` returns what M is applied to, [batch, time, heads, width].
+    `values(mixer, projected, attention_mask)` returns what M is applied to, [batch, time, heads, width], likewise.
     """
 
     projections: tuple[str, ...]
