@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,20 +23,31 @@ def save_student(
     intact. Raises `UsageError` if `folder` holds something and `overwrite` is False, `ModelError` for NaN or infinite
     weights, `CheckpointError` if it cannot be written.
     """
-    folder = Path(folder)
+    check_finite(model.state_dict(), what="The student")
+
+    def write(scratch: Path) -> None:
+        model.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        check_weights(scratch)
+
+    return save_whole(Path(folder), write, overwrite=overwrite)
+
+
+def save_whole(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """Let `write` make a folder beside `folder`, rename it into place and return it: whole or not at all.
+
+    Raises `UsageError` if `folder` holds something and `overwrite` is False, `CheckpointError` if it cannot be written.
+    """
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} already holds something.", fix="name a new folder, or allow it to be overwritten")
-    check_finite(model.state_dict(), what="The student")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written.", found=str(error)) from error
     try:
-        model.save_pretrained(scratch / "new")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch / "new")
-        check_weights(scratch / "new")
+        write(scratch / "new")
         if folder.exists():
             folder.rename(scratch / "old")
         (scratch / "new").rename(folder)
