@@ -55,6 +55,7 @@ class Input:
 class Contender:
     """Something that computes the case: `make(options)` returns the function from inputs to a scalar.
 
+    `options` are the case's, and its sizes beside them: what is no tensor that is drawn is built by `make`.
     `needs` names what must be there (keys of `peers.REQUIREMENTS`). `largest` bounds axes above which it is left out
     because it takes too long or too much memory. `truth` names the contender whose float64 result this one's error is
     taken against (None: the case's baseline). `ours` are measured at another revision too with `--against`.
@@ -96,7 +97,9 @@ class Case:
     `flops` is what the task needs (multiplications and additions of its matrix products, a causal half counted as
     half), `dense_flops` what the baseline does (None: not stated). `quick` and `proxy` replace sizes: for a smoke run,
     and for the error against float64 where the dense computation in float64 would be too large. Cases of one `group`
-    differ in `axis`.
+    differ in `axis`. `whole` says what a call is where it is no value with gradients of the inputs: it may have a
+    state, like a training step, and no error is taken of it. `warm` replaces sizes in the call made before anything is
+    measured, where a whole one would take minutes; each repeat is then one call.
     """
 
     operation: str
@@ -112,6 +115,8 @@ class Case:
     axis: str | None = None
     options: Options = field(default_factory=dict)
     proxy: Sizes = field(default_factory=dict)
+    warm: Sizes = field(default_factory=dict)
+    whole: str | None = None
     bounds: tuple[Bound, ...] = ()
     device: str = "cpu"
     dtype: str = "float32"

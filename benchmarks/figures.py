@@ -30,6 +30,7 @@ def record(case: Case, sizes: Sizes, found: dict[str, Found], roof: Record) -> R
         "dtype": case.dtype,
         "seed": case.seed,
         "baseline": case.baseline,
+        "whole": case.whole,
         "gradients": [name for name, one in case.inputs.items() if one.gradient],
         "flops": flops,
         "dense_flops": case.dense_flops(sizes) if case.dense_flops else None,

@@ -77,11 +77,14 @@ def case_table(case: dict[str, Any]) -> str:
     """Return one case as a Markdown section."""
     sizes = ", ".join(f"{name} {size:,}" for name, size in case["sizes"].items())
     roof, gradients = case["roofline"], ", ".join(case["gradients"]) or "nothing"
+    what = case.get("whole") or f"gradients of {gradients}"
+    # What a whole step reads and writes is no input of the case.
+    traffic = "" if case.get("whole") else f", {case['bytes'] / 1e6:.4g} MB at least"
     lines = [
         f"## {case['case']}",
         "",
-        f"{sizes}; {case['dtype']}; gradients of {gradients}; baseline {case['baseline']}. "
-        f"Task: {case['flops'] / 1e9:.4g} GFLOP, {case['bytes'] / 1e6:.4g} MB at least; roofline "
+        f"{sizes}; {case['dtype']}; {what}; baseline {case['baseline']}. "
+        f"Task: {case['flops'] / 1e9:.4g} GFLOP{traffic}; roofline "
         f"{roof['floor_seconds']:.3g} s at {roof['flops'] / 1e9:.4g} GFLOP/s and {roof['bandwidth'] / 1e9:.3g} GB/s "
         f"({roof['source']}).{proxy(case)}",
         "",

@@ -20,7 +20,7 @@ EVERY = [case for cases in CASES.values() for case in cases]
 # The dense matrix of a mixing is the package's own: nothing is stated of it.
 COUNTED = [case for case in EVERY if case.dense_flops is not None]
 # What has no dense specification, hence no file of the same name among the operations.
-BESIDE_THE_OPERATIONS = {"mixing_apply"}
+BESIDE_THE_OPERATIONS = {"mixing_apply", "alignment", "calibration"}
 
 
 def name(case: Case) -> str:

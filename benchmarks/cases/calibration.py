@@ -1,0 +1,152 @@
+"""Cases of `calibration`: comparing every layer of a student with every layer of a teacher before training.
+
+The teacher is a Llama of SmolLM2-135M's sizes, the student a Mamba-2 of 12 blocks; their weights are random, which no
+figure depends on. Of the pass that `layer_similarity` makes, the student's part and the sums of similarity are what it
+costs beyond running the teacher: they are measured with a teacher whose blocks compute nothing. The whole of it stands
+beside them and the teacher's own pass, with its head and without.
+
+FLOPs, n tokens: 2n a weight of the teacher's blocks and head. Attention and all that is elementwise is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Bound, Case, Contender, Growth, Input, Inputs, Options, Run, Sizes
+from benchmarks.cases.alignment import student_settings, token_ids
+
+# The teacher alone runs on as many tokens at a time as the calibration pass.
+TOKENS_AT_A_TIME: Final = 2048
+TAP: Final = "hidden"
+QUERIES_A_KEY: Final = 3
+
+
+def teacher_model(sizes: Options, *, idle: bool = False) -> Any:
+    """Return a Llama with heads of 64, three queries a key and an MLP of 8/3 of its width, as SmolLM2-135M is.
+
+    The blocks of an `idle` one compute nothing: they hand on a copy of what they get.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    width = sizes["teacher_width"]
+    keys = max(1, width // (64 * QUERIES_A_KEY))
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=sizes["vocabulary"],
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=sizes["teacher_layers"],
+        num_attention_heads=keys * QUERIES_A_KEY,
+        num_key_value_heads=keys,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if idle:
+        for block in model.model.layers:
+            block.forward = lambda hidden, *_, **__: hidden.clone()
+    return model
+
+
+def forward(head: bool) -> Callable[[Options], Run]:
+    """Return what makes the teacher's own pass over all rows, with its logits or up to its last hidden states."""
+
+    def make(options: Options) -> Run:
+        teacher = teacher_model(options)
+        model = teacher if head else teacher.model
+        rows = max(1, TOKENS_AT_A_TIME // options["time"])
+
+        @torch.no_grad()
+        def run(inputs: Inputs) -> Tensor:
+            last = torch.zeros(())
+            for part in token_ids(inputs["text"], options["vocabulary"]).split(rows):
+                last = model(input_ids=part, use_cache=False)[0][0, -1, 0]
+            return last
+
+        return run
+
+    return make
+
+
+def calibration(*, idle: bool) -> Callable[[Options], Run]:
+    """Return what makes the calibration pass, with the teacher or with one whose pass costs next to nothing."""
+
+    def make(options: Options) -> Run:
+        from xarch_kd.taps.layout import layout_of
+        from xarch_kd.testing.tiny import tiny_model
+        from xarch_kd.training.calibration import layer_similarity
+
+        settings = student_settings({**options, "layers": options["student_layers"]})
+        teacher, student = layout_of(teacher_model(options, idle=idle)), layout_of(tiny_model("mamba2", **settings))
+
+        def run(inputs: Inputs) -> Tensor:
+            rows = token_ids(inputs["text"], options["vocabulary"])
+            return layer_similarity(TAP, teacher, student, rows).sum()
+
+        return run
+
+    return make
+
+
+def flops(sizes: Sizes) -> int:
+    """The products of the teacher's weights: the baseline's."""
+    width = sizes["teacher_width"]
+    block = width**2 * (2 + 2 / QUERIES_A_KEY) + 3 * width * (width * 8 // 3)
+    tokens = sizes["rows"] * sizes["time"]
+    return round(2 * tokens * (sizes["teacher_layers"] * block + sizes["vocabulary"] * width))
+
+
+CONTENDERS: Final[dict[str, Contender]] = {
+    "teacher": Contender(make=forward(True), source="transformers: the model called as it is"),
+    "teacher without head": Contender(make=forward(False), source="transformers: its base model"),
+    "calibration": Contender(make=calibration(idle=False), source="xarch_kd", ours=True),
+    "calibration beyond the teacher": Contender(make=calibration(idle=True), source="xarch_kd", ours=True),
+}
+
+
+def case(student_width: int) -> Case:
+    """Return a case on the CPU: 16384 tokens in rows of 512."""
+    return Case(
+        operation="calibration",
+        name=f"12 × 30 layers, student width {student_width}",
+        group=f"calibration, student width {student_width}",
+        baseline="teacher",
+        sizes={
+            "rows": 32,
+            "time": 512,
+            "vocabulary": 49152,
+            "teacher_layers": 30,
+            "teacher_width": 576,
+            "student_layers": 12,
+            "student_width": student_width,
+        },
+        quick={
+            "rows": 8,
+            "time": 16,
+            "vocabulary": 97,
+            "teacher_layers": 3,
+            "teacher_width": 192,
+            "student_layers": 2,
+            "student_width": 32,
+        },
+        warm={"rows": 8},
+        inputs={"text": Input(axes=("rows", "time"), transform="share")},
+        contenders=CONTENDERS,
+        flops=flops,
+        dense_flops=None,
+        whole="each call is a whole pass over all rows, without gradients",
+        bounds=(
+            Bound(contender="calibration beyond the teacher", measure="time", at_most=1.0),
+            Bound(
+                contender="calibration beyond the teacher", measure="time", at_most=1.0, against="teacher without head"
+            ),
+        ),
+    )
+
+
+CASES: Final[tuple[Case, ...]] = (case(384),)
+GROWTHS: Final[tuple[Growth, ...]] = ()
