@@ -167,6 +167,8 @@ def expected(annotation: Any) -> str:
         elif kind == "list":
             parts = _item_parts(option)
             words.append(f"a list of {{{', '.join(parts[0].model_fields)}}} entries" if parts else "a list")
+        elif kind == "values":
+            words.append("a mapping with a model_type and its sizes")
         elif kind == "mapping":
             keys = f"keys among {', '.join(option.model_fields)}"
             words.append(f"a mapping with a '{_discriminator(option)}'" if told_apart else f"a mapping with {keys}")
@@ -192,6 +194,8 @@ def _kind(option: Any) -> str:
         return "choice"
     if get_origin(option) is tuple:
         return "list"
+    if get_origin(option) is dict:
+        return "values"
     if isinstance(option, type) and issubclass(option, Part):
         return "mapping"
     return {str: "text", int: "whole", float: "number", bool: "truth"}[option]
@@ -296,4 +300,4 @@ def _some_branch_fits(annotation: Any, value: Any) -> bool:
         return bool(kinds & {"choice", "text"})
     if isinstance(value, tuple):
         return "list" in kinds
-    return isinstance(value, dict) and "mapping" in kinds
+    return isinstance(value, dict) and bool(kinds & {"mapping", "values"})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _number(value: object) -> object:
@@ -19,6 +20,23 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=60)]
 LayerIndex = Annotated[int, Field(ge=0)]
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's values. Raises `ValueError` unless they are text, numbers, truth values, lists and mappings."""
+    for key, item in value.items():
+        inner = list(item) if isinstance(item, list | tuple) else [item]
+        for entry in inner:
+            if isinstance(entry, dict):
+                _plain(entry)
+            elif not isinstance(entry, str | int | float | None):
+                raise ValueError(f"{key} is neither text, a number, true, false, a list nor a mapping")
+            elif isinstance(entry, float) and math.isnan(entry):
+                raise ValueError(f"{key} is not a number")
+    return value
+
+
+ConfigValues = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Part(BaseModel):

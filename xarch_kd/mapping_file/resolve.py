@@ -24,6 +24,7 @@ from xarch_kd.mapping_file.schema import Conversion, MappingFile, Paths
 from xarch_kd.mapping_file.sides import Side, replaced_layers
 from xarch_kd.mapping_file.stages import stage_plan
 from xarch_kd.models.convert import conversion_warnings, planned_frozen_names, student_config
+from xarch_kd.models.fresh import FreshConfigError, fresh_config
 from xarch_kd.models.load import load_config, read_student_config
 
 
@@ -101,6 +102,12 @@ def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | Non
         except UsageError as error:
             raise mapping_error([Problem(("student", "convert", key), told(error))], marks) from None
         reference = f"converted from {mapping.teacher.model}"
+    elif isinstance(student.config, dict):
+        reference = f"fresh {student.config.get('model_type')}"
+        try:
+            config = fresh_config(student.config, teacher)
+        except FreshConfigError as error:
+            raise mapping_error(_config_problems(error), marks) from None
     elif student.config is not None:
         reference = student.config
         with _placed(("student", "config"), marks):
@@ -110,6 +117,13 @@ def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | Non
         with _placed(("student", "model"), marks):
             config = load_config(reference, student.revision)
     return _side(reference, config, student.paths, student.dtype, ("student",), marks)
+
+
+def _config_problems(error: FreshConfigError) -> list[Problem]:
+    place = ("student", "config")
+    return [
+        Problem(place if problem.key is None else (*place, problem.key), problem.message) for problem in error.problems
+    ]
 
 
 def _conversion(conversion: Conversion) -> dict[str, Any]:

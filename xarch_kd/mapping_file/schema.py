@@ -12,7 +12,17 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from xarch_kd.mapping_file.objectives import Align, Tokens
-from xarch_kd.mapping_file.parts import BelowOne, Fraction, LayerIndex, Name, NonNegative, Number, Part, Positive
+from xarch_kd.mapping_file.parts import (
+    BelowOne,
+    ConfigValues,
+    Fraction,
+    LayerIndex,
+    Name,
+    NonNegative,
+    Number,
+    Part,
+    Positive,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
@@ -69,13 +79,14 @@ class Conversion(Part):
 
 
 class Student(Part):
-    """Exactly one of `model` (an existing student), `config` (built fresh from a config folder) or `convert`.
+    """Exactly one of `model` (an existing student), `config` (built fresh) or `convert`.
 
+    `config` is a folder with a `config.json`, or the values themselves: `{model_type: mamba2, hidden_size: 256, …}`.
     `dtype` is what the student is saved in; while it trains, its weights are float32.
     """
 
     model: str | None = None
-    config: str | None = None
+    config: str | ConfigValues | None = None
     convert: Conversion | None = None
     revision: str | None = None
     tokenizer: str | None = None
