@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.models.convert import convert
+from xarch_kd.models.embeddings import Transfer, transfer_embeddings
 from xarch_kd.models.load import fresh_model, load_model, load_tokenizer
 from xarch_kd.models.tokens import shared_vocabulary
 
@@ -69,12 +70,24 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
     else:
         config = CONFIG_MAPPING[plan.student_config["model_type"]].from_dict(plan.student_config)
         student = fresh_model(config, seed=plan.mapping.seed)
-        shared_vocabulary(tokenizer, tokenizer, plan.teacher.vocabulary, plan.student.vocabulary)
+        rows = shared_vocabulary(tokenizer, tokenizer, plan.teacher.vocabulary, plan.student.vocabulary)
+        if student_source.embeddings == "teacher":
+            for transfer in transfer_embeddings(teacher, student, rows=rows):
+                say(_told(transfer))
     device = device_of(plan)
     return Models(
         teacher=teacher.to(device).eval().requires_grad_(False),  # type: ignore[arg-type]  # stubs want a bound method
         student=student.to(device),  # type: ignore[arg-type]
         tokenizer=tokenizer,
+    )
+
+
+def _told(transfer: Transfer) -> str:
+    narrower = transfer.student_width < transfer.teacher_width
+    share = f", which keeps {transfer.kept:.1%} of their squared length" if narrower else ""
+    return (
+        f"the student's {transfer.part} starts as the teacher's: {transfer.rows} rows, {transfer.teacher_width} to "
+        f"{transfer.student_width} dimensions{share}"
     )
 
 

@@ -170,10 +170,22 @@ def _model_warnings(mapping: MappingFile, models: Models) -> Iterator[str]:
             f"compared over the first {min(rows)}, if both tokenizers agree on them"
         )
     embedding = models.student.layout.model.get_input_embeddings().weight
+    if mapping.student.embeddings == "teacher":
+        yield _transfer_note(models)
     for stage in mapping.stages:
         part = {"embeddings", "head"} & set(stage.train)
         if len(part) == 1 and "all" not in stage.train and embedding is models.student.layout.head_weight:
             yield f"stage {stage.name}: the student's head is its embedding, so training {part.pop()} trains both"
+
+
+def _transfer_note(models: Models) -> str:
+    """Return what `embeddings: teacher` does to these widths."""
+    student, teacher = (side.layout.model.get_input_embeddings().weight for side in (models.student, models.teacher))
+    own, other = int(student.shape[1]), int(teacher.shape[1])
+    what = f"projected from {other} dimensions onto {own}" if own < other else "copied"
+    what += f", zero in dimensions {other} to {own - 1}" if own > other else ""
+    is_tied = student is models.student.layout.head_weight
+    return f"the student's embeddings{'' if is_tied else ' and head'} start as the teacher's, {what}"
 
 
 def _device(mapping: MappingFile) -> str:

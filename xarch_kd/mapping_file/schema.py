@@ -82,12 +82,14 @@ class Student(Part):
     """Exactly one of `model` (an existing student), `config` (built fresh) or `convert`.
 
     `config` is a folder with a `config.json`, or the values themselves: `{model_type: mamba2, hidden_size: 256, …}`.
-    `dtype` is what the student is saved in; while it trains, its weights are float32.
+    With `embeddings: teacher` a fresh student starts from the teacher's token embeddings, projected where it is
+    narrower. `dtype` is what the student is saved in; while it trains, its weights are float32.
     """
 
     model: str | None = None
     config: str | ConfigValues | None = None
     convert: Conversion | None = None
+    embeddings: Literal["fresh", "teacher"] = "fresh"
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -99,6 +101,11 @@ class Student(Part):
         if len(given) != 1:
             raise ValueError(
                 f"exactly one of model | config | convert must be given, found {' and '.join(given) or 'none'}"
+            )
+        if self.embeddings == "teacher" and self.config is None:
+            raise ValueError(
+                "embeddings: teacher is for a student built fresh from a config: a converted one has the teacher's "
+                "embeddings already, and an existing one keeps its own"
             )
         return self
 
