@@ -20,7 +20,7 @@ from benchmarks.case import Bound, Case, Contender, Growth, Input, Inputs, Optio
 from benchmarks.cases.alignment import student_settings, token_ids
 
 # The teacher alone runs on as many tokens at a time as the calibration pass.
-TOKENS_AT_A_TIME: Final = 2048
+TOKENS_AT_A_TIME: Final = 1024
 TAP: Final = "hidden"
 QUERIES_A_KEY: Final = 3
 

@@ -26,6 +26,8 @@ FEWEST_ROWS: Final = 8
 POSITIONS: Final = 32
 FIRST_TOKENS: Final = 4
 SMALLEST_DEVIATION: Final = 1e-6
+# A pass holds what all layers give on its tokens; on a CPU more of them at a time are slower, not faster.
+TOKENS_AT_A_TIME: Final = 1024
 
 
 def measure_similarities(plan: Plan, teacher: Layout, student: Layout, rows: Tensor) -> dict[str, Tensor]:
@@ -76,8 +78,7 @@ def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor) -> Sequ
     layout.model.eval()
     kept: list[list[Tensor]] = [[] for _ in layout.blocks]
     device = next(layout.model.parameters()).device
-    # As many rows at a time as keep the activations of all layers small.
-    size = max(1, 2048 // rows.shape[1])
+    size = max(1, TOKENS_AT_A_TIME // rows.shape[1])
     for start in range(0, rows.shape[0], size):
         traced = trace(layout, rows[start : start + size].to(device), taps=[tap])[tap]
         for layer, features in traced.items():
