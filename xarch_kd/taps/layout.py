@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import TapError, UsageError, suggest
 from xarch_kd.taps.families import ByKind, Family, family_of
+from xarch_kd.taps.mamba_ssm import check_mask, is_mamba_ssm_model, mamba_ssm_family
 
 SELECTIONS = ("mixers", "blocks", "embeddings", "norms", "head", "all")
 # What a mixer is told by where the table does not say it: the end of its class's name, else parameters and modules
@@ -23,6 +24,8 @@ MIXER_NAMES = {
     "GatedDeltaNet": "gated_delta",
     "RecurrentBlock": "rg_lru",
     "ShortConv": "short_convolution",
+    # Of mamba_ssm.
+    "MHA": "attention",
 }
 MIXER_SIGNS = {"mamba2": ("A_log", "D", "dt_bias"), "mamba": ("A_log", "D", "x_proj")}
 
@@ -73,6 +76,11 @@ class Layout:
         bias = getattr(self.head, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
+    @property
+    def model_type(self) -> str:
+        """The type of the model, as its config says; `mamba_ssm` for a model of that package."""
+        return getattr(self.model.config, "model_type", "mamba_ssm")
+
     def path_of(self, module: nn.Module) -> str:
         """The attribute path of `module` in the model, e.g. `model.layers.3.self_attn`."""
         return next(name for name, other in self.model.named_modules(remove_duplicate=False) if other is module)
@@ -85,6 +93,8 @@ class Layout:
 def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] | object | None = None) -> Layout:
     """Resolve the parts of `model`, on any device, the meta device included. A Layout is returned as it is.
 
+    `model` is a causal language model of transformers, or a `mamba_ssm.MambaLMHeadModel`.
+
     It names the modules that the model has now: resolve it again after blocks were wrapped or replaced.
 
     Raises TapError when the type is not known and no `paths` are given, or when a path leads nowhere.
@@ -93,7 +103,8 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
         return model
     # torch.compile(model) wraps the model.
     model = cast(PreTrainedModel, eager_module(model))
-    family = family_of(model.config.model_type, paths)
+    is_foreign = is_mamba_ssm_model(model)
+    family = mamba_ssm_family(model) if is_foreign else family_of(model.config.model_type, paths)
     container = _part(model, family.blocks, model)
     if not isinstance(container, nn.ModuleList):
         raise TapError(
@@ -107,11 +118,12 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
     has_experts = family.experts is not None and any(_child(block, family.experts) is not None for block in blocks)
     mlps = None if has_experts else _each(blocks, kinds, family.mlp, model)
     embedding = _part(model, family.embedding, model) if family.embedding else model.get_input_embeddings()
-    head_path = None if model.base_model is model else family.head
-    config = model.config.get_text_config()
+    base: nn.Module = model.backbone if is_foreign else model.base_model  # type: ignore[assignment]
+    head_path = None if base is model else family.head
+    config: Any = model.config if is_foreign else model.config.get_text_config()
     return Layout(
         model=model,
-        base=model.base_model,
+        base=base,
         family=family,
         container=container,
         blocks=blocks,
@@ -123,12 +135,23 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
         embedding=embedding,
         final_norm=_part(model, family.final_norm, model) if family.final_norm else None,
         head=_part(model, head_path, model) if head_path else model.get_output_embeddings(),
-        width=int(config.hidden_size),
+        width=int(config.d_model if is_foreign else config.hidden_size),
         mixer_scales=tuple(_scale(config, family.mixer_scale, kind) for kind in kinds),
         mlp_scale=_scale(config, family.mlp_scale, ""),
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
     )
+
+
+def run_base(layout: Layout, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Run the model without its head on `input_ids` [batch, time] and return the final-normed hidden states.
+
+    Raises TapError for a mask that the model cannot heed.
+    """
+    if is_mamba_ssm_model(layout.model):
+        check_mask(attention_mask)
+        return layout.base(input_ids)
+    return layout.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
@@ -187,7 +210,7 @@ def checked_layers(layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:
             raise UsageError(
                 "A layer is out of range.",
                 asked=layer,
-                found=f"{layout.model.config.model_type} with {count} blocks",
+                found=f"{layout.model_type} with {count} blocks",
                 allowed=f"0 to {count - 1}",
             )
     return tuple(sorted(set(layers)))
@@ -266,7 +289,7 @@ def _kind(mixer: nn.Module) -> str:
 def _part(root: nn.Module, path: str, model: PreTrainedModel) -> nn.Module:
     """The module at `path` under `root`. A base model (no head) drops its own prefix from the path."""
     names = path.split(".")
-    if root is model and model.base_model is model and names[0] == model.base_model_prefix:
+    if root is model and getattr(model, "base_model", None) is model and names[0] == model.base_model_prefix:
         names = names[1:]
     module: nn.Module = root
     for name in names:

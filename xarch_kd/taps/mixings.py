@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout, eager_module
-from xarch_kd.taps.readers import READERS, MixingReader
+from xarch_kd.taps.mamba_ssm import is_of_mamba_ssm
+from xarch_kd.taps.readers import MAMBA_SSM_READERS, READERS, MixingReader
+from xarch_kd.taps.readers.base import OWN_INPUT
 from xarch_kd.taps.softmax import AttentionCall, calls_attention_interface, intercepting, never_called
 
 
@@ -53,9 +55,11 @@ def mixing_read(layout: Layout, layer: int, taps: Collection[str] = ("mixing",))
 
 
 def reader_of(mixer: nn.Module) -> MixingReader | None:
-    """The reader of a recurrent mixer, by the name of its class or of a parent of it."""
-    names = (parent.__name__ for parent in type(eager_module(mixer)).__mro__)
-    return next((READERS[name] for name in names if name in READERS), None)
+    """The reader of a mixer, by the name of its class or of a parent of it; none for attention of transformers."""
+    inner = eager_module(mixer)
+    foreign = (reader for name, reader in MAMBA_SSM_READERS.items() if is_of_mamba_ssm(inner, name))
+    names = (parent.__name__ for parent in type(inner).__mro__)
+    return next(foreign, None) or next((READERS[name] for name in names if name in READERS), None)
 
 
 class Running:
@@ -125,15 +129,18 @@ class RecurrentRead:
         """See `MixingRead`."""
         running = Running(self.block, stack)
         for path in self.reader.projections:
-            hook = self._hook(path, running, arrived)
-            stack.callback(self.mixer.get_submodule(path).register_forward_hook(hook).remove)
+            keep = self._keeper(path, running, arrived)
+            if path == OWN_INPUT:
+                handle = self.mixer.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0]))
+            else:
+                module = self.mixer.get_submodule(path)
+                handle = module.register_forward_hook(lambda _, args, output, keep=keep: keep(output))
+            stack.callback(handle.remove)
 
-    def _hook(
-        self, path: str, running: Running, arrived: Callable[[], None]
-    ) -> Callable[[nn.Module, object, Tensor], None]:
-        def keep(module: nn.Module, args: object, output: Tensor) -> None:
+    def _keeper(self, path: str, running: Running, arrived: Callable[[], None]) -> Callable[[Tensor], None]:
+        def keep(tensor: Tensor) -> None:
             if running.now and path not in self.projected:
-                self.projected[path] = output
+                self.projected[path] = tensor
                 if len(self.projected) == len(self.reader.projections):
                     arrived()
 

@@ -124,10 +124,15 @@ class _Reader:
     def _output_hook(self, site: Site, running: Running | None) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
         def read(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if running is None or running.now:
-                self.values.setdefault(site, first_tensor(output))
+                self.values.setdefault(site, self._residual(output) if site.tap == "hidden" else first_tensor(output))
                 self._arrived(site)
 
         return read
+
+    def _residual(self, output: object) -> Tensor:
+        if self.layout.family.block_returns == "pair" and isinstance(output, tuple) and output[1] is not None:
+            return output[0] + output[1]
+        return first_tensor(output)
 
     def _arrived(self, *sites: Site) -> None:
         self.waiting.difference_update(sites)

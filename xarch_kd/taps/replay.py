@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.taps.layout import Layout, eager_module, layout_of
+from xarch_kd.taps.layout import Layout, eager_module, layout_of, run_base
 from xarch_kd.taps.recording import Read, hidden_argument, recording
 from xarch_kd.taps.sites import BLOCK_TAPS, MIXING_TAPS, WHOLE_TAPS, Site, is_checkpointing, refuse_unreadable, sites_of
 
@@ -59,10 +59,10 @@ def block_calls(
         if form is None:
             form = "tuple" if isinstance(layout.blocks[index](*args, **kwargs), tuple) else "tensor"
             returns[type(layout.blocks[index])] = form
-        return (hidden, None) if form == "tuple" else hidden
+        return hidden if form == "tensor" else (hidden, None)
 
     with torch.no_grad(), _stand_ins(layout, stand_in):
-        layout.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        run_base(layout, input_ids, attention_mask)
     return tuple(calls[index] for index in range(len(layout.blocks)))
 
 

@@ -47,7 +47,7 @@ def sites_of(
             continue
         if tap == "mlp_output" and layout.mlp_outputs is None:
             raise TapError(
-                f"Blocks of a model of type '{layout.model.config.model_type}' have no MLP that is known.",
+                f"Blocks of a model of type '{layout.model_type}' have no MLP that is known.",
                 asked=tap,
                 allowed=", ".join(name for name in TAPS if name != tap),
                 fix="leave this tap out, or, if its blocks have one, give it: `paths: {mlp: …}`",

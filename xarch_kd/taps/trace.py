@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.taps.layout import Layout, layout_of
+from xarch_kd.taps.layout import Layout, layout_of, run_base
 from xarch_kd.taps.recording import Read, recording
 from xarch_kd.taps.sites import WHOLE_TAPS, Site, refuse_unreadable, sites_of
 
@@ -96,8 +96,8 @@ def trace(
     refuse_unreadable(layout, sites)
     head_site = Site("head_input", None)
     with recording(layout, sites, attention_mask=attention_mask, stops=head_site not in sites) as values:
-        output = layout.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        head_input = run_base(layout, input_ids, attention_mask)
         if head_site in sites:
-            values[head_site] = output[0]
-        del output
+            values[head_site] = head_input
+        del head_input
     return Trace({site: values[site] for site in sites})

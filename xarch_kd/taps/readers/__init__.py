@@ -11,8 +11,9 @@ from xarch_kd.taps.readers.lightning import LIGHTNING
 from xarch_kd.taps.readers.lru import RG_LRU
 from xarch_kd.taps.readers.mamba import MAMBA, ZAMBA
 from xarch_kd.taps.readers.mamba2 import MAMBA2
+from xarch_kd.taps.readers.mamba_ssm import MAMBA_SSM_READERS
 
-__all__ = ["READERS", "MixingReader"]
+__all__ = ["MAMBA_SSM_READERS", "READERS", "MixingReader"]
 
 READERS: Final[dict[str, MixingReader]] = {
     "BambaMixer": MAMBA2,
