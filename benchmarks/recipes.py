@@ -1,8 +1,11 @@
 """What the demo's recipe reaches, beside what a user would do otherwise in the same wall time.
 
     python -m benchmarks.recipes [--runs runs/recipes] [--output benchmarks/results/recipes.json]
+    python -m benchmarks.recipes --table strategies [--plan] [--workers 2] [--seeds 0 1 2]
 
-Two kinds of run, each a process of its own, one after another:
+The second form is another table, of layer maps and of conversions, and described in `strategies`. The first has
+
+two kinds of run, each a process of its own, one after another:
 
 1. the demo's mapping file, as shipped;
 2. logit-only distillation of the same student from the same initialisation, in the wall time that the demo's training
@@ -27,6 +30,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.recipe_arms import SEEDS
+from benchmarks.strategies import run_strategies
 from xarch_kd._layout import folder
 from xarch_kd.evaluation.results import Evaluation, read_evaluation
 from xarch_kd.training.run_folder import environment, sha256_of, write_text
@@ -34,6 +39,8 @@ from xarch_kd.training.run_folder import environment, sha256_of, write_text
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
 # The best of 1e-3, 3e-3 and 6e-3 in earlier runs of about this length.
 BASELINE_RATES = (3e-3,)
+# By table, the folder of its runs and the file of its results.
+RESULTS = {"demo": ("recipes", "recipes.json"), "strategies": ("strategies", "strategies-cpu.json")}
 BOUNDS = {
     "held_out_gap": 0.06,
     "other_kind_gap": 0.10,
@@ -46,13 +53,27 @@ BOUNDS = {
 def main() -> None:
     """Run what is missing, write the results and their table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "recipes.json")
+    parser.add_argument("--table", choices=tuple(RESULTS), default="demo")
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--plan", action="store_true", help="strategies: show the runs and what they would take")
+    parser.add_argument("--workers", type=int, default=1, help="strategies: runs at a time, of one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="strategies: of which runs")
     arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    demo = run(DEMO, arguments.runs / "demo")
-    fitting = max(1, int(demo["training_seconds"] / logit_step(arguments.runs / "demo")))
-    baselines = [logits_only(rate, fitting, arguments.runs) for rate in BASELINE_RATES]
+    runs = arguments.runs or Path("runs") / RESULTS[arguments.table][0]
+    output = arguments.output or Path(__file__).parent / "results" / RESULTS[arguments.table][1]
+    if arguments.table == "demo":
+        demo_table(runs, output)
+    else:
+        run_strategies(runs, output, seeds=arguments.seeds, workers=arguments.workers, only_plan=arguments.plan)
+
+
+def demo_table(runs: Path, output: Path) -> None:
+    """Run the demo and its baseline and write their table."""
+    runs.mkdir(parents=True, exist_ok=True)
+    demo = run(DEMO, runs / "demo")
+    fitting = max(1, int(demo["training_seconds"] / logit_step(runs / "demo")))
+    baselines = [logits_only(rate, fitting, runs) for rate in BASELINE_RATES]
     best = min(baselines, key=lambda figures: figures["held_out_gap"])
     result = {
         "environment": environment(),
@@ -62,8 +83,8 @@ def main() -> None:
         "logits_only": baselines,
         "share_of_best_baseline": demo["held_out_gap"] / best["held_out_gap"],
     }
-    write_text(arguments.output, json.dumps(result, indent=2) + "\n")
-    write_text(arguments.output.with_suffix(".md"), table(result))
+    write_text(output, json.dumps(result, indent=2) + "\n")
+    write_text(output.with_suffix(".md"), table(result))
     print(table(result))
 
 

@@ -1,0 +1,100 @@
+"""How long a step of each arm takes: all of them in this process, one after another in every round.
+
+Wall times of whole runs on a shared machine differ by more than what the arms differ by, so that the steps an arm gets
+for equal wall time follow from these figures and not from the runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from benchmarks.recipe_arms import Arm
+from xarch_kd.data.rows import pack
+from xarch_kd.job.models import load_models, load_run_tokenizer
+from xarch_kd.job.texts import training_and_held_out
+from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.training.aligner import Aligner
+from xarch_kd.training.run_folder import write_text
+
+ROUNDS = 5
+
+
+def probe(arms: Sequence[Arm], folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Return for each arm, stage by stage, the median seconds of the teacher's pass and of the student's step.
+
+    Only arms that stand for themselves (`costs_like`) are measured; of those whose layer map follows from data the
+    steps are those of a map that does not.
+    """
+    found: dict[str, list[dict[str, float]]] = {}
+    for group in dict.fromkeys(arm.group for arm in arms):
+        steps = {
+            (arm.name, index): step
+            for arm in arms
+            if arm.group == group and arm.costs_like == arm.name
+            for index, step in enumerate(_steps(arm, folder))
+        }
+        times: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in steps}
+        for turn in range(ROUNDS + 1):
+            for key, step in steps.items():
+                taken = step()
+                # The first round draws memory and fills caches.
+                times[key] += [taken] if turn else []
+        for (name, _), taken in times.items():
+            teacher, student = (statistics.median(column) for column in zip(*taken, strict=True))
+            found.setdefault(name, []).append({"teacher_seconds": teacher, "student_seconds": student})
+    return found
+
+
+def training_seconds(mapping: dict[str, Any], steps: Sequence[dict[str, float]]) -> float:
+    """Return what the stages of a mapping file take: the teacher's passes over distinct batches, and the steps."""
+    return sum(
+        min(stage.get("batches", stage["steps"]), stage["steps"]) * figures["teacher_seconds"]
+        + stage["steps"] * figures["student_seconds"]
+        for stage, figures in zip(mapping["stages"], steps, strict=True)
+    )
+
+
+def _steps(arm: Arm, folder: Path) -> list[Callable[[], tuple[float, float]]]:
+    """Return one function a stage, which makes a step and returns the teacher's and the student's seconds."""
+    path = folder / f"probe-{arm.name}.yaml"
+    write_text(path, yaml.safe_dump({**arm.mapping, "seed": 0}, sort_keys=False))
+    plan = make_plan(path)
+    tokenizer = load_run_tokenizer(plan)
+    models = load_models(plan, tokenizer, lambda _: None)
+    most = max(stage.batch_size for stage in plan.stages)
+    rows = pack(training_and_held_out(plan)[0], tokenizer, plan.mapping.data.sequence_length, most=most)
+    return [
+        _step(
+            Aligner(plan, teacher=models.teacher, student=models.student, stage=stage.index), rows[: stage.batch_size]
+        )
+        for stage in plan.stages
+    ]
+
+
+def _step(aligner: Aligner, rows: Tensor) -> Callable[[], tuple[float, float]]:
+    trained = [name for name, parameter in aligner.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for name, parameter in aligner.named_parameters() if name in set(trained)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def step() -> tuple[float, float]:
+        # Another stage of the same student may have frozen what this one trains.
+        for name, parameter in aligner.named_parameters():
+            parameter.requires_grad_(name in trained)
+        began = time.perf_counter()
+        features = aligner.reader.read(rows)
+        read = time.perf_counter()
+        aligner(input_ids=rows, features=features).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return read - began, time.perf_counter() - read
+
+    return step
