@@ -77,6 +77,30 @@ def test_hidden_mixing_and_tokens_together(aligner_of: Callable[..., Aligner], i
     assert watch.found == []
 
 
+def test_projected_hidden_states_of_a_narrower_student(
+    teacher: PreTrainedModel, input_ids: Tensor, tmp_path: Path
+) -> None:
+    # 6 heads, so that nothing the recurrence makes is a multiple of TIME² by chance.
+    student = tiny_model("mamba2", vocab_size=VOCABULARY, hidden_size=48, num_heads=6, num_hidden_layers=2)
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.config.save_pretrained(tmp_path / name)
+    stage = {"name": "one", "steps": 1, "train": ["all"], "tokens": {"divergence": "forward_kl"}, "align": ALIGN[:1]}
+    mapping = {
+        "version": 1,
+        "teacher": {"model": str(tmp_path / "teacher")},
+        "student": {"config": str(tmp_path / "student")},
+        "data": {"builtin": "python-docs", "sequence_length": TIME, "batch_size": 1},
+        "stages": [stage],
+    }
+    plan = make_plan(MappingFile.model_validate_json(json.dumps(mapping)))
+    aligner = Aligner(plan, teacher=teacher, student=student)
+    assert len(aligner.projectors) == 2
+    watch = step(aligner, input_ids)
+    assert all(parameter.grad is not None for parameter in aligner.parameters())
+    assert watch.seen > 1000
+    assert watch.found == []
+
+
 def test_the_watch_sees_a_dense_map_and_whole_logits(
     aligner_of: Callable[..., Aligner], input_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
