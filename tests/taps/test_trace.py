@@ -32,9 +32,10 @@ NORMS = {
     "jamba": ("input_layernorm", "pre_ff_layernorm", None),
     "recurrent_gemma": ("temporal_pre_norm", "channel_pre_norm", None),
     **dict.fromkeys((*RECURRENT, "nemotron_h"), ("norm", None, None)),
+    "rwkv": ("ln1", "ln2", None),
 }
 MLPS = {
-    **dict.fromkeys(("bamba", "jamba", "lfm2", "lfm2_moe", "lfm3"), "feed_forward"),
+    **dict.fromkeys(("bamba", "jamba", "lfm2", "lfm2_moe", "lfm3", "rwkv"), "feed_forward"),
     "granitemoehybrid": "shared_mlp",
     "recurrent_gemma": "mlp_block",
 }
@@ -73,7 +74,7 @@ def test_hidden_embedding_and_head_input_equal_what_the_model_itself_returns(mod
         handle.remove()
         found = trace(model, input_ids, attention_mask, taps=["embedding", "hidden", "head_input"])
     states = list(output.hidden_states)
-    if model_type in RECURRENT:
+    if model_type in (*RECURRENT, "rwkv"):
         states.insert(0, model.get_input_embeddings()(input_ids))
     count = model.config.num_hidden_layers
     assert list(found["hidden"]) == list(range(count))
@@ -100,6 +101,8 @@ def test_taps_inside_a_block_equal_calls_of_its_modules_by_hand(model_type, buil
                 before_mixer, before_mlp, after_mlp = NORMS["olmo2"]
             else:
                 before_mixer, before_mlp, after_mlp = NORMS[model_type]
+            # The first block of an RWKV norms what enters before it is added to.
+            entering = block.pre_ln(entering) if hasattr(block, "pre_ln") else entering
             expected_input = getattr(block, before_mixer)(entering) if before_mixer else entering
             assert torch.equal(found["mixer_input"][layer], expected_input)
             leaving = entering + found["mixer_output"][layer]
@@ -522,3 +525,14 @@ def test_a_base_model_without_a_head_can_be_traced(build, input_ids):
     actual = trace(model.model, input_ids, taps=["hidden", "head_input"])
     assert torch.equal(actual["head_input"], expected["head_input"])
     assert torch.equal(actual["hidden"][2], expected["hidden"][2])
+
+
+def test_an_rwkv_that_halves_its_hidden_state_is_read_only_where_it_trains(build, input_ids):
+    model = build("rwkv", rescale_every=2)
+    with pytest.raises(TapError, match=r"halves its hidden state(?s:.)*rescale_every: 2(?s:.)*fix: .*rescale_every: 0"):
+        trace(model, input_ids, taps=["hidden"])
+    model.train()
+    expected = trace(build("rwkv"), input_ids, taps=["hidden"])["hidden"]
+    found = trace(model, input_ids, taps=["hidden"])["hidden"]
+    assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+    assert list(trace(build("rwkv", rescale_every=3), input_ids, taps=["hidden"])) == ["hidden"]

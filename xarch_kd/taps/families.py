@@ -30,8 +30,8 @@ class Family:
     MLP itself (a norm or dropout after it); `mixer_scale` and `mlp_scale` the entry of the config that it is
     multiplied by there, by default `residual_multiplier` if the config has it. `experts` is the path of experts whose
     output is added to the MLP's: with them no module yields `mlp_output`. `block_returns` is what a block's forward
-    returns: the residual stream, alone or first in a tuple, or a pair of which it is the sum; None means that it is not
-    known and must be tried.
+    returns: the residual stream, alone or first in a tuple (of two, or of three), or a pair of which it is the sum;
+    None means that it is not known and must be tried.
     """
 
     blocks: str
@@ -45,7 +45,7 @@ class Family:
     mixer_scale: ByKind | None = None
     mlp_scale: str | None = None
     experts: str | None = None
-    block_returns: Literal["tensor", "tuple", "pair"] | None = "tensor"
+    block_returns: Literal["tensor", "tuple", "triple", "pair"] | None = "tensor"
 
 
 ATTENTION = ("self_attn", "attention")
@@ -176,6 +176,15 @@ FAMILIES: dict[str, Family] = {
     "mamba": MAMBA,
     "falcon_mamba": MAMBA,
     "mamba2": replace(MAMBA, mixers=(("mixer", "mamba2"),)),
+    "rwkv": Family(
+        blocks="rwkv.blocks",
+        mixers=(("attention", "wkv"),),
+        mlp="feed_forward",
+        embedding="rwkv.embeddings",
+        final_norm="rwkv.ln_out",
+        head="head",
+        block_returns="triple",
+    ),
 }
 
 

@@ -44,7 +44,7 @@ def mixing_read(layout: Layout, layer: int, taps: Collection[str] = ("mixing",))
         return RecurrentRead(block, mixer, reader)
     if layout.mixer_kinds[layer] != "attention":
         raise TapError(
-            f"The mixing matrix of {type(eager_module(mixer)).__name__} cannot be read.",
+            f"The mixing matrix of {type(eager_module(mixer)).__name__} cannot be read: its class has no reader.",
             asked=f"{asked} of block {layer}",
             allowed=f"softmax attention, {', '.join(sorted(READERS))}",
             fix="leave its layer out, or read mixer_output instead",

@@ -59,7 +59,9 @@ def block_calls(
         if form is None:
             form = "tuple" if isinstance(layout.blocks[index](*args, **kwargs), tuple) else "tensor"
             returns[type(layout.blocks[index])] = form
-        return hidden if form == "tensor" else (hidden, None)
+        if form == "tensor":
+            return hidden
+        return (hidden, None, None) if form == "triple" else (hidden, None)
 
     with torch.no_grad(), _stand_ins(layout, stand_in):
         run_base(layout, input_ids, attention_mask)

@@ -47,7 +47,7 @@ def sites_of(
             continue
         if tap == "mlp_output" and layout.mlp_outputs is None:
             raise TapError(
-                f"Blocks of a model of type '{layout.model_type}' have no MLP that is known.",
+                f"A {layout.model_type} has no tap mlp_output: its blocks have no MLP that is known.",
                 asked=tap,
                 allowed=", ".join(name for name in TAPS if name != tap),
                 fix="leave this tap out, or, if its blocks have one, give it: `paths: {mlp: …}`",
@@ -77,6 +77,15 @@ def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
             asked="taps under gradient checkpointing with use_reentrant=True",
             allowed="use_reentrant=False",
             fix='enable it with {"use_reentrant": False}, the default of transformers',
+        )
+    every = getattr(layout.model.config, "rescale_every", 0)
+    if 0 < every <= len(layout.blocks) and not layout.model.training:
+        raise TapError(
+            f"A {layout.model_type} halves its hidden state on the way when it does not train, so that what is read "
+            "would differ from what it learns with by powers of two.",
+            asked=", ".join(sorted({site.tap for site in sites})),
+            found=f"rescale_every: {every} in the config of a model of {len(layout.blocks)} blocks",
+            fix="set rescale_every: 0 in its config.json, which changes its logits by rounding alone",
         )
     for site in sites:
         block = layout.blocks[site.layer or 0]

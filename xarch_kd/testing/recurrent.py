@@ -136,6 +136,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_local_experts": 2,
         "layer_types": ["linear_attention", "full_attention"],
     },
+    # It halves its hidden state every so many blocks when it does not train.
+    "rwkv": {"rescale_every": 0},
     "lfm2": _CONVOLUTION,
     "lfm2_moe": {**_CONVOLUTION, **_EXPERTS},
     "lfm3": {**_CONVOLUTION, "head_dim": 8},
