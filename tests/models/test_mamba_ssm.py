@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, ModelError, UsageError
+from xarch_kd.models.load import load_config, load_model, load_tokenizer, read_student_config
 from xarch_kd.models.mamba_ssm import WEIGHTS, export_mamba_ssm, import_mamba_ssm
 from xarch_kd.models.mamba_ssm_config import is_mamba_ssm, mamba_ssm_config, stock_config
 from xarch_kd.testing.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
@@ -279,3 +280,22 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already holds something"):
         export_mamba_ssm(model_of("mamba"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_is_loaded_as_the_stock_model_that_it_equals(tmp_path: Path) -> None:
+    folder = export_mamba_ssm(model_of("tied").bfloat16(), tmp_path / "student", tiny_tokenizer())
+    assert load_config(str(folder)).model_type == read_student_config(str(folder)).model_type == "bamba"
+    assert load_config(str(folder)).bos_token_id == 0
+    model = load_model(str(folder))
+    assert (type(model).__name__, model.dtype) == ("BambaForCausalLM", torch.float32)
+    assert load_model(str(folder), dtype=None).dtype == torch.bfloat16
+    assert load_tokenizer(str(folder))("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
+
+
+def test_a_config_of_the_hub_is_asked_for_as_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_the_hub(*_: object, **__: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        return dict(PUBLISHED), {}
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", of_the_hub)
+    with pytest.raises(ModelError, match="--local-dir"):
+        load_config("state-spaces/mamba-130m")

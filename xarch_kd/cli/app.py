@@ -53,6 +53,13 @@ COMMANDS: dict[str, Entry] = {
         "Turn a Transformer into a stock hybrid checkpoint, untrained.",
         ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),
     ),
+    "export": Entry(
+        "Write a student in the format of mamba_ssm, or bring one back.",
+        (
+            "xarch-kd export runs/first --format mamba_ssm --output ./for-mamba-ssm",
+            "xarch-kd export ./for-mamba-ssm --format transformers --output ./student",
+        ),
+    ),
     "inspect": Entry(
         "List what can be tapped in a model, with shapes; reads no weights.",
         ("xarch-kd inspect ./teacher", "xarch-kd inspect ./teacher --json"),

@@ -1,4 +1,4 @@
-"""Reading models, configs and tokenizers: safetensors and GGUF only, no code from a checkpoint, plain tensors."""
+"""Reading models, configs and tokenizers: no code from a checkpoint, no pickle but mamba_ssm's, plain tensors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.errors import ModelError, suggest
 from xarch_kd.models.gguf import gguf_config
+from xarch_kd.models.mamba_ssm import import_mamba_ssm, mamba_ssm_folder_config
+from xarch_kd.models.mamba_ssm_config import is_mamba_ssm, stock_config
 from xarch_kd.models.reference import Source, check_config, check_weights, read_config_json, resolve
 
 
@@ -39,6 +41,8 @@ def _config(source: Source) -> PreTrainedConfig:
     if source.kind == "gguf" and source.path is not None:
         return gguf_config(source.path)
     if source.path is not None:
+        if is_mamba_ssm_folder(source):
+            return mamba_ssm_folder_config(source.path)
         return _from_values(read_config_json(source.path), where=source.name)
     try:
         values, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision)
@@ -47,10 +51,23 @@ def _config(source: Source) -> PreTrainedConfig:
             "The model's config could not be read from the hub.", asked=source.name, found=_first_line(error)
         ) from error
     check_config(values, where=source.name)
+    if is_mamba_ssm(values):
+        raise ModelError(
+            "The model on the hub is in mamba_ssm's format, which is read from a folder only.",
+            asked=source.name,
+            fix=f"download it, e.g. hf download {source.name} --local-dir FOLDER, and name the folder",
+        )
     return _from_values(values, where=source.name)
 
 
+def is_mamba_ssm_folder(source: Source) -> bool:
+    """Return whether a model is a folder in mamba_ssm's format, which is read as the stock class that it equals."""
+    return source.kind == "folder" and source.path is not None and is_mamba_ssm(read_config_json(source.path))
+
+
 def _from_values(values: dict[str, Any], *, where: str) -> PreTrainedConfig:
+    if is_mamba_ssm(values):
+        return stock_config(values, where=where)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         known = list(CONFIG_MAPPING.keys())
@@ -70,15 +87,18 @@ def load_model(
     reference: str,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model of a reference, in eval mode, every weight a plain tensor of `dtype`.
 
+    Without a `dtype` it is that of the checkpoint. A folder in mamba_ssm's format comes as the stock class it equals.
     Raises `ModelError` for weights that are missing, cut short, pickled, or not those of the config.
     """
     source = resolve(reference, revision)
+    if source.path is not None and is_mamba_ssm_folder(source):
+        return import_mamba_ssm(source.path, dtype=dtype).to(device)  # type: ignore[arg-type]  # stubs want a bound method
     config = _config(source) if config is None else config
     if source.kind == "folder" and source.path is not None:
         check_weights(source.path)
@@ -92,7 +112,7 @@ def load_model(
             **place,
             revision=revision or "main",
             config=config,
-            dtype=dtype,
+            dtype="auto" if dtype is None else dtype,
             trust_remote_code=False,
             output_loading_info=True,
         )

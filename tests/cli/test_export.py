@@ -1,0 +1,79 @@
+"""`xarch-kd export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.conftest import XarchKd
+from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a student in bfloat16."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_model("bamba", rms_norm_eps=1e-5).bfloat16().save_pretrained(folder / "student")
+    tiny_tokenizer().save_pretrained(folder / "student")
+    return folder
+
+
+def test_there_and_back(student: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    done = xarch_kd("export", student, "--output", there)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"{there}: MambaLMHeadModel of mamba_ssm, ")
+    assert (there / "pytorch_model.bin").is_file()
+    done = xarch_kd("export", there, "--format", "transformers", "--output", back)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"{back}: BambaForCausalLM, ")
+    own, came = (AutoModelForCausalLM.from_pretrained(path) for path in (student / "student", back))
+    assert came.dtype == torch.bfloat16
+    expected = own.state_dict()
+    assert [name for name, value in came.state_dict().items() if not value.equal(expected[name])] == []
+    for folder in (there, back):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer("a b")["input_ids"] == tiny_tokenizer()("a b")["input_ids"]
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path, xarch_kd: XarchKd) -> None:
+    tiny_model("mamba").save_pretrained(tmp_path / "student")
+    done = xarch_kd("export", tmp_path / "student", "--format", "mamba_ssm", "--output", tmp_path / "there")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith(", no tokenizer\n")
+
+
+@pytest.mark.parametrize("command", ["transformers", "mamba_ssm"])
+def test_the_format_that_it_has(command: str, student: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    folder = student / "student"
+    if command == "mamba_ssm":
+        folder = tmp_path / "there"
+        assert xarch_kd("export", student, "--output", folder).code == 0
+    done = xarch_kd("export", folder, "--format", command, "--output", tmp_path / "again")
+    assert done.code == 2
+    assert f"is in the format of {command} already" in done.err
+    assert not (tmp_path / "again").exists()
+
+
+def test_what_the_format_cannot_hold(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    done = xarch_kd("export", teacher, "--output", tmp_path / "there")
+    assert done.code == 3
+    assert "llama" in done.err and "target: bamba" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_holds_something_is_left_alone(student: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = xarch_kd("export", student, "--output", tmp_path)
+    assert done.code == 2
+    assert "is not an empty folder" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_student_that_is_not_there(tmp_path: Path, xarch_kd: XarchKd) -> None:
+    done = xarch_kd("export", tmp_path / "none", "--output", tmp_path / "there")
+    assert done.code == 3
+    assert "no such folder" in done.err
