@@ -23,18 +23,21 @@ from xarch_kd.job.calibrate import calibrated
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.models import DTYPES, Models, device_of, load_models, load_run_tokenizer
+from xarch_kd.job.prepare import prepare_stage, tell_maps
 from xarch_kd.job.texts import training_and_held_out
 from xarch_kd.mapping_file.plan import Plan, StagePlan
 from xarch_kd.mapping_file.render import plan_as_dict
 from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.models.mamba_ssm import export_mamba_ssm
 from xarch_kd.models.save import save_student
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.training.aligner import Aligner
+from xarch_kd.training.diagnostics import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.training.features import DiskCache, FeatureCache, MemoryCache, TeacherReader
 from xarch_kd.training.progress import StageProgress, clock
 from xarch_kd.training.run_folder import RunFolder, write_tensors
 from xarch_kd.training.signals import StopSignals
-from xarch_kd.training.trainer import STATE_FILE, StageTrainer, latest_checkpoint
+from xarch_kd.training.trainer import STATE_FILE, StageTrainer, latest_checkpoint, write_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,7 @@ class _Job:
         self.folder = folder
         self.console = console
         self.signals = signals
+        self.reports: list[ProjectorReport] = []
 
     def run(self, fingerprint: str) -> None:
         _check_tracking(self.plan.mapping.tracking)
@@ -131,8 +135,10 @@ class _Job:
         aligner = Aligner(self.plan, teacher=models.teacher, student=models.student, stage=stage.index)
         path = self.folder.stage(stage.folder)
         done = path / STATE_FILE
+        check = ProjectorCheck(self.plan, aligner, rows, path)
         if done.exists():
             aligner.load_trained_state(done)
+            self.reports += check.after()
             self._say(f"stage {stage.stage.name}: done before")
             return aligner
         began = time.perf_counter()
@@ -140,6 +146,9 @@ class _Job:
         first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if checkpoint:
             self.folder.event("resumed", stage=stage.stage.name, step=first_step)
+        else:
+            prepare_stage(self.plan, stage, aligner, rows, path, self._say)
+            check.before()
         cache, cache_folder = _cache_of(stage, path)
         reader = TeacherReader(layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.sites(), cache)
         trainer = self._trainer(stage, aligner, reader, rows)
@@ -153,12 +162,17 @@ class _Job:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < stage.stage.steps:
             self.signals.check()
-        write_tensors(done, aligner.trained_state())
+        tell_maps(stage, aligner, self.folder, self._say)
+        reports = check.after()
+        self.reports += reports
+        write_state(aligner, done)
         if cache_folder is not None:
             self.folder.drop(cache_folder)
         seconds = time.perf_counter() - began
         self.folder.event("stage-finished", stage=stage.stage.name, seconds=round(seconds, 2), peak_bytes=peak_bytes())
         self._say(f"stage {stage.stage.name}: {stage.stage.steps} steps in {clock(seconds)}")
+        for line in (line for report in reports for line in report.lines):
+            self._say(line)
         return aligner
 
     def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherReader, rows: Tensor) -> StageTrainer:
@@ -186,8 +200,12 @@ class _Job:
         student = models.student.cpu()  # type: ignore[call-arg]  # stubs want a bound method
         student.requires_grad_(True).to(DTYPES[self.plan.mapping.student.dtype])  # type: ignore[arg-type]
         save_student(student, models.tokenizer, self.folder.student, overwrite=True)
+        if self.plan.mapping.student.format == "mamba_ssm":
+            export_mamba_ssm(student, self.folder.mamba_ssm, models.tokenizer, overwrite=True)
         if projectors:
             write_tensors(self.folder.projectors, projectors)
+        if self.reports:
+            write_reports(self.folder.projector_reports, self.reports)
         self.folder.event("saved", training_seconds=round(seconds, 2), peak_bytes=peak_bytes())
 
 

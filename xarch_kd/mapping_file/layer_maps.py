@@ -5,8 +5,9 @@ from __future__ import annotations
 from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
 from xarch_kd.mapping_file.findings import Findings, Models, told
+from xarch_kd.mapping_file.layer_strategies import LayerPair, RandomStrategy
 from xarch_kd.mapping_file.marks import Place, Problem
-from xarch_kd.mapping_file.objectives import Align, LayerPair
+from xarch_kd.mapping_file.objectives import Align
 
 
 def layer_map(align: Align, models: Models, place: Place, findings: Findings) -> LayerMap | None:
@@ -24,6 +25,7 @@ def layer_map(align: Align, models: Models, place: Place, findings: Findings) ->
     if isinstance(align.layers, tuple):
         return _explicit(align.layers, depths, place, findings)
     name, options = strategy_of(align)
+    options.pop("redraw", None)
     similarity = models.similarities.get(entry_key(int(place[1]), align.name))
     if is_measured(align) and similarity is None:
         if align.tap == "mixing":
@@ -56,6 +58,16 @@ def strategy_of(align: Align) -> tuple[str, dict[str, object]]:
     assert align.layers is not None
     assert not isinstance(align.layers, tuple)
     return align.layers.strategy, align.layers.model_dump(exclude={"strategy"}, exclude_none=True)
+
+
+def redraw_period(align: Align) -> int | None:
+    """After how many steps a random layer map is drawn anew, None for never."""
+    return align.layers.redraw if isinstance(align.layers, RandomStrategy) else None
+
+
+def is_learned(align: Align) -> bool:
+    """Whether the layer map of an entry is trained with the student."""
+    return not isinstance(align.layers, tuple) and align.layers is not None and strategy_of(align)[0] == "learned"
 
 
 def is_measured(align: Align) -> bool:

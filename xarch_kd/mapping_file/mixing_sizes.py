@@ -12,11 +12,16 @@ from xarch_kd.taps.layout import Layout
 
 @dataclass(frozen=True)
 class MixingSize:
-    """`heads` matrices, `numbers` a token that their factors have, `width` of the products that give one entry."""
+    """`heads` matrices, `numbers` a token that their factors have, `width` of the products that give one entry.
+
+    `query` and `key` are the widths of queries and keys, or of C and B, of all heads or groups together.
+    """
 
     heads: int
     numbers: int
     width: int
+    query: int
+    key: int
 
 
 def mixing_size(layout: Layout, layer: int) -> MixingSize | None:
@@ -31,17 +36,18 @@ def mixing_size(layout: Layout, layer: int) -> MixingSize | None:
         heads = number_of(config, "num_attention_heads", "n_head")
         width = number_of(config, "head_dim") or layout.width // max(heads, 1)
         keys = number_of(config, "num_key_value_heads") or heads
-        found = MixingSize(heads, (heads + keys) * width, width)
+        found = MixingSize(heads, (heads + keys) * width, width, heads * width, keys * width)
     elif kind == "mamba2":
         heads, _, state, _ = mamba2_sizes(mixer)
-        found = MixingSize(heads, 2 * number_of(mixer, "n_groups") * state + 2 * heads, state)
+        groups = number_of(mixer, "n_groups") * state
+        found = MixingSize(heads, 2 * groups + 2 * heads, state, groups, groups)
     elif kind == "mamba":
         state = number_of(mixer, "ssm_state_size")
         channels = mixer.A_log.numel() // max(state, 1) if isinstance(mixer.A_log, Tensor) else 0
-        found = MixingSize(channels, 2 * state + channels, state)
+        found = MixingSize(channels, 2 * state + channels, state, state, state)
     elif kind == "gated_delta":
         heads, width = number_of(mixer, "num_v_heads", "num_heads"), number_of(mixer, "head_k_dim")
-        found = MixingSize(heads, 2 * heads * width + 2 * heads, width)
+        found = MixingSize(heads, 2 * heads * width + 2 * heads, width, heads * width, heads * width)
     else:
         return None
     return found if found.heads and found.width else None

@@ -1,225 +1,73 @@
-"""The objectives of a mapping file: what is matched, between which layers, through what, by which loss."""
+"""The objectives of a mapping file: what is matched, between which layers, through what, by which loss, and when."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from xarch_kd.mapping_file.parts import BelowOne, Fraction, LayerIndex, Name, NonNegative, Number, Part, Positive
+from xarch_kd.errors import UsageError
+from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.mapping_file.align_losses import AlignLoss, MixingMatch, NormalisedMeanSquaredError
+from xarch_kd.mapping_file.layer_strategies import LayerPair, LayerStrategy, StrategyName
+from xarch_kd.mapping_file.parts import BelowOne, Fraction, Name, NonNegative, Number, Part, Positive
+from xarch_kd.mapping_file.projector_parts import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
 
-Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "mixing", "head_input"]
-
-
-class MeanSquaredError(Part):
-    """Mean over the width of the squared difference."""
-
-    kind: Literal["mse"]
-    weight: Positive = 1.0
-
-
-class RelativeMeanSquaredError(Part):
-    """Squared difference over squared teacher norm, both summed over all unmasked tokens of the batch."""
-
-    kind: Literal["relative_mse"]
-    weight: Positive = 1.0
-
-
-class Cosine(Part):
-    """One minus the cosine of the angle, per token."""
-
-    kind: Literal["cosine"]
-    weight: Positive = 1.0
+Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "values", "mixing", "head_input"]
+# What a mixer gives without the block around it.
+MIXER_TAPS: Final = frozenset({"mixer_output", "mixing", "values"})
+# Losses of the taps that are no features; every other loss is for features.
+LOSSES: Final[dict[str, tuple[str, ...]]] = {
+    "mixing": ("mixing", "relation", "attention_bridge"),
+    "values": ("relation",),
+}
+FEATURE_LOSSES: Final = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", "l2", "cka", "gram")
+# Losses between which and the student stands a projector.
+PROJECTED: Final = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", "l2", "attention_bridge")
 
 
-class NormalisedMeanSquaredError(Part):
-    """Squared difference over squared teacher norm, per token."""
+class Schedule(Part):
+    """How a weight changes over its stage; `start` and `end` are fractions of the stage's steps.
 
-    kind: Literal["normalised_mse"]
-    weight: Positive = 1.0
-    epsilon: Positive = 1e-6
-
-
-class Huber(Part):
-    """Mean over the width of Huber's function of the difference: quadratic up to `delta`, linear beyond."""
-
-    kind: Literal["huber"]
-    weight: Positive = 1.0
-    delta: Positive = 1.0
-
-
-class EuclideanDistance(Part):
-    """The length of the difference, per token: its gradient has the same size however near the student is."""
-
-    kind: Literal["l2"]
-    weight: Positive = 1.0
-
-
-class MixingMatch(Part):
-    """Distance of the rows of two token-mixing matrices, mean over rows and student heads; for the tap `mixing` alone.
-
-    `heads` says what a student head learns from: `auto` is its own teacher head where the counts are equal, else `mean`
-    (of a group of teacher heads) or `repeat` (a teacher head teaches a group), or non-negative weights [student heads,
-    teacher heads] whose rows sum to 1. `probes` are those of `implementation: sketch`.
+    `constant`: the factor `initial` from start to end, and the objective left out outside. `linear` and `cosine`: from
+    the factor `initial` at start to `final` at end.
     """
 
-    kind: Literal["mixing"]
-    distance: Literal["cosine", "frobenius", "relative_frobenius", "kl", "cross_entropy"] = "cosine"
-    heads: Literal["auto", "mean", "repeat"] | tuple[tuple[NonNegative, ...], ...] = "auto"
-    implementation: Literal["auto", "fused", "streaming", "panels", "sketch", "reference"] = "auto"
-    probes: Annotated[int, Field(ge=2)] = 64
-    weight: Positive = 1.0
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+    initial: NonNegative = 1.0
+    final: NonNegative = 0.0
+
+    @property
+    def schedule(self) -> WeightSchedule:
+        """The schedule itself."""
+        return WeightSchedule(**self.model_dump())
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Schedule:
+        try:
+            _ = self.schedule
+        except UsageError as error:
+            raise ValueError(f"{error.message.rstrip('.')}: {error.asked}, allowed {error.allowed}") from None
+        return self
 
 
-AlignLoss = Annotated[
-    MeanSquaredError
-    | RelativeMeanSquaredError
-    | Cosine
-    | NormalisedMeanSquaredError
-    | Huber
-    | EuclideanDistance
-    | MixingMatch,
-    Field(discriminator="kind"),
-]
-
-
-def _default_loss(validated: dict[str, object]) -> NormalisedMeanSquaredError | MixingMatch:
+def _default_loss(validated: dict[str, object]) -> AlignLoss:
     if validated.get("tap") == "mixing":
         return MixingMatch(kind="mixing")
     return NormalisedMeanSquaredError(kind="normalised_mse")
-
-
-class LayerPair(Part):
-    """Student block `student` learns from teacher block `teacher` (both count from 0).
-
-    `weight` is relative to the other pairs of the same student block.
-    """
-
-    student: LayerIndex
-    teacher: LayerIndex
-    weight: Positive = 1.0
-
-
-class EveryStrategy(Part):
-    """Student block i learns from teacher block (i+1)·k - 1."""
-
-    strategy: Literal["every"]
-    k: Annotated[int, Field(ge=1)]
-
-
-class AllToOneStrategy(Part):
-    """Every student block learns from one teacher block, by default the last: a control."""
-
-    strategy: Literal["all_to_one"]
-    teacher_layer: LayerIndex | None = None
-
-
-class RandomStrategy(Part):
-    """A random teacher block for each student block, in order if `ordered`: a control."""
-
-    strategy: Literal["random"]
-    seed: Annotated[int, Field(ge=0)] = 0
-    ordered: bool = False
-
-
-class MonotoneStrategy(Part):
-    """The order-preserving map of greatest total similarity (by a dynamic programme).
-
-    `strict`: no teacher block twice; `band`: at most so far from the uniform map, in teacher blocks.
-    """
-
-    strategy: Literal["monotone"]
-    strict: bool = True
-    band: Annotated[int, Field(ge=0)] | None = None
-    last_to_last: bool = True
-
-
-class TransportStrategy(Part):
-    """The cheapest transport of the student's blocks to the teacher's, at cost 1 - similarity.
-
-    `entropy` is relative to the median cost (0: exact, by a linear programme); `order` adds order · (i/S - j/T)².
-    """
-
-    strategy: Literal["optimal_transport"]
-    entropy: NonNegative = 0.0
-    order: NonNegative = 0.0
-
-
-class PlainStrategy(Part):
-    """A strategy without an option; its name alone says the same."""
-
-    strategy: Literal[
-        "same",
-        "replaced",
-        "uniform",
-        "uniform_endpoints",
-        "uniform_begin",
-        "first",
-        "last",
-        "block_average",
-        "reverse",
-        "type_aware",
-        "cka",
-    ]
-
-
-StrategyName = Literal[
-    "same",
-    "replaced",
-    "uniform",
-    "uniform_endpoints",
-    "uniform_begin",
-    "first",
-    "last",
-    "block_average",
-    "type_aware",
-    "cka",
-    "monotone",
-    "optimal_transport",
-    "reverse",
-    "all_to_one",
-    "random",
-]
-LayerStrategy = Annotated[
-    PlainStrategy | EveryStrategy | AllToOneStrategy | RandomStrategy | MonotoneStrategy | TransportStrategy,
-    Field(discriminator="strategy"),
-]
-
-
-class MatrixProjector(Part):
-    """One matrix; `orthogonal` keeps lengths and angles."""
-
-    kind: Literal["linear", "orthogonal"]
-    bias: bool = False
-
-
-class LowRankProjector(Part):
-    """The product of two thin matrices; `rank` is a quarter of the smaller width unless given."""
-
-    kind: Literal["low_rank"]
-    rank: Annotated[int, Field(ge=1)] | None = None
-    bias: bool = False
-
-
-class HiddenLayerProjector(Part):
-    """One hidden layer of `width` units, twice the smaller width unless given."""
-
-    kind: Literal["mlp"]
-    width: Annotated[int, Field(ge=2)] | None = None
-    bias: bool = False
-
-
-ProjectorName = Literal["auto", "none", "linear", "low_rank", "mlp", "orthogonal"]
-ProjectorWithOptions = Annotated[MatrixProjector | LowRankProjector | HiddenLayerProjector, Field(discriminator="kind")]
 
 
 class Align(Part):
     """A tap of student blocks matched to the same tap of teacher blocks.
 
     `layers`: a strategy (`same` is block i to block i, `replaced` the same for blocks whose mixer was replaced,
-    `uniform` end-aligned; `cka`, `monotone` and `optimal_transport` follow from a calibration pass), or explicit pairs.
-    `embedding` and `head_input` have no layers. `mixing` has a loss of its own, which
-    is its default (of the others it is `normalised_mse`), and no projector.
+    `uniform` end-aligned; `cka`, `monotone` and `optimal_transport` follow from a calibration pass, `learned` is
+    trained with the student), or explicit pairs. `embedding` and `head_input` have no layers. `mixing` and `values`
+    have losses of their own. With `weight: auto` in its loss an entry gets the weight at which its gradient on the
+    student is as large, at the first steps, as that of the tokens, or of the first entry with a number. `schedule`
+    changes the weight over the stage.
     """
 
     name: Name
@@ -227,6 +75,12 @@ class Align(Part):
     layers: StrategyName | LayerStrategy | tuple[LayerPair, ...] | None = None
     loss: Annotated[AlignLoss, Field(default_factory=_default_loss)]
     projector: ProjectorName | ProjectorWithOptions = "auto"
+    schedule: Schedule | None = None
+
+    @property
+    def projector_part(self) -> AnyProjector:
+        """The projector with all its options, however it was written."""
+        return PlainProjector(kind=self.projector) if isinstance(self.projector, str) else self.projector
 
     @property
     def projector_kind(self) -> str:
@@ -234,22 +88,36 @@ class Align(Part):
         return self.projector if isinstance(self.projector, str) else self.projector.kind
 
     @property
-    def projector_options(self) -> dict[str, Any]:
-        """The projector's options, by the names that `build_projector` gives them."""
-        if isinstance(self.projector, str):
-            return {}
-        return self.projector.model_dump(exclude={"kind"}, exclude_none=True)
+    def weight(self) -> float:
+        """The number that the entry's losses are multiplied by, 1 where it is balanced."""
+        return 1.0 if self.loss.weight == "auto" else self.loss.weight
 
     @model_validator(mode="after")
     def _loss_fits_the_tap(self) -> Align:
-        if (self.tap == "mixing") != (self.loss.kind == "mixing"):
+        allowed = LOSSES.get(self.tap, FEATURE_LOSSES)
+        if self.loss.kind not in allowed:
             raise ValueError(
-                f"the loss '{self.loss.kind}' does not fit the tap '{self.tap}': mixing matrices are compared by "
-                "loss: {kind: mixing}, and nothing else is"
+                f"the loss '{self.loss.kind}' does not fit the tap '{self.tap}', which is compared by "
+                f"{' | '.join(allowed)}"
             )
-        if self.tap == "mixing" and self.projector_kind not in ("auto", "none"):
-            raise ValueError("the tap 'mixing' takes no projector; unequal heads are bridged by loss: {heads: …}")
+        if self.loss.kind == "relation" and (self.tap == "mixing") != (self.loss.of is not None):
+            raise ValueError(
+                "relations of the tap 'mixing' need of: queries or of: keys; those of the tap 'values' have no 'of'"
+            )
+        if self.loss.kind not in PROJECTED and self.projector_kind not in ("auto", "none"):
+            hint = "; unequal heads are bridged by loss: {heads: …}" if self.loss.kind == "mixing" else ""
+            raise ValueError(f"the loss '{self.loss.kind}' takes no projector{hint}")
         return self
+
+
+def is_projected(loss: AlignLoss) -> bool:
+    """Whether a projector stands between the student and this loss."""
+    return loss.kind in PROJECTED
+
+
+def is_standardised(loss: AlignLoss) -> bool:
+    """Whether features are standardised by the teacher's statistics before they are compared."""
+    return bool(getattr(loss, "standardise", False))
 
 
 class PlainDivergence(Part):
@@ -298,8 +166,8 @@ DivergenceWithParameter = Annotated[
 class Tokens(Part):
     """Next tokens: weight · T² · divergence + cross_entropy · cross-entropy with the data's next token.
 
-    `logits_dtype` is that of the two chunks of logits: `auto` is float32, bfloat16 is faster and drowns the gradient
-    near convergence.
+    `schedule` changes both weights over the stage. `logits_dtype` is that of the two chunks of logits: `auto` is
+    float32, bfloat16 is faster and drowns the gradient near convergence.
     """
 
     divergence: DivergenceName | DivergenceWithParameter = "forward_kl"
@@ -308,6 +176,7 @@ class Tokens(Part):
     cross_entropy: NonNegative = 0.0
     temperature_squared: bool = True
     logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    schedule: Schedule | None = None
 
     @property
     def divergence_kind(self) -> str:

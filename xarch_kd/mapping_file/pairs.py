@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import TapError, UsageError
 from xarch_kd.layer_mapping import LayerMap
+from xarch_kd.losses.relations import relation_heads
+from xarch_kd.mapping_file.align_losses import AttentionBridge, MixingMatch, Relation
 from xarch_kd.mapping_file.findings import Findings, Models, told
-from xarch_kd.mapping_file.layer_maps import layer_map
+from xarch_kd.mapping_file.layer_maps import is_learned, layer_map, strategy_of
 from xarch_kd.mapping_file.marks import Place, Problem
-from xarch_kd.mapping_file.mixing_sizes import mixing_size
-from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.mapping_file.mixing_sizes import MixingSize, mixing_size
+from xarch_kd.mapping_file.objectives import Align, is_projected
 from xarch_kd.mapping_file.plan import PairPlan
 from xarch_kd.mapping_file.schema import Stage
-from xarch_kd.projectors import parameter_count, resolve_kind
+from xarch_kd.projectors import enough_tokens, parameter_count, resolve_kind, resolve_start
 from xarch_kd.projectors.heads import head_map
+from xarch_kd.taps.sites import sites_of
 
 WHOLE_TAPS = ("embedding", "head_input")
+FACTOR_TAPS = ("mixing", "values")
 Entry = tuple[list[PairPlan], LayerMap | None]
 
 
 def align_pairs(align: Align, stage: Stage, models: Models, place: Place, findings: Findings) -> Entry:
     """Return the pairs of one `align` entry and its layer map; what does not fit goes to `findings`."""
+    source = _Source(align, models, place, findings)
     if align.tap in WHOLE_TAPS:
         if stage.inputs == "teacher":
             message = f"inputs: teacher runs single blocks, which have no {align.tap}. Use a tap of blocks."
@@ -29,111 +35,208 @@ def align_pairs(align: Align, stage: Stage, models: Models, place: Place, findin
         if align.layers is not None:
             message = f"the tap {align.tap} is one for the whole model, so it has no layers. Leave this key out."
             findings.problems.append(Problem((*place, "layers"), message, on="key"))
-        return [_pair(align, align.name, None, None, models, place, findings)], None
+        return [source.pair(align.name, None, None)], None
+    known = len(findings.problems)
+    _check_tap(align, models, place, findings)
+    found = layer_map(align, models, place, findings)
+    if found is None or len(findings.problems) > known:
+        return [], found
+    if is_learned(align) and stage.inputs == "teacher":
+        message = (
+            "a learned map compares each student block with every teacher block, and inputs: teacher feeds it what one "
+            "of them was fed. Use inputs: student, or another strategy."
+        )
+        findings.problems.append(Problem((*place, "layers"), message))
+    return list(_counted_once(source.layer_pairs(found))), found
+
+
+def _check_tap(align: Align, models: Models, place: Place, findings: Findings) -> None:
     for side, name in ((models.teacher, "teacher"), (models.student, "student")):
         if align.tap == "mlp_output" and side.layout.mlp_outputs is None:
             message = f"the {name} is a {side.config.model_type}, whose blocks have no MLP that is known"
             findings.problems.append(Problem((*place, "tap"), message))
-    found = layer_map(align, models, place, findings)
-    layers = () if found is None else found.pairs()
-    students = [student for student, _, _ in layers]
-    pairs = [
-        _pair(
-            align,
-            f"{align.name}.{student}" + (f"-{teacher}" if students.count(student) > 1 else ""),
-            student,
-            teacher,
-            models,
-            place,
-            findings,
-        )
-        for student, teacher, _ in layers
-    ]
-    weighted = [replace(pair, weight=pair.weight * share) for pair, (_, _, share) in zip(pairs, layers, strict=True)]
-    return weighted, found
 
 
-def _pair(
-    align: Align,
-    name: str,
-    student_layer: int | None,
-    teacher_layer: int | None,
-    models: Models,
-    place: Place,
-    findings: Findings,
-) -> PairPlan:
-    student, teacher = models.student.layout.width, models.teacher.layout.width
-    if align.tap == "mixing":
-        return _mixing_pair(align, name, student_layer, teacher_layer, models, place, findings)
-    projector, parameters = align.projector_kind, 0
-    if projector == "none" and student != teacher:
-        message = (
-            f"the student is {student} wide and the teacher {teacher}, so a projector is needed. Use auto or linear."
+def _counted_once(pairs: Iterator[PairPlan]) -> Iterator[PairPlan]:
+    """Yield the pairs, of those that share a projector only the first with its parameters."""
+    seen: set[str] = set()
+    for pair in pairs:
+        yield replace(pair, projector_parameters=0) if pair.projector_key in seen else pair
+        seen.add(pair.projector_key)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the pairs of an entry are made from."""
+
+    align: Align
+    models: Models
+    place: Place
+    findings: Findings
+
+    def layer_pairs(self, found: LayerMap) -> Iterator[PairPlan]:
+        """Yield the pairs of a layer map."""
+        layers = found.pairs()
+        students = [student for student, _, _ in layers]
+        for student, teacher, share in layers:
+            name = f"{self.align.name}.{student}" + (f"-{teacher}" if students.count(student) > 1 else "")
+            pair = self.pair(name, student, teacher)
+            yield replace(pair, weight=pair.weight * share, teacher_scale=self._teacher_scale(students.count(student)))
+
+    def _teacher_scale(self, span: int) -> float:
+        """Return what the teacher's features are multiplied by.
+
+        The outputs of mixers and MLPs add up in the residual stream, so a student block that stands for a span of
+        teacher blocks learns their sum. Of squared errors, the mean over the span of those to span × each has its
+        gradient.
+        """
+        if self.align.tap not in ("mixer_output", "mlp_output") or isinstance(self.align.layers, tuple):
+            return 1.0
+        return float(span) if strategy_of(self.align)[0] == "block_average" else 1.0
+
+    def pair(self, name: str, student_layer: int | None, teacher_layer: int | None) -> PairPlan:
+        """Return a pair that says what both sides have; what does not fit goes to the findings."""
+        align, student, teacher = self.align, self.models.student, self.models.teacher
+        pair = PairPlan(
+            name=name,
+            align=align.name,
+            tap=align.tap,
+            student_layer=student_layer,
+            teacher_layer=teacher_layer,
+            student_width=student.layout.width,
+            teacher_width=teacher.layout.width,
+            projector="none",
+            projector_parameters=0,
+            loss=align.loss.kind,
+            weight=align.weight,
+            projector_key=self._projector_key(name, student_layer),
+            shared_basis=self.models.inherits and student.layout.width == teacher.layout.width,
         )
-        findings.add(Problem((*place, "projector"), message))
-    else:
+        if align.tap in FACTOR_TAPS and student_layer is not None and teacher_layer is not None:
+            return self._of_factors(pair, student_layer, teacher_layer)
+        return self._projected(pair, ((pair.student_width, pair.teacher_width),)) if is_projected(align.loss) else pair
+
+    def _projector_key(self, name: str, student_layer: int | None) -> str:
+        if self.align.projector_part.share:
+            return self.align.name
+        return f"{self.align.name}.{student_layer}" if is_learned(self.align) else name
+
+    def _projected(self, pair: PairPlan, widths: tuple[tuple[int, int], ...]) -> PairPlan:
+        """Return the pair with a projector, one for each of these (student, teacher) widths."""
+        part = self.align.projector_part
+        kinds, parameters = [], 0
+        for student, teacher in widths:
+            if part.kind == "none" and student != teacher:
+                self._problem(
+                    f"the student is {student} wide and the teacher {teacher}, so a projector is needed. "
+                    "Use auto or linear.",
+                    "projector",
+                )
+                continue
+            try:
+                kinds.append(resolve_kind(part.kind, student, teacher))
+                # `auto` may be none, whose options have nothing to be options of.
+                options = {} if kinds[-1] == "none" and part.kind == "auto" else part.options()
+                parameters += parameter_count(kinds[-1], student, teacher, **options)
+                self._check_start(kinds[-1], student)
+            except UsageError as error:
+                self._problem(told(error), "projector")
+        kind = next((kind for kind in kinds if kind != "none"), "none")
+        return replace(pair, projector=kind, projector_parameters=parameters)
+
+    def _check_start(self, kind: str, student_width: int) -> None:
+        """Note when the calibration pass has too few tokens for a closed form that was asked for by name."""
+        how = self.align.projector_part.initialise
+        form = resolve_start(how, kind)
+        if how in ("auto", "random") or form == "random":
+            return
+        tokens, enough = self.models.calibration, enough_tokens(student_width)
+        if tokens <= student_width:
+            self._problem(
+                f"{form} is fitted to more tokens than the student is wide: calibration.tokens is {tokens}, "
+                f"at least {student_width + 1} are needed and {enough} say more. Raise it, or use initialise: random.",
+                "projector",
+            )
+        elif tokens < enough:
+            self.findings.warnings.append(
+                f"{self.align.name}: {form} is fitted to {tokens} tokens in {student_width} dimensions and follows the "
+                f"tokens as much as the layers; calibration.tokens of {enough} or more is better"
+            )
+
+    def _of_factors(self, pair: PairPlan, student_layer: int, teacher_layer: int) -> PairPlan:
+        """Return a pair of mixing matrices, of what they are made of, or of what they are applied to."""
+        sides = ((self.models.student, student_layer), (self.models.teacher, teacher_layer))
+        for side, layer in sides:
+            try:
+                sites_of(side.layout, {pair.tap: [layer]})
+            except TapError as error:
+                self._problem(f"block {layer} of {side.reference}: {told(error)}", "tap")
+                return pair
+        own, other = (mixing_size(side.layout, layer) for side, layer in sides)
+        if own is not None and other is not None:
+            pair = replace(pair, student_heads=own.heads, teacher_heads=other.heads)
+        loss = self.align.loss
+        if isinstance(loss, MixingMatch):
+            self._check_mixing(loss, pair)
+        elif isinstance(loss, AttentionBridge):
+            pair = self._bridged(pair, own, other)
+        elif isinstance(loss, Relation):
+            self._check_relation(loss, own, other)
+        return pair
+
+    def _check_mixing(self, loss: MixingMatch, pair: PairPlan) -> None:
+        layers = pair.student_layer or 0, pair.teacher_layer or 0
+        sides = (self.models.student, self.models.teacher)
+        kinds = tuple(side.layout.mixer_kinds[layer] for side, layer in zip(sides, layers, strict=True))
+        if loss.distance in ("kl", "cross_entropy") and kinds != ("attention", "attention"):
+            self._problem(
+                f"{loss.distance} compares rows that are distributions, and block {layers[0]} of the student "
+                f"({kinds[0]}) and block {layers[1]} of the teacher ({kinds[1]}) are not both attention. "
+                "Use cosine, frobenius or relative_frobenius.",
+                "loss",
+                "distance",
+            )
+        if loss.implementation == "sketch" and loss.distance != "frobenius":
+            self._problem(
+                "implementation: sketch estimates distance: frobenius alone. Use it, or another implementation.",
+                "loss",
+                "implementation",
+            )
+        if loss.heads in ("assignment", "learned"):
+            if loss.heads == "learned" and (pair.student_heads is None or pair.teacher_heads is None):
+                self._problem(
+                    f"the heads of these mixers ({kinds[0]}, {kinds[1]}) are not told by their configs, and a learned "
+                    "map is made before they run. Use heads: assignment, or weights.",
+                    "loss",
+                    "heads",
+                )
+            return
+        if pair.student_heads is not None and pair.teacher_heads is not None:
+            try:
+                head_map(loss.heads, pair.student_heads, pair.teacher_heads)
+            except UsageError as error:
+                self._problem(told(error), "loss", *(("heads",) if "heads" in loss.model_fields_set else ()))
+
+    def _bridged(self, pair: PairPlan, own: MixingSize | None, other: MixingSize | None) -> PairPlan:
+        if own is None or other is None:
+            self._problem(
+                "an attention bridge needs mixers whose queries and keys (or C and B) the config tells: attention, "
+                "mamba, mamba2 or gated_delta.",
+                "loss",
+                "kind",
+            )
+            return pair
+        widths = ((own.query, other.query), (own.key, other.key))
+        return replace(self._projected(pair, widths), bridge=widths)
+
+    def _check_relation(self, loss: Relation, own: MixingSize | None, other: MixingSize | None) -> None:
+        if loss.of is None or own is None or other is None:
+            return
+        widths = (own.query, other.query) if loss.of == "queries" else (own.key, other.key)
         try:
-            projector = resolve_kind(projector, student, teacher)
-            parameters = parameter_count(projector, student, teacher, **align.projector_options)
+            relation_heads(*widths, loss.heads)
         except UsageError as error:
-            findings.add(Problem((*place, "projector"), told(error)))
-    return PairPlan(
-        name=name,
-        align=align.name,
-        tap=align.tap,
-        student_layer=student_layer,
-        teacher_layer=teacher_layer,
-        student_width=student,
-        teacher_width=teacher,
-        projector=projector,
-        projector_parameters=parameters,
-        loss=align.loss.kind,
-        weight=align.loss.weight,
-    )
+            self._problem(told(error), "loss", "heads")
 
-
-def _mixing_pair(
-    align: Align,
-    name: str,
-    student_layer: int | None,
-    teacher_layer: int | None,
-    models: Models,
-    place: Place,
-    findings: Findings,
-) -> PairPlan:
-    assert align.loss.kind == "mixing"
-    assert student_layer is not None
-    assert teacher_layer is not None
-    kinds = models.student.layout.mixer_kinds[student_layer], models.teacher.layout.mixer_kinds[teacher_layer]
-    if align.loss.distance in ("kl", "cross_entropy") and kinds != ("attention", "attention"):
-        message = (
-            f"{align.loss.distance} compares rows that are distributions, and block {student_layer} of the student "
-            f"({kinds[0]}) and block {teacher_layer} of the teacher ({kinds[1]}) are not both attention. "
-            "Use cosine, frobenius or relative_frobenius."
-        )
-        findings.add(Problem((*place, "loss", "distance"), message))
-    if align.loss.implementation == "sketch" and align.loss.distance != "frobenius":
-        message = "implementation: sketch estimates distance: frobenius alone. Use it, or another implementation."
-        findings.add(Problem((*place, "loss", "implementation"), message))
-    own, other = mixing_size(models.student.layout, student_layer), mixing_size(models.teacher.layout, teacher_layer)
-    if own is not None and other is not None:
-        try:
-            head_map(align.loss.heads, own.heads, other.heads)
-        except UsageError as error:
-            given = ("heads",) if "heads" in align.loss.model_fields_set else ()
-            findings.add(Problem((*place, "loss", *given), told(error)))
-    return PairPlan(
-        name=name,
-        align=align.name,
-        tap=align.tap,
-        student_layer=student_layer,
-        teacher_layer=teacher_layer,
-        student_width=models.student.layout.width,
-        teacher_width=models.teacher.layout.width,
-        projector="none",
-        projector_parameters=0,
-        loss=align.loss.kind,
-        weight=align.loss.weight,
-        student_heads=None if own is None else own.heads,
-        teacher_heads=None if other is None else other.heads,
-    )
+    def _problem(self, message: str, *keys: str) -> None:
+        self.findings.add(Problem((*self.place, *keys), message))

@@ -36,8 +36,11 @@ class ModelSummary:
 class PairPlan:
     """One student site learning from one teacher site. `layer` is None for `embedding` and `head_input`.
 
-    `name` is unique in the stage (`mixer-output.6`): it names the loss part, the projector and the log entry. Heads are
-    those of mixing matrices, None for other taps and for mixers whose config does not tell.
+    `name` is unique in the stage (`mixer-output.6`): it names the loss part and the log entry. `projector_key` names
+    the pair's projector, which it may share with others; its parameters are counted at the first of them. `weight` is
+    the entry's number times the layer map's, `teacher_scale` what the teacher's features are multiplied by,
+    `shared_basis` whether the student's dimensions are the teacher's. Heads are those of mixing matrices, None for
+    other taps and for mixers whose config does not tell; `bridge` are (student, teacher) widths of queries and of keys.
     """
 
     name: str
@@ -51,15 +54,19 @@ class PairPlan:
     projector_parameters: int
     loss: str
     weight: float
+    projector_key: str = ""
+    teacher_scale: float = 1.0
+    shared_basis: bool = False
     student_heads: int | None = None
     teacher_heads: int | None = None
+    bridge: tuple[tuple[int, int], tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `estimate.py` for their derivation.
 
-    `pictures` are the layer maps of the `align` entries by name, drawn.
+    `pictures` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` that have `mixer_lr`.
     """
 
     index: int
@@ -77,6 +84,7 @@ class StagePlan:
     seconds: float
     peak_bytes: int
     pictures: tuple[tuple[str, str], ...] = ()
+    mixers: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:

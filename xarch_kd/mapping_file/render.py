@@ -180,9 +180,16 @@ def _pairs(plan: Plan) -> Table:
                 _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_width, pair.teacher_heads),
                 projector,
                 _loss(stage.align_of(pair)),
-                f"{pair.weight:g}",
+                _weight(stage.align_of(pair), pair),
             )
     return table
+
+
+def _weight(align: Align, pair: PairPlan) -> str:
+    changes = "" if align.schedule is None else f", {align.schedule.kind}"
+    if align.loss.weight != "auto":
+        return f"{pair.weight:g}{changes}"
+    return (f"auto × {pair.weight:g}" if pair.weight != 1 else "auto") + changes
 
 
 def _shape(stage: StagePlan, length: int, tap: str, layer: int | None, width: int, heads: int | None) -> str:

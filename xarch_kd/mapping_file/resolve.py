@@ -26,6 +26,7 @@ from xarch_kd.mapping_file.stages import stage_plan
 from xarch_kd.models.convert import conversion_warnings, planned_frozen_names, student_config
 from xarch_kd.models.fresh import FreshConfigError, fresh_config
 from xarch_kd.models.load import load_config, read_student_config
+from xarch_kd.models.mamba_ssm_config import mamba_ssm_config
 
 
 def make_plan(mapping: str | Path | MappingFile, *, rates: Rates | None = None) -> Plan:
@@ -63,7 +64,15 @@ def _plan(
     student = _student(mapping, teacher_config, marks, findings)
     conversion = mapping.student.convert
     frozen = () if conversion is None else planned_frozen_names(teacher_config, **_conversion(conversion))
-    models = Models(teacher, student, replaced_layers(teacher, student), similarities, frozenset(frozen))
+    models = Models(
+        teacher,
+        student,
+        replaced_layers(teacher, student),
+        similarities,
+        frozenset(frozen),
+        inherits=conversion is not None,
+        calibration=mapping.calibration.tokens,
+    )
     rates = rates or measured_rates(_device(mapping))
     stages = [
         stage_plan(index, stage, mapping.data, models, rates, findings) for index, stage in enumerate(mapping.stages)
@@ -116,6 +125,9 @@ def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | Non
         reference = student.model or ""
         with _placed(("student", "model"), marks):
             config = load_config(reference, student.revision)
+    if student.format == "mamba_ssm":
+        with _placed(("student", "format"), marks):
+            mamba_ssm_config(config)
     return _side(reference, config, student.paths, student.dtype, ("student",), marks)
 
 

@@ -83,7 +83,8 @@ class Student(Part):
 
     `config` is a folder with a `config.json`, or the values themselves: `{model_type: mamba2, hidden_size: 256, …}`.
     With `embeddings: teacher` a fresh student starts from the teacher's token embeddings, projected where it is
-    narrower. `dtype` is what the student is saved in; while it trains, its weights are float32.
+    narrower. `dtype` is what the student is saved in; while it trains, its weights are float32. `format: mamba_ssm`
+    writes it in that package's format too.
     """
 
     model: str | None = None
@@ -93,6 +94,7 @@ class Student(Part):
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    format: Literal["transformers", "mamba_ssm"] = "transformers"
     paths: Paths | None = None
 
     @model_validator(mode="after")
@@ -142,11 +144,16 @@ class Data(Text):
 
 
 class Optimizer(Part):
-    """AdamW. `projector_lr` defaults to `lr`; `warmup` is a share of the stage's steps."""
+    """AdamW. `projector_lr` and `projector_weight_decay` default to the others; `warmup` is a share of the steps.
+
+    `mixer_lr` is the rate of the mixers, those that `train: [mixers]` means; by default it is `lr`.
+    """
 
     lr: Positive = 1e-3
+    mixer_lr: Positive | None = None
     projector_lr: Positive | None = None
     weight_decay: NonNegative = 0.0
+    projector_weight_decay: NonNegative | None = None
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Fraction = 0.05

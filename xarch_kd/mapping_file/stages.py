@@ -10,6 +10,8 @@ from xarch_kd.mapping_file.estimate import BYTES, Rates, Work, stage_cost
 from xarch_kd.mapping_file.findings import Findings, Models, told
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.mixing_sizes import mixing_size
+from xarch_kd.mapping_file.objective_checks import batch_warnings, objective_problems
+from xarch_kd.mapping_file.objectives import MIXER_TAPS
 from xarch_kd.mapping_file.pairs import align_pairs
 from xarch_kd.mapping_file.plan import PairPlan, StagePlan
 from xarch_kd.mapping_file.schema import Data, Stage
@@ -41,10 +43,15 @@ def stage_plan(
         )
         return None
     _note_unreached(stage, pairs, set(trainable), models, findings)
+    rows = stage.batch_size or data.batch_size
+    findings.problems += objective_problems(stage, pairs, place)
+    findings.warnings += batch_warnings(stage, pairs, rows * data.sequence_length)
+    if len(findings.problems) > known:
+        return None
     resolved = _Resolved(
         index=index,
         stage=stage,
-        rows=stage.batch_size or data.batch_size,
+        rows=rows,
         length=data.sequence_length,
         pairs=pairs,
         trainable=trainable,
@@ -97,6 +104,7 @@ def _measured(resolved: _Resolved, models: Models, rates: Rates, findings: Findi
         pairs=resolved.pairs,
         pictures=resolved.pictures,
         trainable=resolved.trainable,
+        mixers=_mixers(resolved, models, findings),
         trainable_parameters=sum(
             parameter.numel()
             for parameter in student.layout.model.parameters()
@@ -159,6 +167,18 @@ def _trainable(stage: Stage, models: Models, place: Place, findings: Findings) -
     return tuple(name for name in names if name not in models.frozen)
 
 
+def _mixers(resolved: _Resolved, models: Models, findings: Findings) -> tuple[str, ...]:
+    """Return the names that `mixer_lr` is for: what trains of the replaced mixers, or of all if none was."""
+    if resolved.stage.optimizer.mixer_lr is None:
+        return ()
+    layout = models.student.layout
+    mixers = set(trainable_names(layout.model, layout, ("mixers",), models.replaced or None))
+    names = tuple(name for name in resolved.trainable if name in mixers)
+    if not names:
+        findings.warnings.append(f"stage {resolved.stage.name}: mixer_lr is not used, since no mixer trains")
+    return names
+
+
 def _check_inputs(stage: Stage, models: Models, place: Place, findings: Findings) -> None:
     if stage.inputs == "student":
         return
@@ -213,7 +233,7 @@ def _reach(stage: Stage, pair: PairPlan, models: Models) -> set[str]:
 
 def _mixers_alone(stage: Stage, pairs: Sequence[PairPlan]) -> bool:
     """Whether only the student's mixers run: nothing else is matched or trained."""
-    alone = {pair.tap for pair in pairs} <= {"mixer_output", "mixing"} and set(stage.train) == {"mixers"}
+    alone = {pair.tap for pair in pairs} <= MIXER_TAPS and set(stage.train) == {"mixers"}
     return stage.inputs == "teacher" and alone
 
 

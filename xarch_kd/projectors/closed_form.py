@@ -129,6 +129,11 @@ def resolve_start(how: str, kind: str) -> str:
     return how
 
 
+def enough_tokens(dimensions: int) -> int:
+    """Return how many tokens a fit in so many dimensions should have; with fewer it is warned of."""
+    return ENOUGH * dimensions
+
+
 def initialise(projector: Projector, statistics: PairStatistics, how: str = "auto") -> LinearMap | None:
     """Make a projector the closed form `how` of these statistics, and return that; `random` leaves it as it was built.
 
@@ -194,7 +199,7 @@ def _with_offset(weight: Tensor, moments: SecondMoments, bias: bool) -> LinearMa
 
 
 def _check_tokens(how: str, tokens: int, dimensions: int) -> None:
-    enough = ENOUGH * dimensions
+    enough = enough_tokens(dimensions)
     if tokens <= dimensions:
         raise UsageError(
             f"{how} of a projector is fitted to more tokens than it has dimensions.",

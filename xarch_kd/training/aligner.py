@@ -15,23 +15,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
-from xarch_kd.losses.features import feature_loss, teacher_energy
-from xarch_kd.losses.mixing import mixing_loss
+from xarch_kd.layer_mapping.layer_map import LayerMap
+from xarch_kd.losses.balance import observed_loss
+from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
-from xarch_kd.mapping_file.objectives import MixingMatch
 from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
-from xarch_kd.mixing import Mixing
 from xarch_kd.models.frozen import frozen_names
-from xarch_kd.projectors import Projector, build_projector
-from xarch_kd.projectors.heads import head_map
 from xarch_kd.taps.layout import Layout, layout_of
-from xarch_kd.taps.replay import block_calls, read_block, read_mixing, run_mixer
 from xarch_kd.taps.sites import Site
-from xarch_kd.taps.trace import trace
+from xarch_kd.training.balancing import TOKENS, balance_of, read_balance
 from xarch_kd.training.counts import Counts
+from xarch_kd.training.entries import Entry, Reading
 from xarch_kd.training.features import Feature, Features, TeacherReader
+from xarch_kd.training.matches import tensor
+from xarch_kd.training.student_pass import HEAD_INPUT, fed_by, replayed, traced
 
-HEAD_INPUT = Site("head_input", None)
 Value = TypeVar("Value")
 
 
@@ -47,7 +45,8 @@ class Aligner(nn.Module):
     """One stage of a plan as a module: student and projectors are inside it, the frozen teacher is not.
 
     `teacher` and `student` are models of the plan's configs. Parameters outside the stage's `train` are frozen here.
-    For one's own loop: `Aligner(plan, teacher=…, student=…)(input_ids=…).loss.backward()`.
+    For one's own loop: `Aligner(plan, teacher=…, student=…)(input_ids=…, step=…).loss.backward()`; a stage with closed
+    forms or statistics of calibration text is made ready by `xarch_kd.training.preparation.prepare`.
     """
 
     def __init__(
@@ -55,21 +54,42 @@ class Aligner(nn.Module):
     ) -> None:
         super().__init__()
         self.stage = _stage_of(plan, stage)
-        teacher_layout = layout_of(teacher, plan.mapping.teacher.paths)
         student_layout = layout_of(student, plan.mapping.student.paths)
+        teacher_layout = layout_of(teacher, plan.mapping.teacher.paths)
         self.student: PreTrainedModel = student_layout.model
+        self.projectors = nn.ModuleDict()
+        self.maps = nn.ModuleDict()
+        depths = (len(student_layout.blocks), len(teacher_layout.blocks))
+        self.entries = tuple(self._entry(name, plan.mapping.seed, depths) for name in self._names())
+        self.projectors.to(self.student.device)
+        self.maps.to(self.student.device)
+        settings = self.stage.stage.tokens
+        plain = settings is None or settings.schedule is None
+        self._token_schedule = WeightSchedule() if plain else settings.schedule.schedule  # type: ignore[union-attr]
+        self.balance = balance_of(self.stage)
         # In a tuple, so that the teacher is no child: it is neither trained, saved nor moved with the student.
         self._outside = (student_layout, TeacherReader(teacher_layout, self.sites()))
-        self.projectors = nn.ModuleDict()
-        for index, pair in enumerate(self.stage.pairs):
-            generator = torch.Generator().manual_seed(plan.mapping.seed * 1_000_003 + self.stage.index * 10_007 + index)
-            options = {} if pair.tap == "mixing" else self.stage.align_of(pair).projector_options
-            widths = (pair.student_width, pair.teacher_width)
-            projector = build_projector(pair.projector, *widths, generator=generator, **options)
-            if projector is not None:
-                self.projectors[_key(pair)] = projector.to(self.student.device)
         self._freeze()
         _set_checkpointing(self.student, self.stage.stage.gradient_checkpointing)
+
+    def _names(self) -> Iterable[str]:
+        return dict.fromkeys(pair.align for pair in self.stage.pairs)
+
+    def _entry(self, name: str, seed: int, depths: tuple[int, int]) -> Entry:
+        pairs = [pair for pair in self.stage.pairs if pair.align == name]
+
+        def generator(pair: PairPlan) -> torch.Generator:
+            number = self.stage.pairs.index(pair)
+            return torch.Generator().manual_seed(seed * 1_000_003 + self.stage.index * 10_007 + number)
+
+        return Entry(
+            self.stage.align_of(pairs[0]),
+            pairs,
+            depths,
+            projectors=self.projectors,
+            maps=self.maps,
+            generators=generator,
+        )
 
     @property
     def reader(self) -> TeacherReader:
@@ -77,31 +97,38 @@ class Aligner(nn.Module):
         return self._outside[1]
 
     @property
+    def layout(self) -> Layout:
+        """Where the student's parts are."""
+        return self._outside[0]
+
+    @property
     def needs_teacher_ahead(self) -> bool:
         """Whether a step of several micro-batches needs the teacher's features of all before the first: the divisor of
         `relative_mse` is the teacher's energy over the whole step."""
         return any(pair.loss == "relative_mse" for pair in self.stage.pairs)
 
-    def sites(self) -> tuple[Site, ...]:
-        """The teacher's sites that this stage reads: targets, and what the student's blocks are fed."""
-        found = [_target(pair) for pair in self.stage.pairs]
+    def progress(self, step: int) -> float:
+        """Return the share of the stage's steps that are done before step `step`, which counts from 0."""
+        return min(max(step / self.stage.stage.steps, 0.0), 1.0)
+
+    def readings(self, step: int = 0) -> tuple[Reading, ...]:
+        """Return what is matched at a step: entries whose weight is 0 then are not computed."""
+        progress = self.progress(step)
+        active = (entry for entry in self.entries if entry.schedule.factor(progress) > 0)
+        return tuple(reading for entry in active for reading in entry.readings(step))
+
+    def sites(self, step: int = 0) -> tuple[Site, ...]:
+        """The teacher's sites that this stage reads at a step: targets, and what the student's blocks are fed."""
+        return self.sites_of(self.readings(step))
+
+    def sites_of(self, readings: tuple[Reading, ...]) -> tuple[Site, ...]:
+        """The teacher's sites that these readings need."""
+        found = [reading.site for reading in readings]
         if self.stage.stage.inputs == "teacher":
-            found += [self._feed(pair) for pair in self.stage.pairs]
+            found += [fed_by(self.stage.stage, readings, reading) for reading in readings]
         if self.stage.stage.tokens is not None:
             found.append(HEAD_INPUT)
         return tuple(dict.fromkeys(found))
-
-    def _feed(self, pair: PairPlan) -> Site:
-        """The teacher's site that the student's mixer or block is fed."""
-        layer = pair.teacher_layer
-        if self._mixer_alone(pair.student_layer):
-            return Site("mixer_input", layer)
-        return Site("hidden", layer - 1) if layer else Site("embedding", None)
-
-    def _mixer_alone(self, student_layer: int | None) -> bool:
-        """Whether running the mixer is enough: nothing but its output is matched and nothing around it learns."""
-        taps = {pair.tap for pair in self.stage.pairs if pair.student_layer == student_layer}
-        return taps <= {"mixer_output", "mixing"} and set(self.stage.stage.train) == {"mixers"}
 
     def _freeze(self) -> None:
         wanted = set(self.stage.trainable)
@@ -123,15 +150,17 @@ class Aligner(nn.Module):
         attention_mask: Tensor | None,
         labels: Tensor | None,
         features: Features | None = None,
+        *,
+        step: int = 0,
     ) -> Counts:
         """Return what this micro-batch adds to the step's counts; energies need the teacher's `features`."""
         mask = None if attention_mask is None else attention_mask.bool()
         tokens = torch.tensor(input_ids.numel(), dtype=torch.float64) if mask is None else mask.sum().double()
         energies = {}
-        if features is not None:
-            for pair in self.stage.pairs:
-                if pair.loss == "relative_mse":
-                    energies[pair.name] = teacher_energy(_tensor(features[_target(pair)]), mask)
+        for match, site in self.readings(step) if features is not None and self.needs_teacher_ahead else ():
+            energy = match.energy(features[site], mask) if features is not None else None
+            if energy is not None:
+                energies[match.pair.name] = energy
         predictions = label_count(next_token_labels(input_ids, attention_mask, labels=labels))
         return Counts(tokens=tokens.to(input_ids.device), predictions=predictions, energies=energies)
 
@@ -143,117 +172,95 @@ class Aligner(nn.Module):
         *,
         features: Features | None = None,
         counts: Counts | None = None,
+        step: int = 0,
     ) -> AlignerOutput:
         """Return the loss of one micro-batch `input_ids` [batch, time].
 
         `attention_mask` is true where a token counts (right-padded or packed); `labels`, unshifted, narrow the token
-        objective with -100. `features` are the teacher's (read here when not given) and `counts` the step's divisors
-        (this batch's own when not given). Raises NonFiniteLoss, which names the objective.
+        objective with -100. `features` are the teacher's (read here when not given), `counts` the step's divisors
+        (this batch's own when not given), and `step` counts the optimiser steps of the stage from 0: schedules, layer
+        maps that are redrawn and temperatures follow it. Raises NonFiniteLoss, which names the objective.
         """
+        readings = self.readings(step)
         if features is None:
-            features = self.reader.read(input_ids, attention_mask)
+            features = self.reader.read(input_ids, attention_mask, sites=self.sites(step))
         if counts is None:
-            counts = self.counts(input_ids, attention_mask, labels, features)
-        with self._autocast(input_ids.device):
-            student = self._student_features(input_ids, attention_mask, features)
+            counts = self.counts(input_ids, attention_mask, labels, features, step=step)
+        sides, head_input = self.both_sides(readings, input_ids, attention_mask, features)
         mask = None if attention_mask is None else attention_mask.bool()
-        terms: dict[str, Tensor] = {}
-        for pair in self.stage.pairs:
-            terms[pair.name] = self._named(
-                pair.name, lambda pair=pair: self._match(pair, student, features, mask, counts)
+        terms: dict[str, dict[str, Tensor]] = {}
+        maps: dict[str, Tensor] = {}
+        for entry in self.entries:
+            own = [reading for reading in readings if reading.match.entry is entry.align]
+            if own:
+                found, beside = self._named(entry, own, sides, mask, counts, step)
+                terms[entry.align.name], maps = found, maps | beside
+        if head_input is not None:
+            token = _named(
+                TOKENS,
+                lambda: self._tokens(
+                    input_ids, attention_mask, labels, tensor(head_input), features, counts, self.progress(step)
+                ),
             )
-        if self.stage.stage.tokens is not None:
-            token = self._named(
-                "tokens",
-                lambda: self._tokens(input_ids, attention_mask, labels, _tensor(student[None]), features, counts),
-            )
-            terms["tokens"] = token.total
-        loss = torch.stack(list(terms.values())).sum()
-        parts = {name: term.detach() for name, term in terms.items()}
-        if not bool(torch.isfinite(loss)):
-            bad = [name for name, part in parts.items() if not bool(torch.isfinite(part))]
-            raise NonFiniteLoss("the loss is not finite", asked=f"objective {', '.join(bad) or 'total'}")
-        return AlignerOutput(loss=loss, parts=parts)
+            terms[TOKENS] = {TOKENS: token.total}
+        return self._output(terms, maps)
+
+    def _output(self, terms: Mapping[str, Mapping[str, Tensor]], maps: Mapping[str, Tensor]) -> AlignerOutput:
+        """Return the sum of all terms, balanced, and each of them."""
+        _check_finite({name: part for entry in terms.values() for name, part in entry.items()} | dict(maps))
+        sums = {name: torch.stack(list(entry.values())).sum() for name, entry in terms.items()} | dict(maps)
+        if self.balance is not None and not self.balance.done and torch.is_grad_enabled():
+            student = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+            loss, self.balance = observed_loss(sums, self.balance, student, self.beside())
+        else:
+            loss = torch.stack([self._scale(name) * term for name, term in sums.items()]).sum()
+        scaled = {
+            name: self._scale(entry) * term.detach() for entry, found in terms.items() for name, term in found.items()
+        }
+        return AlignerOutput(loss=loss, parts=scaled | {name: term.detach() for name, term in maps.items()})
+
+    def _scale(self, entry: str) -> float:
+        return 1.0 if self.balance is None else self.balance.scale(entry)
+
+    def beside(self) -> list[nn.Parameter]:
+        """Return the parameters that train beside the student's."""
+        return [*self.projectors.parameters(), *self.maps.parameters()]
+
+    def both_sides(
+        self, readings: tuple[Reading, ...], input_ids: Tensor, attention_mask: Tensor | None, features: Features
+    ) -> tuple[Callable[[Reading], tuple[Feature, Feature]], Feature | None]:
+        """Run the student; return what gives (student, teacher) of a reading, and the student's head input, if used."""
+        stage = self.stage.stage
+        with self._autocast(input_ids.device):
+            if stage.inputs == "student":
+                read = traced(self.layout, stage, readings, input_ids, attention_mask)
+                return (
+                    lambda reading: (read[Site(reading.site.tap, reading.student_layer)], features[reading.site]),
+                    read.get(HEAD_INPUT),
+                )
+            alone = replayed(self.layout, stage, readings, input_ids, attention_mask, features)
+
+        def sides(reading: Reading) -> tuple[Feature, Feature]:
+            site = Site(reading.site.tap, reading.student_layer)
+            return alone[site, fed_by(stage, readings, reading)], features[reading.site]
+
+        return sides, None
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self.stage.stage.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
-    def _student_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None, features: Features
-    ) -> Mapping[PairPlan | None, Feature]:
-        """What the student gives for each pair, and under None its head input when tokens are compared."""
-        layout = self._outside[0]
-        if self.stage.stage.inputs == "teacher":
-            return self._replayed(layout, input_ids, attention_mask, features)
-        taps: dict[str, list[int]] = {}
-        for pair in self.stage.pairs:
-            taps.setdefault(pair.tap, []).extend([] if pair.student_layer is None else [pair.student_layer])
-        if self.stage.stage.tokens is not None:
-            taps.setdefault("head_input", [])
-        traced = trace(layout, input_ids, attention_mask, taps=taps)
-        found: dict[PairPlan | None, Feature] = {
-            pair: traced.at(pair.tap, pair.student_layer) for pair in self.stage.pairs
-        }
-        if self.stage.stage.tokens is not None:
-            found[None] = traced.at("head_input")
-        return found
-
-    def _replayed(
-        self, layout: Layout, input_ids: Tensor, attention_mask: Tensor | None, features: Features
-    ) -> Mapping[PairPlan | None, Feature]:
-        """Each student block, or its mixer alone, run on what the teacher's was fed."""
-        calls = block_calls(layout, input_ids, attention_mask)
-        groups: dict[tuple[int, Site], list[PairPlan]] = {}
-        for pair in self.stage.pairs:
-            if pair.student_layer is not None:
-                groups.setdefault((pair.student_layer, self._feed(pair)), []).append(pair)
-        found: dict[PairPlan | None, Feature] = {}
-        for (layer, feed), pairs in groups.items():
-            fed = _tensor(features[feed]).to(next(layout.blocks[layer].parameters()).dtype)
-            taps = {pair.tap for pair in pairs}
-            read: dict[str, Feature] = {}
-            if feed.tap != "mixer_input":
-                read.update(read_block(layout, layer, fed, calls, taps=sorted(taps)))
-            if feed.tap == "mixer_input" and "mixer_output" in taps:
-                read["mixer_output"] = run_mixer(layout, layer, fed, calls)
-            if feed.tap == "mixer_input" and "mixing" in taps:
-                read["mixing"] = read_mixing(layout, layer, fed, calls)
-            found.update({pair: read[pair.tap] for pair in pairs})
-        return found
-
-    def _match(
+    def _named(
         self,
-        pair: PairPlan,
-        student: Mapping[PairPlan | None, Feature],
-        features: Features,
+        entry: Entry,
+        readings: list[Reading],
+        sides: Callable[[Reading], tuple[Feature, Feature]],
         mask: Tensor | None,
         counts: Counts,
-    ) -> Tensor:
-        loss = self.stage.align_of(pair).loss
-        own, target = student[pair], features[_target(pair)]
-        if isinstance(loss, MixingMatch):
-            assert isinstance(own, Mixing)
-            assert isinstance(target, Mixing)
-            return pair.weight * _mixing(loss, own, target, mask, counts)
-        projector = self._projector(pair)
-        value = feature_loss(
-            loss.kind,
-            _tensor(own).float(),
-            _tensor(target).float(),
-            normaliser=counts.energies[pair.name] if loss.kind == "relative_mse" else counts.tokens,
-            mask=mask,
-            projector=projector,
-            epsilon=getattr(loss, "epsilon", 1e-6),
-            delta=getattr(loss, "delta", 1.0),
-        )
-        return pair.weight * value
-
-    def _projector(self, pair: PairPlan) -> Projector | None:
-        found = dict(self.projectors.items()).get(_key(pair))
-        assert found is None or isinstance(found, Projector)
-        return found
+        step: int,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return _named(entry.align.name, lambda: entry.terms(readings, sides, mask, counts, self.progress(step)))
 
     def _tokens(
         self,
@@ -263,15 +270,17 @@ class Aligner(nn.Module):
         student_hidden: Tensor,
         features: Features,
         counts: Counts,
+        progress: float,
     ) -> TokenLoss:
         settings = self.stage.stage.tokens
         assert settings is not None
-        student_head, teacher_head = _head(self._outside[0]), _head(self.reader.layout)
+        factor = self._token_schedule.factor(progress)
+        student_head, teacher_head = _head(self.layout), _head(self.reader.layout)
         shared = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
         return token_loss(
             student_hidden.to(student_head.weight.dtype),
             student_head,
-            _tensor(features[HEAD_INPUT]),
+            tensor(features[HEAD_INPUT]),
             teacher_head,
             next_token_labels(input_ids, attention_mask, labels=labels),
             normaliser=counts.predictions,
@@ -279,63 +288,71 @@ class Aligner(nn.Module):
             if isinstance(settings.divergence, str)
             else settings.divergence.model_dump(),
             temperature=settings.temperature,
-            weight=settings.weight,
-            cross_entropy=settings.cross_entropy,
+            weight=settings.weight * factor,
+            cross_entropy=settings.cross_entropy * factor,
             temperature_squared=settings.temperature_squared,
             vocabulary=shared,
             logits_dtype=settings.logits_dtype,
         )
 
-    def _named(self, name: str, compute: Callable[[], Value]) -> Value:
-        try:
-            return compute()
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found) from error
+    def layer_maps(self, step: int) -> dict[str, LayerMap]:
+        """Return the learned layer maps as they are at a step, by entry."""
+        found = {entry.align.name: entry.layer_map(self.progress(step)) for entry in self.entries}
+        return {name: layer_map for name, layer_map in found.items() if layer_map is not None}
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """Return what this stage trains: `student.…` parameters and `projectors.…`, as they are (not copies)."""
+    def trained_state(self, *, student: bool = True) -> dict[str, Tensor]:
+        """Return what this stage trains and what it was fitted to, as they are (not copies).
+
+        `student.…` parameters (left out on request), `projectors.…`, `maps.…`, and constants `fitted.<pair>.…`.
+        """
         state: dict[str, Tensor] = {
-            f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad
+            f"student.{name}": p for name, p in self.student.named_parameters() if p.requires_grad and student
         }
-        return state | {f"projectors.{name}": tensor for name, tensor in self.projectors.state_dict().items()}
+        for part in ("projectors", "maps"):
+            state |= {f"{part}.{name}": value for name, value in getattr(self, part).state_dict().items()}
+        return state | {
+            f"fitted.{match.pair.name}.{name}": value
+            for entry in self.entries
+            for match in entry.matches
+            for name, value in match.fitted.items()
+        }
 
     @torch.no_grad()
-    def load_trained_state(self, path: Path) -> None:
-        """Copy a file of `trained_state` into student and projectors. Raises CheckpointError if it does not fit."""
-        own = self.trained_state()
+    def load_trained_state(self, path: Path, *, student: bool = True) -> None:
+        """Copy a file of `trained_state` into student, projectors, maps and constants.
+
+        Raises CheckpointError if it does not fit.
+        """
         try:
             stored = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot read {path}", found=str(error), fix="delete it and run again with --resume"
             ) from error
+        for entry in self.entries:
+            for match in entry.matches:
+                names = {name: f"fitted.{match.pair.name}.{name}" for name in match.to_fit}
+                match.fitted = {name: stored[key] for name, key in names.items() if key in stored}
+        own = self.trained_state(student=student)
         _check_keys(path, own.keys(), stored.keys())
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+        for name, tensor_ in own.items():
+            if not name.startswith("fitted."):
+                tensor_.copy_(stored[name])
+        if self.balance is not None:
+            self.balance = read_balance(self.balance, path)
 
 
-def _target(pair: PairPlan) -> Site:
-    """Where the teacher is read for a pair."""
-    return Site(pair.tap, pair.teacher_layer)
+def _named(name: str, compute: Callable[[], Value]) -> Value:
+    try:
+        return compute()
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found) from error
 
 
-def _tensor(feature: Feature) -> Tensor:
-    assert isinstance(feature, Tensor)
-    return feature
-
-
-def _mixing(loss: MixingMatch, student: Mixing, teacher: Mixing, mask: Tensor | None, counts: Counts) -> Tensor:
-    heads = head_map(loss.heads, student.heads, teacher.heads)
-    return mixing_loss(
-        loss.distance,
-        student,
-        teacher,
-        normaliser=counts.tokens,
-        mask=mask,
-        head_map=None if heads is None else heads.to(student.device),
-        impl=loss.implementation,
-        probes=loss.probes,
-    )
+def _check_finite(parts: Mapping[str, Tensor]) -> None:
+    bad = [name for name, part in parts.items() if not bool(torch.isfinite(part))]
+    if bad:
+        raise NonFiniteLoss("the loss is not finite", asked=f"objective {', '.join(bad)}")
 
 
 def _check_keys(path: Path, own: Iterable[str], stored: Iterable[str]) -> None:
@@ -363,11 +380,6 @@ def _set_checkpointing(student: PreTrainedModel, wanted: bool) -> None:
         getattr(student, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(student, f"{word}_checkpointing_disable")()
-
-
-def _key(pair: PairPlan) -> str:
-    """A ModuleDict's keys may not hold dots."""
-    return pair.name.replace(".", "-")
 
 
 def _head(layout: Layout) -> Head:

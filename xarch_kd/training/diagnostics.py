@@ -68,13 +68,18 @@ class ProjectorReport:
         return cls(**own, diagnosis=diagnosis)
 
     @property
-    def line(self) -> str:
-        """It in one line."""
+    def lines(self) -> tuple[str, ...]:
+        """It in one line, and one for the note and each warning."""
+        note = () if self.note is None else (f"  {self.note}",)
+        return (self._line, *note, *(f"  warning: {warning}" for warning in self.diagnosis.warnings))
+
+    @property
+    def _line(self) -> str:
         found = self.diagnosis
         alone = "" if found.alone is None else f"; a projector alone {found.alone:.0%}"
         return (
             f"projector {self.projector} ({found.kind}, rank {found.rank} of {found.possible_rank}, condition "
-            f"{found.condition:.3g}): {found.explained:.0%} of the teacher's variance of {found.ceiling:.0%} possible{alone}"
+            f"{found.condition:.3g}): explains {found.explained:.0%} of the teacher, at most {found.ceiling:.0%}{alone}"
         )
 
 
@@ -164,14 +169,14 @@ def reports(aligner: Aligner, held_out: Tensor, known: dict[str, dict[str, Any]]
     return tuple(made)
 
 
+@torch.no_grad()
 def at_best_scale(projector: Projector, statistics: PairStatistics) -> PairStatistics:
     """Return the statistics with the teacher at the size that the projector's output fits best.
 
     For losses that see directions alone, which leave the size of what a projector gives to chance.
     """
     parameter = next(projector.parameters())
-    with torch.no_grad():
-        _, weight, bias = projector.split(parameter.new_zeros(1, projector.student_width))
+    _, weight, bias = projector.split(parameter.new_zeros(1, projector.student_width))
     assert weight is not None
     moments, weight = statistics.moments(centred=False), weight.double()
     product = (weight * moments.cross.T).sum()

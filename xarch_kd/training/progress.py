@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -87,6 +88,14 @@ class StageProgress:
             self.console.print(
                 f"{self.stage}  step {figures.step}/{self.steps}  {text}", soft_wrap=True, highlight=False
             )
+
+    def balanced(self, balance: Mapping[str, Any]) -> None:
+        """Record and show the scales that make the gradients of balanced objectives as large as the anchor's."""
+        self.folder.event("balanced", stage=self.stage, **balance)
+        scales = ", ".join(f"{name} × {scale:.4g}" for name, scale in balance["scales"].items())
+        self.console.print(
+            f"{self.stage}  weights balanced against {balance['anchor']}: {scales}", soft_wrap=True, highlight=False
+        )
 
 
 def shown_parts(parts: Mapping[str, float]) -> str:

@@ -97,9 +97,19 @@ class RunFolder:
         return self.root / "student"
 
     @property
+    def mamba_ssm(self) -> Path:
+        """The same student in mamba_ssm's format, if the mapping file asks for it."""
+        return self.root / "mamba_ssm"
+
+    @property
     def projectors(self) -> Path:
         """The projectors of every stage."""
         return self.root / "projectors.safetensors"
+
+    @property
+    def projector_reports(self) -> Path:
+        """What the projectors of every stage did."""
+        return self.root / "projectors.json"
 
     @property
     def evaluation(self) -> Path:

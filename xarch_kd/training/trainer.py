@@ -19,8 +19,10 @@ from xarch_kd.data.rows import StageRows, collate
 from xarch_kd.errors import CheckpointError, NonFiniteLoss
 from xarch_kd.mapping_file.plan import StagePlan
 from xarch_kd.training.aligner import Aligner, AlignerOutput
+from xarch_kd.training.balancing import write_balance
 from xarch_kd.training.counts import Counts
-from xarch_kd.training.features import TeacherReader
+from xarch_kd.training.features import Features, TeacherReader
+from xarch_kd.training.groups import student_groups
 from xarch_kd.training.progress import StageProgress, StepFigures
 from xarch_kd.training.run_folder import cannot_write, write_tensors
 from xarch_kd.training.signals import StopSignals
@@ -65,19 +67,15 @@ class StageTrainer(Trainer):
         self.add_callback(_Guard(self, signals))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over three groups: student matrices, student vectors (no weight decay), projectors (own rate)."""
+        """AdamW over student matrices, student vectors (no weight decay), projectors and maps (own rate and decay)."""
         if self.optimizer is None:
             settings = self.plan.stage.optimizer
-            student = [parameter for parameter in self.aligner.student.parameters() if parameter.requires_grad]
             projector_lr = settings.lr if settings.projector_lr is None else settings.projector_lr
+            projector_decay = settings.projector_weight_decay
+            projector_decay = settings.weight_decay if projector_decay is None else projector_decay
             groups = [
-                {"params": [p for p in student if p.ndim >= 2], "weight_decay": settings.weight_decay},
-                {"params": [p for p in student if p.ndim < 2], "weight_decay": 0.0},
-                {
-                    "params": list(self.aligner.projectors.parameters()),
-                    "weight_decay": settings.weight_decay,
-                    "lr": projector_lr,
-                },
+                *student_groups(self.aligner.student, settings, self.plan.mixers),
+                {"params": self.aligner.beside(), "weight_decay": projector_decay, "lr": projector_lr},
             ]
             self.optimizer = torch.optim.AdamW(
                 [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=1e-8
@@ -98,14 +96,22 @@ class StageTrainer(Trainer):
         for batch in batches:
             number = int(batch.pop("batch"))
             input_ids = batch["input_ids"].to(device)
-            batch["features"] = self.reader.read(input_ids, batch=number) if ahead or len(batches) == 1 else None
+            batch["features"] = self._read(input_ids, number) if ahead or len(batches) == 1 else None
             batch["number"] = number
-            counts = counts + self.aligner.counts(input_ids, None, None, batch["features"])
+            counts = counts + self.aligner.counts(input_ids, None, None, batch["features"], step=self._step)
         if self.accelerator.num_processes > 1:
             counts = counts.map(self._summed_over_ranks)
         self._counts = counts
         self._figures = {}
         return batches, None
+
+    @property
+    def _step(self) -> int:
+        """Optimiser steps that are done."""
+        return int(self.state.global_step)
+
+    def _read(self, input_ids: Tensor, batch: int) -> Features:
+        return self.reader.read(input_ids, batch=batch, sites=self.aligner.sites(self._step))
 
     def _summed_over_ranks(self, count: Tensor) -> Tensor:
         total = self.accelerator.reduce(count, reduction="sum")
@@ -122,9 +128,12 @@ class StageTrainer(Trainer):
         """Return the micro-batch's share of the step's loss. Raises NonFiniteLoss before any gradient is taken."""
         number, features = inputs["number"], inputs["features"]
         if features is None:
-            features = self.reader.read(inputs["input_ids"], batch=number)
+            features = self._read(inputs["input_ids"], number)
+        waiting = self._is_balancing()
         try:
-            output: AlignerOutput = model(input_ids=inputs["input_ids"], features=features, counts=self._counts)
+            output: AlignerOutput = model(
+                input_ids=inputs["input_ids"], features=features, counts=self._counts, step=self._step
+            )
         except NonFiniteLoss as error:
             raise NonFiniteLoss(
                 f"the loss of stage '{self.plan.stage.name}' is not finite at step {self.state.global_step + 1}",
@@ -132,11 +141,16 @@ class StageTrainer(Trainer):
                 found=error.found or error.message,
                 fix=self._where_to_go_on(),
             ) from error
+        if waiting and not self._is_balancing() and self.progress is not None and self.aligner.balance is not None:
+            self.progress.balanced(self.aligner.balance.state())
         for name, part in output.parts.items():
             self._figures[name] = self._figures.get(name, part.new_zeros(())) + part
         # Data-parallel gradients are averaged over ranks; the sums here are already divided by the global counts.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _is_balancing(self) -> bool:
+        return self.aligner.balance is not None and not self.aligner.balance.done
 
     def _where_to_go_on(self) -> str:
         kept = latest_checkpoint(Path(str(self.args.output_dir)))
@@ -167,7 +181,7 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save only what this stage trains: the rest comes back from the student's source and earlier stages."""
-        write_tensors(Path(output_dir or str(self.args.output_dir)) / STATE_FILE, self.aligner.trained_state())
+        write_state(self.aligner, Path(output_dir or str(self.args.output_dir)) / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.aligner.load_trained_state(Path(resume_from_checkpoint) / STATE_FILE)
@@ -196,6 +210,13 @@ class StageTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
+
+
+def write_state(aligner: Aligner, path: Path) -> None:
+    """Write what a stage trained, whole or not at all. Raises CheckpointError if it can't."""
+    if aligner.balance is not None:
+        write_balance(aligner.balance, path)
+    write_tensors(path, aligner.trained_state())
 
 
 def checkpoints(folder: Path) -> list[Path]:

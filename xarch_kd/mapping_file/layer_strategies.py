@@ -1,0 +1,127 @@
+"""Layer maps of a mapping file: which student block learns from which teacher block."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from xarch_kd.mapping_file.parts import Fraction, LayerIndex, NonNegative, Part, Positive
+
+
+class LayerPair(Part):
+    """Student block `student` learns from teacher block `teacher` (both count from 0).
+
+    `weight` is relative to the other pairs of the same student block.
+    """
+
+    student: LayerIndex
+    teacher: LayerIndex
+    weight: Positive = 1.0
+
+
+class EveryStrategy(Part):
+    """Student block i learns from teacher block (i+1)·k - 1."""
+
+    strategy: Literal["every"]
+    k: Annotated[int, Field(ge=1)]
+
+
+class AllToOneStrategy(Part):
+    """Every student block learns from one teacher block, by default the last: a control."""
+
+    strategy: Literal["all_to_one"]
+    teacher_layer: LayerIndex | None = None
+
+
+class RandomStrategy(Part):
+    """A random teacher block for each student block, in order if `ordered`, redrawn every `redraw` steps: a control."""
+
+    strategy: Literal["random"]
+    seed: Annotated[int, Field(ge=0)] = 0
+    ordered: bool = False
+    redraw: Annotated[int, Field(ge=1)] | None = None
+
+
+class MonotoneStrategy(Part):
+    """The order-preserving map of greatest total similarity (by a dynamic programme).
+
+    `strict`: no teacher block twice; `band`: at most so far from the uniform map, in teacher blocks.
+    """
+
+    strategy: Literal["monotone"]
+    strict: bool = True
+    band: Annotated[int, Field(ge=0)] | None = None
+    last_to_last: bool = True
+
+
+class TransportStrategy(Part):
+    """The cheapest transport of the student's blocks to the teacher's, at cost 1 - similarity.
+
+    `entropy` is relative to the median cost (0: exact, by a linear programme); `order` adds order · (i/S - j/T)².
+    """
+
+    strategy: Literal["optimal_transport"]
+    entropy: NonNegative = 0.0
+    order: NonNegative = 0.0
+
+
+class LearnedStrategy(Part):
+    """Attention over the teacher's blocks, trained with the student: softmax(logits / temperature) a student block.
+
+    With `final_temperature` the temperature goes there over the stage, near one-hot at 0.1. The entropy of the teacher
+    blocks in use is kept above `usage_floor` of its maximum, so that the map does not collapse onto one block.
+    """
+
+    strategy: Literal["learned"]
+    temperature: Positive = 1.0
+    final_temperature: Positive | None = None
+    usage_floor: Fraction = 0.5
+
+
+class PlainStrategy(Part):
+    """A strategy without an option; its name alone says the same."""
+
+    strategy: Literal[
+        "same",
+        "replaced",
+        "uniform",
+        "uniform_endpoints",
+        "uniform_begin",
+        "first",
+        "last",
+        "block_average",
+        "reverse",
+        "type_aware",
+        "cka",
+    ]
+
+
+StrategyName = Literal[
+    "same",
+    "replaced",
+    "uniform",
+    "uniform_endpoints",
+    "uniform_begin",
+    "first",
+    "last",
+    "block_average",
+    "type_aware",
+    "cka",
+    "monotone",
+    "optimal_transport",
+    "reverse",
+    "all_to_one",
+    "random",
+    "learned",
+]
+LayerStrategy = Annotated[
+    PlainStrategy
+    | EveryStrategy
+    | AllToOneStrategy
+    | RandomStrategy
+    | MonotoneStrategy
+    | TransportStrategy
+    | LearnedStrategy,
+    Field(discriminator="strategy"),
+]

@@ -1,0 +1,52 @@
+"""What the objectives of one stage need of each other: something that counts at each step, something to balance on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from xarch_kd.losses.cka import cka_tokens
+from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.mapping_file.marks import Place, Problem
+from xarch_kd.mapping_file.objectives import Schedule
+from xarch_kd.mapping_file.plan import PairPlan
+from xarch_kd.mapping_file.schema import Stage
+
+
+def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: Place) -> Iterator[Problem]:
+    """Yield what is wrong with the objectives that are left in a stage."""
+    present = {pair.align for pair in pairs}
+    entries = [entry for entry in stage.align if entry.name in present]
+    if stage.tokens is None and entries and all(entry.loss.weight == "auto" for entry in entries):
+        position = stage.align.index(entries[0])
+        message = (
+            "every objective of this stage has weight: auto, so there is nothing to balance against. Give one of them "
+            "a number, or add tokens."
+        )
+        yield Problem((*place, "align", position, "loss", "weight"), message)
+    schedules = [_schedule(entry.schedule) for entry in entries]
+    if stage.tokens is not None:
+        schedules.append(_schedule(stage.tokens.schedule))
+    for step in range(stage.steps):
+        if not any(schedule.factor(step / stage.steps) > 0 for schedule in schedules):
+            message = (
+                f"no objective has a weight above 0 at step {step + 1} of {stage.steps}. Let their schedules meet, or "
+                "make two stages."
+            )
+            yield Problem(place, message)
+            return
+
+
+def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iterator[str]:
+    """Yield a warning for each entry whose loss needs more tokens a micro-batch than the `tokens` that there are."""
+    for pair in pairs:
+        enough = cka_tokens(pair.student_width, pair.teacher_width)
+        if pair.loss == "cka" and tokens < enough:
+            yield (
+                f"stage {stage.name}: {pair.align} compares {tokens} tokens at a time in "
+                f"{max(pair.student_width, pair.teacher_width)} dimensions by cka, which is more noise than signal "
+                f"below {enough}: raise batch_size or data.sequence_length"
+            )
+
+
+def _schedule(given: Schedule | None) -> WeightSchedule:
+    return WeightSchedule() if given is None else given.schedule
