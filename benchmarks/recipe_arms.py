@@ -1,8 +1,8 @@
-"""The arms of the table of strategies on SmolLM2-135M: which mapping file each of them is, and whom it is compared with.
+"""The arms of the table of strategies on SmolLM2-135M: the mapping file of each, and whom it is compared with.
 
 `fresh`: a Mamba-2 student of 6 blocks, 256 wide, trained from random weights by the teacher's next-token distributions
-alone, or by these and the teacher's hidden states under a layer map. `replaced-4` and `replaced-15`: the teacher with so
-many of its 30 attention layers replaced by Mamba-2; the mixers first learn what the attention gave, or that and its
+alone, or by these and the teacher's hidden states under a layer map. `replaced-4` and `replaced-15`: the teacher with
+so many of its 30 attention layers replaced by Mamba-2; the mixers first learn what the attention gave, or that and its
 token-mixing matrix, then next-token distributions.
 """
 
@@ -144,8 +144,7 @@ def _fresh() -> Iterator[Arm]:
         title = f"+ hidden, {name.replace('_', ' ')}{' (control)' if name in CONTROLS else ''}"
         references = (logits,) if name == "random" else (logits, "fresh-random")
         mapping = _mapping({"config": FRESH_STUDENT}, FRESH | {"align": [entry]})
-        calibrated = name in ("cka", "monotone")
-        yield _arm("fresh", f"fresh-{name}", title, mapping, references, like=None if calibrated else "fresh-uniform")
+        yield _arm("fresh", f"fresh-{name}", title, mapping, references, like="fresh-uniform")
 
 
 def _replaced(count: int) -> Iterator[Arm]:

@@ -30,8 +30,7 @@ ROUNDS = 5
 def probe(arms: Sequence[Arm], folder: Path) -> dict[str, list[dict[str, float]]]:
     """Return for each arm, stage by stage, the median seconds of the teacher's pass and of the student's step.
 
-    Only arms that stand for themselves (`costs_like`) are measured; of those whose layer map follows from data the
-    steps are those of a map that does not.
+    Only arms that stand for themselves (`costs_like`) are measured.
     """
     found: dict[str, list[dict[str, float]]] = {}
     for group in dict.fromkeys(arm.group for arm in arms):

@@ -67,8 +67,7 @@ def run_strategies(
 
 def arm_seconds(arm: Arm, steps: Mapping[str, Sequence[dict[str, float]]], prepared: Mapping[str, float]) -> float:
     """Return the wall time of an arm: what prepares it, the teacher's passes and the steps."""
-    own = steps.get(arm.costs_like) or steps["fresh-uniform"]
-    return training_seconds(arm.mapping, own) + prepared.get(arm.name, 0.0)
+    return training_seconds(arm.mapping, steps[arm.costs_like]) + prepared.get(arm.name, 0.0)
 
 
 def preparations(figures: Sequence[dict[str, Any]]) -> dict[str, float]:
