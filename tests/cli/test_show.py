@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from tests.cli.conftest import XarchKd
 from xarch_kd.evaluation.results import Evaluation, LikelihoodResult, write_evaluation
+from xarch_kd.projectors.diagnostics import Diagnosis
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
+from xarch_kd.training.diagnostics import ProjectorReport, write_reports
 
 MAPPING = """
 version: 1
@@ -92,3 +95,28 @@ def test_a_folder_that_is_no_finished_run_is_a_usage_error(
         done = xarch_kd("show", run_folder / "elsewhere")
     assert (done.code, done.out) == (2, "")
     assert message in done.err
+
+
+def test_projectors_of_the_run_have_a_table(run_folder: Path, xarch_kd: XarchKd) -> None:
+    diagnosis = Diagnosis(
+        kind="linear",
+        rank=60,
+        possible_rank=64,
+        condition=math.inf,
+        explained=0.5,
+        ceiling=0.9,
+        alone=None,
+        warnings=("narrow: [so]",),
+    )
+    report = ProjectorReport(
+        stage="mixers", projector="stream.3", pairs=("stream.3",), tokens=9, diagnosis=diagnosis, note=None
+    )
+    write_reports(run_folder / "projectors.json", [report])
+    done = xarch_kd("show", run_folder, "--tokens", "2")
+    assert done.code == 0, done.err
+    (row,) = [line for line in done.out.splitlines() if line.startswith("│ mixers")]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["mixers", "stream.3", "linear", "60/64", "inf", "50%", "-"]
+    assert "mixers, stream.3: narrow: [so]" in done.out
+    (run_folder / "projectors.json").unlink()
+    assert "stream.3" not in xarch_kd("show", run_folder, "--tokens", "2").out

@@ -29,6 +29,7 @@ def command(
     check_run(run)
     console = make_console()
     print_result(console, run)
+    print_projectors(console, run)
     console.print(generations(run, prompt or list(PROMPTS), tokens=tokens, temperature=temperature, seed=seed))
     console.print()
     console.print(loading_lines(run / "student"), highlight=False, markup=False, soft_wrap=True)
@@ -58,6 +59,30 @@ def print_result(console: Console, run: Path) -> None:
     from xarch_kd.evaluation.results import read_evaluation, render
 
     console.print(render(read_evaluation(file)))
+
+
+def print_projectors(console: Console, run: Path) -> None:
+    """Print what the projectors did in training, if the run had any."""
+    file = run / "projectors.json"
+    if not file.is_file():
+        return
+    from xarch_kd.training.diagnostics import read_reports
+
+    table = Table(title="Projectors: the teacher's variance that the student explains", title_justify="left")
+    for heading in ("stage", "projector", "kind", "rank", "condition", "explained", "alone"):
+        table.add_column(heading, justify="right" if heading in ("condition", "explained", "alone") else "left")
+    reports = read_reports(file)
+    for report in reports:
+        found = report.diagnosis
+        alone = "-" if found.alone is None else f"{found.alone:.0%}"
+        rank = f"{found.rank}/{found.possible_rank}"
+        figures = (found.kind, rank, f"{found.condition:.3g}", f"{found.explained:.0%}", alone)
+        table.add_row(report.stage, report.projector, *figures)
+    console.print(table)
+    for report in reports:
+        for warning in report.diagnosis.warnings:
+            text = f"{report.stage}, {report.projector}: {warning}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def generations(run: Path, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:

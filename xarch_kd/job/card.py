@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import xarch_kd
 from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.models.licence import licence_of
+from xarch_kd.training.diagnostics import ProjectorReport, read_reports, warnings_of
 from xarch_kd.training.run_folder import RunFolder, write_text
 
 TEMPLATE = """---
@@ -40,7 +42,7 @@ No code comes with this checkpoint: it is a stock `{student_type}` model of tran
 ## Training
 
 {stages}
-
+{projectors}
 Data: {data}. The figures of every step are in the run's `events.jsonl`.
 
 ## Mapping file
@@ -52,12 +54,13 @@ Data: {data}. The figures of every step are in the run's `events.jsonl`.
 
 
 def write_card(plan: Plan, folder: RunFolder) -> None:
-    """Write `student/README.md` from the plan and, if there is one, the run's evaluation."""
-    write_text(folder.student / "README.md", card(plan, folder.evaluation))
+    """Write `student/README.md` from the plan and what the run measured, of it and of its projectors."""
+    reports = read_reports(folder.projector_reports) if folder.projector_reports.is_file() else ()
+    write_text(folder.student / "README.md", card(plan, folder.evaluation, reports))
 
 
-def card(plan: Plan, evaluation: Path) -> str:
-    """Return the text of the model card."""
+def card(plan: Plan, evaluation: Path, reports: Sequence[ProjectorReport] = ()) -> str:
+    """Return the text of the model card; of the projectors it holds what they are warned of."""
     teacher, student = plan.teacher, plan.student
     replaced = [str(row.index) for row in student.layers if row.replaced]
     licence = licence_of(teacher.reference, plan.mapping.teacher.revision)
@@ -87,6 +90,7 @@ def card(plan: Plan, evaluation: Path) -> str:
             f"{stage.trainable_parameters:,} parameters trained"
             for stage in plan.stages
         ),
+        projectors="".join(f"\nWarning of {warning}\n" for warning in warnings_of(reports)),
         data=plan.mapping.data.builtin or plan.mapping.data.dataset or ", ".join(plan.mapping.data.files or ()),
         mapping=plan.source.rstrip(),
     )
