@@ -66,7 +66,8 @@ class PairPlan:
 class StagePlan:
     """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `estimate.py` for their derivation.
 
-    `pictures` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` that have `mixer_lr`.
+    `pictures` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` with
+    `mixer_lr` as their rate.
     """
 
     index: int

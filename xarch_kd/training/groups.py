@@ -1,4 +1,4 @@
-"""What AdamW trains of the student, in groups: matrices decay, vectors do not, and mixers may have a rate of their own."""
+"""What AdamW trains of the student, in groups: matrices decay, vectors do not, mixers may have their own rate."""
 
 from __future__ import annotations
 
