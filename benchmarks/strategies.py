@@ -3,8 +3,9 @@
     python -m benchmarks.recipes --table strategies [--plan] [--workers 2] [--seeds 0 1 2]
 
 Which arms there are is in `recipe_arms`. First a step of each arm is timed (`recipe_probe`); from that follows how many
-steps the cheaper arms get in the wall time of the dearest. Then the arms run, seed by seed, a process each. Results and
-table are written after every run, and a run that is finished already is used as it is.
+steps the cheaper arms get in the wall time of the dearest. Then the arms of equal tokens run, seed by seed, and last
+those of equal wall time, each run a process of its own. Results and table are written after every run, and a run that
+is finished already is used as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.strategies_table import table
 from xarch_kd.training.run_folder import write_text
 
 # Seconds of a run beside its training: reading the teacher, saving, measuring. For the plan alone.
-AROUND: Final = 40.0
+AROUND: Final = 32.0
 # Arms that also run as long as the dearest arm they are compared with. Of a hybrid's, those from attention.
 CHEAPER: Final = {
     "fresh-logits": ("fresh-uniform", "fresh-cka", "fresh-monotone"),
@@ -54,14 +55,17 @@ def run_strategies(
             write_text(output.with_suffix(".md"), table(result))
             print(f"{arm.name}, seed {seed}: gap {figures['gap']:+.4f}, {figures['wall_seconds']} s", flush=True)
 
+    def all_of(chosen: Sequence[Arm], seed: int) -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(one, chosen, [seed] * len(chosen)))
+
     for seed in seeds:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, arms(), [seed] * len(arms())))
-        # What preparing takes is known from the first seed, and the same for all.
-        first = [figures for figures in found if figures["seed"] == seeds[0]]
-        further = arms_with_longer(steps, preparations(first))[len(arms()) :]
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, further, [seed] * len(further)))
+        all_of(arms(), seed)
+    # What preparing takes is known from the first seed, and the same for all.
+    first = [figures for figures in found if figures["seed"] == seeds[0]]
+    for further in arms_with_longer(steps, preparations(first))[len(arms()) :]:
+        for seed in seeds:
+            all_of([further], seed)
     print(output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
