@@ -7,14 +7,15 @@ padded with zeros to a multiple of 128, which add nothing and get no gradient.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from xarch_kd.errors import ModelError
+from xarch_kd.taps.mamba_ssm import is_mamba_ssm_model
 
 MULTIPLE = 128
 # Modules outside the blocks, and inside a block of Bamba: stock → mamba_ssm. Where several have one, its rows are
@@ -48,6 +49,11 @@ def mamba_ssm_name(name: str) -> str:
             inside = other + inside.removeprefix(own)
             break
     return f"backbone.layers.{block[1]}.{inside}" if block else inside
+
+
+def own_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return what `model` calls the stock parameters `names`: the same, except in a `mamba_ssm.MambaLMHeadModel`."""
+    return [mamba_ssm_name(name) for name in names] if is_mamba_ssm_model(model) else list(names)
 
 
 def mamba_ssm_state(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
 from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
 from xarch_kd.models.frozen import frozen_names
+from xarch_kd.models.mamba_ssm_weights import own_names
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
 from xarch_kd.training.balancing import TOKENS, balance_of, read_balance
@@ -61,8 +62,9 @@ class Aligner(nn.Module):
         self.maps = nn.ModuleDict()
         depths = (len(student_layout.blocks), len(teacher_layout.blocks))
         self.entries = tuple(self._entry(name, plan.mapping.seed, depths) for name in self._names())
-        self.projectors.to(self.student.device)
-        self.maps.to(self.student.device)
+        device = next(self.student.parameters()).device
+        self.projectors.to(device)
+        self.maps.to(device)
         settings = self.stage.stage.tokens
         plain = settings is None or settings.schedule is None
         self._token_schedule = WeightSchedule() if plain else settings.schedule.schedule  # type: ignore[union-attr]
@@ -131,7 +133,7 @@ class Aligner(nn.Module):
         return tuple(dict.fromkeys(found))
 
     def _freeze(self) -> None:
-        wanted = set(self.stage.trainable)
+        wanted = set(own_names(self.student, self.stage.trainable))
         unknown = wanted - {name for name, _ in self.student.named_parameters()}
         if unknown:
             raise UsageError(
@@ -376,6 +378,10 @@ def _stage_of(plan: Plan, stage: int | str) -> StagePlan:
 def _set_checkpointing(student: PreTrainedModel, wanted: bool) -> None:
     # transformers renamed the pair of methods in its fifth major version; releases that we allow have one or the other.
     word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if not hasattr(student, f"{word}_checkpointing_enable"):
+        if wanted:
+            raise UsageError(f"{type(student).__name__} has no gradient checkpointing", fix="set it to false")
+        return
     if wanted:
         getattr(student, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
