@@ -236,7 +236,7 @@ REFUSALS: dict[str, Refusal] = {
         instead=_FRESH,
     ),
     "gpt_neox": Refusal(
-        reason="its attention and MLP read the same input in parallel, and its LayerNorms have biases with no place",
+        reason="its LayerNorms have biases with no place, and mostly its attention and MLP read one input in parallel",
         instead=_FRESH,
     ),
 }

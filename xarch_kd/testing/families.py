@@ -5,7 +5,6 @@ A row is a tiny model. A cell says what works, or the reason that the code gives
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import XarchError
 from xarch_kd.models.convert import IN_PLACE, conversion_warnings, student_config
+from xarch_kd.models.epsilon import with_epsilon
 from xarch_kd.models.facts import FACTS, REFUSALS, teacher_facts
 from xarch_kd.models.in_place import convert_in_place
 from xarch_kd.models.in_place_teachers import FAMILIES as IN_PLACE_FAMILIES
+from xarch_kd.models.mamba_ssm_config import EPSILON, WRITERS, mamba_ssm_config
 from xarch_kd.models.targets import TARGETS, Fit, choose_target
 from xarch_kd.taps.families import FAMILIES
 from xarch_kd.taps.families import IN_PLACE as IN_PLACE_PREFIX
@@ -29,6 +30,8 @@ from xarch_kd.taps.trace import trace
 from xarch_kd.testing import recurrent, tiny
 
 LENGTH = 13
+# The class of students whose network mamba_ssm has too.
+EXPORTED = "bamba"
 CONVERSIONS: dict[str, tuple[str, ...]] = {
     mixer: (*(name for name, target in TARGETS.items() if target.mixer == mixer), IN_PLACE)
     for mixer in ("mamba2", "gated_delta")
@@ -122,6 +125,18 @@ class Conversion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Whether a model, or the Bamba that it converts to, can be written in mamba_ssm's format; if not, `reason`.
+
+    `rescaled` is why its norms must be given another epsilon before anything else, where they must.
+    """
+
+    by_way_of: str | None = None
+    reason: str | None = None
+    rescaled: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """What a specimen is served with.
 
@@ -135,6 +150,7 @@ class Row:
     mixings: Mapping[str, str]
     unread: Mapping[str, str]
     conversions: Mapping[tuple[str, str], Conversion]
+    export: Export
 
 
 def row_of(specimen: Specimen) -> Row:
@@ -153,14 +169,15 @@ def row_of(specimen: Specimen) -> Row:
             for mixer, targets in CONVERSIONS.items()
             for target in targets
         },
+        export=export_of(model),
     )
 
 
 def in_short(error: XarchError) -> str:
     """The reason in what an error says, word for word: what was found against one target, or what follows a colon."""
-    against = re.fullmatch(r"\w+: ([^;]*)", str(error.found))
-    if against is not None:
-        return against[1]
+    target, _, against = str(error.found).partition(": ")
+    if target in TARGETS and "; " not in against:
+        return against
     return error.message.split(": ", 1)[-1].rstrip(".")
 
 
@@ -197,6 +214,30 @@ def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> Conversi
     chosen = choose_target(facts, mixer=mixer, target="auto").name == target
     fit = TARGETS[target].fit(facts)
     return Conversion(fit=fit, notes=notes, chosen=chosen, all_kept=all_kept)
+
+
+def export_of(model: PreTrainedModel) -> Export:
+    """Whether a model can be written in mamba_ssm's format, itself or with the mixer of its last block replaced."""
+    converts = conversion_of(model.config, "mamba2", EXPORTED).fit is not None
+    if model.config.model_type in WRITERS or not converts:
+        return Export(reason=_unwritten(model.config))
+    reason = _unwritten(_converted(model))
+    if reason is None:
+        return Export(by_way_of=EXPORTED)
+    return Export(by_way_of=EXPORTED, reason=_unwritten(_converted(with_epsilon(model, EPSILON))), rescaled=reason)
+
+
+def _converted(teacher: PreTrainedModel) -> PreTrainedConfig:
+    replaced = [int(teacher.config.num_hidden_layers) - 1]
+    return student_config(teacher.config, mixer="mamba2", target=EXPORTED, replace=replaced)
+
+
+def _unwritten(config: PreTrainedConfig) -> str | None:
+    try:
+        mamba_ssm_config(config)
+    except XarchError as error:
+        return in_short(error)
+    return None
 
 
 def _all_kept(config: PreTrainedConfig, mixer: str, target: str) -> str | None:

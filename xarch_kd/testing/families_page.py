@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xarch_kd.models.targets import Fit
 from xarch_kd.taps.sites import TAPS
-from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, Conversion, Row, row_of
+from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, Conversion, Export, Row, row_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 FITS: dict[Fit, str] = {"exact": "exact", "folded": "up to rounding", "frozen": "as initialisation"}
@@ -25,6 +25,8 @@ code itself says, below. What a field of your own model's config changes, `xarch
   kept the logits are the teacher's, bit for bit, and so is what a kept block returns for the same input.
   {FITS["folded"].capitalize()}: multipliers are folded into weights. {FITS["frozen"].capitalize()}: equal up to
   rounding only while a part stays frozen.
+- **mamba_ssm**: whether the model, or the student that it converts to, can be written in the format of
+  `mamba_ssm.MambaLMHeadModel`.
 """
 
 
@@ -45,7 +47,7 @@ class Notes:
 def page() -> str:
     """The whole page."""
     notes = Notes()
-    header = ("Type", "Mixers", "Taps", "`mixing`", *CONVERSIONS)
+    header = ("Type", "Mixers", "Taps", "`mixing`", *CONVERSIONS, "mamba_ssm")
     lines = [_line(header), _line(["---"] * len(header))]
     lines += [_line(_cells(row_of(specimen), notes)) for specimen in SPECIMENS.values()]
     texts = [f'{number}. <a id="{number}"></a>{_sentence(text)}' for number, text in enumerate(notes.texts, 1)]
@@ -59,7 +61,14 @@ def _cells(row: Row, notes: Notes) -> Sequence[str]:
         _conversions({target: row.conversions[mixer, target] for target in targets}, notes)
         for mixer, targets in CONVERSIONS.items()
     ]
-    return (name, ", ".join(row.mixers), _taps(row.missing, notes), _mixings(row, notes), *conversions)
+    return (
+        name,
+        ", ".join(row.mixers),
+        _taps(row.missing, notes),
+        _mixings(row, notes),
+        *conversions,
+        _export(row.export, notes),
+    )
 
 
 def _taps(missing: Mapping[str, str], notes: Notes) -> str:
@@ -95,8 +104,17 @@ def _said(conversion: Conversion, notes: Notes) -> str:
     return " ".join([FITS[conversion.fit], *(notes.number(text) for text in told)])
 
 
+def _export(export: Export, notes: Notes) -> str:
+    if export.reason is not None:
+        return f"no {notes.number(export.reason)}"
+    said = "yes" if export.by_way_of is None else f"by way of {export.by_way_of}"
+    return said if export.rescaled is None else f"{said} {notes.number(export.rescaled)}"
+
+
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+    # A name stays as it is written.
+    first = text[0] if "_" in text.split()[0] else text[0].upper()
+    return f"{first}{text[1:].rstrip('.')}."
 
 
 def _line(cells: Sequence[str]) -> str:
