@@ -34,6 +34,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.run
 
 docs: $(VENV)/dev.stamp
+	$(BIN)/python -m xarch_kd.testing.families_page
 	$(BIN)/python -m pytest tests/test_readme.py
 
 clean:
