@@ -37,7 +37,8 @@ SEEDS: Final = (0, 1, 2)
 HIDDEN_MAPS: Final = ("uniform", "cka", "monotone", "random", "reverse", "all_to_one")
 CONTROLS: Final = ("random", "reverse", "all_to_one")
 REPLACED: Final[dict[int, list[int]]] = {4: [6, 13, 20, 27], 15: list(range(1, 30, 2))}
-# Tokens of calibration, also of the projectors' closed form in every arm that has them, and of the held-out text on which students are measured.
+# Tokens of calibration, also of the projectors' closed form in every arm that has them, and of the held-out text on
+# which students are measured.
 CALIBRATION_TOKENS: Final = 3072
 # The best of 1e-3, 3e-3 and 8e-3 at seed 9 on logits alone (held-out NLL 6.66, 6.18 and 5.94), which no run here has.
 FRESH_RATE: Final = 8e-3
@@ -118,6 +119,15 @@ def groups() -> dict[str, str]:
     }
 
 
+def seeded(mapping: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Return a mapping file with its seed, from which a map at random is drawn anew, too."""
+    drawn = copy.deepcopy(mapping) | {"seed": seed}
+    for entry in (entry for stage in drawn["stages"] for entry in stage.get("align", ())):
+        if isinstance(entry["layers"], dict):
+            entry["layers"]["seed"] = seed
+    return drawn
+
+
 def longer(arm: Arm, factor: float, dearest: str) -> Arm:
     """Return `arm` with `factor` times its steps and its distinct batches: the wall time of the arm `dearest`."""
     mapping = copy.deepcopy(arm.mapping)
@@ -140,7 +150,8 @@ def _fresh() -> Iterator[Arm]:
     logits = "fresh-logits"
     yield _arm("fresh", logits, "logits only", _mapping({"config": FRESH_STUDENT}, FRESH), ())
     for name in HIDDEN_MAPS:
-        entry = {"name": "hidden", "tap": "hidden", "layers": name}
+        layers = {"strategy": "random", "seed": 0} if name == "random" else name
+        entry = {"name": "hidden", "tap": "hidden", "layers": layers}
         title = f"+ hidden, {name.replace('_', ' ')}{' (control)' if name in CONTROLS else ''}"
         references = (logits,) if name == "random" else (logits, "fresh-random")
         mapping = _mapping({"config": FRESH_STUDENT}, FRESH | {"align": [entry]})

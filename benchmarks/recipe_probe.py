@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.recipe_arms import Arm
+from benchmarks.recipe_arms import Arm, seeded
 from xarch_kd.data.rows import pack
 from xarch_kd.job.models import load_models, load_run_tokenizer
 from xarch_kd.job.texts import training_and_held_out
@@ -64,7 +64,7 @@ def training_seconds(mapping: dict[str, Any], steps: Sequence[dict[str, float]])
 def _steps(arm: Arm, folder: Path) -> list[Callable[[], tuple[float, float]]]:
     """Return one function a stage, which makes a step and returns the teacher's and the student's seconds."""
     path = folder / f"probe-{arm.name}.yaml"
-    write_text(path, yaml.safe_dump({**arm.mapping, "seed": 0}, sort_keys=False))
+    write_text(path, yaml.safe_dump(seeded(arm.mapping, 0), sort_keys=False))
     plan = make_plan(path)
     tokenizer = load_run_tokenizer(plan)
     models = load_models(plan, tokenizer, lambda _: None)

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.machine import ROOT
-from benchmarks.recipe_arms import MEASURED_TOKENS, Arm
+from benchmarks.recipe_arms import MEASURED_TOKENS, Arm, seeded
 from xarch_kd.data.rows import pack
 from xarch_kd.evaluation.likelihood import token_nll
 from xarch_kd.job.models import load_run_tokenizer
@@ -55,7 +55,7 @@ class Runs:
             return found
         run = self.path(arm, seed)
         mapping = self.folder / f"{run.name}.yaml"
-        write_text(mapping, yaml.safe_dump({**arm.mapping, "seed": seed}, sort_keys=False))
+        write_text(mapping, yaml.safe_dump(seeded(arm.mapping, seed), sort_keys=False))
         began = time.perf_counter()
         if not (run / "manifest.json").exists():
             _train(mapping, run)

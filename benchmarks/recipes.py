@@ -1,7 +1,7 @@
 """What the demo's recipe reaches, beside what a user would do otherwise in the same wall time.
 
     python -m benchmarks.recipes [--runs runs/recipes] [--output benchmarks/results/recipes.json]
-    python -m benchmarks.recipes --table strategies [--plan] [--workers 2] [--seeds 0 1 2]
+    python -m benchmarks.recipes --table strategies [--plan | --stored] [--workers 2] [--seeds 0 1 2]
 
 The second form is another table, of layer maps and of conversions, and described in `strategies`. The first has
 
@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from benchmarks.recipe_arms import SEEDS
-from benchmarks.strategies import run_strategies
+from benchmarks.strategies import rewrite, run_strategies
 from xarch_kd._layout import folder
 from xarch_kd.evaluation.results import Evaluation, read_evaluation
 from xarch_kd.training.run_folder import environment, sha256_of, write_text
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plan", action="store_true", help="strategies: show the runs and what they would take")
+    parser.add_argument("--stored", action="store_true", help="strategies: the table of stored results, nothing run")
     parser.add_argument("--workers", type=int, default=1, help="strategies: runs at a time, of one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="strategies: of which runs")
     arguments = parser.parse_args()
@@ -64,6 +65,8 @@ def main() -> None:
     output = arguments.output or Path(__file__).parent / "results" / RESULTS[arguments.table][1]
     if arguments.table == "demo":
         demo_table(runs, output)
+    elif arguments.stored:
+        rewrite(output)
     else:
         run_strategies(runs, output, seeds=arguments.seeds, workers=arguments.workers, only_plan=arguments.plan)
 

@@ -1,6 +1,6 @@
 """Layer maps and conversions on a real teacher: equal tokens and equal wall time, three seeds, with intervals.
 
-    python -m benchmarks.recipes --table strategies [--plan] [--workers 2] [--seeds 0 1 2]
+    python -m benchmarks.recipes --table strategies [--plan | --stored] [--workers 2] [--seeds 0 1 2]
 
 Which arms there are is in `recipe_arms`. First a step of each arm is timed (`recipe_probe`); from that follows how many
 steps the cheaper arms get in the wall time of the dearest. Then the arms of equal tokens run, seed by seed, and last
@@ -21,7 +21,7 @@ from benchmarks.machine import stamp
 from benchmarks.recipe_arms import MEASURED_TOKENS, SEEDS, Arm, arms, longer
 from benchmarks.recipe_probe import probe, training_seconds
 from benchmarks.recipe_runs import Runs
-from benchmarks.strategies_table import table
+from benchmarks.strategies_table import comparisons, table
 from xarch_kd.training.run_folder import write_text
 
 # Seconds of a run beside its training: reading the teacher, saving, measuring. For the plan alone.
@@ -50,9 +50,7 @@ def run_strategies(
         figures = runs.figures(arm, seed)
         with writing:
             found.append(figures)
-            result = _result(arms_with_longer(steps, preparations(found)), steps, found)
-            write_text(output, json.dumps(result, indent=2) + "\n")
-            write_text(output.with_suffix(".md"), table(result))
+            _write(output, _result(arms_with_longer(steps, preparations(found)), steps, found))
             print(f"{arm.name}, seed {seed}: gap {figures['gap']:+.4f}, {figures['wall_seconds']} s", flush=True)
 
     def all_of(chosen: Sequence[Arm], seed: int) -> None:
@@ -67,6 +65,16 @@ def run_strategies(
         for seed in seeds:
             all_of([further], seed)
     print(output.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def rewrite(output: Path) -> None:
+    """Write the comparisons and the table of stored results again; nothing is measured."""
+    _write(output, json.loads(output.read_text(encoding="utf-8")))
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    write_text(output, json.dumps({**result, "comparisons": comparisons(result)}, indent=2) + "\n")
+    write_text(output.with_suffix(".md"), table(result))
 
 
 def arm_seconds(arm: Arm, steps: Mapping[str, Sequence[dict[str, float]]], prepared: Mapping[str, float]) -> float:

@@ -1,42 +1,160 @@
-"""The table of strategies as Markdown, from its stored results alone."""
+"""The comparisons of the table of strategies, and the table as Markdown, from stored runs alone."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.recipe_arms import groups
+from benchmarks.recipe_arms import CALIBRATION_TOKENS, CONTROLS, FRESH_RATE, HIDDEN_MAPS, LENGTH, groups
 from benchmarks.recipe_statistics import Interval, mean_interval, paired
+
+CONTROL = "fresh-random"
+
+
+def gaps_of(result: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Return the gap of each arm by seed."""
+    gaps: dict[str, dict[int, float]] = {arm["name"]: {} for arm in result["arms"]}
+    for row in result["runs"]:
+        gaps[row["arm"]][row["seed"]] = row["gap"]
+    return gaps
+
+
+def comparisons(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return every difference of two arms that is asked for and measured, paired by seed, with its interval.
+
+    Against an arm's references at equal tokens; against the longer run of a reference, where there is one, at equal
+    wall time.
+    """
+    gaps = gaps_of(result)
+    found = []
+    for arm in result["arms"]:
+        pairs = [("tokens", name) for name in arm["references"] if arm["as_long_as"] is None]
+        pairs += [("wall time", longer) for _, name in pairs if (longer := f"{name}-as-long") in gaps]
+        if arm["as_long_as"] is not None:
+            pairs += [("arm, longer", name) for name in arm["references"]]
+        for equal, reference in pairs:
+            difference = paired(gaps[arm["name"]], gaps[reference])
+            if difference is not None:
+                entry = {"arm": arm["name"], "reference": reference, "equal": equal}
+                found.append(entry | {"mean": difference.mean, "half": difference.half, "seeds": difference.count})
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    lines = ["# Strategies on a real teacher", ""]
-    gaps = {
-        arm["name"]: {row["seed"]: row["gap"] for row in result["runs"] if row["arm"] == arm["name"]}
-        for arm in result["arms"]
-    }
-    titles = {arm["name"]: arm["title"] for arm in result["arms"]}
-    for group, heading in groups().items():
-        lines += [
-            f"## {heading}",
-            "",
-            "| arm | tokens | seconds | seeds | gap | differences |",
-            "|---|---|---|---|---|---|",
-        ]
-        for arm in result["arms"]:
-            own = gaps[arm["name"]]
-            if arm["group"] != group or not own:
-                continue
-            against = [(titles[name], paired(own, gaps[name])) for name in arm["references"]]
-            differences = "; ".join(f"{shown(found)} to {title}" for title, found in against if found)
-            lines.append(
-                f"| {arm['title']} | {arm['tokens']:,} | {arm['seconds']:.0f} | {len(own)} "
-                f"| {shown(mean_interval(list(own.values())))} | {differences or '-'} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*_heading(result), *_groups(result), *_verdicts(result), *_costs(result)])
 
 
-def shown(interval: Interval) -> str:
+def shown(interval: Interval, digits: int = 3) -> str:
     """Return a mean with half the width of its interval."""
-    return f"{interval.mean:+.3f}" + ("" if interval.half is None else f" ± {interval.half:.3f}")
+    mean = f"{interval.mean:+.{digits}f}"
+    return mean if interval.half is None else f"{mean} ± {interval.half:.{digits}f}"
+
+
+def verdict(difference: Interval) -> str:
+    """Return what a difference of two gaps says: a gap is better when it is smaller."""
+    if difference.half is None:
+        return "one seed alone"
+    if difference.is_below_zero:
+        return "better, beyond the interval"
+    return "worse, beyond the interval" if difference.is_above_zero else "not to be told apart"
+
+
+def _heading(result: dict[str, Any]) -> Iterator[str]:
+    stamp = result["environment"]
+    versions = stamp["versions"]
+    yield from (
+        "# Strategies on a real teacher",
+        "",
+        "Made by `python -m benchmarks.recipes --table strategies` at revision "
+        f"`{(stamp['revision']['commit'] or 'unknown')[:12]}`, {stamp['device']}, {stamp['threads']} thread, torch "
+        f"{versions.get('torch')}, transformers {versions.get('transformers')}. Nothing is written by hand.",
+        "",
+        "Teacher: SmolLM2-135M-Instruct (GGUF, Q4_1), in bfloat16 while students train. Gaps are student - teacher NLL "
+        f"in nats a token, both in float32, on {result['measured_tokens']:,} tokens of held-out text; the seed draws "
+        "that text, the training text, the map at random and all weights that are not the teacher's. ± is half of a 95 % interval of "
+        "Student's t over seeds (2 degrees of freedom for three seeds, quantile 4.303); differences are paired by "
+        "seed. Seconds are those of one thread by the steps that were timed in turn, plus what preparing took, because "
+        "wall times of whole runs differ by what else the machine does; the runs' own are in the JSON file.",
+        "",
+        f"The budget is small: these figures say what the first minute on one thread brings, with rows of {LENGTH} "
+        "tokens, and nothing about long training.",
+        "",
+    )
+
+
+def _groups(result: dict[str, Any]) -> Iterator[str]:
+    gaps = gaps_of(result)
+    titles = {arm["name"]: arm["title"] for arm in result["arms"]}
+    against = comparisons(result)
+    for group, heading in groups().items():
+        yield from (f"## {heading}", "", *_budget(group, result))
+        yield from ("| arm | tokens | seconds | gap by seed | gap |", "|---|---|---|---|---|")
+        for arm in (arm for arm in result["arms"] if arm["group"] == group):
+            own = gaps[arm["name"]]
+            each = ", ".join(f"{own[seed]:.3f}" for seed in sorted(own))
+            gap = shown(mean_interval(list(own.values()))) if own else "not run"
+            yield f"| {arm['title']} | {arm['tokens']:,} | {arm['seconds']:.0f} | {each or '-'} | {gap} |"
+        yield ""
+        rows = [row for row in against if row["arm"].startswith(f"{group}-")]
+        if rows:
+            yield from ("| arm | against | equal | difference of gaps | |", "|---|---|---|---|---|")
+        for row in rows:
+            difference = _interval(row)
+            names = f"{titles[row['arm']]} | {titles[row['reference']]} | {row['equal']}"
+            yield f"| {names} | {shown(difference)} | {verdict(difference)} |"
+        yield ""
+
+
+def _budget(group: str, result: dict[str, Any]) -> Iterator[str]:
+    """Say how a group was trained, from the mapping file of its first arm."""
+    stages = next(arm for arm in result["arms"] if arm["group"] == group)["mapping"]["stages"]
+    told = [
+        f"{stage['name']}: {stage['steps']} steps of {stage['batch_size'] * LENGTH} tokens"
+        f" at {stage['optimizer']['lr']:g}"
+        + (f" over {stage['batches']} distinct batches" if "batches" in stage else "")
+        for stage in stages
+    ]
+    yield "Equal tokens: " + "; ".join(told) + "."
+    if group == "fresh":
+        yield (
+            f"The rate {FRESH_RATE:g} is the best of 1e-3, 3e-3 and 8e-3 for logits alone, at a seed that is not used "
+            f"here. Projectors start from their closed form. Calibration and that start read {CALIBRATION_TOKENS:,} "
+            "tokens."
+        )
+    yield ""
+
+
+def _verdicts(result: dict[str, Any]) -> Iterator[str]:
+    """Say of each strategy whether it beats the control at random."""
+    rows = {row["arm"]: row for row in comparisons(result) if row["reference"] == CONTROL}
+    if rows:
+        yield from ("## Does a layer map beat one at random?", "")
+    for name in HIDDEN_MAPS:
+        row = rows.get(f"fresh-{name}")
+        if row is not None:
+            difference = _interval(row)
+            control = ", itself a control" if name in CONTROLS else ""
+            yield f"- `{name}`{control}: {verdict(difference)} ({shown(difference)}, {row['seeds']} seeds)."
+    yield ""
+
+
+def _costs(result: dict[str, Any]) -> Iterator[str]:
+    yield from (
+        "## What a step takes",
+        "",
+        "Median seconds on one thread, all arms of a group in turn in every round.",
+        "",
+        "| arm | stage | teacher's pass | student's step |",
+        "|---|---|---|---|",
+    )
+    arms = {arm["name"]: arm for arm in result["arms"]}
+    for name, steps in result["probe"].items():
+        for stage, step in zip(arms[name]["mapping"]["stages"], steps, strict=True):
+            seconds = f"{step['teacher_seconds']:.2f} | {step['student_seconds']:.2f}"
+            yield f"| {arms[name]['title']} | {stage['name']} | {seconds} |"
+    yield ""
+
+
+def _interval(row: dict[str, Any]) -> Interval:
+    return Interval(mean=row["mean"], half=row["half"], count=row["seeds"])
