@@ -44,7 +44,7 @@ needs_teacher = pytest.mark.skipif(
 def test_every_file_loads_and_is_named_teacher_student(path: Any) -> None:
     mapping, source, _ = load_mapping(path)
     assert mapping.version == 1
-    assert re.fullmatch(r"[a-z0-9.-]+--[a-z0-9.-]+", path.stem)
+    assert re.fullmatch(r"[a-z0-9.-]+--[a-z0-9._-]+", path.stem)
     assert source.startswith(f"# yaml-language-server: $schema=./{FILE_NAME}\n")
 
 
