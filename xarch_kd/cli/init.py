@@ -18,7 +18,10 @@ def command(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     output: Annotated[Path | None, typer.Option(help="The file to write; it must be new. Default: print it.")] = None,
 ) -> None:
-    """Write a mapping file that `xarch-kd plan` accepts and that can be edited; only the teacher's config is read."""
+    """Write a mapping file that `xarch-kd plan` accepts and that can be edited; only the teacher's config is read.
+
+    It converts the teacher. Files for fresh students, smaller Transformers and staged recipes are in mappings/.
+    """
     from xarch_kd.mapping_file.write import mapping_text, write_mapping
 
     text = mapping_text(teacher, mixer=mixer, keep_attention=keep_attention, revision=revision)
