@@ -31,6 +31,7 @@ check: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.recipes
+	$(BIN)/python -m benchmarks.recipes --table strategies
 	$(BIN)/python -m benchmarks.run
 
 docs: $(VENV)/dev.stamp

@@ -121,10 +121,11 @@ def groups() -> dict[str, str]:
 
 def seeded(mapping: dict[str, Any], seed: int) -> dict[str, Any]:
     """Return a mapping file with its seed, from which a map at random is drawn anew, too."""
-    drawn = copy.deepcopy(mapping) | {"seed": seed}
-    for entry in (entry for stage in drawn["stages"] for entry in stage.get("align", ())):
-        if isinstance(entry["layers"], dict):
-            entry["layers"]["seed"] = seed
+    drawn: dict[str, Any] = copy.deepcopy(mapping) | {"seed": seed}
+    for stage in drawn["stages"]:
+        for entry in stage.get("align", []):
+            if isinstance(entry["layers"], dict):
+                entry["layers"]["seed"] = seed
     return drawn
 
 

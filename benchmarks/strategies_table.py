@@ -72,10 +72,11 @@ def _heading(result: dict[str, Any]) -> Iterator[str]:
         "",
         "Teacher: SmolLM2-135M-Instruct (GGUF, Q4_1), in bfloat16 while students train. Gaps are student - teacher NLL "
         f"in nats a token, both in float32, on {result['measured_tokens']:,} tokens of held-out text; the seed draws "
-        "that text, the training text, the map at random and all weights that are not the teacher's. ± is half of a 95 % interval of "
-        "Student's t over seeds (2 degrees of freedom for three seeds, quantile 4.303); differences are paired by "
-        "seed. Seconds are those of one thread by the steps that were timed in turn, plus what preparing took, because "
-        "wall times of whole runs differ by what else the machine does; the runs' own are in the JSON file.",
+        "that text, the training text, the map at random and all weights that are not the teacher's. ± is half of a "
+        "95 % interval of Student's t over seeds (for three seeds 2 degrees of freedom, quantile 4.303); differences "
+        "are paired by seed. Seconds are those of one thread by the steps that were timed in turn, plus what preparing "
+        "took, because wall times of whole runs differ by what else the machine does; the runs' own are in the JSON "
+        "file.",
         "",
         f"The budget is small: these figures say what the first minute on one thread brings, with rows of {LENGTH} "
         "tokens, and nothing about long training.",
@@ -119,8 +120,8 @@ def _budget(group: str, result: dict[str, Any]) -> Iterator[str]:
     if group == "fresh":
         yield (
             f"The rate {FRESH_RATE:g} is the best of 1e-3, 3e-3 and 8e-3 for logits alone, at a seed that is not used "
-            f"here. Projectors start from their closed form. Calibration and that start read {CALIBRATION_TOKENS:,} "
-            "tokens."
+            "here. Hidden states are matched by normalised_mse of weight 1 a block, through projectors that start from "
+            f"their closed form; calibration and that start read at most {CALIBRATION_TOKENS:,} tokens."
         )
     yield ""
 
