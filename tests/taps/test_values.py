@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 import torch
 
@@ -198,22 +195,20 @@ def test_the_pass_stops_before_the_values_are_mixed(model_type, layer, inner, bu
     assert ran == list(range(layer + 1))
 
 
-def test_no_queries_and_keys_are_kept_during_a_pass_that_reads_values_alone(build, input_ids):
-    model = build("llama")
-    seen, alive = [], []
-    for block in model.model.layers:
-        for name in ("q_proj", "k_proj"):
-            projection = getattr(block.self_attn, name)
-            projection.register_forward_hook(lambda _, __, output: seen.append(weakref.ref(output)))
-        block.mlp.register_forward_hook(lambda *_: alive.append(sum(r() is not None for r in seen)))
-    gc.collect()
-    gc.disable()
-    try:
-        with torch.no_grad():
-            trace(model, input_ids, taps=["values", "head_input"])
-    finally:
-        gc.enable()
-    assert len(seen) == 6 and alive == [0, 0, 0]
+@pytest.mark.parametrize(("taps", "kept"), [(["values"], "v"), (["mixing"], "qk"), (["values", "mixing"], "vqk")])
+def test_of_an_attention_call_only_what_is_asked_for_is_kept(taps, kept, build, input_ids, monkeypatch):
+    reads = []
+
+    def making(*given):
+        reads.append(mixings.mixing_read(*given))
+        return reads[-1]
+
+    monkeypatch.setattr("xarch_kd.taps.recording.mixing_read", making)
+    trace(build("llama"), input_ids, taps=taps)
+    assert len(reads) == 3
+    for read in reads:
+        assert (read.value is not None) == ("v" in kept) and (read.call is not None) == ("q" in kept)
+        assert read.call is None or read.call.value is None
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
