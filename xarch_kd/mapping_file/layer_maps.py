@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
 from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
 from xarch_kd.mapping_file.findings import Findings, Models, told
 from xarch_kd.mapping_file.layer_strategies import LayerPair, RandomStrategy
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.objectives import Align
+
+# Taps that are no features.
+FACTOR_TAPS: Final = ("mixing", "values")
 
 
 def layer_map(align: Align, models: Models, place: Place, findings: Findings) -> LayerMap | None:
@@ -27,28 +36,35 @@ def layer_map(align: Align, models: Models, place: Place, findings: Findings) ->
     name, options = strategy_of(align)
     options.pop("redraw", None)
     similarity = models.similarities.get(entry_key(int(place[1]), align.name))
-    if is_measured(align) and similarity is None:
-        if align.tap == "mixing":
-            message = f"{name} compares features, and mixing is none. Use a strategy that needs no calibration."
-            findings.problems.append(Problem((*place, "layers"), message))
-            return None
-        findings.warnings.append(
-            f"{align.name}: which layers {name} pairs follows from a calibration pass; uniform stands in for it here"
-        )
-        name, options = "uniform", {}
+    if is_measured(align) and align.tap in FACTOR_TAPS:
+        message = f"{name} compares features, and {align.tap} is none. Use a strategy that needs no calibration."
+        findings.problems.append(Problem((*place, "layers"), message))
+        return None
     try:
-        return build_layer_map(
-            name,
-            *depths,
-            replaced_layers=models.replaced,
-            student_kinds=models.student.layout.mixer_kinds,
-            teacher_kinds=models.teacher.layout.mixer_kinds,
-            similarity=similarity,
-            options=options,
-        )
+        if not is_measured(align) or similarity is not None:
+            return _built(name, options, models, similarity)
+        # Whether it can place these depths at all is known before anything is measured.
+        _built(name, options, models, torch.zeros(depths))
     except UsageError as error:
         findings.problems.append(Problem((*place, "layers"), told(error)))
         return None
+    findings.warnings.append(
+        f"{align.name}: which layers {name} pairs follows from a calibration pass; uniform stands in for it here"
+    )
+    return _built("uniform", {}, models, None)
+
+
+def _built(name: str, options: Mapping[str, object], models: Models, similarity: Tensor | None) -> LayerMap:
+    return build_layer_map(
+        name,
+        models.student.depth,
+        models.teacher.depth,
+        replaced_layers=models.replaced,
+        student_kinds=models.student.layout.mixer_kinds,
+        teacher_kinds=models.teacher.layout.mixer_kinds,
+        similarity=similarity,
+        options=options,
+    )
 
 
 def strategy_of(align: Align) -> tuple[str, dict[str, object]]:

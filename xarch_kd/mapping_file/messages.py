@@ -61,6 +61,9 @@ def _problem(details: ErrorDetails, place: Place, data: Any, marks: Marks) -> Pr
     kind = details["type"]
     context = details.get("ctx", {})
     value = _value_at(place, data)
+    if kind == "default_factory_not_called":
+        # A default follows from other entries, one of which is wrong and told of by itself.
+        return None
     if kind == "extra_forbidden":
         return Problem(place, _unknown_key(place, data), on="key")
     if kind == "missing":
@@ -226,12 +229,19 @@ def _choices(annotation: Any) -> list[Any]:
 
 
 def _part(annotation: Any, value: Any) -> type[Part] | None:
-    """Return the part that a mapping `value` is meant to be: the only one there is, or the one of its `kind`."""
+    """Return the part that a mapping `value` is meant to be: the only one there is, or the one of its `kind`.
+
+    Layer strategies have `strategy` in its place.
+    """
     parts = _parts(annotation)
     if len(parts) == 1:
         return parts[0]
-    kind = value.get("kind") if isinstance(value, dict) else None
-    return next((part for part in parts if kind in _choices(part.model_fields["kind"].annotation)), None)
+    given = value if isinstance(value, dict) else {}
+    for part in parts:
+        tag = next((name for name in ("kind", "strategy") if name in part.model_fields), None)
+        if tag is not None and given.get(tag) in _choices(part.model_fields[tag].annotation):
+            return part
+    return None
 
 
 def _annotation_at(place: Place, data: Any) -> Any:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from xarch_kd.errors import UsageError
 from xarch_kd.losses.schedules import WeightSchedule
-from xarch_kd.mapping_file.align_losses import AlignLoss, MixingMatch, NormalisedMeanSquaredError
+from xarch_kd.mapping_file.align_losses import AlignLoss, MixingMatch, NormalisedMeanSquaredError, Relation
 from xarch_kd.mapping_file.layer_strategies import LayerPair, LayerStrategy, StrategyName
 from xarch_kd.mapping_file.parts import BelowOne, Fraction, Name, NonNegative, Number, Part, Positive
 from xarch_kd.mapping_file.projector_parts import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
@@ -56,6 +56,8 @@ class Schedule(Part):
 def _default_loss(validated: dict[str, object]) -> AlignLoss:
     if validated.get("tap") == "mixing":
         return MixingMatch(kind="mixing")
+    if validated.get("tap") == "values":
+        return Relation(kind="relation")
     return NormalisedMeanSquaredError(kind="normalised_mse")
 
 

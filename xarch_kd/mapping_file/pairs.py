@@ -10,7 +10,7 @@ from xarch_kd.layer_mapping import LayerMap
 from xarch_kd.losses.relations import relation_heads
 from xarch_kd.mapping_file.align_losses import AttentionBridge, MixingMatch, Relation
 from xarch_kd.mapping_file.findings import Findings, Models, told
-from xarch_kd.mapping_file.layer_maps import is_learned, layer_map, strategy_of
+from xarch_kd.mapping_file.layer_maps import FACTOR_TAPS, is_learned, layer_map, strategy_of
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.mixing_sizes import MixingSize, mixing_size
 from xarch_kd.mapping_file.objectives import Align, is_projected
@@ -21,7 +21,6 @@ from xarch_kd.projectors.heads import head_map
 from xarch_kd.taps.sites import sites_of
 
 WHOLE_TAPS = ("embedding", "head_input")
-FACTOR_TAPS = ("mixing", "values")
 Entry = tuple[list[PairPlan], LayerMap | None]
 
 
