@@ -260,7 +260,7 @@ def test_a_teacher_that_does_not_convert_is_told_with_its_line(plan_of: PlanOf, 
         plan_of(text(folder_of("qwen3"), convert("keep_attention: every 2"), stage()))
     assert caught.value.exit_code == 3
     message = str(caught.value)
-    assert "map.yaml:3:20: student.convert: A qwen3 teacher cannot become bamba or granitemoehybrid" in message
+    assert "map.yaml:3:20: student.convert: A teacher of type qwen3 cannot become bamba or granitemoehybrid" in message
     assert "fix:" in message
 
 

@@ -296,7 +296,8 @@ def test_a_field_that_is_dropped_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 REFUSED = {
-    "llama": "a stock class holds it(.|\n)*target: auto",
+    "llama": "a stock class holds it(.|\n)*mixer: mamba2, target: bamba",
+    "olmo2": "a stock class holds it(.|\n)*mixer: gated_delta, target: olmo_hybrid",
     "olmo": "not in the table(.|\n)*fresh student",
     "mamba2": "not in the table",
 }
@@ -322,3 +323,9 @@ def test_refuses_what_does_not_fit() -> None:
         in_place_config(tiny_config("gemma3_text", use_bidirectional_attention=True), layers=[0])
     with pytest.raises(ConversionError, match=r"reads images too(.|\n)*Gemma3ForCausalLM"):
         in_place_config(AutoConfig.for_model("gemma3"), layers=[0])
+
+
+def test_a_window_that_no_stock_class_has_is_no_reason_to_name_one() -> None:
+    with pytest.raises(ConversionError, match=r"not in the table(.|\n)*fresh student") as caught:
+        in_place_config(tiny_config("phi3", sliding_window=8), layers=[0])
+    assert "a stock class holds it" not in str(caught.value)

@@ -79,14 +79,14 @@ def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
     refusal = REFUSALS.get(config.model_type)
     if refusal is not None:
         raise ConversionError(
-            f"A {config.model_type} teacher cannot become a stock hybrid student: {refusal.reason}.",
+            f"A teacher of type {config.model_type} cannot become a stock hybrid student: {refusal.reason}.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(FACTS),
             fix=or_in_place(config.model_type, refusal.instead),
         )
     if config.model_type not in FACTS:
         raise ConversionError(
-            f"A {config.model_type} teacher cannot become a stock hybrid student: "
+            f"A teacher of type {config.model_type} cannot become a stock hybrid student: "
             "its conversion is not known to be exact.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(FACTS),

@@ -25,13 +25,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from xarch_kd.errors import ConversionError
 from xarch_kd.models.bamba import mamba2_fields
 from xarch_kd.models.check import ROWS, TOKENS, logits_tolerance, runnable
-from xarch_kd.models.facts import FACTS
+from xarch_kd.models.facts import teacher_facts
 from xarch_kd.models.in_place_attention import attention_sizes
 from xarch_kd.models.in_place_classes import CLASSES, MIXERS, PREFIX, InPlaceClasses
 from xarch_kd.models.in_place_mixers import new_mixers
 from xarch_kd.models.in_place_teachers import FAMILIES
 from xarch_kd.models.keep import kept_layers
 from xarch_kd.models.qwen3_5 import delta_fields
+from xarch_kd.models.targets import TARGETS
 from xarch_kd.models.weights import check_finite
 
 NEEDS_PACKAGE = (
@@ -160,18 +161,27 @@ def _classes(teacher: PreTrainedConfig) -> InPlaceClasses:
         reason, fix = "it has new mixers already", "convert the first teacher, with all the layers that shall change"
     elif teacher.model_type == "gemma3":
         reason, fix = "it reads images too", "load its text part alone: Gemma3ForCausalLM, type gemma3_text"
-    elif teacher.model_type in FACTS:
-        reason = "a stock class holds it, and a student of that needs no package to be loaded"
-        fix = "target: auto"
+    elif (held := _stock(teacher)) is not None:
+        reason, fix = "a stock class holds it, and a student of that needs no package to be loaded", held
     else:
         reason = "where its attention is, and how it is masked, is not in the table of families"
         fix = "build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion"
     raise ConversionError(
-        f"A {teacher.model_type} teacher is not converted in place: {reason}.",
+        f"A teacher of type {teacher.model_type} is not converted in place: {reason}.",
         asked=f"model_type: {teacher.model_type}",
         allowed=", ".join(CLASSES),
         fix=fix,
     )
+
+
+def _stock(teacher: PreTrainedConfig) -> str | None:
+    """Return what to write for the first stock class that holds a teacher, or None if there is none."""
+    try:
+        facts = teacher_facts(teacher)
+    except ConversionError:
+        return None
+    able = (target for target in TARGETS.values() if target.obstacle(facts) is None)
+    return next((f"mixer: {target.mixer}, target: {target.name}" for target in able), None)
 
 
 def _copied(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -91,7 +91,8 @@ def mamba_ssm_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Return mamba_ssm's config of a Bamba, Mamba-2 or Mamba config. Raises `ConversionError` for what it lacks."""
     if config.model_type not in WRITERS:
         raise ConversionError(
-            f"A {config.model_type} cannot be written in mamba_ssm's format: no model of that package equals it.",
+            f"A model of type {config.model_type} cannot be written in mamba_ssm's format: "
+            "no model of that package equals it.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(WRITERS),
             fix="convert the teacher with mixer: mamba2 and target: bamba, or keep the format of transformers",

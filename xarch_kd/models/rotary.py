@@ -19,6 +19,7 @@ def is_rotary(facts: TeacherFacts, kept: Sequence[int]) -> bool:
         without = [index for index in kept if not facts.rotary_layers[index]]
         raise ConversionError(
             "The kept blocks mix attention with and without rotary positions, which a stock class has one switch for.",
+            asked=f"keep attention in {list(kept)}",
             found=f"blocks without rotary positions: {without} of {list(kept)}",
             fix=or_in_place(
                 facts.model_type,

@@ -124,7 +124,7 @@ def choose_target(facts: TeacherFacts, *, mixer: str, target: str) -> Target:
     if not able:
         reasons = "; ".join(f"{one.name}: {one.obstacle(facts)}" for one in asked)
         raise ConversionError(
-            f"A {facts.model_type} teacher cannot become {' or '.join(one.name for one in asked)}.",
+            f"A teacher of type {facts.model_type} cannot become {' or '.join(one.name for one in asked)}.",
             asked=f"model_type: {facts.model_type}, mixer: {mixer}, target: {target}",
             found=reasons,
             fix=_instead(facts),

@@ -47,7 +47,7 @@ def sites_of(
             continue
         if tap == "mlp_output" and layout.mlp_outputs is None:
             raise TapError(
-                f"A {layout.model_type} has no tap mlp_output: its blocks have no MLP that is known.",
+                f"A model of type {layout.model_type} has no tap mlp_output: its blocks have no MLP that is known.",
                 asked=tap,
                 allowed=", ".join(name for name in TAPS if name != tap),
                 fix="leave this tap out, or, if its blocks have one, give it: `paths: {mlp: …}`",
@@ -81,8 +81,8 @@ def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
     every = getattr(layout.model.config, "rescale_every", 0)
     if 0 < every <= len(layout.blocks) and not layout.model.training:
         raise TapError(
-            f"A {layout.model_type} halves its hidden state on the way when it does not train, so that what is read "
-            "would differ from what it learns with by powers of two.",
+            f"A model of type {layout.model_type} halves its hidden state on the way when it does not train, so that "
+            "what is read would differ from what it learns with by powers of two.",
             asked=", ".join(sorted({site.tap for site in sites})),
             found=f"rescale_every: {every} in the config of a model of {len(layout.blocks)} blocks",
             fix="set rescale_every: 0 in its config.json, which changes its logits by rounding alone",
