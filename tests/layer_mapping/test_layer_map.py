@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from xarch_kd.errors import UsageError
-from xarch_kd.layer_mapping import LayerMap, explicit
+from xarch_kd.layer_mapping import LayerMap, explicit, similarity_picture
 from xarch_kd.layer_mapping.counts import all_to_one, block_average, random, reverse, uniform
 
 
@@ -121,3 +121,27 @@ def test_where_a_collapse_begins() -> None:
 def test_unmatched_layers_do_not_count_as_collapsed() -> None:
     assert explicit([(0, 3), (5, 3)], 6, 12).collapsed() is not None
     assert explicit([(0, 3), (5, 9)], 6, 12).collapsed() is None
+
+
+def test_a_similarity_is_drawn_with_the_best_of_each_row() -> None:
+    matrix = torch.tensor([[0.1, 0.5, 0.9], [0.9, 0.3, 0.1]])
+    assert similarity_picture("seen", matrix).splitlines() == [
+        "seen, 0.10 · to 0.90 █: student layers down, teacher layers across",
+        "   0",
+        " 0 ·▒█   0.90 at 2",
+        " 1 █░·   0.90 at 0",
+    ]
+
+
+@pytest.mark.parametrize("teacher", [1, 60, 64, 80, 300])
+def test_a_similarity_fits_80_columns(teacher: int) -> None:
+    matrix = torch.rand(12, teacher, generator=torch.Generator().manual_seed(0))
+    lines = similarity_picture("seen", matrix).splitlines()
+    assert len(lines) == 14
+    assert max(len(line) for line in lines[1:]) <= 80
+    # A layer that shares its column shows as the greatest there.
+    assert all("█" in line for line, row in zip(lines[2:], matrix, strict=True) if row.max() == matrix.max())
+
+
+def test_a_similarity_without_a_spread_is_drawn() -> None:
+    assert " 0 ··   0.50 at 0" in similarity_picture("flat", torch.full((1, 2), 0.5))

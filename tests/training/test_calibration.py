@@ -131,6 +131,7 @@ def test_a_run_keeps_what_it_measured(mapping: Any, tmp_path: Path, monkeypatch:
     assert kept["0.stream"].shape == (2, DEPTH)
     plan = json.loads((run / "plan.json").read_text())
     assert plan["stages"][0]["pictures"]["stream"].startswith("monotone:")
+    torch.testing.assert_close(torch.tensor(plan["similarities"]["one.stream"]).double(), kept["0.stream"])
     assert not any("stands in" in warning for warning in plan["warnings"])
     # An unfinished run goes on without measuring again.
     (run / "manifest.json").unlink()
@@ -146,6 +147,7 @@ def test_the_command_line_shows_the_map(mapping: Any, capsys: pytest.CaptureFixt
     assert main(["plan", str(mapping("cka")), "--calibrate"]) == 0
     shown = capsys.readouterr()
     assert "cka: student layers down, teacher layers across" in shown.out
+    assert "similarity (CKA) for one.stream, " in shown.out
     assert "calibration on about 512 tokens" in shown.err
 
 

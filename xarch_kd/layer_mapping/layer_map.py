@@ -19,6 +19,7 @@ ROW_TOLERANCE: Final = 1e-9
 COLLAPSED_SHARE: Final = 0.25
 PICTURE_WIDTH: Final = 80
 SHADES: Final = "░▒▓█"
+BESIDE: Final = "  {:5.2f} at {}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +98,47 @@ class LayerMap:
         `·` is no weight, `░ ▒ ▓ █` are weights up to 1/4, 1/2, 3/4 and 1. Of a teacher with more layers than columns,
         neighbours share a column, which shows their sum.
         """
-        students, teachers = self.weights.shape
-        margin = max(len(str(students - 1)), 2) + 1
-        group = -(-teachers // (PICTURE_WIDTH - margin))
-        starts = range(0, teachers, group)
-        sums = torch.stack([self.weights[:, start : start + group].sum(1) for start in starts], dim=1)
-        title = f"{self.strategy}: student layers down, teacher layers across"
-        lines = [title + (f", {group} to a column" if group > 1 else "")]
-        lines.append(" " * margin + _ruler(starts, PICTURE_WIDTH - margin))
-        for student, row in enumerate(sums.tolist()):
-            lines.append(f"{student:>{margin - 1}} " + "".join(map(_shade, row)))
-        return "\n".join(line[:PICTURE_WIDTH].rstrip() for line in lines)
+        columns = _columns(self.weights, PICTURE_WIDTH)
+        sums = torch.stack([part.sum(1) for part in columns], dim=1)
+        return _drawn(self.strategy, self.weights, sums, PICTURE_WIDTH, [""] * len(sums))
+
+
+def similarity_picture(name: str, similarity: Tensor) -> str:
+    """Return a similarity [student layers, teacher layers] drawn in at most 80 columns, as a layer map is.
+
+    From `·`, the least, to `█`, the greatest, in equal steps; of neighbours that share a column the greatest. Beside
+    each row are its greatest value and the teacher layer that has it.
+    """
+    matrix = similarity.detach().to("cpu", torch.float64)
+    least, most = float(matrix.min()), float(matrix.max())
+    best = matrix.max(1)
+    width = PICTURE_WIDTH - len(BESIDE.format(0.0, matrix.shape[1] - 1))
+    highest = torch.stack([part.amax(1) for part in _columns(matrix, width)], dim=1)
+    # Without a spread all are the least.
+    shares = (highest - least) / (most - least) if most > least else torch.zeros_like(highest)
+    beside = [
+        BESIDE.format(value, layer) for value, layer in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    return _drawn(f"{name}, {least:.2f} · to {most:.2f} █", matrix, shares, width, beside)
+
+
+def _columns(matrix: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Return the columns of a picture, each one or more neighbouring columns of the matrix."""
+    return matrix.split(-(-matrix.shape[1] // (width - _margin(matrix))), dim=1)
+
+
+def _margin(matrix: Tensor) -> int:
+    return max(len(str(matrix.shape[0] - 1)), 2) + 1
+
+
+def _drawn(name: str, matrix: Tensor, shares: Tensor, width: int, beside: Sequence[str]) -> str:
+    """Return a picture of `shares` [student layers, columns], each 0 to 1, with what stands beside each row."""
+    margin, group = _margin(matrix), -(-matrix.shape[1] // (width - _margin(matrix)))
+    title = f"{name}: student layers down, teacher layers across" + (f", {group} to a column" if group > 1 else "")
+    lines = [title, " " * margin + _ruler(range(0, matrix.shape[1], group), width - margin)]
+    for student, (row, more) in enumerate(zip(shares.tolist(), beside, strict=True)):
+        lines.append(f"{student:>{margin - 1}} " + "".join(map(_shade, row)) + more)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def usage_entropy(weights: Tensor) -> Tensor:

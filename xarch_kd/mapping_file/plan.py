@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ class Plan:
     `student_config` is the student's config as a dict (of the class named by its `model_type`); `trainable` of each
     stage lists parameter names of the student. `basis` says in one line what the times rest on. `uncalibrated` are the
     entries, as (stage index, name), whose layer map follows from a calibration pass that was not made yet: `uniform`
-    stands in for it.
+    stands in for it. `similarities` are what those that were made saw, [student layers][teacher layers] by
+    `stage.entry`.
     """
 
     mapping: MappingFile
@@ -117,3 +119,4 @@ class Plan:
     warnings: tuple[str, ...]
     basis: str = ""
     uncalibrated: tuple[tuple[int, str], ...] = ()
+    similarities: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)

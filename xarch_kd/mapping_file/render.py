@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from xarch_kd.layer_mapping import similarity_picture
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
 
@@ -27,6 +29,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "stages": [_stage_as_dict(stage) for stage in plan.stages],
         "warnings": list(plan.warnings),
         "basis": plan.basis,
+        "similarities": {name: [list(row) for row in matrix] for name, matrix in plan.similarities.items()},
     }
 
 
@@ -38,6 +41,8 @@ def render_plan(plan: Plan) -> RenderableType:
     drawn = dict.fromkeys(picture for stage in plan.stages for _, picture in stage.pictures)
     if any(not picture.startswith(("same:", "replaced:")) for picture in drawn):
         parts += [part for picture in drawn for part in (Text(picture), Text(""))]
+    for name, matrix in plan.similarities.items():
+        parts += [Text(similarity_picture(f"similarity (CKA) for {name}", torch.tensor(matrix))), Text("")]
     parts.append(Text(f"Time: {plan.basis}.", style="dim"))
     parts += [Text(f"notice: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*parts)

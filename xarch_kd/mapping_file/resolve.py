@@ -79,6 +79,9 @@ def _plan(
     ]
     if findings.problems:
         raise mapping_error(findings.problems, marks)
+    measured = [
+        (index, align.name) for index, stage in enumerate(mapping.stages) for align in stage.align if is_measured(align)
+    ]
     return Plan(
         mapping=mapping,
         source=source,
@@ -89,12 +92,12 @@ def _plan(
         stages=tuple(stage for stage in stages if stage is not None),
         warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *findings.warnings])),
         basis=rates.basis,
-        uncalibrated=tuple(
-            (index, align.name)
-            for index, stage in enumerate(mapping.stages)
-            for align in stage.align
-            if is_measured(align) and entry_key(index, align.name) not in similarities
-        ),
+        similarities={
+            f"{mapping.stages[index].name}.{name}": tuple(map(tuple, similarities[entry_key(index, name)].tolist()))
+            for index, name in measured
+            if entry_key(index, name) in similarities
+        },
+        uncalibrated=tuple(entry for entry in measured if entry_key(*entry) not in similarities),
     )
 
 
