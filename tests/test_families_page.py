@@ -93,8 +93,8 @@ def test_the_mixing_of_a_row(name: str) -> None:
     kinds, reasons = layout(name).mixer_kinds, readable_layers(layout(name))
     assert {kinds[layer] for layer, reason in reasons.items() if reason is None} == row(name).mixings.keys()
     readable = [layer for layer, reason in reasons.items() if reason is None]
-    found = trace(layout(name), token_ids(), taps=["mixing", "values"], layers=readable) if readable else None
-    for layer in readable if found is not None else []:
+    for layer in readable:
+        found = trace(layout(name), token_ids(), taps=["mixing", "values"], layers=[layer])
         mixing, values = found["mixing"][layer], found["values"][layer]
         assert mixing.kind == row(name).mixings[kinds[layer]]
         dense = mixing.dense()
