@@ -105,6 +105,7 @@ def test_the_error_of_a_wrong_contender_is_seen() -> None:
         session = Session(case, name, device="cpu", quick=True)
         assert session.prepare() is None
         errors = session.errors()
+        assert errors is not None
         # Rounding of float32, some ten times over.
         assert errors["value"] == pytest.approx(value, abs=1e-5)
         assert errors["gradients"] == pytest.approx({"student": gradient, "weight": gradient}, abs=1e-5)

@@ -96,7 +96,11 @@ PROBLEMS: list[tuple[dict[str, object], str, tuple[str, ...]]] = [
     ({"rest": "layers: uniform\nloss: {kind: mixing, heads: [[1, 0]]}", "tap": "mixing"}, "loss.heads", ("4 rows",)),
     ({"rest": "layers: uniform\nloss: {kind: mse, weight: auto}"}, "loss.weight", ("Give one of them a number",)),
     ({"rest": "layers: uniform\nloss: {kind: mse, weight: atuo}"}, "loss.weight", ("Did you mean 'auto'",)),
-    ({"rest": "layers: uniform\nschedule: {start: 0.5, end: 0.2}"}, "schedule", ("0 <= start < end <= 1",)),
+    (
+        {"rest": "layers: uniform\nschedule: {start: 0.5, end: 0.2}"},
+        "schedule",
+        ("start must be below end", "0.5", "0.2"),
+    ),
 ]
 
 

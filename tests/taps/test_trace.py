@@ -102,7 +102,8 @@ def test_taps_inside_a_block_equal_calls_of_its_modules_by_hand(model_type, buil
             else:
                 before_mixer, before_mlp, after_mlp = NORMS[model_type]
             # The first block of an RWKV norms what enters before it is added to.
-            entering = block.pre_ln(entering) if hasattr(block, "pre_ln") else entering
+            first_norm = getattr(block, "pre_ln", None)
+            entering = entering if first_norm is None else first_norm(entering)
             expected_input = getattr(block, before_mixer)(entering) if before_mixer else entering
             assert torch.equal(found["mixer_input"][layer], expected_input)
             leaving = entering + found["mixer_output"][layer]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from xarch_kd.errors import UsageError
-from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.mapping_file.align_losses import AlignLoss, MixingMatch, NormalisedMeanSquaredError, Relation
 from xarch_kd.mapping_file.layer_strategies import LayerPair, LayerStrategy, StrategyName
 from xarch_kd.mapping_file.parts import BelowOne, Fraction, Name, NonNegative, Number, Part, Positive
 from xarch_kd.mapping_file.projector_parts import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
+
+if TYPE_CHECKING:
+    from xarch_kd.losses.schedules import WeightSchedule
 
 Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "values", "mixing", "head_input"]
 # What a mixer gives without the block around it.
@@ -42,14 +43,15 @@ class Schedule(Part):
     @property
     def schedule(self) -> WeightSchedule:
         """The schedule itself."""
+        # Here, because a faulty file is refused before torch is loaded.
+        from xarch_kd.losses.schedules import WeightSchedule
+
         return WeightSchedule(**self.model_dump())
 
     @model_validator(mode="after")
-    def _is_one(self) -> Schedule:
-        try:
-            _ = self.schedule
-        except UsageError as error:
-            raise ValueError(f"{error.message.rstrip('.')}: {error.asked}, allowed {error.allowed}") from None
+    def _starts_before_it_ends(self) -> Schedule:
+        if not self.start < self.end:
+            raise ValueError(f"start must be below end, found start {self.start:g} and end {self.end:g}")
         return self
 
 

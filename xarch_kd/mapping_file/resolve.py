@@ -196,7 +196,9 @@ def _model_warnings(mapping: MappingFile, models: Models) -> Iterator[str]:
 def _transfer_note(models: Models) -> str:
     """Return what `embeddings: teacher` does to these widths."""
     student, teacher = (side.layout.model.get_input_embeddings().weight for side in (models.student, models.teacher))
-    own, other = int(student.shape[1]), int(teacher.shape[1])
+    assert isinstance(student, Tensor)
+    assert isinstance(teacher, Tensor)
+    own, other = student.shape[1], teacher.shape[1]
     what = f"projected from {other} dimensions onto {own}" if own < other else "copied"
     what += f", zero in dimensions {other} to {own - 1}" if own > other else ""
     is_tied = student is models.student.layout.head_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -131,7 +131,7 @@ class RecurrentRead:
         for path in self.reader.projections:
             keep = self._keeper(path, running, arrived)
             if path == OWN_INPUT:
-                handle = self.mixer.register_forward_pre_hook(lambda _, args, keep=keep: keep(args[0]))
+                handle = self.mixer.register_forward_pre_hook(_on_input(keep))
             else:
                 module = self.mixer.get_submodule(path)
                 handle = module.register_forward_hook(lambda _, args, output, keep=keep: keep(output))
@@ -163,3 +163,10 @@ class RecurrentRead:
                 found=f"no output of {', '.join(missing)}",
             )
         return self.projected
+
+
+def _on_input(keep: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        keep(args[0])
+
+    return hook
