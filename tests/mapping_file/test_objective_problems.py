@@ -150,3 +150,33 @@ def test_weights_and_schedules_are_in_the_plans_picture(plan_of: PlanOf, content
         console.print(render_plan(plan))
     assert "auto × 0.25, cosine" in capture.get()
     assert "learned: student layers down, teacher layers across" in capture.get()
+
+
+@pytest.mark.parametrize(("width", "told"), [(64, False), (96, True)])
+def test_layers_compared_on_fewer_tokens_than_dimensions(
+    plan_of: PlanOf, folder_of: FolderOf, width: int, told: bool
+) -> None:
+    folder = folder_of("llama", num_hidden_layers=4, hidden_size=width)
+    text = FILE.format(
+        teacher=folder, student=folder, rest="layers: cka", tap="hidden", inputs="student", calibration=64
+    )
+    words = "in up to 96 dimensions on 64 tokens, so that noise may decide; calibration.tokens of 384 or more"
+    assert any(words in warning for warning in plan_of(text).warnings) == told
+
+
+FRESH = (
+    "{config: {model_type: llama, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, "
+    "num_attention_heads: 4}}"
+)
+
+
+@pytest.mark.parametrize(("tap", "loss"), [("hidden", "mse"), ("mixing", "attention_bridge")])
+def test_a_fresh_student_of_equal_width_has_dimensions_of_its_own(
+    plan_of: PlanOf, content: Callable[..., str], tap: str, loss: str
+) -> None:
+    text = content(f"layers: uniform\nloss: {{kind: {loss}}}", student="same", tap=tap)
+    existing = plan_of(text).stages[0].pairs
+    fresh = plan_of("\n".join(f"student: {FRESH}" if "student:" in line else line for line in text.split("\n")))
+    assert {pair.projector for pair in existing} == {"none"}
+    assert {pair.projector for pair in fresh.stages[0].pairs} == {"linear"}
+    assert fresh.stages[0].projector_parameters > 0

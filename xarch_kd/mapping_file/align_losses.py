@@ -97,7 +97,7 @@ class Relation(Part):
 class AttentionBridge(Part):
     """Queries and keys (C and B of a state-space model) of the student, through two learned maps, to the teacher's.
 
-    The maps are those of `projector` and are left out where the widths agree. For the tap `mixing` alone.
+    The maps are those of `projector`, which `auto` leaves out where all widths agree. For the tap `mixing` alone.
     """
 
     kind: Literal["attention_bridge"]

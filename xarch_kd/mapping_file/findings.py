@@ -30,8 +30,8 @@ class Models:
     """Both models, the blocks of the student whose mixer was replaced, and what a calibration pass measured.
 
     `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
-    stage may train; `inherits` says that the student was made from the teacher; `calibration` is the number of tokens
-    of a calibration pass.
+    stage may train; `inherits` says that the student was made from the teacher, `fresh` that it knows nothing yet;
+    `calibration` is the number of tokens of a calibration pass.
     """
 
     teacher: Side
@@ -40,6 +40,7 @@ class Models:
     similarities: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
     inherits: bool = False
+    fresh: bool = False
     calibration: int = 16_384
 
 

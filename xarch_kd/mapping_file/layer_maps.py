@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import torch
@@ -14,6 +14,7 @@ from xarch_kd.mapping_file.findings import Findings, Models, told
 from xarch_kd.mapping_file.layer_strategies import LayerPair, RandomStrategy
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.projectors import enough_tokens
 
 # Taps that are no features.
 FACTOR_TAPS: Final = ("mixing", "values")
@@ -40,6 +41,8 @@ def layer_map(align: Align, models: Models, place: Place, findings: Findings) ->
         message = f"{name} compares features, and {align.tap} is none. Use a strategy that needs no calibration."
         findings.problems.append(Problem((*place, "layers"), message))
         return None
+    if is_measured(align):
+        findings.warnings += _too_few_tokens(align.name, name, models)
     try:
         if not is_measured(align) or similarity is not None:
             return _built(name, options, models, similarity)
@@ -52,6 +55,15 @@ def layer_map(align: Align, models: Models, place: Place, findings: Findings) ->
         f"{align.name}: which layers {name} pairs follows from a calibration pass; uniform stands in for it here"
     )
     return _built("uniform", {}, models, None)
+
+
+def _too_few_tokens(entry: str, name: str, models: Models) -> Iterator[str]:
+    width = max(models.student.layout.width, models.teacher.layout.width)
+    if models.calibration < width:
+        yield (
+            f"{entry}: {name} compares layers in up to {width} dimensions on {models.calibration} tokens, so that "
+            f"noise may decide; calibration.tokens of {enough_tokens(width)} or more is better"
+        )
 
 
 def _built(name: str, options: Mapping[str, object], models: Models, similarity: Tensor | None) -> LayerMap:

@@ -16,7 +16,7 @@ from xarch_kd.mapping_file.mixing_sizes import MixingSize, mixing_size
 from xarch_kd.mapping_file.objectives import Align, is_projected
 from xarch_kd.mapping_file.plan import PairPlan
 from xarch_kd.mapping_file.schema import Stage
-from xarch_kd.projectors import enough_tokens, parameter_count, resolve_kind, resolve_start
+from xarch_kd.projectors import enough_tokens, parameter_count, resolve_start
 from xarch_kd.projectors.heads import head_map
 from xarch_kd.taps.sites import sites_of
 
@@ -123,24 +123,26 @@ class _Source:
     def _projected(self, pair: PairPlan, widths: tuple[tuple[int, int], ...]) -> PairPlan:
         """Return the pair with a projector, one for each of these (student, teacher) widths."""
         part = self.align.projector_part
-        kinds, parameters = [], 0
-        for student, teacher in widths:
-            if part.kind == "none" and student != teacher:
-                self._problem(
-                    f"the student is {student} wide and the teacher {teacher}, so a projector is needed. "
-                    "Use auto or linear.",
-                    "projector",
-                )
-                continue
-            try:
-                kinds.append(resolve_kind(part.kind, student, teacher))
-                # `auto` may be none, whose options have nothing to be options of.
-                options = {} if kinds[-1] == "none" and part.kind == "auto" else part.options()
-                parameters += parameter_count(kinds[-1], student, teacher, **options)
-                self._check_start(kinds[-1], student)
-            except UsageError as error:
-                self._problem(told(error), "projector")
-        kind = next((kind for kind in kinds if kind != "none"), "none")
+        unequal = next((pair for pair in widths if pair[0] != pair[1]), None)
+        if part.kind == "none" and unequal is not None:
+            self._problem(
+                f"the student is {unequal[0]} wide and the teacher {unequal[1]}, so a projector is needed. "
+                "Use auto or linear.",
+                "projector",
+            )
+            return pair
+        # A fresh student's dimensions are its own, even if there are as many.
+        automatic = "none" if unequal is None and not self.models.fresh else "linear"
+        kind = automatic if part.kind == "auto" else part.kind
+        # What `auto` left out has nothing that options could be options of.
+        options = {} if (part.kind, kind) == ("auto", "none") else part.options()
+        try:
+            for student, _ in widths:
+                self._check_start(kind, student)
+            parameters = sum(parameter_count(kind, *both, **options) for both in widths)
+        except UsageError as error:
+            self._problem(told(error), "projector")
+            return pair
         return replace(pair, projector=kind, projector_parameters=parameters)
 
     def _check_start(self, kind: str, student_width: int) -> None:

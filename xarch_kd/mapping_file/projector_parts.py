@@ -29,7 +29,10 @@ class ProjectorPart(Part):
 
 
 class MatrixProjector(ProjectorPart):
-    """One matrix; `orthogonal` keeps lengths and angles, `auto` is `linear` where the widths differ, else nothing."""
+    """One matrix; `orthogonal` keeps lengths and angles.
+
+    `auto` is `linear` where the widths differ or the student is built fresh, whose dimensions are its own; else none.
+    """
 
     kind: Literal["auto", "linear", "orthogonal"]
 

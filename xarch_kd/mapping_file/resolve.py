@@ -71,6 +71,7 @@ def _plan(
         similarities,
         frozenset(frozen),
         inherits=conversion is not None,
+        fresh=mapping.student.config is not None,
         calibration=mapping.calibration.tokens,
     )
     rates = rates or measured_rates(_device(mapping))

@@ -102,7 +102,7 @@ class Match(ABC):
                 f"The objective '{self.pair.name}' needs statistics of calibration text.",
                 asked=name,
                 found="none yet",
-                fix="call aligner.prepare(rows) with rows of token ids before the first step",
+                fix="call xarch_kd.training.preparation.prepare(aligner, batches) before the first step",
             )
         return self.fitted[name].to(like.device)
 
@@ -111,9 +111,8 @@ class Match(ABC):
     ) -> Projector | None:
         key = key.replace(".", "-")  # a ModuleDict's keys may not hold dots
         if key not in modules:
-            part = self.entry.projector_part
-            options = {} if self.pair.projector == "none" else part.options()
-            built = build_projector(part.kind, *widths, generator=generator, **options)
+            options = {} if self.pair.projector == "none" else self.entry.projector_part.options()
+            built = build_projector(self.pair.projector, *widths, generator=generator, **options)
             if built is None:
                 return None
             modules[key] = built
