@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from xarch_kd.losses.cka import cka_tokens
 from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.mapping_file.layer_maps import redraw_period
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.objectives import Schedule
 from xarch_kd.mapping_file.plan import PairPlan
@@ -45,6 +46,16 @@ def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iter
                 f"stage {stage.name}: {pair.align} compares {tokens} tokens at a time in "
                 f"{max(pair.student_width, pair.teacher_width)} dimensions by cka, which is more noise than signal "
                 f"below {enough}: raise batch_size or data.sequence_length"
+            )
+
+
+def redraw_warnings(stage: Stage) -> Iterator[str]:
+    """Yield a warning for each map that is drawn anew while the teacher's features are kept."""
+    for entry in stage.align:
+        if redraw_period(entry) is not None and stage.cache_place != "off":
+            yield (
+                f"stage {stage.name}: the map of {entry.name} is drawn anew every {redraw_period(entry)} steps, so the "
+                "cache grows beyond what is said here, up to all blocks of the teacher"
             )
 
 

@@ -10,7 +10,7 @@ from xarch_kd.mapping_file.estimate import BYTES, Rates, Work, stage_cost
 from xarch_kd.mapping_file.findings import Findings, Models, told
 from xarch_kd.mapping_file.marks import Place, Problem
 from xarch_kd.mapping_file.mixing_sizes import mixing_size
-from xarch_kd.mapping_file.objective_checks import batch_warnings, objective_problems
+from xarch_kd.mapping_file.objective_checks import batch_warnings, objective_problems, redraw_warnings
 from xarch_kd.mapping_file.objectives import MIXER_TAPS
 from xarch_kd.mapping_file.pairs import align_pairs
 from xarch_kd.mapping_file.plan import PairPlan, StagePlan
@@ -45,7 +45,7 @@ def stage_plan(
     _note_unreached(stage, pairs, set(trainable), models, findings)
     rows = stage.batch_size or data.batch_size
     findings.problems += objective_problems(stage, pairs, place)
-    findings.warnings += batch_warnings(stage, pairs, rows * data.sequence_length)
+    findings.warnings += [*batch_warnings(stage, pairs, rows * data.sequence_length), *redraw_warnings(stage)]
     if len(findings.problems) > known:
         return None
     resolved = _Resolved(

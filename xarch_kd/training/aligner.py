@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +25,10 @@ from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
 from xarch_kd.training.balancing import TOKENS, balance_of, read_balance
 from xarch_kd.training.counts import Counts
-from xarch_kd.training.entries import Entry, Reading
+from xarch_kd.training.entries import Entry, Reading, named
 from xarch_kd.training.features import Feature, Features, TeacherReader
 from xarch_kd.training.matches import tensor
 from xarch_kd.training.student_pass import HEAD_INPUT, fed_by, replayed, traced
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +192,10 @@ class Aligner(nn.Module):
         for entry in self.entries:
             own = [reading for reading in readings if reading.match.entry is entry.align]
             if own:
-                found, beside = self._named(entry, own, sides, mask, counts, step)
+                found, beside = entry.terms(own, sides, mask, counts, self.progress(step))
                 terms[entry.align.name], maps = found, maps | beside
         if head_input is not None:
-            token = _named(
+            token = named(
                 TOKENS,
                 lambda: self._tokens(
                     input_ids, attention_mask, labels, tensor(head_input), features, counts, self.progress(step)
@@ -252,17 +249,6 @@ class Aligner(nn.Module):
         if self.stage.stage.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
-
-    def _named(
-        self,
-        entry: Entry,
-        readings: list[Reading],
-        sides: Callable[[Reading], tuple[Feature, Feature]],
-        mask: Tensor | None,
-        counts: Counts,
-        step: int,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return _named(entry.align.name, lambda: entry.terms(readings, sides, mask, counts, self.progress(step)))
 
     def _tokens(
         self,
@@ -342,13 +328,6 @@ class Aligner(nn.Module):
                 tensor_.copy_(stored[name])
         if self.balance is not None:
             self.balance = read_balance(self.balance, path)
-
-
-def _named(name: str, compute: Callable[[], Value]) -> Value:
-    try:
-        return compute()
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found) from error
 
 
 def _check_finite(parts: Mapping[str, Tensor]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from xarch_kd.errors import NonFiniteLoss
 from xarch_kd.layer_mapping import LearnedMap, build_layer_map
 from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.schedules import WeightSchedule
@@ -32,6 +33,7 @@ class Reading(NamedTuple):
         return self.match.pair.student_layer
 
 
+Value = TypeVar("Value")
 Sides = Callable[[Reading], tuple[Feature, Feature]]
 
 
@@ -86,10 +88,11 @@ class Entry:
         own: dict[str, Tensor] = {}
         for reading in readings:
             match, (student, teacher) = reading.match, sides(reading)
-            losses[match.pair.name] = match.loss(student, teacher, mask, counts)
+            name = match.pair.name
+            losses[name] = named(name, lambda match=match, sides=(student, teacher): match.loss(*sides, mask, counts))
             objective = match.objective(student, teacher, mask)
             if objective is not None:
-                own[f"{match.pair.name}-heads"] = objective
+                own[f"{name}-heads"] = objective
         if self.map is None:
             # A pair's weight is the entry's number times its share of the layer map.
             shares = {match.pair.name: match.pair.weight / self.align.weight for match in self.matches}
@@ -102,3 +105,11 @@ class Entry:
     def layer_map(self, progress: float) -> LayerMap | None:
         """Return the learned layer map as it is now, None for one that is fixed."""
         return None if self.map is None else self.map.layer_map(progress)
+
+
+def named(name: str, compute: Callable[[], Value]) -> Value:
+    """Return what `compute` gives; a NonFiniteLoss that it raises names the objective."""
+    try:
+        return compute()
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found) from error
