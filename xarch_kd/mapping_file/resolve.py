@@ -80,9 +80,6 @@ def _plan(
     ]
     if findings.problems:
         raise mapping_error(findings.problems, marks)
-    measured = [
-        (index, align.name) for index, stage in enumerate(mapping.stages) for align in stage.align if is_measured(align)
-    ]
     return Plan(
         mapping=mapping,
         source=source,
@@ -93,13 +90,24 @@ def _plan(
         stages=tuple(stage for stage in stages if stage is not None),
         warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *findings.warnings])),
         basis=rates.basis,
-        similarities={
-            f"{mapping.stages[index].name}.{name}": tuple(map(tuple, similarities[entry_key(index, name)].tolist()))
-            for index, name in measured
-            if entry_key(index, name) in similarities
-        },
-        uncalibrated=tuple(entry for entry in measured if entry_key(*entry) not in similarities),
+        similarities=_shown(mapping, similarities),
+        uncalibrated=tuple(entry for entry in _measured(mapping) if entry_key(*entry) not in similarities),
     )
+
+
+def _measured(mapping: MappingFile) -> Iterator[tuple[int, str]]:
+    """Yield the entries whose layer map follows from a calibration pass, as (stage index, name)."""
+    for index, stage in enumerate(mapping.stages):
+        yield from ((index, align.name) for align in stage.align if is_measured(align))
+
+
+def _shown(mapping: MappingFile, similarities: Mapping[str, Tensor]) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Return the similarities by the names that a reader of the plan knows."""
+    return {
+        f"{mapping.stages[index].name}.{name}": tuple(map(tuple, similarities[entry_key(index, name)].tolist()))
+        for index, name in _measured(mapping)
+        if entry_key(index, name) in similarities
+    }
 
 
 def _student(mapping: MappingFile, teacher: PreTrainedConfig, marks: Marks | None, findings: Findings) -> Side:
