@@ -8,60 +8,58 @@ from pydantic import Field
 
 from xarch_kd.mapping_file.parts import NonNegative, Part, Positive
 
-Weight = Positive | Literal["auto"]
+
+class Objective(Part):
+    """What every loss has: a weight, or `auto` for one that balances gradients."""
+
+    weight: Positive | Literal["auto"] = 1.0
 
 
-class MeanSquaredError(Part):
+class FeatureObjective(Objective):
+    """What losses of features have: whether the teacher's statistics standardise them first."""
+
+    standardise: bool = False
+
+
+class MeanSquaredError(FeatureObjective):
     """Mean over the width of the squared difference."""
 
     kind: Literal["mse"]
-    weight: Weight = 1.0
-    standardise: bool = False
 
 
-class RelativeMeanSquaredError(Part):
+class RelativeMeanSquaredError(FeatureObjective):
     """Squared difference over squared teacher norm, both summed over all unmasked tokens of the batch."""
 
     kind: Literal["relative_mse"]
-    weight: Weight = 1.0
-    standardise: bool = False
 
 
-class Cosine(Part):
+class Cosine(FeatureObjective):
     """One minus the cosine of the angle, per token."""
 
     kind: Literal["cosine"]
-    weight: Weight = 1.0
-    standardise: bool = False
 
 
-class NormalisedMeanSquaredError(Part):
+class NormalisedMeanSquaredError(FeatureObjective):
     """Squared difference over squared teacher norm, per token."""
 
     kind: Literal["normalised_mse"]
-    weight: Weight = 1.0
     epsilon: Positive = 1e-6
-    standardise: bool = False
 
 
-class Huber(Part):
+class Huber(FeatureObjective):
     """Mean over the width of Huber's function of the difference: quadratic up to `delta`, linear beyond."""
 
     kind: Literal["huber"]
-    weight: Weight = 1.0
     delta: Positive = 1.0
-    standardise: bool = False
 
 
-class EuclideanDistance(Part):
+class EuclideanDistance(FeatureObjective):
     """The length of the difference, per token: its gradient has the same size however near the student is."""
 
     kind: Literal["l2"]
-    weight: Weight = 1.0
-    standardise: bool = False
 
 
-class CentredKernelAlignment(Part):
+class CentredKernelAlignment(FeatureObjective):
     """One minus the similarity (linear CKA, without bias) of student and teacher over the tokens of a micro-batch.
 
     It sees neither rotation nor scale, so it takes no projector and any widths. A micro-batch should have 4 tokens a
@@ -69,19 +67,15 @@ class CentredKernelAlignment(Part):
     """
 
     kind: Literal["cka"]
-    weight: Weight = 1.0
-    standardise: bool = False
 
 
-class Gram(Part):
+class Gram(FeatureObjective):
     """Distance of the tokens' products with each other, each token's row with length 1; any widths, no projector."""
 
     kind: Literal["gram"]
-    weight: Weight = 1.0
-    standardise: bool = False
 
 
-class Relation(Part):
+class Relation(Objective):
     """Divergence of how tokens relate to each other (MiniLMv2): softmax of their products in `heads` relation heads.
 
     Of the tap `values`, or, of the tap `mixing`, of its queries or its keys (C and B of a state-space model). `heads`
@@ -91,10 +85,9 @@ class Relation(Part):
     kind: Literal["relation"]
     of: Literal["queries", "keys"] | None = None
     heads: Annotated[int, Field(ge=1)] | None = None
-    weight: Weight = 1.0
 
 
-class AttentionBridge(Part):
+class AttentionBridge(Objective):
     """Queries and keys (C and B of a state-space model) of the student, through two learned maps, to the teacher's.
 
     The maps are those of `projector`, which `auto` leaves out where all widths agree. For the tap `mixing` alone.
@@ -104,10 +97,9 @@ class AttentionBridge(Part):
     distance: Literal["normalised_mse", "mse", "cosine", "huber", "l2"] = "normalised_mse"
     epsilon: Positive = 1e-6
     delta: Positive = 1.0
-    weight: Weight = 1.0
 
 
-class MixingMatch(Part):
+class MixingMatch(Objective):
     """Distance of the rows of two token-mixing matrices, mean over rows and student heads; for the tap `mixing` alone.
 
     `heads` says what a student head learns from: `auto` is its own teacher head where the counts are equal, else `mean`
@@ -121,7 +113,6 @@ class MixingMatch(Part):
     heads: Literal["auto", "mean", "repeat", "assignment", "learned"] | tuple[tuple[NonNegative, ...], ...] = "auto"
     implementation: Literal["auto", "fused", "streaming", "panels", "sketch", "reference"] = "auto"
     probes: Annotated[int, Field(ge=2)] = 64
-    weight: Weight = 1.0
 
 
 FeatureLoss = (
