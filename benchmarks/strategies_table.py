@@ -146,14 +146,14 @@ def _costs(result: dict[str, Any]) -> Iterator[str]:
         "",
         "Median seconds on one thread, all arms of a group in turn in every round.",
         "",
-        "| arm | stage | teacher's pass | student's step |",
-        "|---|---|---|---|",
+        "| group | arm | stage | teacher's pass | student's step |",
+        "|---|---|---|---|---|",
     )
     arms = {arm["name"]: arm for arm in result["arms"]}
     for name, steps in result["probe"].items():
         for stage, step in zip(arms[name]["mapping"]["stages"], steps, strict=True):
             seconds = f"{step['teacher_seconds']:.2f} | {step['student_seconds']:.2f}"
-            yield f"| {arms[name]['title']} | {stage['name']} | {seconds} |"
+            yield f"| {arms[name]['group']} | {arms[name]['title']} | {stage['name']} | {seconds} |"
     yield ""
 
 

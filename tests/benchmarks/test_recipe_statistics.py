@@ -110,4 +110,4 @@ def test_the_table_says_which_map_beats_the_control(result: dict[str, Any]) -> N
     assert "- `uniform`: better, beyond the interval (-1.550 ± 0.635, 2 seeds)." in written
     assert "`random`" not in written and "`cka`" not in written
     assert "| title of replaced-4-attention-output | 1,024 | 1 | - | not run |" in written
-    assert "| title of fresh-logits | distil | 0.50 | 0.25 |" in written
+    assert "| fresh | title of fresh-logits | distil | 0.50 | 0.25 |" in written
