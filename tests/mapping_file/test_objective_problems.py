@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from xarch_kd.errors import MappingFileError
+from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.mapping_file.objective_checks import _turns
 from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.mapping_file.render import render_plan
 
@@ -115,6 +117,20 @@ def test_what_does_not_fit_is_told_where_it_is(
     assert f" {where}: " in problem
     for word in words:
         assert word in problem
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.33), (0.2, 0.7), (0.31, 1.0), (0.999, 1.0)])
+@pytest.mark.parametrize("steps", [1, 7, 10])
+def test_the_first_step_at_which_nothing_counts_is_found(kind: str, start: float, end: float, steps: int) -> None:
+    """As by looking at every step, without looking at every step."""
+    for initial, final in ((1.0, 0.0), (0.0, 1.0)):
+        schedule = WeightSchedule(kind=kind, start=start, end=end, initial=initial, final=final)
+        later = WeightSchedule(start=0.5)
+        for schedules in ((schedule,), (schedule, later)):
+            dead = [s for s in range(steps) if not any(one.factor(s / steps) > 0 for one in schedules)]
+            found = [s for s in _turns(schedules, steps) if not any(one.factor(s / steps) > 0 for one in schedules)]
+            assert found[:1] == dead[:1]
 
 
 def test_a_stage_in_which_nothing_counts_at_some_step(plan_of: PlanOf, content: Callable[..., str]) -> None:

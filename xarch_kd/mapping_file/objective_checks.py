@@ -27,7 +27,7 @@ def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: Place) ->
     schedules = [_schedule(entry.schedule) for entry in entries]
     if stage.tokens is not None:
         schedules.append(_schedule(stage.tokens.schedule))
-    for step in range(stage.steps):
+    for step in _turns(schedules, stage.steps):
         if not any(schedule.factor(step / stage.steps) > 0 for schedule in schedules):
             message = (
                 f"no objective has a weight above 0 at step {step + 1} of {stage.steps}. Let their schedules meet, or "
@@ -35,6 +35,16 @@ def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: Place) ->
             )
             yield Problem(place, message)
             return
+
+
+def _turns(schedules: Sequence[WeightSchedule], steps: int) -> list[int]:
+    """Return steps among which is the first of all at which every schedule is 0, if there is one.
+
+    A factor becomes 0 at the first step or next to its start or end, so that step is one of these.
+    """
+    edges = {0.0, 1.0} | {edge for schedule in schedules for edge in (schedule.start, schedule.end)}
+    near = {int(edge * steps) + offset for edge in edges for offset in (-1, 0, 1)}
+    return sorted(step for step in near if 0 <= step < steps)
 
 
 def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iterator[str]:
