@@ -52,14 +52,14 @@ CASES = {
     "mixing with a feature loss": (
         "tap: mixer_output",
         "tap: mixing",
-        "map.yaml:20:9: stages[0].align[0]: the loss 'relative_mse' does not fit the tap 'mixing': mixing matrices are "
-        "compared by loss: {kind: mixing}, and nothing else is",
+        "map.yaml:20:9: stages[0].align[0]: the loss 'relative_mse' does not fit the tap 'mixing', which is compared "
+        "by mixing | relation | attention_bridge",
     ),
     "mixing with a projector": (
         "tap: mixer_output\n        layers: replaced\n        loss: {kind: relative_mse, weight: 1.0}",
         "tap: mixing\n        layers: replaced\n        projector: linear",
-        "map.yaml:20:9: stages[0].align[0]: the tap 'mixing' takes no projector; unequal heads are bridged by loss: "
-        "{heads: …}",
+        "map.yaml:20:9: stages[0].align[0]: the loss 'mixing' takes no projector; unequal heads are bridged by "
+        "loss: {heads: …}",
     ),
     "a distance that does not exist": (
         "tap: mixer_output\n        layers: replaced\n        loss: {kind: relative_mse, weight: 1.0}",
@@ -87,19 +87,19 @@ CASES = {
     "foreign key of a loss": (
         "{kind: relative_mse, weight: 1.0}",
         "{kind: cosine, epsilon: 1e-6}",
-        "map.yaml:23:30: stages[0].align[0].loss.epsilon: unknown key. Allowed here: kind, weight",
+        "map.yaml:23:30: stages[0].align[0].loss.epsilon: unknown key. Allowed here: kind, weight, standardise",
     ),
     "unknown kind": (
         "kind: relative_mse",
         "kind: relative_mes",
         "map.yaml:23:22: stages[0].align[0].loss.kind: 'relative_mes' is not mse | relative_mse | cosine | "
-        "normalised_mse | huber | l2 | mixing. Did you mean 'relative_mse'?",
+        "normalised_mse | huber | l2 | cka | gram | relation | attention_bridge | mixing. Did you mean 'relative_mse'?",
     ),
     "loss without a kind": (
         "{kind: relative_mse, weight: 1.0}",
         "{weight: 1.0}",
         "map.yaml:23:15: stages[0].align[0].loss.kind: required key is missing. It must be mse | relative_mse | cosine"
-        " | normalised_mse | huber | l2 | mixing.",
+        " | normalised_mse | huber | l2 | cka | gram | relation | attention_bridge | mixing.",
     ),
     "loss as a word": (
         "{kind: relative_mse, weight: 1.0}",
@@ -111,8 +111,8 @@ CASES = {
         "layers: repalced",
         "map.yaml:22:17: stages[0].align[0].layers: 'repalced' is not same | replaced | uniform | uniform_endpoints | "
         "uniform_begin | first | last | block_average | type_aware | cka | monotone | optimal_transport | reverse | "
-        "all_to_one | random, or a mapping with a 'strategy', or a list of {student, teacher, weight} entries. Did you "
-        "mean 'replaced'?",
+        "all_to_one | random | learned, or a mapping with a 'strategy', or a list of {student, teacher, weight} entries. "
+        "Did you mean 'replaced'?",
     ),
     "one pair misspelt": (
         "layers: replaced",

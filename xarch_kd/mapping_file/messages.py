@@ -26,6 +26,8 @@ _WRONG_KIND = {
     "model_attributes_type",
     "none_required",
 }
+# Keys that say which of several parts a mapping is.
+TAGS = ("kind", "strategy")
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -96,7 +98,8 @@ def _problem(details: ErrorDetails, place: Place, data: Any, marks: Marks) -> Pr
 def _unknown_key(place: Place, data: Any) -> str:
     key = str(place[-1])
     part = _part(_annotation_at(place[:-1], data), _value_at(place[:-1], data))
-    allowed = list(part.model_fields) if part is not None else []
+    # What says which part it is comes first, also where a parent's keys stand before it.
+    allowed = sorted(part.model_fields, key=lambda name: name not in TAGS) if part is not None else []
     suggestion = suggest(key, allowed)
     if suggestion:
         return f"unknown key.{suggestion}"
@@ -238,7 +241,7 @@ def _part(annotation: Any, value: Any) -> type[Part] | None:
         return parts[0]
     given = value if isinstance(value, dict) else {}
     for part in parts:
-        tag = next((name for name in ("kind", "strategy") if name in part.model_fields), None)
+        tag = next((name for name in TAGS if name in part.model_fields), None)
         if tag is not None and given.get(tag) in _choices(part.model_fields[tag].annotation):
             return part
     return None
