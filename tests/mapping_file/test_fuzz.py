@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import yaml
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from xarch_kd.errors import MappingFileError
 from xarch_kd.mapping_file.load import parse_mapping
+from xarch_kd.mapping_file.schema import MappingFile
 
 BOUNDED = settings(
     max_examples=150,
@@ -44,13 +44,15 @@ VALUES = st.recursive(
 
 
 def check(text: str) -> None:
-    with contextlib.suppress(MappingFileError):
-        try:
-            parse_mapping(text, "map.yaml")
-        except MappingFileError as error:
-            assert error.problems
-            str(error).encode()
-            raise
+    """Either problems that can be printed, or a mapping that reads back as itself; nothing else is raised."""
+    try:
+        mapping, _ = parse_mapping(text, "map.yaml")
+    except MappingFileError as error:
+        assert error.problems
+        assert all(problem.startswith("map.yaml") for problem in error.problems)
+        str(error).encode()
+        return
+    assert MappingFile.model_validate_json(mapping.model_dump_json()) == mapping
 
 
 @BOUNDED

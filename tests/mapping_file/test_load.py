@@ -110,7 +110,7 @@ CASES = {
         "layers: replaced",
         "layers: repalced",
         "map.yaml:22:17: stages[0].align[0].layers: 'repalced' is not same | replaced | uniform | uniform_endpoints | "
-        "uniform_begin | first | last | block_average | type_aware | cka | monotone | optimal_transport | reverse | "
+        "uniform_begin | first | last | block_average | type_aware | cka | reverse | monotone | optimal_transport | "
         "all_to_one | random | learned, or a mapping with a 'strategy', or a list of {student, teacher, weight} "
         "entries. Did you mean 'replaced'?",
     ),

@@ -17,18 +17,9 @@ from xarch_kd.models.convert import NO_ATTENTION, conversion_warnings, convert, 
 from xarch_kd.models.facts import teacher_facts
 from xarch_kd.models.save import save_student
 from xarch_kd.models.targets import TARGETS
-from xarch_kd.testing.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
+from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 LONGROPE = {**PARTIAL, "rope_type": "longrope", "short_factor": [1.1] * 4, "long_factor": [2.0] * 4}
 
 # Every shape of teacher that is said to convert, and whether its logits come out bit for bit.

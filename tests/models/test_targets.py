@@ -19,17 +19,7 @@ from xarch_kd.models.facts import teacher_facts
 from xarch_kd.models.frozen import frozen_names
 from xarch_kd.models.save import save_student
 from xarch_kd.models.targets import TARGETS
-from xarch_kd.testing.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
 
 @dataclass(frozen=True)

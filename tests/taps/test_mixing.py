@@ -9,24 +9,12 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.taps.readable import HYBRIDS, READABLE, padded
 from xarch_kd.errors import TapError, UsageError
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.taps.families import FAMILIES
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.taps.replay import block_calls, read_block, read_mixing, run_mixer
 from xarch_kd.taps.trace import trace
-
-# An RWKV has no reader.
-READABLE = [family for family in FAMILIES if family != "rwkv"]
-# One family a way of reading: attention, and each reader of a recurrent mixer.
-HYBRIDS = ("bamba", "qwen3_5_text", "kimi_linear", "jamba", "recurrent_gemma", "minimax", "lfm3", "zamba2")
-
-
-def padded(input_ids, model_type):
-    """Padded on the left, but for the family whose recurrence takes such padding for tokens."""
-    mask = torch.ones_like(input_ids)
-    mask[1, :4] = 0
-    return mask.flip(1) if model_type == "recurrent_gemma" else mask
 
 
 def same(first, second):

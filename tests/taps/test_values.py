@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.taps.readable import HYBRIDS, READABLE, padded
 from xarch_kd.errors import TapError, UsageError
 from xarch_kd.mixing import SoftmaxMixing
 from xarch_kd.taps import mixings
-from xarch_kd.taps.families import FAMILIES
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.taps.replay import block_calls, read_block, read_mixer, read_mixing, run_mixer
 from xarch_kd.taps.sites import Site
@@ -17,17 +17,6 @@ from xarch_kd.taps.trace import trace
 from xarch_kd.training.features import DiskCache, MemoryCache, TeacherReader
 
 EPSILON = torch.finfo(torch.float32).eps
-# An RWKV has no reader.
-READABLE = [family for family in FAMILIES if family != "rwkv"]
-# One family a way of reading: attention, and each reader of a recurrent mixer.
-HYBRIDS = ("bamba", "qwen3_5_text", "kimi_linear", "jamba", "recurrent_gemma", "minimax", "lfm3", "zamba2")
-
-
-def padded(input_ids, model_type):
-    """Padded on the left, but for the family whose recurrence takes such padding for tokens."""
-    mask = torch.ones_like(input_ids)
-    mask[1, :4] = 0
-    return mask.flip(1) if model_type == "recurrent_gemma" else mask
 
 
 def spread(values, heads):

@@ -16,7 +16,7 @@ from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.convert import convert
-from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
+from xarch_kd.testing.tiny import tiny_model
 from xarch_kd.training.aligner import Aligner
 
 TOKENS: dict[str, Any] = {"tokens": {"divergence": "forward_kl", "cross_entropy": 0.5}}
@@ -25,19 +25,6 @@ KINDS = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", "l2")
 
 def _hidden(kind: str, layers: str = "same") -> dict[str, Any]:
     return {"align": [{"name": "stream", "tap": "hidden", "layers": layers, "loss": {"kind": kind}}]}
-
-
-@pytest.fixture(scope="module")
-def teacher() -> PreTrainedModel:
-    return tiny_model("llama").requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(teacher: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def plan_of(folder: Path, *stages: dict[str, Any], **student: Any) -> Plan:
@@ -56,11 +43,6 @@ def plan_of(folder: Path, *stages: dict[str, Any], **student: Any) -> Plan:
 @pytest.fixture
 def student(teacher: PreTrainedModel) -> PreTrainedModel:
     return convert(teacher, replace=[1])
-
-
-@pytest.fixture
-def input_ids() -> Tensor:
-    return torch.randint(2, 97, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("stage", [*(_hidden(kind) for kind in KINDS), {"tokens": {"divergence": "reverse_kl"}}])

@@ -20,7 +20,7 @@ from xarch_kd.projectors import PairStatistics, Projector, build_projector
 from xarch_kd.projectors.closed_form import explained_variance
 from xarch_kd.projectors.diagnostics import Diagnosis
 from xarch_kd.taps.trace import trace
-from xarch_kd.testing.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+from xarch_kd.testing.tiny import VOCABULARY
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.diagnostics import (
     ProjectorReport,
@@ -32,19 +32,6 @@ from xarch_kd.training.diagnostics import (
     warnings_of,
     write_reports,
 )
-
-
-@pytest.fixture(scope="module")
-def teacher() -> PreTrainedModel:
-    return tiny_model("llama").requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(teacher: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def plan_of(folder: Path, **align: Any) -> Plan:

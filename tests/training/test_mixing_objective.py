@@ -16,34 +16,16 @@ from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.convert import convert
 from xarch_kd.taps.trace import trace
-from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
+from xarch_kd.testing.tiny import tiny_model
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.counts import Counts
 
 EXACT = ("auto", "reference", "streaming", "panels")
 
 
-@pytest.fixture(scope="module")
-def teacher() -> PreTrainedModel:
-    return tiny_model("llama").requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(teacher: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def student(teacher: PreTrainedModel) -> PreTrainedModel:
     return convert(teacher, replace=[1])
-
-
-@pytest.fixture
-def input_ids() -> Tensor:
-    return torch.randint(2, 97, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 def plan_of(

@@ -79,25 +79,7 @@ class LearnedStrategy(Part):
     usage_floor: Fraction = 0.5
 
 
-class PlainStrategy(Part):
-    """A strategy without an option; its name alone says the same."""
-
-    strategy: Literal[
-        "same",
-        "replaced",
-        "uniform",
-        "uniform_endpoints",
-        "uniform_begin",
-        "first",
-        "last",
-        "block_average",
-        "reverse",
-        "type_aware",
-        "cka",
-    ]
-
-
-StrategyName = Literal[
+PlainName = Literal[
     "same",
     "replaced",
     "uniform",
@@ -108,13 +90,18 @@ StrategyName = Literal[
     "block_average",
     "type_aware",
     "cka",
-    "monotone",
-    "optimal_transport",
     "reverse",
-    "all_to_one",
-    "random",
-    "learned",
 ]
+
+
+class PlainStrategy(Part):
+    """A strategy without an option; its name alone says the same."""
+
+    strategy: PlainName
+
+
+# Those whose options all have a default.
+StrategyName = Literal[PlainName, "monotone", "optimal_transport", "all_to_one", "random", "learned"]
 LayerStrategy = Annotated[
     PlainStrategy
     | EveryStrategy

@@ -61,6 +61,16 @@ ATTENTION: dict[str, Any] = {
     "rotary_emb_dim": 0,
     "rotary_emb_base": 10000.0,
 }
+# mamba_ssm's name of a field -> that of Mamba's and Mamba-2's stock config.
+SHARED: dict[str, str] = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "conv_bias": "use_conv_bias",
+    "bias": "use_bias",
+}
+MAMBA1_NAMES = {**SHARED, "dt_rank": "time_step_rank"}
+MAMBA2_NAMES = {**SHARED, "headdim": "head_dim", "ngroups": "n_groups", "chunk_size": "chunk_size"}
 # What a stock class holds at one value only.
 FIXED: dict[str, dict[str, Any]] = {
     "Mamba1": {},
@@ -181,33 +191,20 @@ def _limit(limit: Any) -> dict[str, Any]:
 
 def _mamba2(config: PreTrainedConfig) -> dict[str, Any]:
     values: Any = config
-    mixer = {
-        "layer": "Mamba2",
-        "d_state": values.state_size,
-        "d_conv": values.conv_kernel,
-        "expand": values.expand,
-        "headdim": values.head_dim,
-        "ngroups": values.n_groups,
-        "chunk_size": values.chunk_size,
-        "conv_bias": values.use_conv_bias,
-        "bias": values.use_bias,
-        **_limit(values.time_step_limit),
-    }
+    mixer = {"layer": "Mamba2", **_written(config, MAMBA2_NAMES), **_limit(values.time_step_limit)}
     return {"residual_in_fp32": values.residual_in_fp32, "ssm_cfg": mixer}
 
 
 def _mamba(config: PreTrainedConfig) -> dict[str, Any]:
     values: Any = config
-    mixer = {
-        "layer": "Mamba1",
-        "d_state": values.state_size,
-        "d_conv": values.conv_kernel,
-        "expand": values.expand,
-        "dt_rank": values.time_step_rank,
-        "conv_bias": values.use_conv_bias,
-        "bias": values.use_bias,
+    return {
+        "residual_in_fp32": values.residual_in_fp32,
+        "ssm_cfg": {"layer": "Mamba1", **_written(config, MAMBA1_NAMES)},
     }
-    return {"residual_in_fp32": values.residual_in_fp32, "ssm_cfg": mixer}
+
+
+def _written(config: PreTrainedConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    return {own: getattr(config, stock) for own, stock in names.items()}
 
 
 WRITERS: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
@@ -328,31 +325,20 @@ def _stock_rotary(rotated: int, base: float, head_dim: int) -> dict[str, Any]:
 
 
 def _stock_mamba2(mixer: Mapping[str, Any], shared: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    expand = _whole(mixer["expand"], "expand", where)
+    read = _read(mixer, MAMBA2_NAMES, where)
     return Mamba2Config(
         **shared,
+        **read,
         architectures=["Mamba2ForCausalLM"],
-        num_heads=expand * shared["hidden_size"] // mixer["headdim"],
-        head_dim=mixer["headdim"],
-        state_size=mixer["d_state"],
-        expand=expand,
-        conv_kernel=mixer["d_conv"],
-        n_groups=mixer["ngroups"],
-        chunk_size=mixer["chunk_size"],
-        use_bias=mixer["bias"],
-        use_conv_bias=mixer["conv_bias"],
+        num_heads=read["expand"] * shared["hidden_size"] // mixer["headdim"],
         time_step_limit=tuple(mixer["dt_limit"]),
     )
 
 
 def _stock_mamba(mixer: Mapping[str, Any], shared: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    return MambaConfig(
-        **shared,
-        architectures=["MambaForCausalLM"],
-        state_size=mixer["d_state"],
-        expand=_whole(mixer["expand"], "expand", where),
-        conv_kernel=mixer["d_conv"],
-        time_step_rank=mixer["dt_rank"],
-        use_bias=mixer["bias"],
-        use_conv_bias=mixer["conv_bias"],
-    )
+    return MambaConfig(**shared, **_read(mixer, MAMBA1_NAMES, where), architectures=["MambaForCausalLM"])
+
+
+def _read(mixer: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
+    read = {stock: mixer[own] for own, stock in names.items()}
+    return read | {"expand": _whole(mixer["expand"], "expand", where)}

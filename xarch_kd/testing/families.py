@@ -36,15 +36,6 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     mixer: (*(name for name, target in TARGETS.items() if target.mixer == mixer), IN_PLACE)
     for mixer in ("mamba2", "gated_delta")
 }
-PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +71,14 @@ def _short(value: object) -> str:
 
 
 VARIANTS = (
-    Specimen(model_type="llama", overrides={"rope_parameters": LLAMA3}),
+    Specimen(model_type="llama", overrides={"rope_parameters": tiny.LLAMA3}),
     Specimen(model_type="llama", overrides={"attention_bias": True, "mlp_bias": True}),
     Specimen(model_type="llama", overrides={"head_dim": 24}),
     Specimen(model_type="mistral", overrides={"sliding_window": 8}),
     Specimen(
         model_type="qwen3", overrides={"use_sliding_window": True, "sliding_window": 8}, sizes={"max_window_layers": 1}
     ),
-    Specimen(model_type="phi3", overrides={"rope_parameters": PARTIAL}),
+    Specimen(model_type="phi3", overrides={"rope_parameters": tiny.PARTIAL}),
     Specimen(model_type="gpt_neox", overrides={"use_parallel_residual": False}),
     Specimen(model_type="granite", overrides={"tie_word_embeddings": True}),
 )

@@ -20,8 +20,8 @@ from torch import Tensor
 from xarch_kd.errors import CheckpointError
 from xarch_kd.mapping_file.align_losses import AttentionBridge
 from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.projectors import PairStatistics, Projector, resolve_start
-from xarch_kd.projectors.closed_form import ENOUGH, FORMS
+from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, resolve_start
+from xarch_kd.projectors.closed_form import FORMS
 from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.matches import Match
@@ -271,9 +271,9 @@ def _too_few(projector: Projector, tokens: int) -> str | None:
     if tokens <= dimensions:
         return (
             f"a projector alone was not measured: {form} in {dimensions} dimensions is fitted to more tokens than the "
-            f"{tokens} of calibration text, {ENOUGH * dimensions} say more"
+            f"{tokens} of calibration text, {enough_tokens(dimensions)} say more"
         )
-    if tokens < ENOUGH * dimensions:
+    if tokens < enough_tokens(dimensions):
         return f"what a projector alone reaches is a lower bound: {form} in {dimensions} dimensions of {tokens} tokens"
     return None
 

@@ -26,6 +26,17 @@ def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor |
     rank, key, query = mixer.x_proj(_convolved(mixer, projected)).split(sizes, dim=-1)
     if hasattr(mixer, "dt_layernorm"):
         rank, key, query = mixer.dt_layernorm(rank), mixer.b_layernorm(key), mixer.c_layernorm(query)
+    return selective_mixing(mixer, rank, key, query, attention_mask)
+
+
+def selective_mixing(
+    mixer: Any, rank: Tensor, key: Tensor, query: Tensor, attention_mask: Tensor | None
+) -> SelectiveMixing:
+    """The matrix of a mixer from what its projection of x is split into.
+
+    `rank` [batch, time, rank] is made the step by the mixer's `dt_proj`; `key` and `query` are B and C [batch, time,
+    states]. `dt_proj`, `A_log` and `D` have these names in transformers and in mamba_ssm.
+    """
     step = accumulated(functional.linear(rank, mixer.dt_proj.weight)) + accumulated(mixer.dt_proj.bias)
     start, stop = span_of(attention_mask, rank.device)
     return SelectiveMixing(

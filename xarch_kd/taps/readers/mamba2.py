@@ -39,9 +39,25 @@ def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor |
     _, states, step = _split(mixer, projected)
     states = short_convolution(states, mixer.conv1d, ACT2FN[mixer.activation], slice(mixer.intermediate_size, None))
     key, query = rearrange(states, "b t (two g n) -> two b t g n", two=2, g=mixer.n_groups)
+    return ssd_mixing(mixer, query, key, step, mixer.time_step_limit, attention_mask)
+
+
+def ssd_mixing(
+    mixer: Any,
+    query: Tensor,
+    key: Tensor,
+    step: Tensor,
+    limit: tuple[float, float],
+    attention_mask: Tensor | None,
+) -> SSDMixing:
+    """The matrix of a mixer from what its projection is split into.
+
+    C and B are `query` and `key` [batch, time, groups, states], after the convolution; `step` [batch, time, heads] is
+    as projected, and `limit` bounds it after softplus. `dt_bias`, `A_log` and `D` have these names in transformers and
+    in mamba_ssm.
+    """
     # Summed in float32 as the fused kernels do; the plain implementation rounds the step to the model's dtype.
-    step = functional.softplus(accumulated(step) + accumulated(mixer.dt_bias))
-    step = step.clamp(*mixer.time_step_limit)
+    step = functional.softplus(accumulated(step) + accumulated(mixer.dt_bias)).clamp(*limit)
     start, stop = span_of(attention_mask, step.device)
     return SSDMixing(
         C=query,

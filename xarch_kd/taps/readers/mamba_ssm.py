@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,7 +18,9 @@ from xarch_kd.mixing.selective import SelectiveMixing
 from xarch_kd.mixing.softmax import SoftmaxMixing
 from xarch_kd.mixing.ssd import SSDMixing
 from xarch_kd.taps.readers.base import OWN_INPUT, MixingReader
-from xarch_kd.taps.readers.parts import accumulated, short_convolution
+from xarch_kd.taps.readers.mamba import selective_mixing
+from xarch_kd.taps.readers.mamba2 import ssd_mixing
+from xarch_kd.taps.readers.parts import short_convolution
 from xarch_kd.taps.span import span_of
 
 Projected = Mapping[str, Tensor]
@@ -44,17 +45,7 @@ def _build_mamba2(mixer: Any, projected: Projected, attention_mask: Tensor | Non
     _, states, step = _mamba2_parts(mixer, projected)
     states = short_convolution(states, mixer.conv1d, functional.silu, slice(mixer.d_ssm, None))
     key, query = rearrange(states, "b t (two g n) -> two b t g n", two=2, g=mixer.ngroups)
-    step = functional.softplus(accumulated(step) + accumulated(mixer.dt_bias)).clamp(*mixer.dt_limit)
-    start, stop = span_of(attention_mask, step.device)
-    return SSDMixing(
-        C=query,
-        B=key,
-        log_decay=-torch.exp(accumulated(mixer.A_log)) * step,
-        dt=step,
-        D=mixer.D,
-        start=start,
-        stop=stop,
-    )
+    return ssd_mixing(mixer, query, key, step, mixer.dt_limit, attention_mask)
 
 
 def _mamba2_values(mixer: Any, projected: Projected, attention_mask: Tensor | None) -> Tensor:
@@ -72,17 +63,7 @@ def _mamba_convolved(mixer: Any, projected: Projected) -> Tensor:
 def _build_mamba(mixer: Any, projected: Projected, attention_mask: Tensor | None) -> SelectiveMixing:
     read = mixer.x_proj(_mamba_convolved(mixer, projected))
     rank, key, query = read.split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
-    step = accumulated(functional.linear(rank, mixer.dt_proj.weight)) + accumulated(mixer.dt_proj.bias)
-    start, stop = span_of(attention_mask, rank.device)
-    return SelectiveMixing(
-        C=query,
-        B=key,
-        dt=functional.softplus(step),
-        A=-torch.exp(accumulated(mixer.A_log)),
-        D=mixer.D,
-        start=start,
-        stop=stop,
-    )
+    return selective_mixing(mixer, rank, key, query, attention_mask)
 
 
 def _mamba_values(mixer: Any, projected: Projected, attention_mask: Tensor | None) -> Tensor:
