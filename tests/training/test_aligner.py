@@ -45,6 +45,22 @@ def student(teacher: PreTrainedModel) -> PreTrainedModel:
     return convert(teacher, replace=[1])
 
 
+def test_left_padded_rows_are_refused(
+    teacher_folder: Path, teacher: PreTrainedModel, student: PreTrainedModel, input_ids: Tensor
+) -> None:
+    """Fused Mamba-2 kernels train without a mask, so that padding before the tokens would leak into them."""
+    aligner = Aligner(plan_of(teacher_folder, _hidden("mse")), teacher=teacher, student=student)
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = 0
+    with pytest.raises(UsageError, match="padded on the left") as error:
+        aligner(input_ids, mask)
+    assert "right" in str(error.value.fix)
+    # A row without a token is no left-padded one.
+    mask[1] = 0
+    aligner(input_ids, mask)
+    aligner(input_ids, mask.flip(0).cummin(1).values)
+
+
 @pytest.mark.parametrize("stage", [*(_hidden(kind) for kind in KINDS), {"tokens": {"divergence": "reverse_kl"}}])
 def test_a_student_that_is_the_teacher_has_loss_and_gradient_zero(
     teacher_folder: Path, teacher: PreTrainedModel, input_ids: Tensor, stage: dict[str, Any]

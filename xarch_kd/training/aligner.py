@@ -178,8 +178,10 @@ class Aligner(nn.Module):
         `attention_mask` is true where a token counts (right-padded or packed); `labels`, unshifted, narrow the token
         objective with -100. `features` are the teacher's (read here when not given), `counts` the step's divisors
         (this batch's own when not given), and `step` counts the optimiser steps of the stage from 0: schedules, layer
-        maps that are redrawn and temperatures follow it. Raises NonFiniteLoss, which names the objective.
+        maps that are redrawn and temperatures follow it. Raises NonFiniteLoss, which names the objective, and
+        UsageError for left-padded rows.
         """
+        _check_padding(attention_mask)
         readings = self.readings(step)
         if features is None:
             features = self.reader.read(input_ids, attention_mask, sites=self.sites(step))
@@ -328,6 +330,24 @@ class Aligner(nn.Module):
                 tensor_.copy_(stored[name])
         if self.balance is not None:
             self.balance = read_balance(self.balance, path)
+
+
+def _check_padding(attention_mask: Tensor | None) -> None:
+    """Raise UsageError for a row that begins with padding and has tokens after it.
+
+    Fused Mamba-2 training kernels take no mask: the convolution's bias then leaks from padding into the tokens, which
+    nothing would show.
+    """
+    if attention_mask is None:
+        return
+    counted = attention_mask.bool()
+    if bool((~counted[:, 0] & counted.any(1)).any()):
+        raise UsageError(
+            "rows are padded on the left, where recurrent mixers carry padding into the tokens when they train",
+            found="an attention_mask whose rows begin with 0",
+            allowed="packed or right-padded rows",
+            fix='tokenizer.padding_side = "right"',
+        )
 
 
 def _check_finite(parts: Mapping[str, Tensor]) -> None:
