@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 
 from xarch_kd._layout import folder
@@ -21,6 +27,9 @@ FILES = sorted(folder("mappings").glob("*.yaml"))
 # The family of each teacher, by how its file's name begins.
 FAMILIES = {"smollm2-135m": "llama", "llama": "llama", "qwen3": "qwen3", "gpt2": "gpt2"}
 DEPTH = 4
+STEPS = 4
+# Loss and parts of every step, recorded on the machine that the file names.
+GOLDEN = Path(__file__).with_name("golden_curves.json")
 
 # Sizes of a fresh student, by model type; everything else in its config stays as it is written.
 SMALL: dict[str, dict[str, Any]] = {
@@ -61,7 +70,7 @@ def shrunk(path: Path, teacher: str, text: Path) -> dict[str, Any]:
     content["data"] = {"files": [str(text)], "sequence_length": 16, "batch_size": 2}
     content |= {"device": "cpu", "calibration": {"tokens": 256}}
     for stage in content["stages"]:
-        stage |= {"steps": 2, "batches": 1} if "batches" in stage else {"steps": 2}
+        stage |= {"steps": STEPS, "batches": 2} if "batches" in stage else {"steps": STEPS}
         if "batch_size" in stage:
             stage["batch_size"] = 1
     # Evaluation reads no part of a file that its plan does not, and reads both models again.
@@ -85,5 +94,36 @@ def test_every_file_trains_in_all_of_its_stages(
         assert {pair.align for pair in stage.pairs} == {entry.name for entry in written.align}
     run = train(plan, tmp_path / "run")
     steps = [event for event in events_of(tmp_path / "run") if event["event"] == "step"]
-    assert [event["stage"] for event in steps] == [stage.name for stage in original.stages for _ in range(2)]
+    assert [event["stage"] for event in steps] == [stage.name for stage in original.stages for _ in range(STEPS)]
     assert (run.student / "model.safetensors").is_file()
+    check_golden(path.stem, [{"loss": event["loss"], **event["parts"]} for event in steps])
+
+
+def check_golden(name: str, found: list[dict[str, float]]) -> None:
+    """Compare losses with the recorded ones: bitwise where they were recorded, to rounding on other processors.
+
+    With XARCH_KD_RECORD_GOLDEN=1 the recorded ones are replaced.
+    """
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {"machine": machine(), "curves": {}}
+    if os.environ.get("XARCH_KD_RECORD_GOLDEN") == "1":
+        golden["curves"][name] = found
+        GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    expected = golden["curves"][name]
+    if golden["machine"] == machine():
+        assert found == expected
+        return
+    assert [step.keys() for step in found] == [step.keys() for step in expected]
+    for step, recorded in zip(found, expected, strict=True):
+        # Float32 sums of other processors differ in their last digits, which few steps of AdamW can amplify.
+        assert step == pytest.approx(recorded, rel=1e-3, abs=1e-6)
+
+
+def machine() -> str:
+    """Return what the last bits of a loss depend on."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {processor()}"
+
+
+def processor() -> str:
+    """Return the processor's model, which decides what code a matrix library runs."""
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found.group(1) if found else platform.machine()
