@@ -20,9 +20,9 @@ from benchmarks.recipe_arms import Arm, seeded
 from xarch_kd.data.rows import pack
 from xarch_kd.job.models import load_models, load_run_tokenizer
 from xarch_kd.job.texts import training_and_held_out
-from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.folder import write_text
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.run_folder import write_text
 
 ROUNDS = 5
 

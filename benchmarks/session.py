@@ -20,7 +20,7 @@ SHORTEST_REPEAT: Final = 0.25
 MOST_CALLS: Final = 100
 
 
-def obstacle(contender: Contender, sizes: Sizes, device: str) -> str | None:
+def unsupported_reason(contender: Contender, sizes: Sizes, device: str) -> str | None:
     """Return why the contender is not measured at these sizes on this device, or None."""
     for axis, largest in contender.largest.items():
         if sizes.get(axis, 0) > largest:
@@ -72,7 +72,7 @@ class Session:
         """Load what it needs, draw the inputs, make a first call; return the reason when that cannot be done."""
         if self.quick and "compiler" in self.contender.needs:
             return "left out of a smoke run: compiling takes longer than the rest of it"
-        reason = obstacle(self.contender, self.sizes, self.device)
+        reason = unsupported_reason(self.contender, self.sizes, self.device)
         if reason is not None:
             return reason
         self.run = self.contender.make({**self.case.options, **self.sizes})

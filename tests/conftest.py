@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 # Set before any test imports transformers, which reads them at import; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,3 +21,30 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has a processor of its own; threads of several would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def teacher() -> PreTrainedModel:
+    """A frozen Llama."""
+    from xarch_kd.testing.tiny import tiny_model
+
+    return tiny_model("llama").requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(teacher: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its tokenizer, saved as a checkpoint."""
+    from xarch_kd.testing.tiny import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("teacher")
+    teacher.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def input_ids() -> Tensor:
+    """Two rows of 16 tokens."""
+    import torch
+
+    return torch.randint(2, 97, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import ConversionError, TapError
-from xarch_kd.models.check import logits_tolerance
-from xarch_kd.models.convert import IN_PLACE, convert
-from xarch_kd.models.epsilon import with_epsilon
-from xarch_kd.models.facts import FACTS, REFUSALS
-from xarch_kd.models.frozen import frozen_names
-from xarch_kd.models.in_place_teachers import FAMILIES as IN_PLACE_FAMILIES
-from xarch_kd.models.mamba_ssm import export_mamba_ssm, import_mamba_ssm
-from xarch_kd.models.mamba_ssm_config import EPSILON
-from xarch_kd.models.targets import TARGETS
+from xarch_kd.models.conversion.check import logits_tolerance
+from xarch_kd.models.conversion.convert import IN_PLACE, convert
+from xarch_kd.models.conversion.epsilon import with_epsilon
+from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.conversion.targets import TARGETS
+from xarch_kd.models.conversion.teacher_spec import FACTS, REFUSALS
+from xarch_kd.models.in_place.teachers import FAMILIES as IN_PLACE_FAMILIES
+from xarch_kd.models.mamba_ssm.config import EPSILON
+from xarch_kd.models.mamba_ssm.format import export_mamba_ssm, import_mamba_ssm
 from xarch_kd.taps.families import FAMILIES
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import TAPS, WHOLE_TAPS

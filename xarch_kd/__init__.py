@@ -9,15 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from xarch_kd.errors import XarchError
-from xarch_kd.models.registration import register_when_loaded
+from xarch_kd.models.in_place.registration import register_when_loaded
 
 if TYPE_CHECKING:
     from xarch_kd import ops
     from xarch_kd.job.evaluate import evaluate
     from xarch_kd.job.train import train
     from xarch_kd.mapping_file.load import load_mapping
-    from xarch_kd.mapping_file.resolve import make_plan as plan
-    from xarch_kd.models.convert import convert
+    from xarch_kd.models.conversion.convert import convert
+    from xarch_kd.planning.resolve import make_plan as plan
     from xarch_kd.taps.trace import trace
     from xarch_kd.training.aligner import Aligner
 
@@ -39,11 +39,11 @@ __all__ = [
 # Public name → the module that holds it and the name it has there (None: the module itself).
 _ORIGINS: dict[str, tuple[str, str | None]] = {
     "Aligner": ("xarch_kd.training.aligner", "Aligner"),
-    "convert": ("xarch_kd.models.convert", "convert"),
+    "convert": ("xarch_kd.models.conversion.convert", "convert"),
     "evaluate": ("xarch_kd.job.evaluate", "evaluate"),
     "load_mapping": ("xarch_kd.mapping_file.load", "load_mapping"),
     "ops": ("xarch_kd.ops", None),
-    "plan": ("xarch_kd.mapping_file.resolve", "make_plan"),
+    "plan": ("xarch_kd.planning.resolve", "make_plan"),
     "trace": ("xarch_kd.taps.trace", "trace"),
     "train": ("xarch_kd.job.train", "train"),
 }

@@ -82,8 +82,8 @@ def mapping(folder: Path, sizes: Options, layers: Any) -> dict[str, Any]:
 
 def aligner_of(sizes: Options, layers: Any) -> nn.Module:
     """Return the `Aligner` of the mapping file's stage, with both models made from the same seeds every time."""
-    from xarch_kd.mapping_file.resolve import make_plan
     from xarch_kd.mapping_file.schema import MappingFile
+    from xarch_kd.planning.resolve import make_plan
     from xarch_kd.testing.tiny import tiny_model
     from xarch_kd.training.aligner import Aligner
 

@@ -76,9 +76,9 @@ def calibration(*, idle: bool) -> Callable[[Options], Run]:
     """Return what makes the calibration pass, with the teacher or with one whose pass costs next to nothing."""
 
     def make(options: Options) -> Run:
+        from xarch_kd.calibration.layer_similarity import layer_similarity
         from xarch_kd.taps.layout import layout_of
         from xarch_kd.testing.tiny import tiny_model
-        from xarch_kd.training.calibration import layer_similarity
 
         settings = student_settings({**options, "layers": options["student_layers"]})
         teacher, student = layout_of(teacher_model(options, idle=idle)), layout_of(tiny_model("mamba2", **settings))

@@ -14,7 +14,7 @@ from benchmarks.case import Case, Contender, Options, Run
 from benchmarks.cases.projected_distance import CASES
 from benchmarks.measure import Place, Remote, Settings, measure
 from benchmarks.memory import peak_over
-from benchmarks.session import Session, obstacle, said, without_paths
+from benchmarks.session import Session, said, unsupported_reason, without_paths
 
 ASKED: dict[str, Any] = {"threads": 1}
 
@@ -113,8 +113,8 @@ def test_the_error_of_a_wrong_contender_is_seen() -> None:
 
 def test_what_is_too_large_is_left_out() -> None:
     large = dataclasses.replace(CASES[0].contenders["naive"], largest={"tokens": 100})
-    assert obstacle(large, {"tokens": 100}, "cpu") is None
-    assert obstacle(large, {"tokens": 101}, "cpu") == "left out above tokens = 100: too large or too slow"
+    assert unsupported_reason(large, {"tokens": 100}, "cpu") is None
+    assert unsupported_reason(large, {"tokens": 101}, "cpu") == "left out above tokens = 100: too large or too slow"
 
 
 def test_errors_are_said_without_paths() -> None:

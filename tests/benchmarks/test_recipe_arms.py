@@ -13,9 +13,9 @@ from benchmarks import strategies
 from benchmarks.recipe_arms import CONTROLS, HIDDEN_MAPS, Arm, arms, groups, longer, seeded
 from benchmarks.recipe_probe import training_seconds
 from benchmarks.recipe_runs import prepared_seconds, trained
-from xarch_kd.mapping_file.estimate import Rates
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.planning.cost import Rates
+from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.resolve import make_plan
 
 ARMS = {arm.name: arm for arm in arms()}
 RATES = Rates("cpu", {"float32": 1e11, "bfloat16": 2e11, "float16": 1e11})

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import XarchKd
+from xarch_kd.calibration.projector_report import ProjectorReport, write_reports
 from xarch_kd.evaluation.results import Evaluation, LikelihoodResult, write_evaluation
 from xarch_kd.projectors.diagnostics import Diagnosis
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
-from xarch_kd.training.diagnostics import ProjectorReport, write_reports
 
 MAPPING = """
 version: 1

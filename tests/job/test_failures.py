@@ -13,9 +13,9 @@ from torch import Tensor
 from xarch_kd.cli.app import main
 from xarch_kd.errors import CheckpointError, NonFiniteLoss
 from xarch_kd.job.train import train
+from xarch_kd.objectives import features as objectives_module
 from xarch_kd.testing.mapping import MIXERS, Write
 from xarch_kd.testing.runs import same, student_of
-from xarch_kd.training import matches as matches_module
 from xarch_kd.training import trainer as trainer_module
 
 
@@ -23,13 +23,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {"count": 0}
-    honest = matches_module.feature_loss
+    honest = objectives_module.feature_loss
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         calls["count"] += 1
         return honest(*args, **kwargs) * (float("nan") if calls["count"] > 2 * 2 else 1.0)
 
-    monkeypatch.setattr(matches_module, "feature_loss", poisoned)
+    monkeypatch.setattr(objectives_module, "feature_loss", poisoned)
     stage = {**MIXERS, "checkpoint_every": 1}
     with pytest.raises(NonFiniteLoss) as stopped:
         train(write_mapping(stage), tmp_path / "run")
@@ -54,8 +54,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
         def backward(ctx: Any, *gradients: Tensor) -> Tensor:
             return gradients[0] * float("inf")
 
-    honest = matches_module.feature_loss
-    monkeypatch.setattr(matches_module, "feature_loss", lambda *a, **k: Poison.apply(honest(*a, **k)))
+    honest = objectives_module.feature_loss
+    monkeypatch.setattr(objectives_module, "feature_loss", lambda *a, **k: Poison.apply(honest(*a, **k)))
     with pytest.raises(NonFiniteLoss, match=r"a gradient of stage 'mixers' is not finite at step 1[\s\S]*parameter "):
         train(write_mapping(MIXERS), tmp_path / "run")
 

@@ -10,9 +10,9 @@ import torch
 
 from xarch_kd.errors import MappingFileError
 from xarch_kd.job.models import load_models, load_run_tokenizer
-from xarch_kd.mapping_file.estimate import Rates
-from xarch_kd.mapping_file.resolve import make_plan
-from xarch_kd.models.load import fresh_model
+from xarch_kd.models.loading.load import fresh_model
+from xarch_kd.planning.cost import Rates
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.mapping import LOGITS, Write
 from xarch_kd.testing.tiny import tiny_config
 

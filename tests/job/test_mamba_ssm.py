@@ -10,10 +10,10 @@ import pytest
 
 from xarch_kd.errors import ConversionError
 from xarch_kd.job.train import train
-from xarch_kd.mapping_file.resolve import make_plan
-from xarch_kd.models.convert import convert
-from xarch_kd.models.load import load_model
-from xarch_kd.models.mamba_ssm import export_mamba_ssm, import_mamba_ssm
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.loading.load import load_model
+from xarch_kd.models.mamba_ssm.format import export_mamba_ssm, import_mamba_ssm
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.mapping import LOGITS, Write
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.job.test_resume import stop_after
 from xarch_kd.errors import Interrupted
-from xarch_kd.job.prepare import START_FILE
+from xarch_kd.job.calibrate import START_FILE
 from xarch_kd.job.train import train
 from xarch_kd.testing.mapping import Write
 from xarch_kd.testing.runs import events_of, same, student_of

@@ -13,21 +13,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.job.test_resume import stop_after
+from xarch_kd.calibration import projector_report
+from xarch_kd.calibration.initialize import FIRST_TOKENS
+from xarch_kd.calibration.projector_report import halves
 from xarch_kd.cli.app import main
 from xarch_kd.data.rows import pack
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.models import load_models, load_run_tokenizer
 from xarch_kd.job.texts import training_and_held_out
 from xarch_kd.job.train import train
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
 from xarch_kd.testing.runs import same, student_of
-from xarch_kd.training import diagnostics
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.diagnostics import halves
-from xarch_kd.training.preparation import FIRST_TOKENS
 from xarch_kd.training.trainer import STATE_FILE
 
 LINEAR: dict[str, Any] = {
@@ -131,8 +131,8 @@ def test_a_resumed_run_says_and_keeps_the_same(
             train(mapping, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "projectors.safetensors").exists()
     measured = []
-    alone = diagnostics.alone
-    monkeypatch.setattr(diagnostics, "alone", lambda *given: measured.append(given) or alone(*given))
+    alone = projector_report.alone
+    monkeypatch.setattr(projector_report, "alone", lambda *given: measured.append(given) or alone(*given))
     train(mapping, tmp_path / "stopped", resume=True)
     assert len(measured) == (count <= 4)
     for name in ("projectors.json", "projectors.safetensors", "student/model.safetensors"):
@@ -164,7 +164,7 @@ def test_stages_without_projectors_cost_and_leave_nothing(
     def never(*_: object) -> None:
         raise AssertionError("calibration text was read")
 
-    monkeypatch.setattr(diagnostics, "observations", never)
+    monkeypatch.setattr(projector_report, "observations", never)
     run = train(write_mapping(MIXERS, LOGITS), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").rglob("*")}
     assert not {"projectors.json", "projectors-alone.json", "projectors.safetensors"} & names

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xarch_kd._layout import folder
-from xarch_kd.models.load import load_model
+from xarch_kd.models.loading.load import load_model
 
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
 

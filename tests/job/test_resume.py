@@ -15,9 +15,9 @@ import pytest
 from xarch_kd.cli.app import main
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.train import train
+from xarch_kd.run.progress import StageProgress, StepFigures
 from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
 from xarch_kd.testing.runs import events_of, same, student_of
-from xarch_kd.training.progress import StageProgress, StepFigures
 
 ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
 

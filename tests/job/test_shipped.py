@@ -16,9 +16,9 @@ import yaml
 
 from xarch_kd._layout import folder
 from xarch_kd.job.train import train
-from xarch_kd.mapping_file.estimate import Rates
 from xarch_kd.mapping_file.load import load_mapping
-from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.planning.cost import Rates
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.runs import events_of
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
@@ -120,7 +120,8 @@ def check_golden(name: str, found: list[dict[str, float]]) -> None:
 
 def machine() -> str:
     """Return what the last bits of a loss depend on."""
-    return f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {processor()}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{versions}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {processor()}"
 
 
 def processor() -> str:

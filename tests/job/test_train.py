@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from xarch_kd.cli.app import main
 from xarch_kd.job.train import train
+from xarch_kd.teacher import reader as features_module
 from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
 from xarch_kd.testing.runs import events_of, same, student_of
 from xarch_kd.testing.tiny import tiny_config
-from xarch_kd.training import features as features_module
 
 ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
 END_TO_END: dict[str, Any] = {**LOGITS, "align": [{"name": "stream", "tap": "hidden", "layers": "replaced"}]}

@@ -32,11 +32,11 @@ class Toy:
     def parts(self) -> dict[str, Tensor]:
         """The second and third allow one backward."""
         features = self.student(self.inputs)
-        match = feature_loss("mse", self.projector(features) * 5, self.teacher, normaliser=8.0)
+        match = feature_loss("mse", self.projector(features) * 5, self.teacher, normalizer=8.0)
         return {"tokens": features.square().mean(), "match": match, "gram": self.gram(features)}
 
     def gram(self, features: Tensor) -> Tensor:
-        return gram_loss(features, self.teacher, normaliser=8.0)
+        return gram_loss(features, self.teacher, normalizer=8.0)
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         trained = [*self.parameters, *self.projector.parameters()]

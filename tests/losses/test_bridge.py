@@ -73,7 +73,7 @@ def test_it_is_the_mean_of_two_distances_through_their_maps_and_trains_both_side
     mask[0, 3:] = False
     (student, teacher), (query_map, key_map) = sides(), maps()
     loss = attention_bridge(
-        student, teacher, normaliser=mask.sum(), query_map=query_map, key_map=key_map, mask=mask, kind="mse"
+        student, teacher, normalizer=mask.sum(), query_map=query_map, key_map=key_map, mask=mask, kind="mse"
     )
     loss.backward()
     (own, _), (again_query, again_key) = sides(), maps()
@@ -106,25 +106,25 @@ def test_micro_batches_add_up() -> None:
 
 def test_what_a_map_can_undo_is_not_seen() -> None:
     (student, teacher), (query_map, key_map) = sides(), maps()
-    before = attention_bridge(student, teacher, normaliser=10.0, query_map=query_map, key_map=key_map)
+    before = attention_bridge(student, teacher, normalizer=10.0, query_map=query_map, key_map=key_map)
     turn = torch.randn(6, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     turned = QueriesAndKeys(*((x.flatten(2) @ turn).unflatten(2, (2, 3)) for x in student))
-    assert abs(attention_bridge(turned, teacher, normaliser=10.0, query_map=query_map, key_map=key_map) - before) > 0.1
+    assert abs(attention_bridge(turned, teacher, normalizer=10.0, query_map=query_map, key_map=key_map) - before) > 0.1
     with torch.no_grad():
         for projector in (query_map, key_map):
             projector.weight.copy_(projector.weight @ torch.linalg.inv(turn).T)
-    after = attention_bridge(turned, teacher, normaliser=10.0, query_map=query_map, key_map=key_map)
+    after = attention_bridge(turned, teacher, normalizer=10.0, query_map=query_map, key_map=key_map)
     torch.testing.assert_close(after, before, rtol=1e-10, atol=0)
 
 
 def test_equal_queries_and_keys_need_no_map_and_have_no_loss() -> None:
     _, teacher = sides()
-    assert attention_bridge(teacher, teacher, normaliser=10.0) == 0
+    assert attention_bridge(teacher, teacher, normalizer=10.0) == 0
 
 
 def test_what_does_not_fit_is_refused() -> None:
     student, teacher = sides()
     with pytest.raises(UsageError, match="one normaliser"):
-        attention_bridge(student, teacher, normaliser=1.0, kind="relative_mse")
+        attention_bridge(student, teacher, normalizer=1.0, kind="relative_mse")
     with pytest.raises(UsageError, match="differ in width"):
-        attention_bridge(student, teacher, normaliser=1.0)
+        attention_bridge(student, teacher, normalizer=1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.losses.cka import cka_loss, cka_tokens
-from xarch_kd.losses.standardise import FeatureStatistics, Standardiser
+from xarch_kd.losses.standardize import FeatureStatistics, Standardizer
 from xarch_kd.ops import similarity
 from xarch_kd.testing.allocations import AllocationWatch
 
@@ -45,7 +45,7 @@ def dense(student: Tensor, teacher: Tensor) -> Tensor:
 def test_value_and_gradient_equal_the_dense_formula(offset: float) -> None:
     student, teacher = pair(offset)
     own, again = student.clone().requires_grad_(), student.clone().requires_grad_()
-    loss = cka_loss(own.view(4, 10, 6), teacher.view(4, 10, 9), normaliser=TOKENS)
+    loss = cka_loss(own.view(4, 10, 6), teacher.view(4, 10, 9), normalizer=TOKENS)
     loss.backward()
     expected = dense(again, teacher)
     expected.backward()
@@ -62,7 +62,7 @@ def test_float32_keeps_its_digits_next_to_an_offset_and_a_massive_token() -> Non
     exact, found = student.clone().requires_grad_(), student.float().requires_grad_()
     expected = dense(exact, teacher)
     expected.backward()
-    loss = cka_loss(found, teacher.float(), normaliser=TOKENS)
+    loss = cka_loss(found, teacher.float(), normalizer=TOKENS)
     loss.backward()
     assert found.grad is not None and exact.grad is not None
     # Each token's product with itself is summed with those of all pairs and taken away again, and digits with it.
@@ -78,7 +78,7 @@ def test_float32_keeps_its_digits_next_to_an_offset_and_a_massive_token() -> Non
 
 def test_independent_features_have_a_loss_of_one_however_few_tokens() -> None:
     """The plain estimate would say 0.2 to 0.3 for 32 tokens of 64 dimensions."""
-    values = [float(cka_loss(normal(3 * at, 32, 64), normal(3 * at + 1, 32, 64), normaliser=32)) for at in range(30)]
+    values = [float(cka_loss(normal(3 * at, 32, 64), normal(3 * at + 1, 32, 64), normalizer=32)) for at in range(30)]
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / 29) ** 0.5
     assert abs(mean - 1) < 4 * spread / 30**0.5 and spread < 0.2
@@ -92,7 +92,7 @@ def test_micro_batches_add_up_to_the_mean_of_their_own_weighted_by_tokens() -> N
     student.requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for at in (slice(0, 25), slice(25, 40)):
-        total = total + cka_loss(student[at], teacher[at], mask=mask[at], normaliser=mask.sum())
+        total = total + cka_loss(student[at], teacher[at], mask=mask[at], normalizer=mask.sum())
     total.backward()
     first, second = (dense(student[at][mask[at]], teacher[at][mask[at]]) for at in (slice(0, 25), slice(25, 40)))
     torch.testing.assert_close(total, (24 * first + 13 * second) / 37, rtol=1e-10, atol=0)
@@ -103,7 +103,7 @@ def test_micro_batches_add_up_to_the_mean_of_their_own_weighted_by_tokens() -> N
 def test_too_few_tokens_add_nothing(count: int) -> None:
     student, teacher = pair()
     student.requires_grad_()
-    loss = cka_loss(student, teacher, mask=torch.arange(TOKENS) < count, normaliser=TOKENS)
+    loss = cka_loss(student, teacher, mask=torch.arange(TOKENS) < count, normalizer=TOKENS)
     loss.backward()
     assert loss == 0 and student.grad is not None and not student.grad.any()
 
@@ -111,7 +111,7 @@ def test_too_few_tokens_add_nothing(count: int) -> None:
 def test_the_gradient_neither_scales_nor_shifts_the_student() -> None:
     student, teacher = pair()
     student.requires_grad_()
-    cka_loss(student, teacher, normaliser=TOKENS).backward()
+    cka_loss(student, teacher, normalizer=TOKENS).backward()
     assert student.grad is not None and student.grad.norm() > 1e-3
     assert student.grad.sum(0).abs().max() < 1e-14 and (student.grad * student.detach()).sum().abs() < 1e-13
 
@@ -119,7 +119,7 @@ def test_the_gradient_neither_scales_nor_shifts_the_student() -> None:
 def test_features_that_do_not_vary_are_unlike_everything() -> None:
     _, teacher = pair()
     constant = torch.full((TOKENS, 6), 3.0, dtype=torch.float64, requires_grad=True)
-    loss = cka_loss(constant, teacher, normaliser=TOKENS)
+    loss = cka_loss(constant, teacher, normalizer=TOKENS)
     loss.backward()
     assert abs(float(loss.detach()) - 1) < 1e-9 and constant.grad is not None and torch.isfinite(constant.grad).all()
 
@@ -127,7 +127,7 @@ def test_features_that_do_not_vary_are_unlike_everything() -> None:
 def test_no_tensor_of_tokens_by_tokens() -> None:
     student, teacher = normal(0, 200, 6).requires_grad_(), normal(1, 200, 9)
     with AllocationWatch(lambda shape: shape.numel() > 200 * 9) as watch:
-        cka_loss(student, teacher, normaliser=200).backward()
+        cka_loss(student, teacher, normalizer=200).backward()
     assert watch.seen > 0 and not watch.found
 
 
@@ -136,12 +136,12 @@ def test_the_teacher_is_standardised_and_the_student_if_it_shares_the_basis() ->
     scale = torch.logspace(-1, 1, 9, dtype=torch.float64)
     statistics = FeatureStatistics()
     statistics.update(teacher * scale)
-    standardiser = statistics.standardiser()
+    standardizer = statistics.standardizer()
     mean, deviation = (teacher * scale).mean(0), (teacher * scale).std(0, correction=0)
-    found = cka_loss(student, teacher * scale, normaliser=TOKENS, standardiser=standardiser)
+    found = cka_loss(student, teacher * scale, normalizer=TOKENS, standardizer=standardizer)
     torch.testing.assert_close(found, dense(student, (teacher * scale - mean) / deviation), rtol=1e-9, atol=0)
     wide = student @ normal(5, 6, 9)
-    found = cka_loss(wide, teacher * scale, normaliser=TOKENS, standardiser=standardiser, shared_basis=True)
+    found = cka_loss(wide, teacher * scale, normalizer=TOKENS, standardizer=standardizer, shared_basis=True)
     expected = dense((wide - mean) / deviation, (teacher * scale - mean) / deviation)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
@@ -152,18 +152,18 @@ def test_how_many_tokens_a_micro_batch_should_have() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     student, teacher = pair()
-    statistics = Standardiser(torch.zeros(9), torch.ones(9))
+    statistics = Standardizer(torch.zeros(9), torch.ones(9))
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"mask": torch.ones(TOKENS)}, "boolean"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask does not fit"),
         ({"standardiser": statistics, "shared_basis": True}, "do not share their dimensions"),
-        ({"standardiser": Standardiser(torch.zeros(6), torch.ones(6))}, "features does not fit"),
+        ({"standardiser": Standardizer(torch.zeros(6), torch.ones(6))}, "features does not fit"),
     )
     for options, words in refused:
         with pytest.raises(UsageError, match=words):
-            cka_loss(student, teacher, normaliser=TOKENS, **options)
+            cka_loss(student, teacher, normalizer=TOKENS, **options)
     with pytest.raises(UsageError, match="teacher does not fit"):
-        cka_loss(student, teacher[:5], normaliser=TOKENS)
+        cka_loss(student, teacher[:5], normalizer=TOKENS)
     student[4, 2] = float("nan")
     with pytest.raises(NonFiniteLoss, match="'cka' is not finite"):
-        cka_loss(student, teacher, normaliser=TOKENS)
+        cka_loss(student, teacher, normalizer=TOKENS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
-from xarch_kd.losses.features import DISTANCES, feature_loss, feature_normaliser, teacher_energy, token_count
+from xarch_kd.losses.features import DISTANCES, feature_loss, feature_normalizer, teacher_energy, token_count
 from xarch_kd.projectors import LinearProjector
 
 ROWS, TIME, STUDENT_WIDTH, TEACHER_WIDTH = 8, 5, 6, 9
@@ -34,10 +34,10 @@ def test_four_micro_batches_of_two_equal_one_batch_of_eight(kind: str, dtype: to
         inputs = student.clone().requires_grad_()
         projector.zero_grad()
         pieces = list(zip(inputs.split(size), teacher.split(size), mask.split(size), strict=True))
-        normaliser = torch.stack([feature_normaliser(kind, t, m) for _, t, m in pieces]).sum()
+        normalizer = torch.stack([feature_normalizer(kind, t, m) for _, t, m in pieces]).sum()
         total = torch.zeros((), dtype=dtype)
         for s, t, m in pieces:
-            loss = feature_loss(kind, s, t, normaliser=normaliser, mask=m, projector=projector)
+            loss = feature_loss(kind, s, t, normalizer=normalizer, mask=m, projector=projector)
             loss.backward()
             total += loss.detach()
         assert projector.weight.grad is not None and inputs.grad is not None
@@ -51,7 +51,7 @@ def test_the_value_is_the_mean_over_tokens_or_the_ratio_of_sums(kind: str) -> No
     _, teacher, mask = batch(torch.float64)
     student = teacher * torch.linspace(0.5, 2, ROWS, dtype=torch.float64)[:, None, None]
     loss = feature_loss(
-        kind, student, teacher, normaliser=feature_normaliser(kind, teacher, mask), mask=mask, epsilon=0.0
+        kind, student, teacher, normalizer=feature_normalizer(kind, teacher, mask), mask=mask, epsilon=0.0
     )
     y, t = student[mask], teacher[mask]
     expected = {
@@ -69,7 +69,7 @@ def test_the_value_is_the_mean_over_tokens_or_the_ratio_of_sums(kind: str) -> No
 def test_huber_turns_at_delta() -> None:
     student, teacher, mask = batch(torch.float64)
     student = student.new_zeros(teacher.shape)
-    loss = feature_loss("huber", student, teacher, normaliser=token_count(teacher, mask), mask=mask, delta=0.3)
+    loss = feature_loss("huber", student, teacher, normalizer=token_count(teacher, mask), mask=mask, delta=0.3)
     gap = teacher[mask].abs()
     expected = torch.where(gap > 0.3, 0.3 * (gap - 0.15), gap**2 / 2).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -89,7 +89,7 @@ def test_counts_and_energies() -> None:
 def test_a_step_without_tokens_has_no_loss(kind: str) -> None:
     student, teacher, mask = batch(torch.float32)
     inputs = student[..., :4].clone().requires_grad_()
-    loss = feature_loss(kind, inputs, teacher[..., :4], normaliser=0.0, mask=torch.zeros_like(mask))
+    loss = feature_loss(kind, inputs, teacher[..., :4], normalizer=0.0, mask=torch.zeros_like(mask))
     loss.backward()
     assert loss == 0 and inputs.grad is not None and torch.count_nonzero(inputs.grad) == 0
 
@@ -97,6 +97,6 @@ def test_a_step_without_tokens_has_no_loss(kind: str) -> None:
 def test_an_unknown_loss_is_refused() -> None:
     student, teacher, _ = batch(torch.float32)
     with pytest.raises(UsageError, match="Did you mean 'cosine'"):
-        feature_loss("cosin", student, teacher, normaliser=1.0)
+        feature_loss("cosin", student, teacher, normalizer=1.0)
     with pytest.raises(UsageError, match="relative_mse"):
-        feature_normaliser("relative", teacher)
+        feature_normalizer("relative", teacher)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from xarch_kd.losses import (
     FeatureStatistics,
-    Standardiser,
+    Standardizer,
     cka_loss,
     feature_loss,
-    feature_normaliser,
+    feature_normalizer,
     gram_loss,
     relation_loss,
 )
@@ -32,17 +32,17 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def statistics(teacher: Tensor) -> Standardiser:
+def statistics(teacher: Tensor) -> Standardizer:
     taken = FeatureStatistics()
     taken.update(teacher)
-    return taken.standardiser()
+    return taken.standardizer()
 
 
 def tokenwise(kind: str, standardise: bool = False) -> Loss:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        standardiser = statistics(teacher) if standardise else None
-        normaliser = feature_normaliser(kind, teacher, standardiser=standardiser)
-        return feature_loss(kind, student, teacher, normaliser=normaliser, standardiser=standardiser, epsilon=0.0)
+        standardizer = statistics(teacher) if standardise else None
+        normalizer = feature_normalizer(kind, teacher, standardizer=standardizer)
+        return feature_loss(kind, student, teacher, normalizer=normalizer, standardizer=standardizer, epsilon=0.0)
 
     return loss
 
@@ -50,14 +50,14 @@ def tokenwise(kind: str, standardise: bool = False) -> Loss:
 def related(function: Callable[..., Tensor], standardise: bool = False, shared_basis: bool = True) -> Loss:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         options = {"standardiser": statistics(teacher), "shared_basis": shared_basis} if standardise else {}
-        return function(student, teacher, normaliser=TOKENS, **options)
+        return function(student, teacher, normalizer=TOKENS, **options)
 
     return loss
 
 
 def relation(causal: bool) -> Loss:
     return lambda student, teacher: relation_loss(
-        student.unsqueeze(2), teacher.unsqueeze(2), normaliser=TOKENS, heads=1, causal=causal
+        student.unsqueeze(2), teacher.unsqueeze(2), normalizer=TOKENS, heads=1, causal=causal
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.losses import blocks
 from xarch_kd.losses.relations import gram_loss, relation_heads, relation_loss
-from xarch_kd.losses.standardise import Standardiser
+from xarch_kd.losses.standardize import Standardizer
 from xarch_kd.testing.allocations import AllocationWatch
 
 BATCH, TIME = 3, 11
@@ -59,7 +59,7 @@ def test_gram_equals_its_formula(masked: bool, rows: int, monkeypatch: pytest.Mo
     mask = some_mask() if masked else torch.ones(BATCH, TIME, dtype=torch.bool)
     teacher = normal(1, BATCH, TIME, 9)
     student, again = normal(0, BATCH, TIME, 6).requires_grad_(), normal(0, BATCH, TIME, 6).requires_grad_()
-    loss = gram_loss(student, teacher, normaliser=mask.sum(), mask=mask if masked else None)
+    loss = gram_loss(student, teacher, normalizer=mask.sum(), mask=mask if masked else None)
     (2 * loss).backward()
     expected = dense_gram(again, teacher, mask)
     (2 * expected).backward()
@@ -73,8 +73,8 @@ def test_gram_of_standardised_features(shared_basis: bool) -> None:
     mean, deviation = 5 * normal(2, 9), normal(3, 9).abs() + 0.1
     student, again = normal(0, BATCH, TIME, 9).requires_grad_(), normal(0, BATCH, TIME, 9).requires_grad_()
     poisoned = torch.where(mask[..., None], teacher, torch.full((), float("nan"), dtype=torch.float64))
-    options: dict[str, Any] = {"standardiser": Standardiser(mean, deviation), "shared_basis": shared_basis}
-    loss = gram_loss(student, poisoned, normaliser=mask.sum(), mask=mask, **options)
+    options: dict[str, Any] = {"standardiser": Standardizer(mean, deviation), "shared_basis": shared_basis}
+    loss = gram_loss(student, poisoned, normalizer=mask.sum(), mask=mask, **options)
     loss.backward()
     own = (again - mean) / deviation if shared_basis else again
     expected = dense_gram(own, (teacher - mean) / deviation, mask)
@@ -92,7 +92,7 @@ def test_relations_of_unequal_heads_equal_their_formula(
     monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", rows * BATCH * heads * TIME)
     mask, teacher = some_mask(), normal(1, BATCH, TIME, 6, 10)
     student, again = normal(0, BATCH, TIME, 8, 4).requires_grad_(), normal(0, BATCH, TIME, 8, 4).requires_grad_()
-    loss = relation_loss(student, teacher, normaliser=mask.sum(), mask=mask, heads=heads, causal=causal)
+    loss = relation_loss(student, teacher, normalizer=mask.sum(), mask=mask, heads=heads, causal=causal)
     (2 * loss).backward()
     expected = dense_relation(again, teacher, mask, heads, causal)
     (2 * expected).backward()
@@ -100,12 +100,12 @@ def test_relations_of_unequal_heads_equal_their_formula(
     torch.testing.assert_close(student.grad, again.grad, rtol=1e-10, atol=1e-14)
 
 
-def gram(student: Tensor, teacher: Tensor, mask: Tensor, normaliser: Tensor) -> Tensor:
-    return gram_loss(student.flatten(2), teacher.flatten(2), mask=mask, normaliser=normaliser)
+def gram(student: Tensor, teacher: Tensor, mask: Tensor, normalizer: Tensor) -> Tensor:
+    return gram_loss(student.flatten(2), teacher.flatten(2), mask=mask, normalizer=normalizer)
 
 
-def relation(student: Tensor, teacher: Tensor, mask: Tensor, normaliser: Tensor) -> Tensor:
-    return relation_loss(student, teacher, mask=mask, normaliser=normaliser)
+def relation(student: Tensor, teacher: Tensor, mask: Tensor, normalizer: Tensor) -> Tensor:
+    return relation_loss(student, teacher, mask=mask, normalizer=normalizer)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -176,7 +176,7 @@ def test_no_tensor_of_tokens_by_tokens(loss: Loss, monkeypatch: pytest.MonkeyPat
 
 def test_a_causal_relation_starts_with_a_row_of_one_token() -> None:
     student, teacher = normal(0, 1, 1, 2, 4).requires_grad_(), normal(1, 1, 1, 2, 4)
-    assert relation_loss(student, teacher, normaliser=1.0) == 0
+    assert relation_loss(student, teacher, normalizer=1.0) == 0
 
 
 def test_relation_heads() -> None:
@@ -189,18 +189,18 @@ def test_relation_heads() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda x: relation_loss(x.flatten(2), x, normaliser=1.0), "student does not fit"),
-        (lambda x: relation_loss(x, x[:, :3], normaliser=1.0), "teacher does not fit"),
-        (lambda x: gram_loss(x.flatten(2), x, normaliser=1.0), "teacher does not fit"),
-        (lambda x: gram_loss(x[:, :, 0], x[:, :, 0], normaliser=1.0, mask=torch.ones(BATCH, 3).bool()), "mask"),
-        (lambda x: gram_loss(x[:, :, 0], x[:, :, 0], normaliser=1.0, mask=torch.ones(BATCH, TIME)), "boolean"),
-        (lambda x: gram_loss(x[:, :, 0].long(), x[:, :, 0], normaliser=1.0), "floating point"),
+        (lambda x: relation_loss(x.flatten(2), x, normalizer=1.0), "student does not fit"),
+        (lambda x: relation_loss(x, x[:, :3], normalizer=1.0), "teacher does not fit"),
+        (lambda x: gram_loss(x.flatten(2), x, normalizer=1.0), "teacher does not fit"),
+        (lambda x: gram_loss(x[:, :, 0], x[:, :, 0], normalizer=1.0, mask=torch.ones(BATCH, 3).bool()), "mask"),
+        (lambda x: gram_loss(x[:, :, 0], x[:, :, 0], normalizer=1.0, mask=torch.ones(BATCH, TIME)), "boolean"),
+        (lambda x: gram_loss(x[:, :, 0].long(), x[:, :, 0], normalizer=1.0), "floating point"),
         (
             lambda x: gram_loss(
                 x.flatten(2),
                 x[:, :, 0],
-                normaliser=1.0,
-                standardiser=Standardiser(torch.zeros(4), torch.ones(4)),
+                normalizer=1.0,
+                standardizer=Standardizer(torch.zeros(4), torch.ones(4)),
                 shared_basis=True,
             ),
             "do not share their dimensions",

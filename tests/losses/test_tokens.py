@@ -67,7 +67,7 @@ def test_four_micro_batches_of_two_equal_one_batch_of_eight(
                 t,
                 teacher_head,
                 target,
-                normaliser=label_count(labels),
+                normalizer=label_count(labels),
                 divergence=divergence,
                 temperature=1.5,
                 cross_entropy=0.3,
@@ -89,7 +89,7 @@ def test_the_value_is_a_mean_over_the_positions_that_count(squared: bool) -> Non
         teacher,
         teacher_head,
         labels,
-        normaliser=label_count(labels),
+        normalizer=label_count(labels),
         temperature=2.0,
         weight=0.7,
         cross_entropy=0.3,
@@ -112,7 +112,7 @@ def test_a_step_without_labels_has_no_loss() -> None:
     student, teacher, labels, student_head, teacher_head = batch(torch.float32)
     inputs = student.clone().requires_grad_()
     nothing = torch.full_like(labels, -100)
-    loss = token_loss(inputs, student_head, teacher, teacher_head, nothing, normaliser=label_count(nothing))
+    loss = token_loss(inputs, student_head, teacher, teacher_head, nothing, normalizer=label_count(nothing))
     loss.total.backward()
     assert loss.total == 0 and inputs.grad is not None and torch.count_nonzero(inputs.grad) == 0
 
@@ -124,7 +124,7 @@ def test_a_step_without_labels_has_no_loss() -> None:
 def test_divergence_and_logits_dtype_are_those_of_the_operation(divergence: Any, logits_dtype: str) -> None:
     student, teacher, labels, student_head, teacher_head = batch(torch.float32)
     how = {"divergence": divergence, "logits_dtype": logits_dtype}
-    found = token_loss(student, student_head, teacher, teacher_head, labels, normaliser=label_count(labels), **how)
+    found = token_loss(student, student_head, teacher, teacher_head, labels, normalizer=label_count(labels), **how)
     wanted = linear_divergence(
         student,
         student_head.weight,

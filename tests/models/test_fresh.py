@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xarch_kd.models.fresh import FreshConfigError, config_fields, fresh_config
-from xarch_kd.models.load import fresh_model
+from xarch_kd.models.loading.load import fresh_model
 from xarch_kd.testing.tiny import tiny_config
 
 MAMBA2: dict[str, Any] = {

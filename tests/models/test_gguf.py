@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoConfig
 
 from xarch_kd.errors import ModelError
-from xarch_kd.models.gguf import gguf_config, gguf_metadata
-from xarch_kd.models.reference import resolve
+from xarch_kd.models.loading.gguf import gguf_config, gguf_metadata
+from xarch_kd.models.loading.reference import resolve
 
 SIZES = {
     "context_length": 128,

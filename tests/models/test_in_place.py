@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from xarch_kd.errors import ConversionError, UsageError
 from xarch_kd.models import in_place as in_place_module
-from xarch_kd.models.in_place import ALL_RECURRENT, check_in_place, convert_in_place, in_place_config
-from xarch_kd.models.in_place_classes import CLASSES
-from xarch_kd.models.load import fresh_model, meta_model
-from xarch_kd.models.registration import register_when_loaded
-from xarch_kd.models.save import save_student
+from xarch_kd.models.in_place.classes import CLASSES
+from xarch_kd.models.in_place.convert import ALL_RECURRENT, check_in_place, convert_in_place, in_place_config
+from xarch_kd.models.in_place.registration import register_when_loaded
+from xarch_kd.models.loading.load import fresh_model, meta_model
+from xarch_kd.models.loading.save import save_student
 from xarch_kd.testing.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
 # Every family of the table, with what makes it one that no stock class holds.
@@ -251,12 +251,12 @@ def test_a_fresh_interpreter_knows_it_once_transformers_is_loaded_and_loads_noth
     convert_in_place(tiny_model("gpt2"), layers=[1]).save_pretrained(tmp_path)
     code = f"""
 import sys
-from xarch_kd.models.registration import register_when_loaded
+from xarch_kd.models.in_place.registration import register_when_loaded
 register_when_loaded()
 register_when_loaded()
 assert not {{"torch", "transformers"}} & sys.modules.keys()
 def finders():
-    return [finder for finder in sys.meta_path if type(finder).__module__ == "xarch_kd.models.registration"]
+    return [finder for finder in sys.meta_path if type(finder).__module__ == "xarch_kd.models.in_place.registration"]
 assert len(finders()) == 1
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})

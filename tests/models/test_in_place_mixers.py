@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.softmax import SoftmaxMixing
-from xarch_kd.models.convert import convert
-from xarch_kd.models.in_place import convert_in_place
-from xarch_kd.models.in_place_attention import attention_of, attention_sizes
-from xarch_kd.models.in_place_teachers import FAMILIES
-from xarch_kd.models.weights import Projection
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.conversion.weights import Projection
+from xarch_kd.models.in_place.attention import attention_of, attention_sizes
+from xarch_kd.models.in_place.convert import convert_in_place
+from xarch_kd.models.in_place.teachers import FAMILIES
 from xarch_kd.taps.families import FAMILIES as TAPPED
 from xarch_kd.taps.families import family_of
 from xarch_kd.taps.inspect import inspect_model

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from xarch_kd.errors import UsageError
-from xarch_kd.models.keep import kept_layers
+from xarch_kd.models.conversion.layer_selection import kept_layers
 
 
 @pytest.mark.parametrize(

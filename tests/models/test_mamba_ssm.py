@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, ModelError, UsageError
-from xarch_kd.models.load import load_config, load_model, load_tokenizer, read_student_config
-from xarch_kd.models.mamba_ssm import WEIGHTS, export_mamba_ssm, import_mamba_ssm
-from xarch_kd.models.mamba_ssm_config import is_mamba_ssm, mamba_ssm_config, stock_config
+from xarch_kd.models.loading.load import load_config, load_model, load_tokenizer, read_student_config
+from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, mamba_ssm_config, stock_config
+from xarch_kd.models.mamba_ssm.format import WEIGHTS, export_mamba_ssm, import_mamba_ssm
 from xarch_kd.testing.tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
 BAMBA: dict[str, Any] = {"rms_norm_eps": 1e-5}

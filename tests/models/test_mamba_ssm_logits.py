@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.mamba_ssm_peer import in_a_process_of_its_own, needs_mamba_ssm
 from tests.models.test_mamba_ssm import CASES, model_of
-from xarch_kd.models.mamba_ssm import WEIGHTS, export_mamba_ssm, import_mamba_ssm
+from xarch_kd.models.mamba_ssm.format import WEIGHTS, export_mamba_ssm, import_mamba_ssm
 from xarch_kd.testing.tiny import VOCABULARY
 
 pytestmark = needs_mamba_ssm

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from xarch_kd.models.convert import convert
-from xarch_kd.models.mixers import AVERAGED, GATE_OPEN, LINEAR, LONGEST, SHORTEST, inverse_softplus
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.conversion.mixers import AVERAGED, GATE_OPEN, LINEAR, LONGEST, SHORTEST, inverse_softplus
 from xarch_kd.testing.tiny import tiny_model
 
 HEADS = 4

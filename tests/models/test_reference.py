@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from xarch_kd.errors import ModelError
-from xarch_kd.models.load import load_config, load_model, load_tokenizer, read_student_config
-from xarch_kd.models.reference import resolve
+from xarch_kd.models.loading.load import load_config, load_model, load_tokenizer, read_student_config
+from xarch_kd.models.loading.reference import resolve
 from xarch_kd.testing.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 

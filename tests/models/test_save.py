@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from xarch_kd.errors import CheckpointError, ModelError, UsageError
-from xarch_kd.models.load import load_model
-from xarch_kd.models.save import save_student
+from xarch_kd.models.loading.load import load_model
+from xarch_kd.models.loading.save import save_student
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from xarch_kd.models.convert import convert
-from xarch_kd.models.save import save_student
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.loading.save import save_student
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 STUDENTS = {

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from xarch_kd.models.convert import convert
-from xarch_kd.models.load import load_config, load_tokenizer, meta_model
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.loading.load import load_config, load_tokenizer, meta_model
 
 REPLACED = [6, 13, 20, 27]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from xarch_kd.models.load import load_config
-from xarch_kd.models.reference import read_config_json
+from xarch_kd.models.loading.load import load_config
+from xarch_kd.models.loading.reference import read_config_json
 from xarch_kd.testing.tiny import tiny_config
 
 

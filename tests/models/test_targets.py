@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, UsageError
-from xarch_kd.models.check import logits_tolerance
-from xarch_kd.models.convert import conversion_warnings, convert, planned_frozen_names, student_config
-from xarch_kd.models.facts import teacher_facts
-from xarch_kd.models.frozen import frozen_names
-from xarch_kd.models.save import save_student
-from xarch_kd.models.targets import TARGETS
+from xarch_kd.models.conversion.check import logits_tolerance
+from xarch_kd.models.conversion.convert import conversion_warnings, convert, planned_frozen_names, student_config
+from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.conversion.targets import TARGETS
+from xarch_kd.models.conversion.teacher_spec import teacher_facts
+from xarch_kd.models.loading.save import save_student
 from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
 
@@ -310,7 +310,7 @@ def test_what_a_class_drops_without_a_word_is_found(
 
 
 def test_a_partial_rotation_that_granitemoehybrid_ignores_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    blind = replace(TARGETS["granitemoehybrid"], obstacle=lambda facts: None)
+    blind = replace(TARGETS["granitemoehybrid"], unsupported_reason=lambda facts: None)
     monkeypatch.setitem(TARGETS, "granitemoehybrid", blind)
     with pytest.raises(ConversionError, match="not exact"):
         convert(tiny_model("phi3", rope_parameters=PARTIAL), target="granitemoehybrid", replace=[1])

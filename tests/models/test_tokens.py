@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from xarch_kd.errors import ModelError
-from xarch_kd.models.tokens import shared_vocabulary, token_fingerprint
+from xarch_kd.models.loading.tokens import shared_vocabulary, token_fingerprint
 from xarch_kd.testing.tiny import tiny_tokenizer
 
 

@@ -25,7 +25,7 @@ def test_auto_takes_the_first_that_can_run_and_an_explicit_choice_wins(
     operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choose(operation) == IMPLEMENTATIONS[operation][0]
-    assert choose(operation, obstacles=NO_GPU) == "streaming"
+    assert choose(operation, unsupported_reasons=NO_GPU) == "streaming"
     assert choose(operation, "reference", NO_GPU) == "reference"
     monkeypatch.setenv(ENVIRONMENT, "reference")
     assert choose(operation) == "reference"
@@ -33,8 +33,8 @@ def test_auto_takes_the_first_that_can_run_and_an_explicit_choice_wins(
 
 
 def test_auto_never_takes_an_estimate() -> None:
-    assert choose("mixing_distance", obstacles={**NO_GPU, "streaming": "x"}) == "panels"
-    assert choose("mixing_distance", obstacles={**NO_GPU, "streaming": "x", "panels": "y"}) == "reference"
+    assert choose("mixing_distance", unsupported_reasons={**NO_GPU, "streaming": "x"}) == "panels"
+    assert choose("mixing_distance", unsupported_reasons={**NO_GPU, "streaming": "x", "panels": "y"}) == "reference"
 
 
 def test_auto_never_takes_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_auto_never_takes_interpreted_kernels(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_explain_names_the_choice_and_each_alternative() -> None:
-    text = explain_choice("linear_divergence", obstacles=NO_GPU)
+    text = explain_choice("linear_divergence", unsupported_reasons=NO_GPU)
     assert "runs 'streaming'" in text
     assert "reference: dense" in text
     assert "fused: cannot run, no GPU" in text

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xarch_kd.mixing import DeltaMixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops import mixing_distance
-from xarch_kd.ops.fused.mixing_distance import obstacle, rows
+from xarch_kd.ops.fused.mixing_distance import rows, unsupported_reason
 
 Student = SoftmaxMixing | SSDMixing
 EPSILON = 1e-6
@@ -161,7 +161,7 @@ def fused(distance: str, head_map: Tensor | None = None) -> Callable[..., Tensor
 
 
 def check(teacher: SoftmaxMixing, student: Student, distance: str, head_map: Tensor | None = None) -> None:
-    assert obstacle(teacher, student, distance, head_map) is None
+    assert unsupported_reason(teacher, student, distance, head_map) is None
 
     def dense(teacher: SoftmaxMixing, student: Student) -> Tensor:
         return dense_rows(teacher, student, distance, head_map)
@@ -391,11 +391,11 @@ OBSTACLES: dict[str, tuple[Any, Any, str, str]] = {
 
 @pytest.mark.parametrize(("teacher", "student", "distance", "reason"), OBSTACLES.values(), ids=OBSTACLES)
 def test_obstacles_say_why(teacher: Any, student: Any, distance: str, reason: str) -> None:
-    found = obstacle(teacher, student, distance, None)
+    found = unsupported_reason(teacher, student, distance, None)
     assert found is not None and reason in found
 
 
 def test_tensors_of_the_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    found = obstacle(PLAIN, PLAIN, "kl", None)
+    found = unsupported_reason(PLAIN, PLAIN, "kl", None)
     assert found is not None and "need a GPU" in found

@@ -17,7 +17,7 @@ from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.kernels import projected_distance as kernels
 from xarch_kd.ops import projected_distance
 from xarch_kd.ops.dispatch import interpreted
-from xarch_kd.ops.distance_problem import DISTANCES
+from xarch_kd.ops.projected_inputs import DISTANCES
 
 DEVICE = "cpu" if interpreted() else "cuda"
 KINDS = tuple(DISTANCES)

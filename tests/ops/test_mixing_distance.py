@@ -26,7 +26,7 @@ from xarch_kd.errors import UsageError
 from xarch_kd.mixing import SoftmaxMixing, SSDMixing
 from xarch_kd.ops import mixing_distance
 from xarch_kd.ops.dispatch import choose
-from xarch_kd.ops.mixing_distance import obstacles
+from xarch_kd.ops.mixing_distance import unsupported_reasons
 
 
 @pytest.mark.parametrize("impl", ["reference", "streaming"])
@@ -64,7 +64,7 @@ def test_students_of_other_families(name: str, distance: str, impl: str) -> None
     if (name, impl) == ("delta", "streaming"):
         with pytest.raises(UsageError, match="not made by themselves; impl='panels'"):
             mixing_distance(teacher, student, distance=distance, head_map=head_weights(3, 2), impl=impl)
-        assert set(obstacles(teacher, student)) >= {"streaming", "sketch"}
+        assert set(unsupported_reasons(teacher, student)) >= {"streaming", "sketch"}
         return
     compare(teacher, student, head_weights(3, 2), distance, impl, mask=some_mask())
 
@@ -218,8 +218,8 @@ def test_only_wanted_gradients_are_made(name: str, impl: str) -> None:
 def test_auto_takes_what_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     teacher, student, head_map = ssd_pair("two groups", torch.float64)
-    assert choose("mixing_distance", "auto", obstacles(teacher, student, head_map=head_map)) == "streaming"
+    assert choose("mixing_distance", "auto", unsupported_reasons(teacher, student, head_map=head_map)) == "streaming"
     delta = other_student("delta", torch.float64)
-    found = obstacles(teacher, delta, distance="frobenius", head_map=head_map)
+    found = unsupported_reasons(teacher, delta, distance="frobenius", head_map=head_map)
     assert choose("mixing_distance", "auto", found) == "panels"
     assert "sketch" not in found

@@ -13,7 +13,7 @@ from tests.ops.mixing_formulas import BATCH, TIME, built, head_weights, make_sof
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.mixing import Mixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops import mixing_distance
-from xarch_kd.ops.mixing_distance import obstacles
+from xarch_kd.ops.mixing_distance import unsupported_reasons
 
 IMPLEMENTATIONS = ("reference", "streaming", "panels", "sketch")
 
@@ -250,7 +250,7 @@ class Scaled(Mixing):
 
 def test_a_mixing_of_ones_own_goes_by_panels() -> None:
     student = Scaled(scale=normal(3, BATCH, TIME, 2).requires_grad_())
-    found = obstacles(attention(), student)
+    found = unsupported_reasons(attention(), student)
     assert "streaming" in found and "panels" not in found
     with pytest.raises(UsageError, match="not made by themselves; impl='panels'"):
         mixing_distance(attention(), student, impl="streaming")

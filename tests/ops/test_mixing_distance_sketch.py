@@ -23,7 +23,7 @@ from tests.ops.mixing_formulas import (
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing import Mixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops import mixing_distance, sketch
-from xarch_kd.ops.mixing_problem import make_problem
+from xarch_kd.ops.mixing_inputs import check_inputs
 
 
 def shortened(mixing: Mixing, tokens: int) -> Mixing:
@@ -49,7 +49,7 @@ def test_the_mean_over_all_signs_is_the_distance(reduction: str, chunk_size: int
     teacher, student, head_map = ssd_pair("two groups", torch.float64)
     teacher, student = shortened(teacher, tokens), shortened(student, tokens)
     mask = some_mask()[:, :tokens]
-    problem = make_problem(teacher, student, distance="frobenius", head_map=head_map, mask=mask, epsilon=1e-8)
+    problem = check_inputs(teacher, student, distance="frobenius", head_map=head_map, mask=mask, epsilon=1e-8)
     weights = problem.keep[..., None].double()
     if reduction == "mean":
         weights /= problem.keep.sum() * student.heads
@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_the_estimate(reduction: str) -> None:
     found = mixing_distance(
         teacher, student, distance="frobenius", head_map=head_map, reduction=reduction, impl="sketch", probes=3, seed=5
     )
-    problem = make_problem(teacher, student, distance="frobenius", head_map=head_map, mask=None, epsilon=1e-8)
+    problem = check_inputs(teacher, student, distance="frobenius", head_map=head_map, mask=None, epsilon=1e-8)
     signs = sketch.draw_signs(problem, 3, 5).double()
     assert set(signs.unique().tolist()) == {-1, 1}
     target = torch.einsum("st,btij->bsij", head_map, teacher.dense().detach())

@@ -89,7 +89,7 @@ def test_objectives_see_the_dense_projection(
         if dense:
             loss = (projector(features) - target)[mask].square().mean(1).sum() / 7
         else:
-            loss = feature_loss("mse", features, target, normaliser=7.0, mask=mask, projector=projector)
+            loss = feature_loss("mse", features, target, normalizer=7.0, mask=mask, projector=projector)
         results.append((loss, *torch.autograd.grad(loss, (features, *projector.parameters()))))
     for dense, streamed in zip(*results, strict=True):
         torch.testing.assert_close(streamed, dense, rtol=1e-10, atol=1e-12)
@@ -141,7 +141,7 @@ def test_orthogonal_stays_orthogonal_while_it_trains(widths: tuple[int, int]) ->
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        loss = feature_loss("mse", x, y, normaliser=50.0, projector=projector)
+        loss = feature_loss("mse", x, y, normalizer=50.0, projector=projector)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

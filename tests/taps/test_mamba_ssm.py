@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.mamba_ssm_peer import in_a_process_of_its_own, needs_mamba_ssm
 from tests.models.test_mamba_ssm import model_of
-from xarch_kd.models.mamba_ssm import export_mamba_ssm
-from xarch_kd.models.mamba_ssm_weights import mamba_ssm_state
+from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
+from xarch_kd.models.mamba_ssm.weights import mamba_ssm_state
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.tiny import VOCABULARY
 

@@ -14,7 +14,8 @@ from xarch_kd.taps.replay import block_calls, read_block, read_mixer, read_mixin
 from xarch_kd.taps.sites import Site
 from xarch_kd.taps.softmax import AttentionCall
 from xarch_kd.taps.trace import trace
-from xarch_kd.training.features import DiskCache, MemoryCache, TeacherReader
+from xarch_kd.teacher.feature_cache import DiskCache, MemoryCache
+from xarch_kd.teacher.reader import TeacherFeatures
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -98,8 +99,8 @@ def test_a_mixing_and_its_values_are_read_once(model_type, inner, build, input_i
     model = build(model_type)
     layout = layout_of(model)
     reads, runs = [], []
-    make = mixings.mixing_read
-    monkeypatch.setattr("xarch_kd.taps.recording.mixing_read", lambda *args: reads.append(args[1:]) or make(*args))
+    make = mixings.mixing_tap
+    monkeypatch.setattr("xarch_kd.taps.recording.mixing_tap", lambda *args: reads.append(args[1:]) or make(*args))
     layout.mixers[0].get_submodule(inner).register_forward_hook(lambda *_: runs.append(1))
     calls = block_calls(layout, input_ids)
     fed = torch.randn(2, 13, layout.width, generator=torch.Generator().manual_seed(1))
@@ -189,10 +190,10 @@ def test_of_an_attention_call_only_what_is_asked_for_is_kept(taps, kept, build, 
     reads = []
 
     def making(*given):
-        reads.append(mixings.mixing_read(*given))
+        reads.append(mixings.mixing_tap(*given))
         return reads[-1]
 
-    monkeypatch.setattr("xarch_kd.taps.recording.mixing_read", making)
+    monkeypatch.setattr("xarch_kd.taps.recording.mixing_tap", making)
     trace(build("llama"), input_ids, taps=taps)
     assert len(reads) == 3
     for read in reads:
@@ -206,7 +207,7 @@ def test_a_teachers_values_come_back_from_a_cache_bit_for_bit(model_type, kind, 
     layout = layout_of(build(model_type))
     values = [Site("values", layer) for layer in range(len(layout.blocks))]
     cache = MemoryCache() if kind == "memory" else DiskCache(tmp_path)
-    reader = TeacherReader(layout, [*values, Site("mixing", 0), Site("hidden", 1)], cache)
+    reader = TeacherFeatures(layout, [*values, Site("mixing", 0), Site("hidden", 1)], cache)
     fresh = reader.read(input_ids, batch=3)
     runs = []
     layout.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.mamba_ssm_peer import load_mamba_ssm
-from xarch_kd.mapping_file.resolve import make_plan
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.training.aligner import Aligner
 
 

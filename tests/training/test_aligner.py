@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.mapping_file.schema import MappingFile
-from xarch_kd.models.convert import convert
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.tiny import tiny_model
 from xarch_kd.training.aligner import Aligner
 

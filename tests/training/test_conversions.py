@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.mapping_file.schema import MappingFile
-from xarch_kd.models.convert import convert, planned_frozen_names
-from xarch_kd.models.frozen import frozen_names
+from xarch_kd.models.conversion.convert import convert, planned_frozen_names
+from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 from xarch_kd.training.aligner import Aligner
 

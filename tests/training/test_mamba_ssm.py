@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from tests.mamba_ssm_peer import in_a_process_of_its_own, needs_mamba_ssm
-from xarch_kd.models.convert import convert
-from xarch_kd.models.mamba_ssm import export_mamba_ssm, import_mamba_ssm
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.mamba_ssm.format import export_mamba_ssm, import_mamba_ssm
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 pytestmark = needs_mamba_ssm

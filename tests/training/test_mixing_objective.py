@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.mapping_file.schema import MappingFile
-from xarch_kd.models.convert import convert
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.tiny import tiny_model
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.counts import Counts
 
 EXACT = ("auto", "reference", "streaming", "panels")
 
@@ -97,8 +97,8 @@ def test_micro_batches_add_up(
 ) -> None:
     aligner = Aligner(plan_of(teacher_folder), teacher=teacher, student=student)
     whole = float(aligner(input_ids).loss.detach())
-    counts = Counts(tokens=torch.tensor(32.0))
-    parts = [float(aligner(input_ids[row : row + 1], counts=counts).loss.detach()) for row in range(2)]
+    normalizers = LossNormalizers(tokens=torch.tensor(32.0))
+    parts = [float(aligner(input_ids[row : row + 1], normalizers=normalizers).loss.detach()) for row in range(2)]
     assert sum(parts) == pytest.approx(whole, rel=1e-5)
 
 

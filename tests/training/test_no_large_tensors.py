@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.mapping_file.schema import MappingFile
-from xarch_kd.models.convert import convert
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.allocations import AllocationWatch, square_or_vocabulary
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 from xarch_kd.training.aligner import Aligner

@@ -50,9 +50,9 @@ def command(
     quiet_libraries()
     import torch
 
-    from xarch_kd.models.convert import convert
-    from xarch_kd.models.load import load_model, load_tokenizer
-    from xarch_kd.models.save import save_student
+    from xarch_kd.models.conversion.convert import convert
+    from xarch_kd.models.loading.load import load_model, load_tokenizer
+    from xarch_kd.models.loading.save import save_student
 
     student = convert(
         load_model(teacher, revision=revision),

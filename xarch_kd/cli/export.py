@@ -29,11 +29,11 @@ def command(
     from xarch_kd.cli.console import quiet_libraries
 
     quiet_libraries()
-    from xarch_kd.models.load import load_model, load_tokenizer
-    from xarch_kd.models.mamba_ssm import export_mamba_ssm
-    from xarch_kd.models.mamba_ssm_config import is_mamba_ssm
-    from xarch_kd.models.reference import read_config_json
-    from xarch_kd.models.save import save_student
+    from xarch_kd.models.loading.load import load_model, load_tokenizer
+    from xarch_kd.models.loading.reference import read_config_json
+    from xarch_kd.models.loading.save import save_student
+    from xarch_kd.models.mamba_ssm.config import is_mamba_ssm
+    from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 
     if is_mamba_ssm(read_config_json(folder)) == (format == "mamba_ssm"):
         raise UsageError(

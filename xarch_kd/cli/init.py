@@ -22,7 +22,7 @@ def command(
 
     It converts the teacher. Files for fresh students, smaller Transformers and staged recipes are in mappings/.
     """
-    from xarch_kd.mapping_file.write import mapping_text, write_mapping
+    from xarch_kd.mapping_file.template import mapping_text, write_mapping
 
     text = mapping_text(teacher, mixer=mixer, keep_attention=keep_attention, revision=revision)
     if output is None:

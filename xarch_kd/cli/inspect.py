@@ -12,7 +12,7 @@ from rich.table import Table
 
 from xarch_kd.errors import UsageError, suggest
 from xarch_kd.mapping_file.schema import Paths
-from xarch_kd.models.load import load_config, meta_model
+from xarch_kd.models.loading.load import load_config, meta_model
 from xarch_kd.taps.inspect import TapRow, inspect_model
 
 

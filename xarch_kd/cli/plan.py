@@ -31,8 +31,8 @@ def command(
     # A file with a fault is refused before the libraries that models need are loaded.
     load_mapping(mapping)
     with _no_collection():
-        from xarch_kd.mapping_file.render import plan_as_dict, render_plan
-        from xarch_kd.mapping_file.resolve import make_plan
+        from xarch_kd.planning.render import plan_as_dict, render_plan
+        from xarch_kd.planning.resolve import make_plan
 
         plan = make_plan(mapping)
     if calibrate:

@@ -66,7 +66,7 @@ def print_projectors(console: Console, run: Path) -> None:
     file = run / "projectors.json"
     if not file.is_file():
         return
-    from xarch_kd.training.diagnostics import read_reports
+    from xarch_kd.calibration.projector_report import read_reports
 
     table = Table(title="Projectors: the teacher's variance that the student explains", title_justify="left")
     for heading in ("stage", "projector", "kind", "rank", "condition", "explained", "alone"):
@@ -90,7 +90,7 @@ def generations(run: Path, prompts: list[str], *, tokens: int, temperature: floa
     quiet_libraries()
     from xarch_kd.generation.continuation import continuation
     from xarch_kd.mapping_file.load import load_mapping
-    from xarch_kd.models.load import load_model, load_tokenizer
+    from xarch_kd.models.loading.load import load_model, load_tokenizer
 
     mapping, *_ = load_mapping(run / "mapping.yaml")
     student_folder = str(run / "student")

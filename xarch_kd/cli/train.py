@@ -27,7 +27,7 @@ def command(
 
     quiet_libraries()
     from xarch_kd.job.train import train
-    from xarch_kd.mapping_file.resolve import make_plan
+    from xarch_kd.planning.resolve import make_plan
 
     console = make_console(quiet=quiet)
     run = train(make_plan(mapping), output, resume=resume, console=console)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import DataError, NonFiniteLoss, UsageError
-from xarch_kd.ops.divergence_problem import Side
+from xarch_kd.ops.divergence_inputs import Side
 from xarch_kd.ops.streaming.logits import logits_into
 from xarch_kd.taps.layout import Layout, layout_of
 

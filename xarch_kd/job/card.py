@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import xarch_kd
+from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
 from xarch_kd.evaluation.results import read_evaluation
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.models.licence import licence_of
-from xarch_kd.training.diagnostics import ProjectorReport, read_reports, warnings_of
-from xarch_kd.training.run_folder import RunFolder, write_text
+from xarch_kd.models.loading.licence import licence_of
+from xarch_kd.planning.plan import Plan
+from xarch_kd.run.folder import RunFolder, write_text
 
 TEMPLATE = """---
 {front}---

@@ -15,11 +15,11 @@ from xarch_kd.evaluation.results import Evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
 from xarch_kd.job.models import device_of, load_run_tokenizer
 from xarch_kd.job.texts import HELD_OUT, evaluation_texts
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.mapping_file.resolve import make_plan
 from xarch_kd.mapping_file.schema import Evaluate
-from xarch_kd.models.load import load_model
-from xarch_kd.training.run_folder import RunFolder
+from xarch_kd.models.loading.load import load_model
+from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.folder import RunFolder
 
 
 def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | None = None) -> Evaluation:

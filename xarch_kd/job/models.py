@@ -9,17 +9,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from xarch_kd.mapping_file.plan import Plan
-from xarch_kd.models.convert import convert
+from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.embeddings import Transfer, transfer_embeddings
-from xarch_kd.models.load import fresh_model, load_model, load_tokenizer
-from xarch_kd.models.tokens import shared_vocabulary
+from xarch_kd.models.loading.load import fresh_model, load_model, load_tokenizer
+from xarch_kd.models.loading.tokens import shared_vocabulary
+from xarch_kd.planning.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Models:
+class RunModels:
     """What a run works on. The student is in float32 while it trains, whatever dtype it is saved in."""
 
     teacher: PreTrainedModel
@@ -41,7 +41,7 @@ def load_run_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return load_tokenizer(teacher.tokenizer or teacher.model, teacher.revision)
 
 
-def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Models:
+def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> RunModels:
     """Return teacher and student on the plan's device. Raises ModelError and ConversionError."""
     teacher_reference, student_source = plan.mapping.teacher, plan.mapping.student
     conversion = student_source.convert
@@ -75,7 +75,7 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
             for transfer in transfer_embeddings(teacher, student, rows=rows):
                 say(_told(transfer))
     device = device_of(plan)
-    return Models(
+    return RunModels(
         teacher=teacher.to(device).eval().requires_grad_(False),  # type: ignore[arg-type]  # stubs want a bound method
         student=student.to(device),  # type: ignore[arg-type]
         tokenizer=tokenizer,

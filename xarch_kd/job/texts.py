@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from xarch_kd.data.corpus import Corpus, read_corpus
 from xarch_kd.data.rows import pack
-from xarch_kd.mapping_file.plan import Plan
 from xarch_kd.mapping_file.schema import Evaluate, Text
+from xarch_kd.planning.plan import Plan
 
 HELD_OUT = "held-out"
 

@@ -17,26 +17,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.rows import BatchOrder, StageRows, pack
 from xarch_kd.errors import UsageError
-from xarch_kd.job.calibrate import calibrated
+from xarch_kd.job.calibrate import calibrated, prepare_stage, tell_maps
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
-from xarch_kd.job.models import DTYPES, Models, device_of, load_models, load_run_tokenizer
-from xarch_kd.job.prepare import prepare_stage, tell_maps
+from xarch_kd.job.models import DTYPES, RunModels, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.texts import training_and_held_out
-from xarch_kd.mapping_file.plan import Plan, StagePlan
-from xarch_kd.mapping_file.render import plan_as_dict
-from xarch_kd.mapping_file.resolve import make_plan
-from xarch_kd.models.mamba_ssm import export_mamba_ssm
-from xarch_kd.models.save import save_student
+from xarch_kd.models.loading.save import save_student
+from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
+from xarch_kd.planning.plan import Plan, StagePlan
+from xarch_kd.planning.render import plan_as_dict
+from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.folder import RunFolder, write_tensors
+from xarch_kd.run.progress import StageProgress, clock
+from xarch_kd.run.signals import StopSignals
 from xarch_kd.taps.layout import layout_of
+from xarch_kd.teacher.feature_cache import DiskCache, FeatureCache, MemoryCache
+from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.diagnostics import ProjectorCheck, ProjectorReport, write_reports
-from xarch_kd.training.features import DiskCache, FeatureCache, MemoryCache, TeacherReader
-from xarch_kd.training.progress import StageProgress, clock
-from xarch_kd.training.run_folder import RunFolder, write_tensors
-from xarch_kd.training.signals import StopSignals
 from xarch_kd.training.trainer import STATE_FILE, StageTrainer, latest_checkpoint, write_state
 
 
@@ -130,7 +130,7 @@ class _Job:
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def _stage(self, stage: StagePlan, models: Models, rows: Tensor) -> Aligner:
+    def _stage(self, stage: StagePlan, models: RunModels, rows: Tensor) -> Aligner:
         """Run one stage, or restore it if it was finished before."""
         aligner = Aligner(self.plan, teacher=models.teacher, student=models.student, stage=stage.index)
         path = self.folder.stage(stage.folder)
@@ -150,7 +150,7 @@ class _Job:
             prepare_stage(self.plan, stage, aligner, rows, path, self._say)
             check.before()
         cache, cache_folder = _cache_of(stage, path)
-        reader = TeacherReader(layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.sites(), cache)
+        reader = TeacherFeatures(layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.sites(), cache)
         trainer = self._trainer(stage, aligner, reader, rows)
         progress = StageProgress(
             self.folder, self.console, stage=stage.stage.name, steps=stage.stage.steps, first_step=first_step
@@ -175,7 +175,7 @@ class _Job:
             self._say(line)
         return aligner
 
-    def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherReader, rows: Tensor) -> StageTrainer:
+    def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Tensor) -> StageTrainer:
         mapping = self.plan.mapping
         order = BatchOrder(
             rows=rows.shape[0],
@@ -196,7 +196,7 @@ class _Job:
             signals=self.signals,
         )
 
-    def _save(self, models: Models, projectors: dict[str, Tensor], seconds: float) -> None:
+    def _save(self, models: RunModels, projectors: dict[str, Tensor], seconds: float) -> None:
         student = models.student.cpu()  # type: ignore[call-arg]  # stubs want a bound method
         student.requires_grad_(True).to(DTYPES[self.plan.mapping.student.dtype])  # type: ignore[arg-type]
         save_student(student, models.tokenizer, self.folder.student, overwrite=True)

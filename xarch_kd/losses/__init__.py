@@ -8,11 +8,11 @@ from __future__ import annotations
 from xarch_kd.losses.balance import Balance, observed_loss
 from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_widths, queries_and_keys
 from xarch_kd.losses.cka import cka_loss, cka_tokens
-from xarch_kd.losses.features import feature_loss, feature_normaliser, teacher_energy, token_count
+from xarch_kd.losses.features import feature_loss, feature_normalizer, teacher_energy, token_count
 from xarch_kd.losses.mixing import mixing_loss
 from xarch_kd.losses.relations import gram_loss, relation_heads, relation_loss
 from xarch_kd.losses.schedules import WeightSchedule
-from xarch_kd.losses.standardise import FeatureStatistics, Standardiser
+from xarch_kd.losses.standardize import FeatureStatistics, Standardizer
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "FeatureStatistics",
     "Head",
     "QueriesAndKeys",
-    "Standardiser",
+    "Standardizer",
     "TokenLoss",
     "WeightSchedule",
     "attention_bridge",
@@ -28,7 +28,7 @@ __all__ = [
     "cka_loss",
     "cka_tokens",
     "feature_loss",
-    "feature_normaliser",
+    "feature_normalizer",
     "gram_loss",
     "label_count",
     "mixing_loss",

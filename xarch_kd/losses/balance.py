@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
-from xarch_kd.ops.streaming.autograd import hand_over
+from xarch_kd.ops.streaming.autograd import attach_gradients
 
 # A part whose gradient is a hundred thousandth of the anchor's is at its goal or wrong: it is not blown up further.
 LARGEST_SCALE: Final = 1e4
@@ -154,7 +154,7 @@ def observed_loss(
         factor = balance.scale(name) * (1.0 if weights is None else weights.get(name, 1.0))
         _add(sums, gradients, factor)
     total = _weighted(parts, balance, weights)
-    return hand_over(total, leaves, sums) if order else total, balance
+    return attach_gradients(total, leaves, sums) if order else total, balance
 
 
 def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None], factor: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
-from xarch_kd.ops.streaming.autograd import hand_over, wanted
+from xarch_kd.ops.streaming.autograd import attach_gradients, wanted
 
 BLOCK_ELEMENTS: Final = {"cpu": 1 << 20, "other": 32 << 20}
 
@@ -36,7 +36,7 @@ def sum_of_blocks(student: Tensor, time: int, rows: int, part: Callable[[Tensor,
         total += value.detach()
         if gradient is not None:
             gradient += torch.autograd.grad(value, leaf)[0]
-    return hand_over(total, (student,), [gradient]) if gradient is not None else total
+    return attach_gradients(total, (student,), [gradient]) if gradient is not None else total
 
 
 def paired(student: Tensor, teacher: Tensor, mask: Tensor | None, axes: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from xarch_kd.errors import UsageError
 from xarch_kd.losses.blocks import finite
 from xarch_kd.losses.features import divisor
-from xarch_kd.losses.standardise import Standardiser
+from xarch_kd.losses.standardize import Standardizer
 from xarch_kd.ops import checks
 
 # HSIC_1 divides by n - 3.
@@ -32,9 +32,9 @@ def cka_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
-    standardiser: Standardiser | None = None,
+    standardizer: Standardizer | None = None,
     shared_basis: bool = False,
 ) -> Tensor:
     """Return this micro-batch's share of 1 - CKA, weighted by its tokens; student and teacher [..., width] of each.
@@ -66,23 +66,23 @@ def cka_loss(
     x, y = (features.flatten(0, -2) if mask is None else features[mask] for features in (student, teacher.detach()))
     tokens = x.shape[0]
     with torch.autocast(student.device.type, enabled=False):
-        x, y = standardised(x.to(dtype), y.to(dtype), standardiser, shared_basis)
+        x, y = standardised(x.to(dtype), y.to(dtype), standardizer, shared_basis)
         if tokens < LEAST_TOKENS:
             return x.sum() * 0
-        return finite((1 - _cka(x, y)) * (tokens / divisor(normaliser, x)), "cka")
+        return finite((1 - _cka(x, y)) * (tokens / divisor(normalizer, x)), "cka")
 
 
 def standardised(
-    student: Tensor, teacher: Tensor, standardiser: Standardiser | None, shared_basis: bool
+    student: Tensor, teacher: Tensor, standardizer: Standardizer | None, shared_basis: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the teacher standardised, and the student too if its dimensions are the teacher's.
 
     Raises UsageError for a shared basis of unequal widths.
     """
-    if standardiser is None:
+    if standardizer is None:
         return student, teacher
     if not shared_basis:
-        return student, standardiser.apply(teacher)
+        return student, standardizer.apply(teacher)
     if student.shape[-1] != teacher.shape[-1]:
         raise UsageError(
             "Models of unequal widths do not share their dimensions.",
@@ -90,7 +90,7 @@ def standardised(
             found=f"student {student.shape[-1]}, teacher {teacher.shape[-1]}",
             fix="shared_basis=False: the teacher alone is standardised",
         )
-    return standardiser.apply(student), standardiser.apply(teacher)
+    return standardizer.apply(student), standardizer.apply(teacher)
 
 
 def _cka(x: Tensor, y: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError, suggest
-from xarch_kd.losses.standardise import Standardiser
+from xarch_kd.losses.standardize import Standardizer
 from xarch_kd.ops.projected_distance import projected_distance
 
 # Loss of a mapping file -> the distance that is summed over tokens.
@@ -56,14 +56,14 @@ def teacher_energy(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     return norms.sum() if mask is None else norms.masked_fill(~mask, 0.0).sum()
 
 
-def feature_normaliser(
-    kind: str, teacher: Tensor, mask: Tensor | None = None, *, standardiser: Standardiser | None = None
+def feature_normalizer(
+    kind: str, teacher: Tensor, mask: Tensor | None = None, *, standardizer: Standardizer | None = None
 ) -> Tensor:
     """Return what this micro-batch adds to the divisor of loss `kind`: energy of the teacher as compared, or tokens."""
     _distance(kind)
     if kind != "relative_mse":
         return token_count(teacher, mask)
-    return teacher_energy(teacher if standardiser is None else standardiser.apply(teacher.detach()), mask)
+    return teacher_energy(teacher if standardizer is None else standardizer.apply(teacher.detach()), mask)
 
 
 def feature_loss(
@@ -71,10 +71,10 @@ def feature_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
     projector: Projection | None = None,
-    standardiser: Standardiser | None = None,
+    standardizer: Standardizer | None = None,
     epsilon: float = 1e-6,
     delta: float = 1.0,
     impl: str = "auto",
@@ -91,9 +91,9 @@ def feature_loss(
         NonFiniteLoss: the distance of a counted token is NaN or infinite.
     """
     features, weight, bias = (student, None, None) if projector is None else projector.split(student)
-    if standardiser is not None:
-        features, weight, bias = standardiser.fold(features, weight, bias)
-        teacher = standardiser.apply(teacher.detach())
+    if standardizer is not None:
+        features, weight, bias = standardizer.fold(features, weight, bias)
+        teacher = standardizer.apply(teacher.detach())
     total = projected_distance(
         features,
         teacher,
@@ -106,12 +106,12 @@ def feature_loss(
         delta=delta,
         impl=impl,
     )
-    return total / divisor(normaliser, total)
+    return total / divisor(normalizer, total)
 
 
-def divisor(normaliser: Tensor | float, like: Tensor) -> Tensor:
+def divisor(normalizer: Tensor | float, like: Tensor) -> Tensor:
     """Return a normaliser as a scalar of the dtype and device of `like`, at least as large as can be divided by."""
-    return torch.as_tensor(normaliser, dtype=like.dtype, device=like.device).clamp(min=SMALLEST_NORMALISER)
+    return torch.as_tensor(normalizer, dtype=like.dtype, device=like.device).clamp(min=SMALLEST_NORMALISER)
 
 
 def _distance(kind: str) -> str:

@@ -15,7 +15,7 @@ def mixing_loss(
     student: Mixing,
     teacher: Mixing,
     *,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
     head_map: Tensor | None = None,
     impl: str = "auto",
@@ -43,4 +43,4 @@ def mixing_loss(
         probes=probes,
         seed=seed,
     ).total
-    return total / divisor(normaliser, total) / student.heads
+    return total / divisor(normalizer, total) / student.heads

@@ -13,7 +13,7 @@ from xarch_kd.errors import UsageError
 from xarch_kd.losses.blocks import block_rows, finite, paired, sum_of_blocks
 from xarch_kd.losses.cka import standardised
 from xarch_kd.losses.features import divisor
-from xarch_kd.losses.standardise import Standardiser
+from xarch_kd.losses.standardize import Standardizer
 
 # Score of a token that is not seen: exp of it is 0 and differences of two are finite.
 UNSEEN: Final = -1e30
@@ -25,9 +25,9 @@ def gram_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
-    standardiser: Standardiser | None = None,
+    standardizer: Standardizer | None = None,
     shared_basis: bool = False,
 ) -> Tensor:
     """Return this micro-batch's share of the mean over tokens i of |k_i / |k_i| - t_i / |t_i||², a scalar.
@@ -44,7 +44,7 @@ def gram_loss(
         UsageError: tensors that do not fit.
         NonFiniteLoss: a feature of a counted token is NaN or infinite.
     """
-    student, teacher = standardised(student, teacher, standardiser, shared_basis)
+    student, teacher = standardised(student, teacher, standardizer, shared_basis)
     own, target, counted = paired(student, teacher, mask, "batch, time, width")
 
     def part(leaf: Tensor, rows: slice) -> Tensor:
@@ -54,14 +54,14 @@ def gram_loss(
 
     batch, time = counted.shape
     total = sum_of_blocks(own, time, block_rows(batch, 1, time, own.device), part)
-    return finite(total / divisor(normaliser, total), "gram")
+    return finite(total / divisor(normalizer, total), "gram")
 
 
 def relation_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     mask: Tensor | None = None,
     heads: int | None = None,
     causal: bool = True,
@@ -101,7 +101,7 @@ def relation_loss(
         return (expected.exp() * (expected - found)).sum()
 
     total = sum_of_blocks(own, time, block_rows(batch, heads, time, own.device), part)
-    return finite(total / divisor(normaliser, total) / heads, "relation")
+    return finite(total / divisor(normalizer, total) / heads, "relation")
 
 
 def relation_heads(student_width: int, teacher_width: int, wanted: int | None = None) -> int:

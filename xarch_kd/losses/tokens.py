@@ -72,7 +72,7 @@ def token_loss(
     teacher_head: Head,
     labels: Tensor,
     *,
-    normaliser: Tensor | float,
+    normalizer: Tensor | float,
     divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
     temperature: float = 1.0,
     weight: float = 1.0,
@@ -114,5 +114,5 @@ def token_loss(
         impl=impl,
     )
     assert sums.cross_entropy is not None
-    by = divisor(normaliser, sums.total)
+    by = divisor(normalizer, sums.total)
     return TokenLoss(sums.total / by, sums.divergence / by, sums.cross_entropy / by)

@@ -1,134 +1,114 @@
-"""The layer map of one `align` entry."""
+"""Layer maps of a mapping file: which student block learns from which teacher block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from xarch_kd.errors import UsageError
-from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
-from xarch_kd.mapping_file.findings import Findings, Models, told
-from xarch_kd.mapping_file.layer_strategies import LayerPair, RandomStrategy
-from xarch_kd.mapping_file.marks import Place, Problem
-from xarch_kd.mapping_file.objectives import Align
-from xarch_kd.projectors import enough_tokens
-
-# Taps that are no features.
-FACTOR_TAPS: Final = ("mixing", "values")
+from xarch_kd.mapping_file.scalars import ConfigModel, Fraction, LayerIndex, NonNegative, Positive
 
 
-def layer_map(align: Align, models: Models, place: Place, findings: Findings) -> LayerMap | None:
-    """Return the layer map of an `align` entry, or None when `findings` tell why there is none.
+class LayerPair(ConfigModel):
+    """Student block `student` learns from teacher block `teacher` (both count from 0).
 
-    Of a strategy that follows from data this is `uniform` until the similarity of the layers is known.
+    `weight` is relative to the other pairs of the same student block.
     """
-    depths = (models.student.depth, models.teacher.depth)
-    if align.layers is None:
-        message = (
-            "required key is missing. It must be a strategy (same, uniform, cka, …) or a list of {student, teacher}."
-        )
-        findings.problems.append(Problem((*place, "layers"), message))
-        return None
-    if isinstance(align.layers, tuple):
-        return _explicit(align.layers, depths, place, findings)
-    name, options = strategy_of(align)
-    options.pop("redraw", None)
-    similarity = models.similarities.get(entry_key(int(place[1]), align.name))
-    if is_measured(align) and align.tap in FACTOR_TAPS:
-        message = f"{name} compares features, and {align.tap} is none. Use a strategy that needs no calibration."
-        findings.problems.append(Problem((*place, "layers"), message))
-        return None
-    if is_measured(align):
-        findings.warnings += _too_few_tokens(align.name, name, models)
-    try:
-        if not is_measured(align) or similarity is not None:
-            return _built(name, options, models, similarity)
-        # Whether it can place these depths at all is known before anything is measured.
-        _built(name, options, models, torch.zeros(depths))
-    except UsageError as error:
-        findings.problems.append(Problem((*place, "layers"), told(error)))
-        return None
-    findings.warnings.append(
-        f"{align.name}: which layers {name} pairs follows from a calibration pass; uniform stands in for it here"
-    )
-    return _built("uniform", {}, models, None)
+
+    student: LayerIndex
+    teacher: LayerIndex
+    weight: Positive = 1.0
 
 
-def _too_few_tokens(entry: str, name: str, models: Models) -> Iterator[str]:
-    width = max(models.student.layout.width, models.teacher.layout.width)
-    if models.calibration < width:
-        yield (
-            f"{entry}: {name} compares layers in up to {width} dimensions on {models.calibration} tokens, so that "
-            f"noise may decide; calibration.tokens of {enough_tokens(width)} or more is better"
-        )
+class EveryStrategy(ConfigModel):
+    """Student block i learns from teacher block (i+1)·k - 1."""
+
+    strategy: Literal["every"]
+    k: Annotated[int, Field(ge=1)]
 
 
-def _built(name: str, options: Mapping[str, object], models: Models, similarity: Tensor | None) -> LayerMap:
-    return build_layer_map(
-        name,
-        models.student.depth,
-        models.teacher.depth,
-        replaced_layers=models.replaced,
-        student_kinds=models.student.layout.mixer_kinds,
-        teacher_kinds=models.teacher.layout.mixer_kinds,
-        similarity=similarity,
-        options=options,
-    )
+class AllToOneStrategy(ConfigModel):
+    """Every student block learns from one teacher block, by default the last: a control."""
+
+    strategy: Literal["all_to_one"]
+    teacher_layer: LayerIndex | None = None
 
 
-def strategy_of(align: Align) -> tuple[str, dict[str, object]]:
-    """Return the name of an entry's strategy and its options, however it was written."""
-    if isinstance(align.layers, str):
-        return align.layers, {}
-    assert align.layers is not None
-    assert not isinstance(align.layers, tuple)
-    return align.layers.strategy, align.layers.model_dump(exclude={"strategy"}, exclude_none=True)
+class RandomStrategy(ConfigModel):
+    """A random teacher block for each student block, in order if `ordered`, redrawn every `redraw` steps: a control."""
+
+    strategy: Literal["random"]
+    seed: Annotated[int, Field(ge=0)] = 0
+    ordered: bool = False
+    redraw: Annotated[int, Field(ge=1)] | None = None
 
 
-def redraw_period(align: Align) -> int | None:
-    """After how many steps a random layer map is drawn anew, None for never."""
-    return align.layers.redraw if isinstance(align.layers, RandomStrategy) else None
+class MonotoneStrategy(ConfigModel):
+    """The order-preserving map of greatest total similarity (by a dynamic programme).
+
+    `strict`: no teacher block twice; `band`: at most so far from the uniform map, in teacher blocks.
+    """
+
+    strategy: Literal["monotone"]
+    strict: bool = True
+    band: Annotated[int, Field(ge=0)] | None = None
+    last_to_last: bool = True
 
 
-def is_learned(align: Align) -> bool:
-    """Whether the layer map of an entry is trained with the student."""
-    return not isinstance(align.layers, tuple) and align.layers is not None and strategy_of(align)[0] == "learned"
+class TransportStrategy(ConfigModel):
+    """The cheapest transport of the student's blocks to the teacher's, at cost 1 - similarity.
+
+    `entropy` is relative to the median cost (0: exact, by a linear programme); `order` adds order · (i/S - j/T)².
+    """
+
+    strategy: Literal["optimal_transport"]
+    entropy: NonNegative = 0.0
+    order: NonNegative = 0.0
 
 
-def is_measured(align: Align) -> bool:
-    """Whether the layer map of an entry follows from a calibration pass."""
-    if align.layers is None or isinstance(align.layers, tuple):
-        return False
-    return STRATEGIES[strategy_of(align)[0]].needs == "similarity"
+class LearnedStrategy(ConfigModel):
+    """Attention over the teacher's blocks, trained with the student: softmax(logits / temperature) a student block.
+
+    With `final_temperature` the temperature goes there over the stage, near one-hot at 0.1. The entropy of the teacher
+    blocks in use is kept above `usage_floor` of its maximum, so that the map does not collapse onto one block.
+    """
+
+    strategy: Literal["learned"]
+    temperature: Positive = 1.0
+    final_temperature: Positive | None = None
+    usage_floor: Fraction = 0.5
 
 
-def entry_key(stage: int, name: str) -> str:
-    """The name under which the similarity of an entry's layers is kept: its stage's index and its own name."""
-    return f"{stage}.{name}"
+PlainName = Literal[
+    "same",
+    "replaced",
+    "uniform",
+    "uniform_endpoints",
+    "uniform_begin",
+    "first",
+    "last",
+    "block_average",
+    "type_aware",
+    "cka",
+    "reverse",
+]
 
 
-def _explicit(
-    pairs: tuple[LayerPair, ...], depths: tuple[int, int], place: Place, findings: Findings
-) -> LayerMap | None:
-    outside = [
-        Problem(
-            (*place, "layers", index, name),
-            f"layer {layer} is out of range: the {name} has {depth} blocks, so 0 to {depth - 1} are allowed",
-        )
-        for index, pair in enumerate(pairs)
-        for name, layer, depth in (("student", pair.student, depths[0]), ("teacher", pair.teacher, depths[1]))
-        if layer >= depth
-    ]
-    findings.problems += outside
-    if not pairs:
-        findings.problems.append(Problem((*place, "layers"), "the list is empty, so nothing would be matched"))
-    if outside or not pairs:
-        return None
-    try:
-        return explicit([(pair.student, pair.teacher, pair.weight) for pair in pairs], *depths)
-    except UsageError as error:
-        findings.problems.append(Problem((*place, "layers"), told(error)))
-        return None
+class PlainStrategy(ConfigModel):
+    """A strategy without an option; its name alone says the same."""
+
+    strategy: PlainName
+
+
+# Those whose options all have a default.
+StrategyName = Literal[PlainName, "monotone", "optimal_transport", "all_to_one", "random", "learned"]
+LayerStrategy = Annotated[
+    PlainStrategy
+    | EveryStrategy
+    | AllToOneStrategy
+    | RandomStrategy
+    | MonotoneStrategy
+    | TransportStrategy
+    | LearnedStrategy,
+    Field(discriminator="strategy"),
+]

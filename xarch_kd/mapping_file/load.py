@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from xarch_kd.errors import MappingFileError
-from xarch_kd.mapping_file.marks import Marks, Place, Position, Problem, mapping_error
-from xarch_kd.mapping_file.messages import problems_of
 from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.mapping_file.source_map import Position, Problem, SourceMap, YamlPath, mapping_error
+from xarch_kd.mapping_file.validation_messages import problems_of
 from xarch_kd.mapping_file.yaml_core import read_yaml
 
 MAXIMUM_BYTES = 2**20
@@ -17,36 +17,36 @@ MAXIMUM_BYTES = 2**20
 _NEEDS = "It needs the keys version, teacher, student, data and stages; `xarch-kd init TEACHER` writes a whole file."
 
 
-def load_mapping(path: str | Path) -> tuple[MappingFile, str, Marks]:
+def load_mapping(path: str | Path) -> tuple[MappingFile, str, SourceMap]:
     """Return the mapping file at `path`, its text, and where each of its values stands.
 
     Raises `MappingFileError` with every problem as `file:line:column: place: what`, the line and a caret.
     """
     path = Path(path)
     text = _read(path)
-    mapping, marks = parse_mapping(text, str(path))
-    return mapping, text, marks
+    mapping, source_map = parse_mapping(text, str(path))
+    return mapping, text, source_map
 
 
-def parse_mapping(text: str, name: str = "mapping.yaml") -> tuple[MappingFile, Marks]:
+def parse_mapping(text: str, name: str = "mapping.yaml") -> tuple[MappingFile, SourceMap]:
     """Return the mapping file written in `text` and its marks; `name` stands for the file in messages."""
-    value, marks, problems = read_yaml(text, name)
+    value, source_map, problems = read_yaml(text, name)
     if value is None and not problems:
-        raise mapping_error([Problem((), f"the file is empty. {_NEEDS}", at=Position(1, 1))], marks)
+        raise mapping_error([Problem((), f"the file is empty. {_NEEDS}", at=Position(1, 1))], source_map)
     if not isinstance(value, dict):
         found = "a list" if isinstance(value, tuple) else "a single value"
         raise mapping_error(
-            [*problems, Problem((), f"the top level must be a mapping, found {found}. {_NEEDS}")], marks
+            [*problems, Problem((), f"the top level must be a mapping, found {found}. {_NEEDS}")], source_map
         )
     try:
         mapping = MappingFile.model_validate(value)
     except ValidationError as error:
-        spoilt = [problem.place or _place_at(marks, problem) for problem in problems]
-        found_here = (problem for problem in problems_of(error, value, marks) if not _follows(problem, spoilt))
-        raise mapping_error([*problems, *found_here], marks) from None
+        spoilt = [problem.place or _place_at(source_map, problem) for problem in problems]
+        found_here = (problem for problem in problems_of(error, value, source_map) if not _follows(problem, spoilt))
+        raise mapping_error([*problems, *found_here], source_map) from None
     if problems:
-        raise mapping_error(problems, marks)
-    return mapping, marks
+        raise mapping_error(problems, source_map)
+    return mapping, source_map
 
 
 def _read(path: Path) -> str:
@@ -69,12 +69,12 @@ def _read(path: Path) -> str:
         raise MappingFileError([f"{path}:{line}:{column}: not UTF-8 text"]) from None
 
 
-def _place_at(marks: Marks, problem: Problem) -> Place:
+def _place_at(source_map: SourceMap, problem: Problem) -> YamlPath:
     """Return the place of the value that starts where `problem` is, or the root."""
-    return next((place for place, position in marks.values.items() if position == problem.at), ())
+    return next((place for place, position in source_map.values.items() if position == problem.at), ())
 
 
-def _follows(problem: Problem, spoilt: list[Place]) -> bool:
+def _follows(problem: Problem, spoilt: list[YamlPath]) -> bool:
     """Say whether `problem` only follows from a value that YAML itself refused, inside it or around it."""
     inside = any(outer and problem.place[: len(outer)] == outer for outer in spoilt)
     return inside or (problem.on == "key" and any(inner[: len(problem.place)] == problem.place for inner in spoilt))

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from xarch_kd.mapping_file.align_losses import AlignLoss, MixingMatch, NormalisedMeanSquaredError, Relation
-from xarch_kd.mapping_file.layer_strategies import LayerPair, LayerStrategy, StrategyName
-from xarch_kd.mapping_file.parts import BelowOne, Fraction, Name, NonNegative, Number, Part, Positive
-from xarch_kd.mapping_file.projector_parts import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
+from xarch_kd.mapping_file.layer_maps import LayerPair, LayerStrategy, StrategyName
+from xarch_kd.mapping_file.projectors import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
+from xarch_kd.mapping_file.scalars import BelowOne, ConfigModel, Fraction, Name, NonNegative, Number, Positive
 
 if TYPE_CHECKING:
     from xarch_kd.losses.schedules import WeightSchedule
@@ -27,7 +26,126 @@ FEATURE_LOSSES: Final = ("mse", "relative_mse", "cosine", "normalised_mse", "hub
 PROJECTED: Final = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", "l2", "attention_bridge")
 
 
-class Schedule(Part):
+class Objective(ConfigModel):
+    """What every loss has: a weight, or `auto` for one that balances gradients."""
+
+    weight: Positive | Literal["auto"] = 1.0
+
+
+class FeatureObjective(Objective):
+    """What losses of features have: whether the teacher's statistics standardise them first."""
+
+    standardise: bool = False
+
+
+class MeanSquaredError(FeatureObjective):
+    """Mean over the width of the squared difference."""
+
+    kind: Literal["mse"]
+
+
+class RelativeMeanSquaredError(FeatureObjective):
+    """Squared difference over squared teacher norm, both summed over all unmasked tokens of the batch."""
+
+    kind: Literal["relative_mse"]
+
+
+class Cosine(FeatureObjective):
+    """One minus the cosine of the angle, per token."""
+
+    kind: Literal["cosine"]
+
+
+class NormalisedMeanSquaredError(FeatureObjective):
+    """Squared difference over squared teacher norm, per token."""
+
+    kind: Literal["normalised_mse"]
+    epsilon: Positive = 1e-6
+
+
+class Huber(FeatureObjective):
+    """Mean over the width of Huber's function of the difference: quadratic up to `delta`, linear beyond."""
+
+    kind: Literal["huber"]
+    delta: Positive = 1.0
+
+
+class EuclideanDistance(FeatureObjective):
+    """The length of the difference, per token: its gradient has the same size however near the student is."""
+
+    kind: Literal["l2"]
+
+
+class CentredKernelAlignment(FeatureObjective):
+    """One minus the similarity (linear CKA, without bias) of student and teacher over the tokens of a micro-batch.
+
+    It sees neither rotation nor scale, so it takes no projector and any widths. A micro-batch should have 4 tokens a
+    dimension.
+    """
+
+    kind: Literal["cka"]
+
+
+class Gram(FeatureObjective):
+    """Distance of the tokens' products with each other, each token's row with length 1; any widths, no projector."""
+
+    kind: Literal["gram"]
+
+
+class Relation(Objective):
+    """Divergence of how tokens relate to each other (MiniLMv2): softmax of their products in `heads` relation heads.
+
+    Of the tap `values`, or, of the tap `mixing`, of its queries or its keys (C and B of a state-space model). `heads`
+    must divide both models' widths of all heads together; by default as many as leave 32 numbers a head.
+    """
+
+    kind: Literal["relation"]
+    of: Literal["queries", "keys"] | None = None
+    heads: Annotated[int, Field(ge=1)] | None = None
+
+
+class AttentionBridge(Objective):
+    """Queries and keys (C and B of a state-space model) of the student, through two learned maps, to the teacher's.
+
+    The maps are those of `projector`, which `auto` leaves out where all widths agree. For the tap `mixing` alone.
+    """
+
+    kind: Literal["attention_bridge"]
+    distance: Literal["normalised_mse", "mse", "cosine", "huber", "l2"] = "normalised_mse"
+    epsilon: Positive = 1e-6
+    delta: Positive = 1.0
+
+
+class MixingMatch(Objective):
+    """Distance of the rows of two token-mixing matrices, mean over rows and student heads; for the tap `mixing` alone.
+
+    `heads` says what a student head learns from: `auto` is its own teacher head where the counts are equal, else `mean`
+    (of a group of teacher heads) or `repeat` (a teacher head teaches a group); `assignment` is the cheapest one to one
+    on calibration text, `learned` a mixture of teacher heads that is trained with the student; or non-negative weights
+    [student heads, teacher heads] whose rows sum to 1. `probes` are those of `implementation: sketch`.
+    """
+
+    kind: Literal["mixing"]
+    distance: Literal["cosine", "frobenius", "relative_frobenius", "kl", "cross_entropy"] = "cosine"
+    heads: Literal["auto", "mean", "repeat", "assignment", "learned"] | tuple[tuple[NonNegative, ...], ...] = "auto"
+    implementation: Literal["auto", "fused", "streaming", "panels", "sketch", "reference"] = "auto"
+    probes: Annotated[int, Field(ge=2)] = 64
+
+
+FeatureLoss = (
+    MeanSquaredError | RelativeMeanSquaredError | Cosine | NormalisedMeanSquaredError | Huber | EuclideanDistance
+)
+
+
+SimilarityLoss = CentredKernelAlignment | Gram
+
+
+AlignLoss = Annotated[
+    FeatureLoss | SimilarityLoss | Relation | AttentionBridge | MixingMatch, Field(discriminator="kind")
+]
+
+
+class Schedule(ConfigModel):
     """How a weight changes over its stage; `start` and `end` are fractions of the stage's steps.
 
     `constant`: the factor `initial` from start to end, and the objective left out outside. `linear` and `cosine`: from
@@ -63,7 +181,7 @@ def _default_loss(validated: dict[str, object]) -> AlignLoss:
     return NormalisedMeanSquaredError(kind="normalised_mse")
 
 
-class Align(Part):
+class Align(ConfigModel):
     """A tap of student blocks matched to the same tap of teacher blocks.
 
     `layers`: a strategy (`same` is block i to block i, `replaced` the same for blocks whose mixer was replaced,
@@ -119,18 +237,18 @@ def is_projected(loss: AlignLoss) -> bool:
     return loss.kind in PROJECTED
 
 
-def is_standardised(loss: AlignLoss) -> bool:
+def is_standardized(loss: AlignLoss) -> bool:
     """Whether features are standardised by the teacher's statistics before they are compared."""
     return bool(getattr(loss, "standardise", False))
 
 
-class PlainDivergence(Part):
+class PlainDivergence(ConfigModel):
     """A divergence without a parameter; its name alone says the same."""
 
     kind: Literal["forward_kl", "reverse_kl", "total_variation"]
 
 
-class JensenShannon(Part):
+class JensenShannon(ConfigModel):
     """β KL(p ‖ m) + (1-β) KL(q ‖ m), m = β p + (1-β) q; `normalised` divides by β(1-β)."""
 
     kind: Literal["jsd"]
@@ -138,21 +256,21 @@ class JensenShannon(Part):
     normalised: bool = False
 
 
-class SkewDivergence(Part):
+class SkewDivergence(ConfigModel):
     """KL(p ‖ α p + (1-α) q), or KL(q ‖ α q + (1-α) p)."""
 
     kind: Literal["skew_forward_kl", "skew_reverse_kl"]
     alpha: BelowOne = 0.1
 
 
-class AlphaDivergence(Part):
+class AlphaDivergence(ConfigModel):
     """(Σ p^α q^(1-α) - 1) / (α(α-1)): forward KL at α = 1, reverse KL at α = 0."""
 
     kind: Literal["alpha"]
     alpha: Number = 0.5
 
 
-class RenyiDivergence(Part):
+class RenyiDivergence(ConfigModel):
     """log Σ p^α q^(1-α) / (α-1): forward KL at α = 1."""
 
     kind: Literal["renyi"]
@@ -167,7 +285,7 @@ DivergenceWithParameter = Annotated[
 ]
 
 
-class Tokens(Part):
+class Tokens(ConfigModel):
     """Next tokens: weight · T² · divergence + cross_entropy · cross-entropy with the data's next token.
 
     `schedule` changes both weights over the stage. `logits_dtype` is that of the two chunks of logits: `auto` is

@@ -12,15 +12,15 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from xarch_kd.mapping_file.objectives import Align, Tokens
-from xarch_kd.mapping_file.parts import (
+from xarch_kd.mapping_file.scalars import (
     BelowOne,
+    ConfigModel,
     ConfigValues,
     Fraction,
     LayerIndex,
     Name,
     NonNegative,
     Number,
-    Part,
     Positive,
 )
 
@@ -35,7 +35,7 @@ def _version(value: object) -> object:
     return value
 
 
-class Paths(Part):
+class Paths(ConfigModel):
     """Where the parts of a model outside the table of families are, as attribute paths.
 
     `blocks`, `embedding`, `final_norm` and `head` start at the model; `mixer` and `mlp` start at a block.
@@ -49,7 +49,7 @@ class Paths(Part):
     head: str | None = None
 
 
-class Model(Part):
+class Model(ConfigModel):
     """A model reference: hub id, local folder, `.gguf` file, or `package:distribution/file.gguf`."""
 
     model: str
@@ -59,7 +59,7 @@ class Model(Part):
     paths: Paths | None = None
 
 
-class Conversion(Part):
+class Conversion(ConfigModel):
     """How the teacher becomes a stock hybrid. Exactly one of `keep_attention` and `replace`, in the same language."""
 
     mixer: Literal["mamba2", "gated_delta"]
@@ -78,7 +78,7 @@ class Conversion(Part):
         return self
 
 
-class Student(Part):
+class Student(ConfigModel):
     """Exactly one of `model` (an existing student), `config` (built fresh) or `convert`.
 
     `config` is a folder with a `config.json`, or the values themselves: `{model_type: mamba2, hidden_size: 256, …}`.
@@ -112,7 +112,7 @@ class Student(Part):
         return self
 
 
-class Text(Part):
+class Text(ConfigModel):
     """Exactly one of `builtin`, `files` (paths or glob patterns) and `dataset` (of the library `datasets`)."""
 
     builtin: Literal["python-docs", "python-sources", "licences"] | None = None
@@ -143,7 +143,7 @@ class Data(Text):
     held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
 
 
-class Optimizer(Part):
+class Optimizer(ConfigModel):
     """AdamW. `projector_lr` and `projector_weight_decay` default to the others; `warmup` is a share of the steps.
 
     `mixer_lr` is the rate of the mixers, those that `train: [mixers]` means; by default it is `lr`.
@@ -160,14 +160,14 @@ class Optimizer(Part):
     max_grad_norm: Positive = 1.0
 
 
-class Cache(Part):
+class Cache(ConfigModel):
     """Where the teacher's features of a stage are kept, and at most how much."""
 
     where: Literal["memory", "disk", "off"] = "memory"
     limit_gib: Positive = 4.0
 
 
-class Stage(Part):
+class Stage(ConfigModel):
     """One `transformers.Trainer` run.
 
     `batches` bounds the number of different batches drawn: further steps go over them again in a new order, which
@@ -212,13 +212,13 @@ class Stage(Part):
         return self
 
 
-class Calibration(Part):
+class Calibration(ConfigModel):
     """The pass that strategies which follow from data need: about so many `tokens` of the training text."""
 
     tokens: Annotated[int, Field(ge=64)] = 16_384
 
 
-class Evaluate(Part):
+class Evaluate(ConfigModel):
     """What is measured when training is done: `tokens` at most of the held-out text, and of each of `also`."""
 
     suites: tuple[Literal["likelihood"], ...] = ("likelihood",)
@@ -226,7 +226,7 @@ class Evaluate(Part):
     also: tuple[Text, ...] = ()
 
 
-class MappingFile(Part):
+class MappingFile(ConfigModel):
     """A whole mapping file."""
 
     version: Annotated[Literal[1], BeforeValidator(_version)]

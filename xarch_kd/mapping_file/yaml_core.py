@@ -12,7 +12,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
-from xarch_kd.mapping_file.marks import Marks, Place, Position, Problem, mapping_error, shortened
+from xarch_kd.mapping_file.source_map import Position, Problem, SourceMap, YamlPath, mapping_error, shortened
 
 MAXIMUM_DEPTH = 20
 LARGEST_INTEGER = 2**63 - 1
@@ -80,43 +80,43 @@ class CoreLoader(yaml.SafeLoader):
         self.problems.append(Problem((), message, at=_position(event.start_mark)))
 
 
-def read_yaml(text: str, name: str) -> tuple[Any, Marks, list[Problem]]:
+def read_yaml(text: str, name: str) -> tuple[Any, SourceMap, list[Problem]]:
     """Return the value of a YAML text (lists as tuples), its marks, and what is refused in it.
 
     Raises `MappingFileError` where the text is not YAML at all or is nested too deeply.
     """
-    marks = Marks(name, tuple(_LINE_BREAK.split(text)), {}, {}, {})
+    source_map = SourceMap(name, tuple(_LINE_BREAK.split(text)), {}, {}, {})
     problems: list[Problem] = []
     try:
         loader = CoreLoader(text)
         problems = loader.problems
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        raise mapping_error([*problems, _syntax_problem(error)], marks) from None
+        raise mapping_error([*problems, _syntax_problem(error)], source_map) from None
     except ReaderError as error:
         before = _LINE_BREAK.split(text[: error.position])
         at = Position(len(before), len(before[-1]) + 1)
         message = f"the character U+{ord(text[error.position]):04X} is not allowed in YAML"
-        raise mapping_error([*problems, Problem((), message, at=at)], marks) from None
+        raise mapping_error([*problems, Problem((), message, at=at)], source_map) from None
     except (ValueError, OverflowError) as error:
         # PyYAML lets these through for "\UFFFFFFFF" and for endless digits in a %YAML line.
-        raise mapping_error([*problems, Problem((), f"not valid YAML: {error}")], marks) from None
+        raise mapping_error([*problems, Problem((), f"not valid YAML: {error}")], source_map) from None
     if node is None:
-        return None, marks, problems
-    reading = _Reading(marks, problems)
-    return reading.value(node, ()), marks, problems
+        return None, source_map, problems
+    reading = _Reading(source_map, problems)
+    return reading.value(node, ()), source_map, problems
 
 
 class _Reading:
     """Turns nodes into values and notes where each was written."""
 
-    def __init__(self, marks: Marks, problems: list[Problem]) -> None:
-        self.keys: dict[Place, Position] = marks.keys  # type: ignore[assignment]
-        self.values: dict[Place, Position] = marks.values  # type: ignore[assignment]
-        self.written: dict[Place, str] = marks.written  # type: ignore[assignment]
+    def __init__(self, source_map: SourceMap, problems: list[Problem]) -> None:
+        self.keys: dict[YamlPath, Position] = source_map.keys  # type: ignore[assignment]
+        self.values: dict[YamlPath, Position] = source_map.values  # type: ignore[assignment]
+        self.written: dict[YamlPath, str] = source_map.written  # type: ignore[assignment]
         self.problems = problems
 
-    def value(self, node: yaml.Node, place: Place) -> Any:
+    def value(self, node: yaml.Node, place: YamlPath) -> Any:
         self.values[place] = _position(node.start_mark)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
@@ -124,7 +124,7 @@ class _Reading:
             return tuple(self.value(item, (*place, index)) for index, item in enumerate(node.value))
         return self._scalar(node, place)
 
-    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, place: YamlPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             at = _position(key_node.start_mark)
@@ -142,7 +142,7 @@ class _Reading:
                 result[key] = self.value(value_node, (*place, key))
         return result
 
-    def _scalar(self, node: yaml.Node, place: Place) -> Any:
+    def _scalar(self, node: yaml.Node, place: YamlPath) -> Any:
         text: str = node.value
         self.written[place] = text
         if not _encodable(text):
@@ -159,7 +159,7 @@ class _Reading:
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         return text
 
-    def _integer(self, text: str, place: Place) -> int:
+    def _integer(self, text: str, place: YamlPath) -> int:
         base = {"0x": 16, "0o": 8}.get(text[:2], 10)
         # 64 characters hold every allowed number; int() itself refuses thousands of digits.
         number = int(text, base) if len(text) <= 64 else LARGEST_INTEGER + 1

@@ -84,16 +84,16 @@ class _RowSoftmax(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, values: Tensor, sinks: Tensor | None, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         batch, heads, rows, _ = query.shape
-        result, normaliser = query.new_empty(batch, heads, rows, values.shape[-1]), query.new_empty(batch, heads, rows)
+        result, normalizer = query.new_empty(batch, heads, rows, values.shape[-1]), query.new_empty(batch, heads, rows)
         for block in pattern.blocks(rows, batch * heads, query.device):
             columns = pattern.reach(block)
             logits, _ = _logits(query[:, :, block], key[:, :, columns], pattern, block, columns)
-            normaliser[:, :, block] = _log_normaliser(logits, sinks)
+            normalizer[:, :, block] = _log_normaliser(logits, sinks)
             if values.shape[-1]:
-                result[:, :, block] = logits.sub_(normaliser[:, :, block, None]).exp_() @ values[:, :, columns]
-        ctx.save_for_backward(query, key, values, sinks, normaliser)
+                result[:, :, block] = logits.sub_(normalizer[:, :, block, None]).exp_() @ values[:, :, columns]
+        ctx.save_for_backward(query, key, values, sinks, normalizer)
         ctx.pattern = pattern
-        return result, normaliser
+        return result, normalizer
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,16 +104,16 @@ class _RowSoftmax(torch.autograd.Function):
                 asked="create_graph=True",
                 fix="differentiate twice through torch.softmax of logits(rows, columns)",
             )
-        query, key, values, sinks, normaliser = ctx.saved_tensors
-        into = _Gradients(*(torch.zeros_like(tensor) for tensor in (query, key, values, normaliser)))
+        query, key, values, sinks, normalizer = ctx.saved_tensors
+        into = _Gradients(*(torch.zeros_like(tensor) for tensor in (query, key, values, normalizer)))
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             for block in ctx.pattern.blocks(query.shape[2], query.shape[0] * query.shape[1], query.device):
-                of_rows = (query[:, :, block], normaliser[:, :, block], *(part[:, :, block] for part in upstream))
+                of_rows = (query[:, :, block], normalizer[:, :, block], *(part[:, :, block] for part in upstream))
                 _add_gradients(into, _Rows(*of_rows), key, values, ctx.pattern, block)
             of_sinks = None
             if sinks is not None:
                 # A dropped column has no values of its own: its gradient is its weight times the rows' common part.
-                of_sinks = ((sinks[:, None] - normaliser).exp() * into.common).sum((0, 2)).to(sinks.dtype)
+                of_sinks = ((sinks[:, None] - normalizer).exp() * into.common).sum((0, 2)).to(sinks.dtype)
         return into.query, into.key, into.values, of_sinks, None
 
 
@@ -130,7 +130,7 @@ class _Rows(NamedTuple):
     """What is given for a block of rows: its queries, normalisers and the gradients of both results."""
 
     query: Tensor
-    normaliser: Tensor
+    normalizer: Tensor
     of_values: Tensor
     of_normaliser: Tensor
 
@@ -139,7 +139,7 @@ def _add_gradients(into: _Gradients, rows: _Rows, key: Tensor, values: Tensor, p
     """Add a block's part: dL/dz = M ∘ (dL/dM − Σ_j M dL/dM + dL/d log normaliser)."""
     columns = pattern.reach(block)
     logits, slope = _logits(rows.query, key[:, :, columns], pattern, block, columns)
-    weights = logits.sub_(rows.normaliser[..., None]).exp_()
+    weights = logits.sub_(rows.normalizer[..., None]).exp_()
     common = rows.of_normaliser
     if values.shape[-1]:
         outer = rows.of_values @ values[:, :, columns].transpose(-1, -2)

@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from xarch_kd.errors import ModelError, suggest
-from xarch_kd.models.load import meta_model
-from xarch_kd.models.reference import CODE_KEYS
+from xarch_kd.models.loading.load import meta_model
+from xarch_kd.models.loading.reference import CODE_KEYS
 
 # What a student needs to have as its teacher has it, taken from there when it is not given.
 SHARED_WITH_TEACHER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")

@@ -52,7 +52,7 @@ def by_name_alone() -> tuple[str, ...]:
     return (*ASKED_FOR_ONLY, "fused") if interpreted() else ASKED_FOR_ONLY
 
 
-def kernel_obstacle(*tensors: Tensor | None) -> str | None:
+def kernel_unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Return why Triton kernels cannot run on these tensors, or None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -66,7 +66,7 @@ def kernel_obstacle(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO_OBSTACLES) -> str:
+def choose(operation: str, impl: str = "auto", unsupported_reasons: Mapping[str, str] = NO_OBSTACLES) -> str:
     """Return the implementation of `operation` that runs when `impl` is asked for.
 
     `obstacles` say for an implementation why it cannot run on the inputs at hand. `auto` takes the one named by the
@@ -77,7 +77,7 @@ def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO
         Explanation: `impl` is an inquiry.
     """
     if isinstance(impl, Inquiry):
-        raise Explanation(explain_choice(operation, str(impl), obstacles))
+        raise Explanation(explain_choice(operation, str(impl), unsupported_reasons))
     if operation not in IMPLEMENTATIONS:
         raise UsageError(
             f"There is no such operation.{suggest(operation, IMPLEMENTATIONS)}",
@@ -85,13 +85,15 @@ def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO
             allowed=" | ".join(IMPLEMENTATIONS),
         )
     names = IMPLEMENTATIONS[operation]
-    runnable = [name for name in names if name not in obstacles]
+    runnable = [name for name in names if name not in unsupported_reasons]
     named = (os.environ.get(ENVIRONMENT) or "auto") if impl == "auto" else impl
     if named == "auto":
         return next((name for name in runnable if name not in by_name_alone()), runnable[-1])
     allowed = " | ".join(("auto", *runnable))
-    if named in obstacles and named in names:
-        raise UsageError(f"{operation} cannot run as '{named}': {obstacles[named]}.", asked=named, allowed=allowed)
+    if named in unsupported_reasons and named in names:
+        raise UsageError(
+            f"{operation} cannot run as '{named}': {unsupported_reasons[named]}.", asked=named, allowed=allowed
+        )
     if named not in names:
         raise UsageError(
             f"{operation} has no such implementation.{suggest(named, names)}", asked=named, allowed=allowed
@@ -99,26 +101,27 @@ def choose(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO
     return named
 
 
-def explain_choice(operation: str, impl: str = "auto", obstacles: Mapping[str, str] = NO_OBSTACLES) -> str:
+def explain_choice(operation: str, impl: str = "auto", unsupported_reasons: Mapping[str, str] = NO_OBSTACLES) -> str:
     """Say in a few lines which implementation runs for `impl`, and what speaks for and against each.
 
     Raises:
         UsageError: as `choose` does.
     """
-    lines = [f"{operation}: impl={impl!r} runs '{choose(operation, impl, obstacles)}'"]
+    lines = [f"{operation}: impl={impl!r} runs '{choose(operation, impl, unsupported_reasons)}'"]
     if impl == "auto" and os.environ.get(ENVIRONMENT):
         lines[0] += f", which the environment variable {ENVIRONMENT} names"
     for name in IMPLEMENTATIONS[operation]:
         note = " (taken only by name)" if name in by_name_alone() else ""
         lines.append(
-            f"  {name}: " + (f"cannot run, {obstacles[name]}" if name in obstacles else DESCRIPTIONS[name] + note)
+            f"  {name}: "
+            + (f"cannot run, {unsupported_reasons[name]}" if name in unsupported_reasons else DESCRIPTIONS[name] + note)
         )
     return "\n".join(lines)
 
 
-def machine_obstacles() -> Mapping[str, str]:
+def machine_unsupported_reasons() -> Mapping[str, str]:
     """Return which implementations cannot run on this machine, whatever the inputs, and why."""
-    reason = kernel_obstacle()
+    reason = kernel_unsupported_reason()
     if reason is None and not torch.cuda.is_available() and not interpreted():
         reason = "Triton kernels need a GPU and there is none"
     return NO_OBSTACLES if reason is None else {"fused": reason}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from xarch_kd.errors import UsageError
-from xarch_kd.ops.dispatch import Explanation, Inquiry, explain_choice, machine_obstacles
+from xarch_kd.ops.dispatch import Explanation, Inquiry, explain_choice, machine_unsupported_reasons
 from xarch_kd.ops.linear_divergence import linear_divergence
 from xarch_kd.ops.mixing_distance import mixing_distance
 from xarch_kd.ops.projected_distance import projected_distance
@@ -31,7 +31,7 @@ def explain(operation: str, *arguments: Any, impl: str = "auto", **options: Any)
             cannot run, arguments that do not fit.
     """
     if operation not in OPERATIONS or not (arguments or options):
-        return explain_choice(operation, impl, machine_obstacles())
+        return explain_choice(operation, impl, machine_unsupported_reasons())
     try:
         OPERATIONS[operation](*arguments, impl=Inquiry(impl), **options)
     except Explanation as answer:

@@ -12,12 +12,12 @@ from torch import Tensor
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
 from xarch_kd.ops.dispatch import choose
-from xarch_kd.ops.divergence_problem import DivergenceProblem, Side, make_problem, spread
+from xarch_kd.ops.divergence_inputs import DivergenceInputs, Side, check_inputs, spread
 from xarch_kd.ops.divergences import Divergence, as_divergence
 from xarch_kd.ops.fused import linear_divergence as fused
 from xarch_kd.ops.reference.linear_divergence import token_values
-from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
-from xarch_kd.ops.streaming.linear_divergence import Sweep, sweep
+from xarch_kd.ops.streaming.autograd import Gradients, attach_gradients, recompute, stored, wanted
+from xarch_kd.ops.streaming.linear_divergence import ForwardBackward, forward_backward
 from xarch_kd.ops.teacher import TeacherTopK
 
 
@@ -99,7 +99,7 @@ def linear_divergence(
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
-    problem = make_problem(
+    inputs = check_inputs(
         Side(
             hidden=student_hidden,
             weight=student_weight,
@@ -126,18 +126,20 @@ def linear_divergence(
         vocabulary=vocabulary,
         logits_dtype=logits_dtype,
     )
-    obstacle = fused.obstacle(problem)
-    implementation = choose("linear_divergence", impl, {} if obstacle is None else {"fused": obstacle})
-    if reduction == "mean" and problem.tokens == 0:
+    unsupported_reason = fused.unsupported_reason(inputs)
+    implementation = choose(
+        "linear_divergence", impl, {} if unsupported_reason is None else {"fused": unsupported_reason}
+    )
+    if reduction == "mean" and inputs.tokens == 0:
         raise checks.refuse_mean_of_nothing()
     if implementation == "reference":
         with torch.autocast(student_hidden.device.type, enabled=False):
-            rows, cross = token_values(problem)
-        total = _reduce(_weighted_sum(problem, rows, cross), problem, reduction)
+            rows, cross = token_values(inputs)
+        total = _reduce(_weighted_sum(inputs, rows, cross), inputs, reduction)
     else:
-        run = fused.sweep if implementation == "fused" else sweep
-        total, rows, cross = _swept(run, problem, reduction, chunk_size)
-    parts = [None if part is None else _reduce(part.detach(), problem, reduction) for part in (rows, cross)]
+        run = fused.forward_backward if implementation == "fused" else forward_backward
+        total, rows, cross = _swept(run, inputs, reduction, chunk_size)
+    parts = [None if part is None else _reduce(part.detach(), inputs, reduction) for part in (rows, cross)]
     _check_finite(parts[0], parts[1])
     assert parts[0] is not None
     return DivergenceLoss(total, parts[0], parts[1])
@@ -178,57 +180,57 @@ def _teacher(
 
 
 def _swept(
-    run: Callable[[DivergenceProblem, Tensor, tuple[bool, ...], int | None], Sweep],
-    problem: DivergenceProblem,
+    run: Callable[[DivergenceInputs, Tensor, tuple[bool, ...], int | None], ForwardBackward],
+    inputs: DivergenceInputs,
     reduction: str,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the total, with its gradients attached, and the unweighted values of each counted token."""
-    student = problem.student
-    inputs = (student.hidden, student.weight, student.bias)
-    needs = wanted(*inputs)
+    student = inputs.student
+    trained = (student.hidden, student.weight, student.bias)
+    needs = wanted(*trained)
     now = needs if reduction != "none" else (False, False, False)
-    scale = problem.weights if reduction == "sum" else problem.weights / problem.weights.sum()
-    result = run(problem, scale, now, chunk_size)
-    _warn_saturated(problem, result)
-    total = _reduce(_weighted_sum(problem, result.divergence, result.cross_entropy), problem, reduction)
+    scale = inputs.weights if reduction == "sum" else inputs.weights / inputs.weights.sum()
+    result = run(inputs, scale, now, chunk_size)
+    _warn_saturated(inputs, result)
+    total = _reduce(_weighted_sum(inputs, result.divergence, result.cross_entropy), inputs, reduction)
     if reduction == "none" and any(needs):
 
         def backward(upstream: Tensor) -> Gradients:
-            picked = upstream.reshape(-1) if problem.kept is None else upstream.reshape(-1)[problem.kept]
-            return _gradients(run(problem, picked * problem.weights, needs, chunk_size), problem)
+            picked = upstream.reshape(-1) if inputs.kept is None else upstream.reshape(-1)[inputs.kept]
+            return _gradients(run(inputs, picked * inputs.weights, needs, chunk_size), inputs)
 
-        total = recompute(total, inputs, backward)
+        total = recompute(total, trained, backward)
     elif any(needs):
-        total = hand_over(total, inputs, _gradients(result, problem))
+        total = attach_gradients(total, trained, _gradients(result, inputs))
     return total, result.divergence, result.cross_entropy
 
 
-def _warn_saturated(problem: DivergenceProblem, result: Sweep) -> None:
-    if result.saturated is not None and 2 * int(result.saturated) > problem.tokens:
+def _warn_saturated(inputs: DivergenceInputs, result: ForwardBackward) -> None:
+    if result.saturated is not None and 2 * int(result.saturated) > inputs.tokens:
         warnings.warn(
-            f"{problem.divergence.kind} is saturated: {int(result.saturated)} of {problem.tokens} tokens are far from "
+            f"{inputs.divergence.kind} is saturated: {int(result.saturated)} of {inputs.tokens} tokens are far from "
             "the teacher and have almost no gradient. Start with forward_kl, or raise the temperature.",
             stacklevel=4,
         )
 
 
-def _gradients(result: Sweep, problem: DivergenceProblem) -> Gradients:
-    student = problem.student
+def _gradients(result: ForwardBackward, inputs: DivergenceInputs) -> Gradients:
+    student = inputs.student
     pairs = ((result.hidden, student.hidden), (result.weight, student.weight), (result.bias, student.bias))
     return [stored(gradient, like) for gradient, like in pairs]
 
 
-def _weighted_sum(problem: DivergenceProblem, divergence: Tensor, cross_entropy: Tensor | None) -> Tensor:
-    rows = problem.divergence_weight * divergence
-    return rows if cross_entropy is None else rows + problem.cross_entropy_weight * cross_entropy
+def _weighted_sum(inputs: DivergenceInputs, divergence: Tensor, cross_entropy: Tensor | None) -> Tensor:
+    rows = inputs.divergence_weight * divergence
+    return rows if cross_entropy is None else rows + inputs.cross_entropy_weight * cross_entropy
 
 
-def _reduce(rows: Tensor, problem: DivergenceProblem, reduction: str) -> Tensor:
-    rows = rows * problem.weights
+def _reduce(rows: Tensor, inputs: DivergenceInputs, reduction: str) -> Tensor:
+    rows = rows * inputs.weights
     if reduction == "none":
-        return spread(rows, problem.kept, problem.shape)
-    return rows.sum() if reduction == "sum" else rows.sum() / problem.weights.sum()
+        return spread(rows, inputs.kept, inputs.shape)
+    return rows.sum() if reduction == "sum" else rows.sum() / inputs.weights.sum()
 
 
 def _check_finite(divergence: Tensor | None, cross_entropy: Tensor | None) -> None:

@@ -12,10 +12,10 @@ from xarch_kd.errors import NonFiniteLoss
 from xarch_kd.mixing import Mixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops import checks, panels, sketch
 from xarch_kd.ops.dispatch import choose
-from xarch_kd.ops.mixing_problem import MixingProblem, make_problem
+from xarch_kd.ops.mixing_inputs import MixingDistanceInputs, check_inputs
 from xarch_kd.ops.reference.mixing_distance import row_distances
 from xarch_kd.ops.streaming import mixing_distance as streaming
-from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
+from xarch_kd.ops.streaming.autograd import Gradients, attach_gradients, recompute, stored, wanted
 
 
 class MixingDistance(NamedTuple):
@@ -64,52 +64,54 @@ def mixing_distance(
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
-    problem = make_problem(teacher, student, distance=distance, head_map=head_map, mask=mask, epsilon=epsilon)
-    implementation = choose("mixing_distance", impl, obstacles(teacher, student, distance=distance, head_map=head_map))
-    weights = _weights(problem, reduction)
+    inputs = check_inputs(teacher, student, distance=distance, head_map=head_map, mask=mask, epsilon=epsilon)
+    implementation = choose(
+        "mixing_distance", impl, unsupported_reasons(teacher, student, distance=distance, head_map=head_map)
+    )
+    weights = _weights(inputs, reduction)
     standard_error = None
     if implementation == "reference":
-        with torch.autocast(problem.keep.device.type, enabled=False):
-            total = _reduce(row_distances(problem), weights, reduction)
+        with torch.autocast(inputs.keep.device.type, enabled=False):
+            total = _reduce(row_distances(inputs), weights, reduction)
     elif implementation == "fused":
         from xarch_kd.ops.fused import mixing_distance as fused
 
-        assert isinstance(problem.teacher, SoftmaxMixing) and isinstance(student, SoftmaxMixing | SSDMixing)
-        rows = fused.rows(problem.teacher, student, distance, problem.head_map, epsilon)
-        total = _reduce(torch.where(problem.keep[:, :, None], rows, 0), weights, reduction)
+        assert isinstance(inputs.teacher, SoftmaxMixing) and isinstance(student, SoftmaxMixing | SSDMixing)
+        rows = fused.rows(inputs.teacher, student, distance, inputs.head_map, epsilon)
+        total = _reduce(torch.where(inputs.keep[:, :, None], rows, 0), weights, reduction)
     elif implementation == "sketch":
-        signs = sketch.draw_signs(problem, probes, seed)
-        total, standard_error = sketch.estimate(problem, signs, weights, reduction, chunk_size)
+        signs = sketch.draw_signs(inputs, probes, seed)
+        total, standard_error = sketch.estimate(inputs, signs, weights, reduction, chunk_size)
     else:
-        total = _swept(problem, weights, reduction, implementation, chunk_size)
+        total = _swept(inputs, weights, reduction, implementation, chunk_size)
     _check_finite(total, distance)
     return MixingDistance(total, standard_error)
 
 
-def obstacles(
+def unsupported_reasons(
     teacher: Mixing, student: Mixing, *, distance: str = "cosine", head_map: Tensor | None = None
 ) -> Mapping[str, str]:
     """Return for each implementation that cannot run on these inputs the reason."""
     from xarch_kd.ops.fused import mixing_distance as fused
 
     found = {
-        "fused": fused.obstacle(teacher, student, distance, head_map),
-        "streaming": streaming.obstacle(student),
-        "panels": panels.obstacle(distance),
-        "sketch": sketch.obstacle(distance),
+        "fused": fused.unsupported_reason(teacher, student, distance, head_map),
+        "streaming": streaming.unsupported_reason(student),
+        "panels": panels.unsupported_reason(distance),
+        "sketch": sketch.unsupported_reason(distance),
     }
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
-def _weights(problem: MixingProblem, reduction: str) -> Tensor:
+def _weights(inputs: MixingDistanceInputs, reduction: str) -> Tensor:
     """Return what each row [batch, time, 1] is multiplied by in the total."""
-    kept = problem.keep[:, :, None].to(problem.dtype)
+    kept = inputs.keep[:, :, None].to(inputs.dtype)
     if reduction != "mean":
         return kept
-    count = problem.keep.sum()
+    count = inputs.keep.sum()
     if not bool(count > 0):
         raise checks.refuse_mean_of_nothing()
-    return kept / (count * problem.student.heads)
+    return kept / (count * inputs.student.heads)
 
 
 def _reduce(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
@@ -117,14 +119,14 @@ def _reduce(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
 
 
 def _swept(
-    problem: MixingProblem, weights: Tensor, reduction: str, implementation: str, chunk_size: int | None
+    inputs: MixingDistanceInputs, weights: Tensor, reduction: str, implementation: str, chunk_size: int | None
 ) -> Tensor:
     """Return the total of an implementation that makes the gradients itself, with them attached."""
-    sweep = {"streaming": streaming.sweep, "panels": panels.sweep}[implementation]
-    names, factors = zip(*problem.student.factors.items(), strict=True)
+    forward_backward = {"streaming": streaming.forward_backward, "panels": panels.forward_backward}[implementation]
+    names, factors = zip(*inputs.student.factors.items(), strict=True)
     needs = frozenset(name for name, need in zip(names, wanted(*factors), strict=True) if need)
     now = needs if reduction != "none" else frozenset[str]()
-    result = sweep(problem, weights, now, chunk_size)
+    result = forward_backward(inputs, weights, now, chunk_size)
     total = _reduce(result.values, weights, reduction)
     if not needs:
         return total
@@ -133,8 +135,10 @@ def _swept(
         return [stored(found.get(name), factor) for name, factor in zip(names, factors, strict=True)]
 
     if reduction != "none":
-        return hand_over(total, factors, gradients(result.gradients))
-    return recompute(total, factors, lambda up: gradients(sweep(problem, up * weights, needs, chunk_size).gradients))
+        return attach_gradients(total, factors, gradients(result.gradients))
+    return recompute(
+        total, factors, lambda up: gradients(forward_backward(inputs, up * weights, needs, chunk_size).gradients)
+    )
 
 
 def _check_finite(total: Tensor, distance: str) -> None:

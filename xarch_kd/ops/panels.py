@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing import Mixing, SoftmaxMixing
-from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
+from xarch_kd.ops.mixing_inputs import OF_LOGARITHMS, MixingDistanceInputs
 from xarch_kd.ops.row_distances import RowStatistics, measure, row_slopes, row_values
 
 COLUMNS: Final = 64
 
 
 @dataclass
-class Sweep:
+class ForwardBackward:
     """The distance of each row [batch, time, student heads], and the gradients that were wanted by factor."""
 
     values: Tensor
     gradients: dict[str, Tensor]
 
 
-def obstacle(distance: str) -> str | None:
+def unsupported_reason(distance: str) -> str | None:
     """Return why panels cannot give this distance, or None when they can."""
     if distance not in OF_LOGARITHMS:
         return None
@@ -36,7 +36,9 @@ def obstacle(distance: str) -> str | None:
 
 
 @torch.no_grad()
-def sweep(problem: MixingProblem, weights: Tensor, wanted: frozenset[str], chunk_size: int | None) -> Sweep:
+def forward_backward(
+    inputs: MixingDistanceInputs, weights: Tensor, wanted: frozenset[str], chunk_size: int | None
+) -> ForwardBackward:
     """Go over the columns once, and once more for the gradients of the `wanted` factors.
 
     `weights` [batch, time, student heads or 1] multiply each row's part in the gradients and are 0 where a row does not
@@ -44,17 +46,17 @@ def sweep(problem: MixingProblem, weights: Tensor, wanted: frozenset[str], chunk
     """
     with torch.autocast(weights.device.type, enabled=False):
         width = chunk_size or COLUMNS
-        student, teacher = problem.student.detach(), _Target(problem)
+        student, teacher = inputs.student.detach(), _Target(inputs)
         totals: RowStatistics | None = None
-        for columns, identity in _identity_panels(problem, width):
+        for columns, identity in _identity_panels(inputs, width):
             entries = _student_panel(student, identity)
-            statistics, _ = measure(problem.distance, teacher.panel(columns, identity), entries)
+            statistics, _ = measure(inputs.distance, teacher.panel(columns, identity), entries)
             totals = statistics if totals is None else _added(totals, statistics)
         assert totals is not None
-        values = torch.where(problem.keep[:, :, None], row_values(problem.distance, totals, problem.epsilon), 0)
+        values = torch.where(inputs.keep[:, :, None], row_values(inputs.distance, totals, inputs.epsilon), 0)
         if not wanted:
-            return Sweep(values, {})
-        return Sweep(values, _gradients(problem, teacher, totals, weights, wanted, width))
+            return ForwardBackward(values, {})
+        return ForwardBackward(values, _gradients(inputs, teacher, totals, weights, wanted, width))
 
 
 def leaves(student: Mixing, wanted: frozenset[str]) -> tuple[Mixing, dict[str, Tensor]]:
@@ -63,33 +65,33 @@ def leaves(student: Mixing, wanted: frozenset[str]) -> tuple[Mixing, dict[str, T
     return replace(student, **cut), {name: factor for name, factor in cut.items() if name in wanted}
 
 
-def mixed_target(problem: MixingProblem, values: Tensor) -> Tensor:
+def mixed_target(inputs: MixingDistanceInputs, values: Tensor) -> Tensor:
     """Return (head_map @ teacher) applied to values [batch, time, 1, width], the same for every head."""
-    return _mixed(problem, problem.teacher.apply(values.expand(-1, -1, problem.teacher.heads, -1)))
+    return _mixed(inputs, inputs.teacher.apply(values.expand(-1, -1, inputs.teacher.heads, -1)))
 
 
 class _Target:
     """Panels of head_map @ teacher. Those of a softmax take its normalisers once, instead of a whole row a panel."""
 
-    def __init__(self, problem: MixingProblem) -> None:
-        self.problem = problem
-        self.normaliser: Tensor | None = None
-        if isinstance(problem.teacher, SoftmaxMixing):
-            self.normaliser = problem.teacher.log_normaliser(slice(0, problem.teacher.time))
+    def __init__(self, inputs: MixingDistanceInputs) -> None:
+        self.inputs = inputs
+        self.normalizer: Tensor | None = None
+        if isinstance(inputs.teacher, SoftmaxMixing):
+            self.normalizer = inputs.teacher.log_normaliser(slice(0, inputs.teacher.time))
 
     def panel(self, columns: slice, identity: Tensor) -> Tensor:
         """Return the columns [batch, time, student heads, width]; whoever gets them may write over them."""
-        teacher = self.problem.teacher
-        if self.normaliser is None:
-            return mixed_target(self.problem, identity)
+        teacher = self.inputs.teacher
+        if self.normalizer is None:
+            return mixed_target(self.inputs, identity)
         assert isinstance(teacher, SoftmaxMixing)
         logits = teacher.logits(slice(0, teacher.time), columns)
-        return _mixed(self.problem, logits.sub_(self.normaliser[..., None]).exp_().transpose(1, 2))
+        return _mixed(self.inputs, logits.sub_(self.normalizer[..., None]).exp_().transpose(1, 2))
 
 
-def _mixed(problem: MixingProblem, panel: Tensor) -> Tensor:
-    panel = panel.to(problem.dtype)
-    return panel if problem.head_map is None else torch.einsum("st,bitp->bisp", problem.head_map, panel)
+def _mixed(inputs: MixingDistanceInputs, panel: Tensor) -> Tensor:
+    panel = panel.to(inputs.dtype)
+    return panel if inputs.head_map is None else torch.einsum("st,bitp->bisp", inputs.head_map, panel)
 
 
 def _student_panel(student: Mixing, values: Tensor) -> Tensor:
@@ -97,21 +99,21 @@ def _student_panel(student: Mixing, values: Tensor) -> Tensor:
 
 
 def _gradients(
-    problem: MixingProblem,
+    inputs: MixingDistanceInputs,
     teacher: _Target,
     totals: RowStatistics,
     weights: Tensor,
     wanted: frozenset[str],
     width: int,
 ) -> dict[str, Tensor]:
-    factor, share = row_slopes(problem.distance, totals, problem.epsilon)
+    factor, share = row_slopes(inputs.distance, totals, inputs.epsilon)
     row = (weights * factor)[..., None]
-    student, factors = leaves(problem.student, wanted)
-    gradients = {name: torch.zeros_like(leaf, dtype=problem.dtype) for name, leaf in factors.items()}
-    for columns, identity in _identity_panels(problem, width):
+    student, factors = leaves(inputs.student, wanted)
+    gradients = {name: torch.zeros_like(leaf, dtype=inputs.dtype) for name, leaf in factors.items()}
+    for columns, identity in _identity_panels(inputs, width):
         with torch.enable_grad():
             entries = _student_panel(student, identity)
-        seen = entries.detach().to(problem.dtype)
+        seen = entries.detach().to(inputs.dtype)
         slope = teacher.panel(columns, identity).sub_(seen if share is None else seen * share[..., None]).mul_(row)
         parts = torch.autograd.grad(entries, list(factors.values()), slope.to(entries.dtype), allow_unused=True)
         for name, part in zip(factors, parts, strict=True):
@@ -120,11 +122,11 @@ def _gradients(
     return gradients
 
 
-def _identity_panels(problem: MixingProblem, width: int) -> Iterator[tuple[slice, Tensor]]:
+def _identity_panels(inputs: MixingDistanceInputs, width: int) -> Iterator[tuple[slice, Tensor]]:
     """Return panels of columns, and those of the identity [batch, time, 1, width]."""
-    student = problem.student
+    student = inputs.student
     for start in range(0, student.time, width):
-        panel = torch.zeros(student.time, min(width, student.time - start), dtype=problem.dtype, device=student.device)
+        panel = torch.zeros(student.time, min(width, student.time - start), dtype=inputs.dtype, device=student.device)
         panel[start : start + width].fill_diagonal_(1)
         yield slice(start, start + panel.shape[1]), panel[None, :, None, :].expand(student.batch, -1, -1, -1)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
 from xarch_kd.ops.dispatch import choose
-from xarch_kd.ops.distance_problem import DistanceProblem, check_distance, energy, make_problem
-from xarch_kd.ops.divergence_problem import spread
+from xarch_kd.ops.divergence_inputs import spread
 from xarch_kd.ops.fused import projected_distance as fused
+from xarch_kd.ops.projected_inputs import ProjectedDistanceInputs, check_distance, check_inputs, energy
 from xarch_kd.ops.reference.projected_distance import token_values
-from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
-from xarch_kd.ops.streaming.projected_distance import Sweep, default_chunk, sweep
+from xarch_kd.ops.streaming.autograd import Gradients, attach_gradients, recompute, stored, wanted
+from xarch_kd.ops.streaming.projected_distance import ForwardBackward, default_chunk, forward_backward
 
 
 def projected_distance(
@@ -51,22 +51,24 @@ def projected_distance(
     """
     check_distance(distance, reduction, epsilon, delta)
     checks.check_chunk_size(chunk_size)
-    problem = make_problem(
+    inputs = check_inputs(
         student, teacher, weight=weight, bias=bias, distance=distance, mask=mask, epsilon=epsilon, delta=delta
     )
-    obstacle = fused.obstacle(problem)
-    implementation = choose("projected_distance", impl, {} if obstacle is None else {"fused": obstacle})
-    if reduction == "mean" and problem.tokens == 0:
+    unsupported_reason = fused.unsupported_reason(inputs)
+    implementation = choose(
+        "projected_distance", impl, {} if unsupported_reason is None else {"fused": unsupported_reason}
+    )
+    if reduction == "mean" and inputs.tokens == 0:
         raise checks.refuse_mean_of_nothing()
-    chunk = chunk_size or default_chunk(problem)
-    divisor = _divisor(problem, reduction, chunk)
+    chunk = chunk_size or default_chunk(inputs)
+    divisor = _divisor(inputs, reduction, chunk)
     if implementation == "reference":
         with torch.autocast(student.device.type, enabled=False):
-            values = token_values(problem)
-        result = spread(values, problem.kept, problem.shape) if reduction == "none" else values.sum() / divisor
+            values = token_values(inputs)
+        result = spread(values, inputs.kept, inputs.shape) if reduction == "none" else values.sum() / divisor
     else:
-        run = fused.sweep if implementation == "fused" else sweep
-        result = _swept(run, problem, reduction, divisor, chunk)
+        run = fused.forward_backward if implementation == "fused" else forward_backward
+        result = _swept(run, inputs, reduction, divisor, chunk)
     if not bool(torch.isfinite(result).all()):
         raise NonFiniteLoss(
             f"The distance '{distance}' is not finite.",
@@ -76,40 +78,40 @@ def projected_distance(
     return result
 
 
-def _divisor(problem: DistanceProblem, reduction: str, chunk: int) -> Tensor:
-    one = problem.teacher.new_ones((), dtype=problem.dtype)
-    if problem.distance == "relative_mse":
-        total = energy(problem, chunk)
+def _divisor(inputs: ProjectedDistanceInputs, reduction: str, chunk: int) -> Tensor:
+    one = inputs.teacher.new_ones((), dtype=inputs.dtype)
+    if inputs.distance == "relative_mse":
+        total = energy(inputs, chunk)
         if not bool(total > 0) and bool(torch.isfinite(total)):
             raise UsageError("relative_mse divides by the teacher's energy.", found="a teacher that is 0 everywhere")
         return total
-    return one * problem.tokens if reduction == "mean" else one
+    return one * inputs.tokens if reduction == "mean" else one
 
 
 def _swept(
-    run: Callable[[DistanceProblem, Tensor | None, tuple[bool, ...], int], Sweep],
-    problem: DistanceProblem,
+    run: Callable[[ProjectedDistanceInputs, Tensor | None, tuple[bool, ...], int], ForwardBackward],
+    inputs: ProjectedDistanceInputs,
     reduction: str,
     divisor: Tensor,
     chunk: int,
 ) -> Tensor:
-    inputs = (problem.student, problem.weight, problem.bias)
-    needs = wanted(*inputs)
+    trained = (inputs.student, inputs.weight, inputs.bias)
+    needs = wanted(*trained)
     if reduction != "none":
-        result = run(problem, divisor.reciprocal() if any(needs) else None, needs, chunk)
+        result = run(inputs, divisor.reciprocal() if any(needs) else None, needs, chunk)
         value = result.values.sum() / divisor
-        return hand_over(value, inputs, _gradients(result, problem)) if any(needs) else value
-    values = spread(run(problem, None, (False,) * 3, chunk).values, problem.kept, problem.shape)
+        return attach_gradients(value, trained, _gradients(result, inputs)) if any(needs) else value
+    values = spread(run(inputs, None, (False,) * 3, chunk).values, inputs.kept, inputs.shape)
     if not any(needs):
         return values
 
     def backward(upstream: Tensor) -> Gradients:
-        picked = upstream.reshape(-1) if problem.kept is None else upstream.reshape(-1)[problem.kept]
-        return _gradients(run(problem, picked, needs, chunk), problem)
+        picked = upstream.reshape(-1) if inputs.kept is None else upstream.reshape(-1)[inputs.kept]
+        return _gradients(run(inputs, picked, needs, chunk), inputs)
 
-    return recompute(values, inputs, backward)
+    return recompute(values, trained, backward)
 
 
-def _gradients(result: Sweep, problem: DistanceProblem) -> Gradients:
-    pairs = ((result.student, problem.student), (result.weight, problem.weight), (result.bias, problem.bias))
+def _gradients(result: ForwardBackward, inputs: ProjectedDistanceInputs) -> Gradients:
+    pairs = ((result.student, inputs.student), (result.weight, inputs.weight), (result.bias, inputs.bias))
     return [stored(gradient, like) for gradient, like in pairs]

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
-from xarch_kd.ops.mixing_problem import MixingProblem
+from xarch_kd.ops.mixing_inputs import MixingDistanceInputs
 from xarch_kd.ops.panels import leaves, mixed_target
-from xarch_kd.ops.streaming.autograd import Gradients, hand_over, recompute, stored, wanted
+from xarch_kd.ops.streaming.autograd import Gradients, attach_gradients, recompute, stored, wanted
 
 LEAST_PROBES: Final = 2
 
 
-def obstacle(distance: str) -> str | None:
+def unsupported_reason(distance: str) -> str | None:
     """Return why a sketch cannot give this distance, or None when it can."""
     if distance == "frobenius":
         return None
     return f"random probes estimate sums of squares without bias, and {distance} is none (frobenius is)"
 
 
-def draw_signs(problem: MixingProblem, probes: int, seed: int | torch.Generator | None) -> Tensor:
+def draw_signs(inputs: MixingDistanceInputs, probes: int, seed: int | torch.Generator | None) -> Tensor:
     """Return random signs [batch, time, probes] as int8; the same seed gives the same signs on every device.
 
     Raises UsageError for fewer than 2 probes, which have no spread.
@@ -34,23 +34,23 @@ def draw_signs(problem: MixingProblem, probes: int, seed: int | torch.Generator 
     if probes < LEAST_PROBES:
         raise UsageError("A standard error needs a spread.", asked=f"probes={probes}", allowed=f">= {LEAST_PROBES}")
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-    shape = (problem.student.batch, problem.student.time, probes)
+    shape = (inputs.student.batch, inputs.student.time, probes)
     device = "cpu" if generator is None else generator.device
     bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=device)
-    return bits.mul_(2).sub_(1).to(problem.student.device)
+    return bits.mul_(2).sub_(1).to(inputs.student.device)
 
 
 def estimate(
-    problem: MixingProblem, signs: Tensor, weights: Tensor, reduction: str, chunk_size: int | None
+    inputs: MixingDistanceInputs, signs: Tensor, weights: Tensor, reduction: str, chunk_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the estimated total and its standard error, from signs [batch, time, probes].
 
     `weights` [batch, time, 1] multiply each row in the total; `chunk_size` probes are applied at a time.
     """
-    names, factors = zip(*problem.student.factors.items(), strict=True)
+    names, factors = zip(*inputs.student.factors.items(), strict=True)
     needs = frozenset(name for name, need in zip(names, wanted(*factors), strict=True) if need)
     now = needs if reduction != "none" else frozenset[str]()
-    samples, found = _sweep(problem, signs, weights, now, chunk_size, reduction)
+    samples, found = _sweep(inputs, signs, weights, now, chunk_size, reduction)
     total = samples.mean
     standard_error = samples.standard_error()
 
@@ -58,12 +58,12 @@ def estimate(
         return [stored(parts.get(name), factor) for name, factor in zip(names, factors, strict=True)]
 
     if needs and reduction != "none":
-        total = hand_over(total, factors, gradients(found))
+        total = attach_gradients(total, factors, gradients(found))
     elif needs:
         total = recompute(
             total,
             factors,
-            lambda up: gradients(_sweep(problem, signs, up * weights, needs, chunk_size, reduction)[1]),
+            lambda up: gradients(_sweep(inputs, signs, up * weights, needs, chunk_size, reduction)[1]),
         )
     return total, standard_error
 
@@ -95,7 +95,7 @@ class _Samples:
 
 @torch.no_grad()
 def _sweep(
-    problem: MixingProblem,
+    inputs: MixingDistanceInputs,
     signs: Tensor,
     weights: Tensor,
     needs: frozenset[str],
@@ -104,21 +104,21 @@ def _sweep(
 ) -> tuple[_Samples, dict[str, Tensor]]:
     probes = signs.shape[-1]
     chunk = chunk_size or probes
-    student, factors = leaves(problem.student, needs)
-    gradients = {name: torch.zeros_like(leaf, dtype=problem.dtype) for name, leaf in factors.items()}
+    student, factors = leaves(inputs.student, needs)
+    gradients = {name: torch.zeros_like(leaf, dtype=inputs.dtype) for name, leaf in factors.items()}
     samples = _Samples()
     with torch.autocast(signs.device.type, enabled=False):
         for start in range(0, probes, chunk):
-            values = signs[:, :, None, start : start + chunk].to(problem.dtype)
+            values = signs[:, :, None, start : start + chunk].to(inputs.dtype)
             with torch.set_grad_enabled(bool(factors)):
                 mixed = student.apply(values.expand(-1, -1, student.heads, -1))
-            difference = mixed.detach().to(problem.dtype) - mixed_target(problem, values)
+            difference = mixed.detach().to(inputs.dtype) - mixed_target(inputs, values)
             if factors:
                 slope = (difference * (weights * (2 / probes))[..., None]).to(mixed.dtype)
                 parts = torch.autograd.grad(mixed, list(factors.values()), slope, allow_unused=True)
                 for name, part in zip(factors, parts, strict=True):
                     if part is not None:
                         gradients[name] += part
-            rows = difference.square_().masked_fill_(~problem.keep[:, :, None, None], 0)
+            rows = difference.square_().masked_fill_(~inputs.keep[:, :, None, None], 0)
             samples.add(rows if reduction == "none" else rows.mul_(weights[..., None]).sum((0, 1, 2)))
     return samples, gradients

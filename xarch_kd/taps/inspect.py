@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import TapError
 from xarch_kd.taps.layout import Layout, layout_of
-from xarch_kd.taps.mixings import mixing_read
+from xarch_kd.taps.mixings import mixing_tap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def _alike(
 
 def _has_mixing(layout: Layout, layer: int) -> bool:
     try:
-        mixing_read(layout, layer)
+        mixing_tap(layout, layer)
     except TapError:
         return False
     return True

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.base import Mixing
+from xarch_kd.taps.adapters import ADAPTERS, MAMBA_SSM_ADAPTERS, MixerAdapter
+from xarch_kd.taps.adapters.base import OWN_INPUT
 from xarch_kd.taps.layout import Layout, eager_module
 from xarch_kd.taps.mamba_ssm import is_of_mamba_ssm
-from xarch_kd.taps.readers import MAMBA_SSM_READERS, READERS, MixingReader
-from xarch_kd.taps.readers.base import OWN_INPUT
 from xarch_kd.taps.softmax import AttentionCall, calls_attention_interface, intercepting, never_called
 
 
-class MixingRead(Protocol):
+class MixingTap(Protocol):
     """One reading. `attach` puts it on the mixer until `stack` closes; `arrived` is called once all has been kept."""
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None: ...
@@ -32,34 +32,34 @@ class MixingRead(Protocol):
         ...
 
 
-def mixing_read(layout: Layout, layer: int, taps: Collection[str] = ("mixing",)) -> MixingRead:
+def mixing_tap(layout: Layout, layer: int, taps: Collection[str] = ("mixing",)) -> MixingTap:
     """A new reading of the mixer of block `layer` for `taps`, of `mixing` and `values`.
 
     Raises TapError when nothing is known about such a mixer.
     """
     asked = " and ".join(taps)
     block, mixer = layout.blocks[layer], layout.mixers[layer]
-    reader = reader_of(mixer)
+    reader = adapter_of(mixer)
     if reader is not None:
-        return RecurrentRead(block, mixer, reader)
+        return RecurrentTap(block, mixer, reader)
     if layout.mixer_kinds[layer] != "attention":
         raise TapError(
             f"The mixing matrix of {type(eager_module(mixer)).__name__} cannot be read: its class has no reader.",
             asked=f"{asked} of block {layer}",
-            allowed=f"softmax attention, {', '.join(sorted(READERS))}",
+            allowed=f"softmax attention, {', '.join(sorted(ADAPTERS))}",
             fix="leave its layer out, or read mixer_output instead",
         )
     if not calls_attention_interface(mixer):
         raise never_called(mixer, asked)
-    return SoftmaxRead(block, mixer, taps)
+    return SoftmaxTap(block, mixer, taps)
 
 
-def reader_of(mixer: nn.Module) -> MixingReader | None:
+def adapter_of(mixer: nn.Module) -> MixerAdapter | None:
     """The reader of a mixer, by the name of its class or of a parent of it; none for attention of transformers."""
     inner = eager_module(mixer)
-    foreign = (reader for name, reader in MAMBA_SSM_READERS.items() if is_of_mamba_ssm(inner, name))
+    foreign = (reader for name, reader in MAMBA_SSM_ADAPTERS.items() if is_of_mamba_ssm(inner, name))
     names = (parent.__name__ for parent in type(inner).__mro__)
-    return next(foreign, None) or next((READERS[name] for name in names if name in READERS), None)
+    return next(foreign, None) or next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
 
 
 class Running:
@@ -78,7 +78,7 @@ class Running:
         self.now = False
 
 
-class SoftmaxRead:
+class SoftmaxTap:
     """Keeps of the first attention call of a mixer, while its block runs, what `taps` need."""
 
     def __init__(self, block: nn.Module, mixer: nn.Module, taps: Collection[str]) -> None:
@@ -116,10 +116,10 @@ class SoftmaxRead:
         return self.value.transpose(1, 2)
 
 
-class RecurrentRead:
+class RecurrentTap:
     """Keeps the outputs of a recurrent mixer's projections while its block runs."""
 
-    def __init__(self, block: nn.Module, mixer: nn.Module, reader: MixingReader) -> None:
+    def __init__(self, block: nn.Module, mixer: nn.Module, reader: MixerAdapter) -> None:
         self.block = block
         self.mixer = mixer
         self.reader = reader

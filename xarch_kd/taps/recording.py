@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout
-from xarch_kd.taps.mixings import MixingRead, Running, mixing_read
+from xarch_kd.taps.mixings import MixingTap, Running, mixing_tap
 from xarch_kd.taps.sites import INSIDE_TAPS, MIXING_TAPS, Site, is_checkpointing, said
 
 Read = Tensor | Mixing
@@ -77,8 +77,8 @@ class _Reader:
         for site in sites:
             if site.tap in MIXING_TAPS:
                 asked.setdefault(site.layer or 0, []).append(site)
-        self.mixings: list[tuple[MixingRead, list[Site]]] = [
-            (mixing_read(layout, layer, [site.tap for site in own]), own) for layer, own in asked.items()
+        self.mixings: list[tuple[MixingTap, list[Site]]] = [
+            (mixing_tap(layout, layer, [site.tap for site in own]), own) for layer, own in asked.items()
         ]
         self.waiting = set(sites)
         self.last = layout.blocks[max((site.layer or 0 for site in sites), default=0)]

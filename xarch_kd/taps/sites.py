@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xarch_kd.errors import TapError, UsageError, suggest
 from xarch_kd.taps.layout import Layout, checked_layers, eager_module
-from xarch_kd.taps.mixings import mixing_read
+from xarch_kd.taps.mixings import mixing_tap
 
 MIXING_TAPS = ("mixing", "values")
 BLOCK_TAPS = ("hidden", "mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
@@ -57,7 +57,7 @@ def sites_of(
         if tap in MIXING_TAPS:
             # Made and thrown away: it raises where there is nothing to read.
             for layer in chosen:
-                mixing_read(layout, layer, [tap])
+                mixing_tap(layout, layer, [tap])
         sites += [Site(tap, layer) for layer in chosen]
     return tuple(sites)
 

@@ -14,17 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import XarchError
-from xarch_kd.models.convert import IN_PLACE, conversion_warnings, student_config
-from xarch_kd.models.epsilon import with_epsilon
-from xarch_kd.models.facts import FACTS, REFUSALS, teacher_facts
-from xarch_kd.models.in_place import convert_in_place
-from xarch_kd.models.in_place_teachers import FAMILIES as IN_PLACE_FAMILIES
-from xarch_kd.models.mamba_ssm_config import EPSILON, WRITERS, mamba_ssm_config
-from xarch_kd.models.targets import TARGETS, Fit, choose_target
+from xarch_kd.models.conversion.convert import IN_PLACE, conversion_warnings, student_config
+from xarch_kd.models.conversion.epsilon import with_epsilon
+from xarch_kd.models.conversion.targets import TARGETS, Fit, choose_target
+from xarch_kd.models.conversion.teacher_spec import FACTS, REFUSALS, teacher_facts
+from xarch_kd.models.in_place.convert import convert_in_place
+from xarch_kd.models.in_place.teachers import FAMILIES as IN_PLACE_FAMILIES
+from xarch_kd.models.mamba_ssm.config import EPSILON, WRITERS, mamba_ssm_config
 from xarch_kd.taps.families import FAMILIES
 from xarch_kd.taps.families import IN_PLACE as IN_PLACE_PREFIX
 from xarch_kd.taps.layout import Layout, layout_of
-from xarch_kd.taps.mixings import mixing_read
+from xarch_kd.taps.mixings import mixing_tap
 from xarch_kd.taps.sites import TAPS, sites_of
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing import recurrent, tiny
@@ -182,7 +182,7 @@ def readable_layers(layout: Layout) -> dict[int, str | None]:
     reasons: dict[int, str | None] = {}
     for layer in range(len(layout.blocks)):
         try:
-            mixing_read(layout, layer)
+            mixing_tap(layout, layer)
         except XarchError as error:
             reasons[layer] = in_short(error)
         else:

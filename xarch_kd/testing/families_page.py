@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from xarch_kd.models.targets import Fit
+from xarch_kd.models.conversion.targets import Fit
 from xarch_kd.taps.sites import TAPS
 from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, Conversion, Export, Row, row_of
 

@@ -18,17 +18,18 @@ from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.balance import observed_loss
 from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
-from xarch_kd.mapping_file.plan import PairPlan, Plan, StagePlan
-from xarch_kd.models.frozen import frozen_names
-from xarch_kd.models.mamba_ssm_weights import own_names
+from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.mamba_ssm.weights import own_names
+from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
+from xarch_kd.objectives.base import tensor
+from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.planning.plan import PairPlan, Plan, StagePlan
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
-from xarch_kd.training.balancing import TOKENS, balance_of, read_balance
-from xarch_kd.training.counts import Counts
-from xarch_kd.training.entries import Entry, Reading, named
-from xarch_kd.training.features import Feature, Features, TeacherReader
-from xarch_kd.training.matches import tensor
-from xarch_kd.training.student_pass import HEAD_INPUT, fed_by, replayed, traced
+from xarch_kd.teacher.feature_cache import Feature, Features
+from xarch_kd.teacher.reader import TeacherFeatures
+from xarch_kd.training.loss_balancing import TOKENS, balance_of, read_balance
+from xarch_kd.training.student_features import HEAD_INPUT, block_input_site, replayed, traced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Aligner(nn.Module):
 
     `teacher` and `student` are models of the plan's configs. Parameters outside the stage's `train` are frozen here.
     For one's own loop: `Aligner(plan, teacher=…, student=…)(input_ids=…, step=…).loss.backward()`; a stage with closed
-    forms or statistics of calibration text is made ready by `xarch_kd.training.preparation.prepare`.
+    forms or statistics of calibration text is made ready by `xarch_kd.calibration.initialize.prepare`.
     """
 
     def __init__(
@@ -67,21 +68,21 @@ class Aligner(nn.Module):
         self._token_schedule = WeightSchedule() if plain else settings.schedule.schedule  # type: ignore[union-attr]
         self.balance = balance_of(self.stage)
         # In a tuple, so that the teacher is no child: it is neither trained, saved nor moved with the student.
-        self._outside = (student_layout, TeacherReader(teacher_layout, self.sites()))
+        self._outside = (student_layout, TeacherFeatures(teacher_layout, self.sites()))
         self._freeze()
         _set_checkpointing(self.student, self.stage.stage.gradient_checkpointing)
 
     def _names(self) -> Iterable[str]:
         return dict.fromkeys(pair.align for pair in self.stage.pairs)
 
-    def _entry(self, name: str, seed: int, depths: tuple[int, int]) -> Entry:
+    def _entry(self, name: str, seed: int, depths: tuple[int, int]) -> Alignment:
         pairs = [pair for pair in self.stage.pairs if pair.align == name]
 
         def generator(pair: PairPlan) -> torch.Generator:
             number = self.stage.pairs.index(pair)
             return torch.Generator().manual_seed(seed * 1_000_003 + self.stage.index * 10_007 + number)
 
-        return Entry(
+        return Alignment(
             self.stage.align_of(pairs[0]),
             pairs,
             depths,
@@ -91,7 +92,7 @@ class Aligner(nn.Module):
         )
 
     @property
-    def reader(self) -> TeacherReader:
+    def reader(self) -> TeacherFeatures:
         """The reader of the teacher at this stage's sites, without a cache."""
         return self._outside[1]
 
@@ -101,7 +102,7 @@ class Aligner(nn.Module):
         return self._outside[0]
 
     @property
-    def needs_teacher_ahead(self) -> bool:
+    def needs_full_step_features(self) -> bool:
         """Whether a step of several micro-batches needs the teacher's features of all before the first: the divisor of
         `relative_mse` is the teacher's energy over the whole step."""
         return any(pair.loss == "relative_mse" for pair in self.stage.pairs)
@@ -110,21 +111,21 @@ class Aligner(nn.Module):
         """Return the share of the stage's steps that are done before step `step`, which counts from 0."""
         return min(max(step / self.stage.stage.steps, 0.0), 1.0)
 
-    def readings(self, step: int = 0) -> tuple[Reading, ...]:
+    def active_pairs(self, step: int = 0) -> tuple[ActivePair, ...]:
         """Return what is matched at a step: entries whose weight is 0 then are not computed."""
         progress = self.progress(step)
         active = (entry for entry in self.entries if entry.schedule.factor(progress) > 0)
-        return tuple(reading for entry in active for reading in entry.readings(step))
+        return tuple(reading for entry in active for reading in entry.active_pairs(step))
 
     def sites(self, step: int = 0) -> tuple[Site, ...]:
         """The teacher's sites that this stage reads at a step: targets, and what the student's blocks are fed."""
-        return self.sites_of(self.readings(step))
+        return self.sites_of(self.active_pairs(step))
 
-    def sites_of(self, readings: tuple[Reading, ...]) -> tuple[Site, ...]:
+    def sites_of(self, active_pairs: tuple[ActivePair, ...]) -> tuple[Site, ...]:
         """The teacher's sites that these readings need."""
-        found = [reading.site for reading in readings]
+        found = [reading.site for reading in active_pairs]
         if self.stage.stage.inputs == "teacher":
-            found += [fed_by(self.stage.stage, readings, reading) for reading in readings]
+            found += [block_input_site(self.stage.stage, active_pairs, reading) for reading in active_pairs]
         if self.stage.stage.tokens is not None:
             found.append(HEAD_INPUT)
         return tuple(dict.fromkeys(found))
@@ -143,7 +144,7 @@ class Aligner(nn.Module):
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in wanted)
 
-    def counts(
+    def normalizers(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
@@ -151,17 +152,19 @@ class Aligner(nn.Module):
         features: Features | None = None,
         *,
         step: int = 0,
-    ) -> Counts:
+    ) -> LossNormalizers:
         """Return what this micro-batch adds to the step's counts; energies need the teacher's `features`."""
         mask = None if attention_mask is None else attention_mask.bool()
         tokens = torch.tensor(input_ids.numel(), dtype=torch.float64) if mask is None else mask.sum().double()
-        energies = {}
-        for match, site in self.readings(step) if features is not None and self.needs_teacher_ahead else ():
-            energy = match.energy(features[site], mask) if features is not None else None
-            if energy is not None:
-                energies[match.pair.name] = energy
+        teacher_sq_norms = {}
+        for match, site in self.active_pairs(step) if features is not None and self.needs_full_step_features else ():
+            teacher_sq_norm = match.teacher_sq_norm(features[site], mask) if features is not None else None
+            if teacher_sq_norm is not None:
+                teacher_sq_norms[match.pair.name] = teacher_sq_norm
         predictions = label_count(next_token_labels(input_ids, attention_mask, labels=labels))
-        return Counts(tokens=tokens.to(input_ids.device), predictions=predictions, energies=energies)
+        return LossNormalizers(
+            tokens=tokens.to(input_ids.device), predictions=predictions, teacher_sq_norms=teacher_sq_norms
+        )
 
     def forward(
         self,
@@ -170,7 +173,7 @@ class Aligner(nn.Module):
         labels: Tensor | None = None,
         *,
         features: Features | None = None,
-        counts: Counts | None = None,
+        normalizers: LossNormalizers | None = None,
         step: int = 0,
     ) -> AlignerOutput:
         """Return the loss of one micro-batch `input_ids` [batch, time].
@@ -182,25 +185,25 @@ class Aligner(nn.Module):
         UsageError for left-padded rows.
         """
         _check_padding(attention_mask)
-        readings = self.readings(step)
+        active_pairs = self.active_pairs(step)
         if features is None:
             features = self.reader.read(input_ids, attention_mask, sites=self.sites(step))
-        if counts is None:
-            counts = self.counts(input_ids, attention_mask, labels, features, step=step)
-        sides, head_input = self.both_sides(readings, input_ids, attention_mask, features)
+        if normalizers is None:
+            normalizers = self.normalizers(input_ids, attention_mask, labels, features, step=step)
+        sides, head_input = self.paired_features(active_pairs, input_ids, attention_mask, features)
         mask = None if attention_mask is None else attention_mask.bool()
         terms: dict[str, dict[str, Tensor]] = {}
         maps: dict[str, Tensor] = {}
         for entry in self.entries:
-            own = [reading for reading in readings if reading.match.entry is entry.align]
+            own = [reading for reading in active_pairs if reading.match.entry is entry.align]
             if own:
-                found, beside = entry.terms(own, sides, mask, counts, self.progress(step))
-                terms[entry.align.name], maps = found, maps | beside
+                found, auxiliary_parameters = entry.terms(own, sides, mask, normalizers, self.progress(step))
+                terms[entry.align.name], maps = found, maps | auxiliary_parameters
         if head_input is not None:
-            token = named(
+            token = name_nonfinite(
                 TOKENS,
                 lambda: self._tokens(
-                    input_ids, attention_mask, labels, tensor(head_input), features, counts, self.progress(step)
+                    input_ids, attention_mask, labels, tensor(head_input), features, normalizers, self.progress(step)
                 ),
             )
             terms[TOKENS] = {TOKENS: token.total}
@@ -212,7 +215,7 @@ class Aligner(nn.Module):
         sums = {name: torch.stack(list(entry.values())).sum() for name, entry in terms.items()} | dict(maps)
         if self.balance is not None and not self.balance.done and torch.is_grad_enabled():
             student = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-            loss, self.balance = observed_loss(sums, self.balance, student, self.beside())
+            loss, self.balance = observed_loss(sums, self.balance, student, self.auxiliary_parameters())
         else:
             loss = torch.stack([self._scale(name) * term for name, term in sums.items()]).sum()
         scaled = {
@@ -223,27 +226,27 @@ class Aligner(nn.Module):
     def _scale(self, entry: str) -> float:
         return 1.0 if self.balance is None else self.balance.scale(entry)
 
-    def beside(self) -> list[nn.Parameter]:
+    def auxiliary_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train beside the student's."""
         return [*self.projectors.parameters(), *self.maps.parameters()]
 
-    def both_sides(
-        self, readings: tuple[Reading, ...], input_ids: Tensor, attention_mask: Tensor | None, features: Features
-    ) -> tuple[Callable[[Reading], tuple[Feature, Feature]], Feature | None]:
+    def paired_features(
+        self, active_pairs: tuple[ActivePair, ...], input_ids: Tensor, attention_mask: Tensor | None, features: Features
+    ) -> tuple[Callable[[ActivePair], tuple[Feature, Feature]], Feature | None]:
         """Run the student; return what gives (student, teacher) of a reading, and the student's head input, if used."""
         stage = self.stage.stage
         with self._autocast(input_ids.device):
             if stage.inputs == "student":
-                read = traced(self.layout, stage, readings, input_ids, attention_mask)
+                read = traced(self.layout, stage, active_pairs, input_ids, attention_mask)
                 return (
                     lambda reading: (read[Site(reading.site.tap, reading.student_layer)], features[reading.site]),
                     read.get(HEAD_INPUT),
                 )
-            alone = replayed(self.layout, stage, readings, input_ids, attention_mask, features)
+            alone = replayed(self.layout, stage, active_pairs, input_ids, attention_mask, features)
 
-        def sides(reading: Reading) -> tuple[Feature, Feature]:
+        def sides(reading: ActivePair) -> tuple[Feature, Feature]:
             site = Site(reading.site.tap, reading.student_layer)
-            return alone[site, fed_by(stage, readings, reading)], features[reading.site]
+            return alone[site, block_input_site(stage, active_pairs, reading)], features[reading.site]
 
         return sides, None
 
@@ -259,7 +262,7 @@ class Aligner(nn.Module):
         labels: Tensor | None,
         student_hidden: Tensor,
         features: Features,
-        counts: Counts,
+        normalizers: LossNormalizers,
         progress: float,
     ) -> TokenLoss:
         settings = self.stage.stage.tokens
@@ -273,7 +276,7 @@ class Aligner(nn.Module):
             tensor(features[HEAD_INPUT]),
             teacher_head,
             next_token_labels(input_ids, attention_mask, labels=labels),
-            normaliser=counts.predictions,
+            normalizer=normalizers.predictions,
             divergence=settings.divergence
             if isinstance(settings.divergence, str)
             else settings.divergence.model_dump(),

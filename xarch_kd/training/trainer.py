@@ -17,15 +17,16 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from xarch_kd.data.rows import StageRows, collate
 from xarch_kd.errors import CheckpointError, NonFiniteLoss
-from xarch_kd.mapping_file.plan import StagePlan
+from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.planning.plan import StagePlan
+from xarch_kd.run.folder import cannot_write, write_tensors
+from xarch_kd.run.progress import StageProgress, StepFigures
+from xarch_kd.run.signals import StopSignals
+from xarch_kd.teacher.feature_cache import Features
+from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner, AlignerOutput
-from xarch_kd.training.balancing import write_balance
-from xarch_kd.training.counts import Counts
-from xarch_kd.training.features import Features, TeacherReader
-from xarch_kd.training.groups import student_groups
-from xarch_kd.training.progress import StageProgress, StepFigures
-from xarch_kd.training.run_folder import cannot_write, write_tensors
-from xarch_kd.training.signals import StopSignals
+from xarch_kd.training.loss_balancing import write_balance
+from xarch_kd.training.optimizer import parameter_groups
 
 STATE_FILE = "trained.safetensors"
 KEPT_CHECKPOINTS = 2
@@ -38,7 +39,7 @@ class StageTrainer(Trainer):
     def __init__(
         self,
         aligner: Aligner,
-        reader: TeacherReader,
+        reader: TeacherFeatures,
         rows: StageRows,
         plan: StagePlan,
         *,
@@ -53,7 +54,7 @@ class StageTrainer(Trainer):
         self.plan = plan
         self.rows = rows
         self.progress: StageProgress | None = None
-        self._counts = Counts()
+        self._counts = LossNormalizers()
         self._figures: dict[str, Tensor] = {}
         super().__init__(
             model=aligner,
@@ -74,8 +75,8 @@ class StageTrainer(Trainer):
             projector_decay = settings.projector_weight_decay
             projector_decay = settings.weight_decay if projector_decay is None else projector_decay
             groups = [
-                *student_groups(self.aligner.student, settings, self.plan.mixers),
-                {"params": self.aligner.beside(), "weight_decay": projector_decay, "lr": projector_lr},
+                *parameter_groups(self.aligner.student, settings, self.plan.mixers),
+                {"params": self.aligner.auxiliary_parameters(), "weight_decay": projector_decay, "lr": projector_lr},
             ]
             self.optimizer = torch.optim.AdamW(
                 [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=1e-8
@@ -91,17 +92,19 @@ class StageTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Draw the micro-batches of one step and count what its sums are divided by, over all of them and all ranks."""
         batches = [batch for batch in (next(epoch_iterator, None) for _ in range(num_batches)) if batch is not None]
-        ahead = self.aligner.needs_teacher_ahead and len(batches) > 1
-        counts = Counts()
+        ahead = self.aligner.needs_full_step_features and len(batches) > 1
+        normalizers = LossNormalizers()
         for batch in batches:
             number = int(batch.pop("batch"))
             input_ids = batch["input_ids"].to(device)
             batch["features"] = self._read(input_ids, number) if ahead or len(batches) == 1 else None
             batch["number"] = number
-            counts = counts + self.aligner.counts(input_ids, None, None, batch["features"], step=self._step)
+            normalizers = normalizers + self.aligner.normalizers(
+                input_ids, None, None, batch["features"], step=self._step
+            )
         if self.accelerator.num_processes > 1:
-            counts = counts.map(self._summed_over_ranks)
-        self._counts = counts
+            normalizers = normalizers.map(self._summed_over_ranks)
+        self._counts = normalizers
         self._figures = {}
         return batches, None
 
@@ -132,7 +135,7 @@ class StageTrainer(Trainer):
         waiting = self._is_balancing()
         try:
             output: AlignerOutput = model(
-                input_ids=inputs["input_ids"], features=features, counts=self._counts, step=self._step
+                input_ids=inputs["input_ids"], features=features, normalizers=self._counts, step=self._step
             )
         except NonFiniteLoss as error:
             raise NonFiniteLoss(

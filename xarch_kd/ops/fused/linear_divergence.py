@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xarch_kd.ops.dispatch import kernel_obstacle
-from xarch_kd.ops.divergence_problem import DivergenceProblem, Side
+from xarch_kd.ops.dispatch import kernel_unsupported_reason
+from xarch_kd.ops.divergence_inputs import DivergenceInputs, Side
 from xarch_kd.ops.fused.products import add_product, by_weight, even_chunk, through_weight
-from xarch_kd.ops.streaming.linear_divergence import SATURATED_GRADIENT, SATURATED_VALUE, SATURATING, Sweep
+from xarch_kd.ops.streaming.linear_divergence import SATURATED_GRADIENT, SATURATED_VALUE, SATURATING, ForwardBackward
 from xarch_kd.ops.teacher import Buckets, Logits
 
 # Reading and writing the float32 gradient of the head takes as long as a product of a quarter of this many tokens, and
@@ -22,34 +22,36 @@ CHUNK_TOKENS = 2048
 FLOAT16_SCALE = 64.0
 
 
-def obstacle(problem: DivergenceProblem) -> str | None:
+def unsupported_reason(inputs: DivergenceInputs) -> str | None:
     """Return why the kernel cannot run on this problem, or None when it can."""
-    student, teacher = problem.student, problem.teacher
+    student, teacher = inputs.student, inputs.teacher
     if isinstance(teacher, Buckets):
         return "there is no kernel for a teacher given as its likeliest entries"
     given = (teacher.values,) if isinstance(teacher, Logits) else (teacher.hidden, teacher.weight, teacher.bias)
-    return kernel_obstacle(student.hidden, student.weight, student.bias, *given, problem.weights)
+    return kernel_unsupported_reason(student.hidden, student.weight, student.bias, *given, inputs.weights)
 
 
 @torch.no_grad()
-def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], chunk_size: int | None) -> Sweep:
+def forward_backward(
+    inputs: DivergenceInputs, scale: Tensor, wanted: tuple[bool, ...], chunk_size: int | None
+) -> ForwardBackward:
     """Go over the counted tokens once. `scale` [k] multiplies each token's part in the gradients.
 
     `wanted` says whether the gradients of the student's hidden states, weight and bias are computed.
     """
     from xarch_kd.kernels import linear_divergence as kernels
 
-    dtype = _operand_dtype(problem.student, problem)
-    lift = _lift(scale, dtype, problem)
-    result = _empty(problem, wanted, dtype)
-    chunk = min(chunk_size or even_chunk(problem.tokens, CHUNK_TOKENS), max(problem.tokens, 1))
-    padded = -(-problem.vocabulary // kernels.ALIGNMENT) * kernels.ALIGNMENT
-    models = 2 if isinstance(problem.teacher, Side) else 1
-    buffers = scale.new_empty(models, chunk, padded, dtype=problem.logits_dtype)
+    dtype = _operand_dtype(inputs.student, inputs)
+    lift = _lift(scale, dtype, inputs)
+    result = _empty(inputs, wanted, dtype)
+    chunk = min(chunk_size or even_chunk(inputs.tokens, CHUNK_TOKENS), max(inputs.tokens, 1))
+    padded = -(-inputs.vocabulary // kernels.ALIGNMENT) * kernels.ALIGNMENT
+    models = 2 if isinstance(inputs.teacher, Side) else 1
+    buffers = scale.new_empty(models, chunk, padded, dtype=inputs.logits_dtype)
     with torch.autocast(scale.device.type, enabled=False):
-        for start in range(0, problem.tokens, chunk):
-            at = slice(start, min(start + chunk, problem.tokens))
-            _sweep_chunk(problem, scale if lift is None else scale * lift, result, at, buffers, dtype)
+        for start in range(0, inputs.tokens, chunk):
+            at = slice(start, min(start + chunk, inputs.tokens))
+            _chunk_pass(inputs, scale if lift is None else scale * lift, result, at, buffers, dtype)
     if lift is not None:
         for part in (result.hidden, result.weight, result.bias):
             if part is not None:
@@ -57,48 +59,48 @@ def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], c
     return result
 
 
-def _operand_dtype(side: Side, problem: DivergenceProblem) -> torch.dtype:
+def _operand_dtype(side: Side, inputs: DivergenceInputs) -> torch.dtype:
     """Return what a model's hidden states and head are multiplied in: as they are, where they agree."""
-    if problem.logits_dtype != problem.dtype:
-        return problem.logits_dtype
-    return side.weight.dtype if side.hidden.dtype == side.weight.dtype else problem.dtype
+    if inputs.logits_dtype != inputs.dtype:
+        return inputs.logits_dtype
+    return side.weight.dtype if side.hidden.dtype == side.weight.dtype else inputs.dtype
 
 
-def _lift(scale: Tensor, dtype: torch.dtype, problem: DivergenceProblem) -> Tensor | None:
+def _lift(scale: Tensor, dtype: torch.dtype, inputs: DivergenceInputs) -> Tensor | None:
     """Return what the rows' scales are multiplied by while gradients are float16, and None for other dtypes."""
     if dtype != torch.float16 or scale.numel() == 0:
         return None
-    bound = problem.divergence_weight / problem.temperature + problem.cross_entropy_weight
-    peak = scale.abs().max() * (bound * abs(problem.student.scale))
+    bound = inputs.divergence_weight / inputs.temperature + inputs.cross_entropy_weight
+    peak = scale.abs().max() * (bound * abs(inputs.student.scale))
     return FLOAT16_SCALE / peak.clamp_min(torch.finfo(torch.float32).tiny * FLOAT16_SCALE)
 
 
-def _empty(problem: DivergenceProblem, wanted: tuple[bool, ...], dtype: torch.dtype) -> Sweep:
-    student, tokens = problem.student, problem.weights
+def _empty(inputs: DivergenceInputs, wanted: tuple[bool, ...], dtype: torch.dtype) -> ForwardBackward:
+    student, tokens = inputs.student, inputs.weights
     need_hidden, need_weight, need_bias = wanted
     # bfloat16 has the range of float32, and the product that gives this gradient is rounded once.
     direct = dtype == torch.bfloat16 == student.hidden.dtype == student.weight.dtype
     hidden = tokens.new_zeros(student.hidden.shape, dtype=dtype if direct else None) if need_hidden else None
     weight = tokens.new_zeros(student.weight.shape) if need_weight else None
     bias = tokens.new_zeros(student.weight.shape[0]) if need_bias else None
-    cross_entropy = None if problem.labels is None else torch.empty_like(tokens)
-    counted = problem.divergence.kind in SATURATING and problem.divergence_weight > 0 and any(wanted)
+    cross_entropy = None if inputs.labels is None else torch.empty_like(tokens)
+    counted = inputs.divergence.kind in SATURATING and inputs.divergence_weight > 0 and any(wanted)
     saturated = torch.zeros((), dtype=torch.long, device=tokens.device) if counted else None
-    return Sweep(torch.empty_like(tokens), cross_entropy, hidden, weight, bias, saturated)
+    return ForwardBackward(torch.empty_like(tokens), cross_entropy, hidden, weight, bias, saturated)
 
 
-def _sweep_chunk(
-    problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, buffers: Tensor, dtype: torch.dtype
+def _chunk_pass(
+    inputs: DivergenceInputs, scale: Tensor, result: ForwardBackward, at: slice, buffers: Tensor, dtype: torch.dtype
 ) -> None:
     """Fill the rows `at` of the result and add their part to the gradients."""
     from xarch_kd.kernels import linear_divergence as kernels
 
-    student, vocabulary, size = problem.student, problem.vocabulary, at.stop - at.start
-    rows = at if problem.kept is None else problem.kept[at]
+    student, vocabulary, size = inputs.student, inputs.vocabulary, at.stop - at.start
+    rows = at if inputs.kept is None else inputs.kept[at]
     hidden = student.hidden[rows].to(dtype)
     by_weight(buffers[0, :size, :vocabulary], hidden, student.weight[:vocabulary])
-    teacher = _teacher(problem, rows, buffers[-1, :size])
-    _rows(problem, scale, result, at, buffers[0, :size], teacher, dtype if result.gradient else None)
+    teacher = _teacher(inputs, rows, buffers[-1, :size])
+    _rows(inputs, scale, result, at, buffers[0, :size], teacher, dtype if result.gradient else None)
     if not result.gradient:
         return
     gradient = kernels.gradient_view(buffers[0, :size], dtype)[:, :vocabulary]
@@ -114,22 +116,22 @@ def _sweep_chunk(
         result.hidden[rows] = picked
 
 
-def _teacher(problem: DivergenceProblem, rows: slice | Tensor, buffer: Tensor) -> Tensor:
+def _teacher(inputs: DivergenceInputs, rows: slice | Tensor, buffer: Tensor) -> Tensor:
     """Return the teacher's products or logits [rows, at least the vocabulary], in `buffer` if they are products."""
-    teacher = problem.teacher
+    teacher = inputs.teacher
     assert not isinstance(teacher, Buckets)
     if isinstance(teacher, Logits):
         values = teacher.values[rows]
         return values if values.stride(-1) == 1 else values.contiguous()
-    hidden = teacher.hidden[rows].to(_operand_dtype(teacher, problem))
-    by_weight(buffer[:, : problem.vocabulary], hidden, teacher.weight[: problem.vocabulary])
+    hidden = teacher.hidden[rows].to(_operand_dtype(teacher, inputs))
+    by_weight(buffer[:, : inputs.vocabulary], hidden, teacher.weight[: inputs.vocabulary])
     return buffer
 
 
 def _rows(
-    problem: DivergenceProblem,
+    inputs: DivergenceInputs,
     scale: Tensor,
-    result: Sweep,
+    result: ForwardBackward,
     at: slice,
     student_rows: Tensor,
     teacher_rows: Tensor,
@@ -138,23 +140,23 @@ def _rows(
     """Run the kernel over rows of products or logits [rows, at least the vocabulary]."""
     from xarch_kd.kernels import linear_divergence as kernels
 
-    student, divergence = problem.student, problem.divergence
-    teacher = problem.teacher if isinstance(problem.teacher, Side) else None
+    student, divergence = inputs.student, inputs.divergence
+    teacher = inputs.teacher if isinstance(inputs.teacher, Side) else None
     share = divergence.parameter or 0.0
     values, cross_entropy, steepest = kernels.divergence_rows(
         student_rows,
         teacher_rows,
         scale[at],
-        None if problem.labels is None else problem.labels[at],
-        _bias(student, problem.vocabulary),
-        None if teacher is None else _bias(teacher, problem.vocabulary),
-        problem.vocabulary,
+        None if inputs.labels is None else inputs.labels[at],
+        _bias(student, inputs.vocabulary),
+        None if teacher is None else _bias(teacher, inputs.vocabulary),
+        inputs.vocabulary,
         divergence.kind,
         share,
         1 / (share * (1 - share)) if divergence.normalised and divergence.kind == "jsd" else 1.0,
-        problem.temperature,
-        problem.divergence_weight,
-        problem.cross_entropy_weight,
+        inputs.temperature,
+        inputs.divergence_weight,
+        inputs.cross_entropy_weight,
         student.scale,
         1.0 if teacher is None else teacher.scale,
         student.softcap or 0.0,

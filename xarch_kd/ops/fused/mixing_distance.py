@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing import Mixing, SoftmaxMixing, SSDMixing
-from xarch_kd.ops.dispatch import kernel_obstacle
+from xarch_kd.ops.dispatch import kernel_unsupported_reason
 
 WIDEST: Final = 256
 DIVERGENCES: Final = ("kl", "cross_entropy")
 
 
-def obstacle(teacher: Mixing, student: Mixing, distance: str, head_map: Tensor | None) -> str | None:
+def unsupported_reason(teacher: Mixing, student: Mixing, distance: str, head_map: Tensor | None) -> str | None:
     """Return why the kernels cannot compare these two mixings, or None when they can."""
     if not isinstance(teacher, SoftmaxMixing) or not isinstance(student, SoftmaxMixing | SSDMixing):
         return (
@@ -31,7 +31,7 @@ def obstacle(teacher: Mixing, student: Mixing, distance: str, head_map: Tensor |
     widest = max(_widths(teacher), _widths(student))
     if widest > WIDEST:
         return f"the kernels take heads of at most {WIDEST} numbers, and these have {widest}"
-    return kernel_obstacle(*teacher.factors.values(), *student.factors.values(), head_map)
+    return kernel_unsupported_reason(*teacher.factors.values(), *student.factors.values(), head_map)
 
 
 def rows(

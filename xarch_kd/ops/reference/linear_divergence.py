@@ -7,18 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from xarch_kd.ops.divergence_problem import DivergenceProblem, Side, pick
+from xarch_kd.ops.divergence_inputs import DivergenceInputs, Side, pick
 from xarch_kd.ops.divergences import Divergence
 from xarch_kd.ops.teacher import Buckets, Logits
 
 
-def logits(side: Side, problem: DivergenceProblem) -> Tensor:
+def logits(side: Side, inputs: DivergenceInputs) -> Tensor:
     """Return the logits [tokens, vocabulary] of the tokens that count, in the problem's dtype.
 
     Hidden states, head and their product are rounded to `logits_dtype`, and so is the gradient on its way back.
     """
-    vocabulary, dtype, rounded = problem.vocabulary, problem.dtype, problem.logits_dtype
-    hidden, weight = pick(side.hidden, problem.kept), side.weight[:vocabulary]
+    vocabulary, dtype, rounded = inputs.vocabulary, inputs.dtype, inputs.logits_dtype
+    hidden, weight = pick(side.hidden, inputs.kept), side.weight[:vocabulary]
     values = (hidden.to(rounded).to(dtype) @ weight.to(rounded).to(dtype).T).to(rounded).to(dtype)
     if side.bias is not None:
         values = values + side.bias[:vocabulary].to(dtype)
@@ -56,29 +56,29 @@ def divergence_rows(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Ten
     return torch.log1p(excess) / (share - 1)
 
 
-def compared(problem: DivergenceProblem, student: Tensor) -> tuple[Tensor, Tensor]:
+def compared(inputs: DivergenceInputs, student: Tensor) -> tuple[Tensor, Tensor]:
     """Return log p and log q of each counted token over what is compared: the vocabulary, or k + 1 buckets.
 
     `student` are the student's logits [tokens, vocabulary].
     """
-    log_q = torch.log_softmax(student / problem.temperature, -1)
-    teacher = problem.teacher
+    log_q = torch.log_softmax(student / inputs.temperature, -1)
+    teacher = inputs.teacher
     if isinstance(teacher, Buckets):
         rest = torch.logsumexp(log_q.scatter(-1, teacher.indices, -math.inf), -1, keepdim=True)
-        log_p = teacher.log_probabilities.to(problem.dtype)
+        log_p = teacher.log_probabilities.to(inputs.dtype)
         return torch.log_softmax(log_p, -1), torch.cat([log_q.gather(-1, teacher.indices), rest], -1)
     with torch.no_grad():
         if isinstance(teacher, Logits):
-            values = pick(teacher.values, problem.kept)[:, : problem.vocabulary].to(problem.dtype)
+            values = pick(teacher.values, inputs.kept)[:, : inputs.vocabulary].to(inputs.dtype)
         else:
-            values = logits(teacher, problem)
-        return torch.log_softmax(values / problem.temperature, -1), log_q
+            values = logits(teacher, inputs)
+        return torch.log_softmax(values / inputs.temperature, -1), log_q
 
 
-def token_values(problem: DivergenceProblem) -> tuple[Tensor, Tensor | None]:
+def token_values(inputs: DivergenceInputs) -> tuple[Tensor, Tensor | None]:
     """Return the divergence and, with labels, the cross-entropy (nats, at temperature 1) of each counted token."""
-    student = logits(problem.student, problem)
-    divergence = divergence_rows(problem.divergence, *compared(problem, student))
-    if problem.labels is None:
+    student = logits(inputs.student, inputs)
+    divergence = divergence_rows(inputs.divergence, *compared(inputs, student))
+    if inputs.labels is None:
         return divergence, None
-    return divergence, -torch.log_softmax(student, -1).gather(-1, problem.labels[:, None]).squeeze(-1)
+    return divergence, -torch.log_softmax(student, -1).gather(-1, inputs.labels[:, None]).squeeze(-1)

@@ -6,35 +6,35 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing import Mixing, SoftmaxMixing
-from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
+from xarch_kd.ops.mixing_inputs import OF_LOGARITHMS, MixingDistanceInputs
 
 
-def row_distances(problem: MixingProblem) -> Tensor:
+def row_distances(inputs: MixingDistanceInputs) -> Tensor:
     """Return the distance of each row [batch, time, student heads], 0 where a row does not count."""
     # Widened once: in a narrow dtype each use of a factor would round its part of the gradient.
-    student_mixing = problem.student.map_factors(lambda factor: factor.to(problem.dtype))
+    student_mixing = inputs.student.map_factors(lambda factor: factor.to(inputs.dtype))
     with torch.no_grad():
-        teacher = problem.mixed(problem.teacher.dense(limit=None).to(problem.dtype))
-    if problem.distance in OF_LOGARITHMS:
-        rows = -(teacher * _log_matrix(student_mixing, teacher > 0, problem)).sum(-1)
-        if problem.distance == "kl":
+        teacher = inputs.mixed(inputs.teacher.dense(limit=None).to(inputs.dtype))
+    if inputs.distance in OF_LOGARITHMS:
+        rows = -(teacher * _log_matrix(student_mixing, teacher > 0, inputs)).sum(-1)
+        if inputs.distance == "kl":
             rows = rows + torch.xlogy(teacher, teacher).sum(-1)
     else:
         student = student_mixing.dense(limit=None)
-        norm = teacher.square().sum(-1) + problem.epsilon
-        if problem.distance == "cosine":
-            lengths = (norm * (student.square().sum(-1) + problem.epsilon)).sqrt()
+        norm = teacher.square().sum(-1) + inputs.epsilon
+        if inputs.distance == "cosine":
+            lengths = (norm * (student.square().sum(-1) + inputs.epsilon)).sqrt()
             rows = 1 - (teacher * student).sum(-1) / lengths
         else:
             rows = (teacher - student).square().sum(-1)
-            rows = rows / norm if problem.distance == "relative_frobenius" else rows
-    return torch.where(problem.keep[:, :, None], rows.transpose(1, 2), 0)
+            rows = rows / norm if inputs.distance == "relative_frobenius" else rows
+    return torch.where(inputs.keep[:, :, None], rows.transpose(1, 2), 0)
 
 
-def _log_matrix(mixing: Mixing, attended: Tensor, problem: MixingProblem) -> Tensor:
+def _log_matrix(mixing: Mixing, attended: Tensor, inputs: MixingDistanceInputs) -> Tensor:
     """Return log M where the teacher attends, 0 elsewhere; from logits, so that it is finite where M underflows."""
     assert isinstance(mixing, SoftmaxMixing)
     everything = slice(0, mixing.time)
     logits = mixing.logits(everything, everything)
-    normaliser = mixing.log_normaliser(everything)[..., None]
-    return torch.where(attended & problem.keep[:, None, :, None], logits - normaliser, 0)
+    normalizer = mixing.log_normaliser(everything)[..., None]
+    return torch.where(attended & inputs.keep[:, None, :, None], logits - normalizer, 0)

@@ -6,30 +6,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xarch_kd.ops.distance_problem import DistanceProblem
-from xarch_kd.ops.divergence_problem import pick
+from xarch_kd.ops.divergence_inputs import pick
+from xarch_kd.ops.projected_inputs import ProjectedDistanceInputs
 
 
-def token_values(problem: DistanceProblem) -> Tensor:
+def token_values(inputs: ProjectedDistanceInputs) -> Tensor:
     """Return the distance of each counted token; for `relative_mse` its part of the numerator."""
-    teacher = pick(problem.teacher, problem.kept).to(problem.dtype)
-    projected = pick(problem.student, problem.kept).to(problem.dtype)
-    if problem.weight is not None:
-        projected = projected @ problem.weight.to(problem.dtype).T
-    if problem.bias is not None:
-        projected = projected + problem.bias.to(problem.dtype)
-    if problem.distance == "huber":
-        return functional.huber_loss(projected, teacher, reduction="none", delta=problem.delta).mean(-1)
-    if problem.distance == "l2":
+    teacher = pick(inputs.teacher, inputs.kept).to(inputs.dtype)
+    projected = pick(inputs.student, inputs.kept).to(inputs.dtype)
+    if inputs.weight is not None:
+        projected = projected @ inputs.weight.to(inputs.dtype).T
+    if inputs.bias is not None:
+        projected = projected + inputs.bias.to(inputs.dtype)
+    if inputs.distance == "huber":
+        return functional.huber_loss(projected, teacher, reduction="none", delta=inputs.delta).mean(-1)
+    if inputs.distance == "l2":
         # A norm has the subgradient 0 at 0, where a root of a sum has none.
         return torch.linalg.vector_norm(projected - teacher, dim=-1) / teacher.shape[-1] ** 0.5
     squared = (projected - teacher).square()
-    if problem.distance == "mse":
+    if inputs.distance == "mse":
         return squared.mean(-1)
-    if problem.distance in ("squared_error", "relative_mse"):
+    if inputs.distance in ("squared_error", "relative_mse"):
         return squared.sum(-1)
     norm = teacher.square().sum(-1)
-    if problem.distance == "normalised_mse":
-        return squared.sum(-1) / (norm + problem.epsilon)
-    lengths = (projected.square().sum(-1) + problem.epsilon).sqrt() * (norm + problem.epsilon).sqrt()
+    if inputs.distance == "normalised_mse":
+        return squared.sum(-1) / (norm + inputs.epsilon)
+    lengths = (projected.square().sum(-1) + inputs.epsilon).sqrt() * (norm + inputs.epsilon).sqrt()
     return 1 - (projected * teacher).sum(-1) / lengths

@@ -29,7 +29,7 @@ def stored(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return gradient.to(like.dtype)
 
 
-def hand_over(value: Tensor, inputs: Sequence[Tensor | None], gradients: Gradients) -> Tensor:
+def attach_gradients(value: Tensor, inputs: Sequence[Tensor | None], gradients: Gradients) -> Tensor:
     """Return the scalar `value`; its backward gives each input its gradient, times what comes from above.
 
     The kept gradients are scaled in place and given away, so that they are never in memory twice; a second backward

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xarch_kd.ops.divergence_problem import DivergenceProblem, Side
+from xarch_kd.ops.divergence_inputs import DivergenceInputs, Side
 from xarch_kd.ops.streaming.logits import add_head_gradient, finish_logits, raw_logits_into, through_head
 from xarch_kd.ops.streaming.row_gradients import Distribution, Rows, compare, distribution
 from xarch_kd.ops.streaming.top_k import rows_with_top_k
@@ -30,7 +30,7 @@ SATURATED_GRADIENT, SATURATED_VALUE = 1e-6, 0.1
 
 
 @dataclass
-class Sweep:
+class ForwardBackward:
     """Per-token values [k], and the gradients of student hidden, weight and bias that were wanted.
 
     `saturated` is the number of tokens that are far from the teacher and yet have no gradient, where it is counted.
@@ -49,117 +49,124 @@ class Sweep:
         return any(part is not None for part in (self.hidden, self.weight, self.bias))
 
 
-def default_chunk(problem: DivergenceProblem, head_trains: bool) -> int:
+def default_chunk(inputs: DivergenceInputs, head_trains: bool) -> int:
     """Return how many tokens a chunk has, fewer when no gradient of the head is added up, all chunks about as long."""
-    device = "cpu" if problem.weights.device.type == "cpu" else "other"
+    device = "cpu" if inputs.weights.device.type == "cpu" else "other"
     elements = (CHUNK_ELEMENTS if head_trains else FROZEN_HEAD_CHUNK_ELEMENTS)[device]
-    chunks = -(-problem.tokens // max(1, elements // problem.vocabulary))
-    even = -(-problem.tokens // max(1, chunks))
-    return max(1, min(-(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE, problem.tokens))
+    chunks = -(-inputs.tokens // max(1, elements // inputs.vocabulary))
+    even = -(-inputs.tokens // max(1, chunks))
+    return max(1, min(-(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE, inputs.tokens))
 
 
 @torch.no_grad()
-def sweep(problem: DivergenceProblem, scale: Tensor, wanted: tuple[bool, ...], chunk_size: int | None) -> Sweep:
+def forward_backward(
+    inputs: DivergenceInputs, scale: Tensor, wanted: tuple[bool, ...], chunk_size: int | None
+) -> ForwardBackward:
     """Go over the counted tokens once. `scale` [k] multiplies each token's part in the gradients.
 
     `wanted` says whether the gradients of the student's hidden states, weight and bias are computed.
     """
-    result = _empty(problem, wanted)
-    chunk = min(chunk_size or default_chunk(problem, wanted[1]), max(1, problem.tokens))
-    models = 2 if isinstance(problem.teacher, Side) else 1
-    buffers = scale.new_empty(models, chunk, problem.vocabulary, dtype=problem.logits_dtype)
+    result = _empty(inputs, wanted)
+    chunk = min(chunk_size or default_chunk(inputs, wanted[1]), max(1, inputs.tokens))
+    models = 2 if isinstance(inputs.teacher, Side) else 1
+    buffers = scale.new_empty(models, chunk, inputs.vocabulary, dtype=inputs.logits_dtype)
     with torch.autocast(scale.device.type, enabled=False):
-        for start in range(0, problem.tokens, chunk):
-            _sweep_chunk(problem, scale, result, slice(start, min(start + chunk, problem.tokens)), buffers)
+        for start in range(0, inputs.tokens, chunk):
+            _chunk_pass(inputs, scale, result, slice(start, min(start + chunk, inputs.tokens)), buffers)
     return result
 
 
-def _empty(problem: DivergenceProblem, wanted: tuple[bool, ...]) -> Sweep:
-    student, tokens = problem.student, problem.weights
+def _empty(inputs: DivergenceInputs, wanted: tuple[bool, ...]) -> ForwardBackward:
+    student, tokens = inputs.student, inputs.weights
     of = (student.hidden, student.weight, student.bias)
     hidden, weight, bias = (
         tokens.new_empty(tensor.shape) if need and tensor is not None else None
         for tensor, need in zip(of, wanted, strict=True)
     )
-    if hidden is not None and (problem.kept is not None or problem.tokens == 0):
+    if hidden is not None and (inputs.kept is not None or inputs.tokens == 0):
         hidden.zero_()
     if weight is not None:
         # The first chunk writes the rows that are compared.
-        weight[problem.vocabulary if problem.tokens else 0 :] = 0
+        weight[inputs.vocabulary if inputs.tokens else 0 :] = 0
     if bias is not None:
         bias.zero_()
-    cross_entropy = None if problem.labels is None else torch.empty_like(tokens)
-    counted = problem.divergence.kind in SATURATING and problem.divergence_weight > 0 and any(wanted)
+    cross_entropy = None if inputs.labels is None else torch.empty_like(tokens)
+    counted = inputs.divergence.kind in SATURATING and inputs.divergence_weight > 0 and any(wanted)
     saturated = torch.zeros((), dtype=torch.long, device=tokens.device) if counted else None
-    return Sweep(torch.empty_like(tokens), cross_entropy, hidden, weight, bias, saturated)
+    return ForwardBackward(torch.empty_like(tokens), cross_entropy, hidden, weight, bias, saturated)
 
 
-def _sweep_chunk(problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, buffers: Tensor) -> None:
+def _chunk_pass(inputs: DivergenceInputs, scale: Tensor, result: ForwardBackward, at: slice, buffers: Tensor) -> None:
     """Fill the rows `at` of the result and add their part to the gradients."""
-    size, side = at.stop - at.start, problem.student
-    rows = at if problem.kept is None else problem.kept[at]
+    size, side = at.stop - at.start, inputs.student
+    rows = at if inputs.kept is None else inputs.kept[at]
     hidden = side.hidden[rows].to(buffers.dtype)
     student = raw_logits_into(buffers[0, :size], hidden, side.weight)
     teacher = buffers[-1, :size]
-    if isinstance(problem.teacher, Side):
-        raw_logits_into(teacher, problem.teacher.hidden[rows].to(buffers.dtype), problem.teacher.weight)
+    if isinstance(inputs.teacher, Side):
+        raw_logits_into(teacher, inputs.teacher.hidden[rows].to(buffers.dtype), inputs.teacher.weight)
     device = "cpu" if scale.device.type == "cpu" else "other"
-    group = max(1, GROUP_ELEMENTS[device] // problem.vocabulary)
+    group = max(1, GROUP_ELEMENTS[device] // inputs.vocabulary)
     for start in range(0, size, group):
         inner = slice(start, min(start + group, size))
         outer = slice(at.start + inner.start, at.start + inner.stop)
-        _group(problem, scale[outer, None], result, outer, student[inner], teacher[inner])
+        _group(inputs, scale[outer, None], result, outer, student[inner], teacher[inner])
     if result.bias is not None:
-        result.bias[: problem.vocabulary] += student.sum(0, dtype=result.bias.dtype)
+        result.bias[: inputs.vocabulary] += student.sum(0, dtype=result.bias.dtype)
     if result.weight is not None:
-        add_head_gradient(result.weight[: problem.vocabulary], student, hidden, first=at.start == 0)
+        add_head_gradient(result.weight[: inputs.vocabulary], student, hidden, first=at.start == 0)
     if result.hidden is not None:
         result.hidden[rows] = through_head(student, side.weight, result.hidden.dtype)
 
 
 def _group(
-    problem: DivergenceProblem, scale: Tensor, result: Sweep, at: slice, raw_student: Tensor, raw_teacher: Tensor
+    inputs: DivergenceInputs,
+    scale: Tensor,
+    result: ForwardBackward,
+    at: slice,
+    raw_student: Tensor,
+    raw_teacher: Tensor,
 ) -> None:
     """Fill the rows `at` of the result and write the gradient of the raw student logits over them."""
-    student = finish_logits(raw_student.to(problem.dtype), problem.student)
-    soft = student if problem.temperature == 1.0 else student / problem.temperature
-    q = None if isinstance(problem.teacher, Buckets) else distribution(soft)
-    result.divergence[at], slope = _divergence(problem, result.gradient, at, soft, q, raw_teacher)
+    student = finish_logits(raw_student.to(inputs.dtype), inputs.student)
+    soft = student if inputs.temperature == 1.0 else student / inputs.temperature
+    q = None if isinstance(inputs.teacher, Buckets) else distribution(soft)
+    result.divergence[at], slope = _divergence(inputs, result.gradient, at, soft, q, raw_teacher)
     if slope is not None and result.saturated is not None:
         result.saturated += _saturated(slope, result.divergence[at])
-    factor = scale * (problem.divergence_weight / problem.temperature)
-    if problem.labels is not None and result.cross_entropy is not None:
+    factor = scale * (inputs.divergence_weight / inputs.temperature)
+    if inputs.labels is not None and result.cross_entropy is not None:
         plain = q if q is not None and soft is student else distribution(student)
-        labels = problem.labels[at, None]
+        labels = inputs.labels[at, None]
         cross_entropy = plain.top - student.gather(-1, labels) - plain.likeliest.log()
         result.cross_entropy[at] = cross_entropy.squeeze(-1)
-        if slope is not None and problem.cross_entropy_weight:
-            share = scale * problem.cross_entropy_weight
+        if slope is not None and inputs.cross_entropy_weight:
+            share = scale * inputs.cross_entropy_weight
             slope.mul_(factor).addcmul_(plain.probabilities, share).scatter_add_(-1, labels, -share)
             factor = torch.ones_like(factor)
     if slope is None:
         return
-    if problem.student.softcap is not None:
-        slope.mul_(student.div_(problem.student.softcap).square_().neg_().add_(1))
-    torch.mul(slope, factor * problem.student.scale, out=raw_student)
+    if inputs.student.softcap is not None:
+        slope.mul_(student.div_(inputs.student.softcap).square_().neg_().add_(1))
+    torch.mul(slope, factor * inputs.student.scale, out=raw_student)
 
 
 def _divergence(
-    problem: DivergenceProblem, gradient: bool, at: slice, student: Tensor, q: Distribution | None, raw: Tensor
+    inputs: DivergenceInputs, gradient: bool, at: slice, student: Tensor, q: Distribution | None, raw: Tensor
 ) -> Rows:
     """Return the values and slopes of the rows `at`; `student` are logits over the temperature, `q` softmax of them."""
-    teacher = problem.teacher
+    teacher = inputs.teacher
     if isinstance(teacher, Buckets):
-        return rows_with_top_k(problem.divergence, teacher.rows(at), student, gradient)
+        return rows_with_top_k(inputs.divergence, teacher.rows(at), student, gradient)
     if isinstance(teacher, Logits):
-        rows = at if problem.kept is None else problem.kept[at]
-        logits = teacher.values[rows, : problem.vocabulary].to(problem.dtype, copy=True)
+        rows = at if inputs.kept is None else inputs.kept[at]
+        logits = teacher.values[rows, : inputs.vocabulary].to(inputs.dtype, copy=True)
     else:
-        logits = finish_logits(raw.to(problem.dtype), teacher)
-    if problem.temperature != 1.0:
-        logits.div_(problem.temperature)
+        logits = finish_logits(raw.to(inputs.dtype), teacher)
+    if inputs.temperature != 1.0:
+        logits.div_(inputs.temperature)
     assert q is not None
-    return compare(problem.divergence, distribution(logits), q, gradient)
+    return compare(inputs.divergence, distribution(logits), q, gradient)
 
 
 def _saturated(slope: Tensor, divergence: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xarch_kd.ops.divergence_problem import Side
+from xarch_kd.ops.divergence_inputs import Side
 
 # Entries of a head that are converted, or multiplied on a CPU, at a time: 2 MiB of float32 stay in its cache.
 BLOCK_ELEMENTS = 1 << 19

@@ -21,7 +21,7 @@ from xarch_kd.mixing import (
     SoftmaxMixing,
     SSDMixing,
 )
-from xarch_kd.ops.mixing_problem import OF_LOGARITHMS, MixingProblem
+from xarch_kd.ops.mixing_inputs import OF_LOGARITHMS, MixingDistanceInputs
 from xarch_kd.ops.row_distances import measure, row_slopes, row_values
 from xarch_kd.ops.streaming.block_rows import BlockRows
 from xarch_kd.ops.streaming.softmax_rows import SoftmaxRows
@@ -38,25 +38,25 @@ BY_AUTOGRAD: Final = (LinearMixing, SelectiveMixing, BandedMixing)
 
 
 @dataclass
-class Sweep:
+class ForwardBackward:
     """The distance of each row [batch, time, student heads], and the gradients that were wanted by factor."""
 
     values: Tensor
     gradients: dict[str, Tensor]
 
 
-def obstacle(student: Mixing) -> str | None:
+def unsupported_reason(student: Mixing) -> str | None:
     """Return why row blocks cannot be differentiated in linear memory for this student, or None when they can."""
     if isinstance(student, (SoftmaxMixing, SSDMixing, *BY_AUTOGRAD)):
         return None
     return f"rows of a {student.kind} mixing are not made by themselves; impl='panels' is exact too"
 
 
-def default_chunk(problem: MixingProblem) -> int:
+def default_chunk(inputs: MixingDistanceInputs) -> int:
     """Return how many rows a block has."""
-    device = "cpu" if problem.keep.device.type == "cpu" else "other"
-    heads = max(problem.student.heads, problem.teacher.heads)
-    fitting = BLOCK_ELEMENTS[device] // (problem.student.batch * heads * problem.student.time)
+    device = "cpu" if inputs.keep.device.type == "cpu" else "other"
+    heads = max(inputs.student.heads, inputs.teacher.heads)
+    fitting = BLOCK_ELEMENTS[device] // (inputs.student.batch * heads * inputs.student.time)
     return max(LEAST_ROWS, min(ROWS[device], fitting))
 
 
@@ -70,24 +70,26 @@ def source(mixing: Mixing, dtype: torch.dtype, wanted: frozenset[str] = frozense
 
 
 @torch.no_grad()
-def sweep(problem: MixingProblem, weights: Tensor, wanted: frozenset[str], chunk_size: int | None) -> Sweep:
+def forward_backward(
+    inputs: MixingDistanceInputs, weights: Tensor, wanted: frozenset[str], chunk_size: int | None
+) -> ForwardBackward:
     """Go over the rows that count once.
 
     `weights` [batch, time, student heads or 1] multiply each row's part in the gradients of the `wanted` factors and
     are 0 where a row does not count.
     """
-    values = weights.new_zeros(problem.student.batch, problem.student.time, problem.student.heads)
+    values = weights.new_zeros(inputs.student.batch, inputs.student.time, inputs.student.heads)
     with torch.autocast(values.device.type, enabled=False):
-        teacher = source(problem.teacher, problem.dtype)
-        student = source(problem.student, problem.dtype, wanted)
-        for rows in _blocks(problem.keep, chunk_size or default_chunk(problem)):
+        teacher = source(inputs.teacher, inputs.dtype)
+        student = source(inputs.student, inputs.dtype, wanted)
+        for rows in _blocks(inputs.keep, chunk_size or default_chunk(inputs)):
             weight = weights[:, rows].transpose(1, 2).expand(-1, values.shape[2], -1)
             ends = [side.columns(rows) for side in (teacher, student)]
             columns = slice(min(end.start for end in ends), max(end.stop for end in ends))
-            step = _logarithms if problem.distance in OF_LOGARITHMS else _statistics
-            found = step(problem, teacher, student, rows, columns, weight if wanted else None)
-            values[:, rows] = torch.where(problem.keep[:, rows, None], found.transpose(1, 2), 0)
-        return Sweep(values, student.finish() if wanted else {})
+            step = _logarithms if inputs.distance in OF_LOGARITHMS else _statistics
+            found = step(inputs, teacher, student, rows, columns, weight if wanted else None)
+            values[:, rows] = torch.where(inputs.keep[:, rows, None], found.transpose(1, 2), 0)
+        return ForwardBackward(values, student.finish() if wanted else {})
 
 
 def _blocks(keep: Tensor, chunk: int) -> Iterator[slice]:
@@ -101,15 +103,15 @@ def _blocks(keep: Tensor, chunk: int) -> Iterator[slice]:
 
 
 def _statistics(
-    problem: MixingProblem, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
+    inputs: MixingDistanceInputs, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
 ) -> Tensor:
     """Return the distance of each row [batch, heads, rows] and hand the student the block's gradient."""
-    target = problem.mixed(teacher.matrix(rows, columns))
+    target = inputs.mixed(teacher.matrix(rows, columns))
     entries = student.matrix(rows, columns)
-    statistics, difference = measure(problem.distance, target, entries)
-    values = row_values(problem.distance, statistics, problem.epsilon)
+    statistics, difference = measure(inputs.distance, target, entries)
+    values = row_values(inputs.distance, statistics, inputs.epsilon)
     if weight is not None:
-        factor, share = row_slopes(problem.distance, statistics, problem.epsilon)
+        factor, share = row_slopes(inputs.distance, statistics, inputs.epsilon)
         slope = target.addcmul_(entries, share[..., None], value=-1) if share is not None else difference
         assert slope is not None
         student.backward(slope, entries, weight * factor, rows, columns)
@@ -117,24 +119,24 @@ def _statistics(
 
 
 def _logarithms(
-    problem: MixingProblem, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
+    inputs: MixingDistanceInputs, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
 ) -> Tensor:
     """Return Σ P (log P - log M) or -Σ P log M of each row, and hand the student the gradient of the block's logits."""
     assert isinstance(teacher, SoftmaxRows) and isinstance(student, SoftmaxRows)
     teacher_logits, logits = teacher.logits(rows, columns), student.logits(rows, columns)
     target, entries = teacher.probabilities(teacher_logits), student.probabilities(logits)
-    normaliser = student.log_normaliser(logits, entries)
-    one_to_one = problem.distance == "kl" and problem.head_map is None
-    total = torch.ones_like(normaliser)
+    normalizer = student.log_normaliser(logits, entries)
+    one_to_one = inputs.distance == "kl" and inputs.head_map is None
+    total = torch.ones_like(normalizer)
     if one_to_one:
         # As Σ P = 1, this is Σ P (log P - log M) without a logarithm of each entry.
-        normaliser = normaliser - teacher.log_normaliser(teacher_logits, target)
-        values = normaliser + teacher_logits.sub_(logits).mul_(target).sum(-1)
+        normalizer = normalizer - teacher.log_normaliser(teacher_logits, target)
+        values = normalizer + teacher_logits.sub_(logits).mul_(target).sum(-1)
     else:
-        target = problem.mixed(target)
+        target = inputs.mixed(target)
         total = target.sum(-1)
-        values = total * normaliser - (target * logits).sum(-1)
-        if problem.distance == "kl":
+        values = total * normalizer - (target * logits).sum(-1)
+        if inputs.distance == "kl":
             values += torch.xlogy(target, target).sum(-1)
     if weight is not None:
         slope = entries if one_to_one else entries.mul_(total[..., None])

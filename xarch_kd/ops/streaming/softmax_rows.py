@@ -58,9 +58,9 @@ class SoftmaxRows:
         """Return the entries of a block from the logits of all that its rows see."""
         if self.sinks is None:
             return torch.softmax(logits, -1)
-        normaliser = self._with_sinks(logits)
-        self._sink_entries = torch.exp(self.sinks[:, None] - normaliser) if self.gradients else None
-        return torch.exp(logits - normaliser[..., None])
+        normalizer = self._with_sinks(logits)
+        self._sink_entries = torch.exp(self.sinks[:, None] - normalizer) if self.gradients else None
+        return torch.exp(logits - normalizer[..., None])
 
     def log_normaliser(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """Return log of the sum of each row's exponentials, so that log P = logits - it."""

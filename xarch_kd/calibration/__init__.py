@@ -1,0 +1,1 @@
+"""Measurements on calibration text: layer similarity, closed-form initialization, projector report."""

@@ -1,0 +1,92 @@
+"""How alike the layers of both models are before training: what layer maps that follow from data are made of.
+
+Debiased CKA of every student layer with every teacher layer. Tokens of one sequence depend on each other, so a batch is
+the same position of many sequences; a few dimensions of a residual stream can outweigh all others, so each dimension is
+standardised over all tokens first; first tokens, whose activations are massive, are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import DataError
+from xarch_kd.ops.similarity import LayerSimilarity
+from xarch_kd.planning.layer_maps import entry_key
+from xarch_kd.planning.plan import Plan
+from xarch_kd.taps.layout import Layout
+from xarch_kd.taps.trace import trace
+
+# Sequences below which the same position of all of them is no batch, and positions that are kept of each.
+FEWEST_ROWS: Final = 8
+POSITIONS: Final = 32
+FIRST_TOKENS: Final = 4
+SMALLEST_DEVIATION: Final = 1e-6
+# A pass holds what all layers give on its tokens; on a CPU more of them at a time are slower, not faster.
+TOKENS_AT_A_TIME: Final = 1024
+
+
+def measure_similarities(plan: Plan, teacher: Layout, student: Layout, rows: Tensor) -> dict[str, Tensor]:
+    """Return CKA [student layers, teacher layers], float64 on the CPU, for each entry of `plan.uncalibrated`, by key.
+
+    `rows` [rows, time] are training text, of which about `calibration.tokens` tokens are read, in the order that the
+    seed gives. Raises DataError when there is too little of it.
+    """
+    by_tap: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for stage, name in plan.uncalibrated:
+        entry = next(entry for entry in plan.mapping.stages[stage].align if entry.name == name)
+        if entry.tap not in by_tap:
+            by_tap[entry.tap] = layer_similarity(entry.tap, teacher, student, chosen_rows(plan, rows))
+        found[entry_key(stage, name)] = by_tap[entry.tap]
+    return found
+
+
+def chosen_rows(plan: Plan, rows: Tensor) -> Tensor:
+    """Return the rows that are read: about `calibration.tokens` tokens, at least FEWEST_ROWS rows."""
+    count = max(FEWEST_ROWS, math.ceil(plan.mapping.calibration.tokens / rows.shape[1]))
+    if rows.shape[0] < FEWEST_ROWS:
+        raise DataError(
+            "There is too little text to compare layers on.",
+            found=f"{rows.shape[0]} rows of {rows.shape[1]} tokens",
+            allowed=f"at least {FEWEST_ROWS} rows",
+            fix="give more text or a smaller data.sequence_length, or use a strategy that needs no calibration",
+        )
+    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(plan.mapping.seed))
+    return rows[order[:count]]
+
+
+@torch.no_grad()
+def layer_similarity(tap: str, teacher: Layout, student: Layout, rows: Tensor) -> Tensor:
+    """Return the debiased CKA [student layers, teacher layers] of a tap over rows of token ids [rows, time]."""
+    time = rows.shape[1]
+    positions = torch.linspace(min(FIRST_TOKENS, time - 1), time - 1, min(POSITIONS, time)).long().unique()
+    ours, theirs = (_features(layout, tap, rows, positions) for layout in (student, teacher))
+    sums = LayerSimilarity()
+    for position in range(len(positions)):
+        sums.update([layer[:, position] for layer in ours], [layer[:, position] for layer in theirs])
+    return sums.result().cka.cpu().double()
+
+
+def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor) -> Sequence[Tensor]:
+    """Return what each layer gives at the positions of every row, standardised: [rows, positions, width] a layer."""
+    was_training = layout.model.training
+    layout.model.eval()
+    kept: list[list[Tensor]] = [[] for _ in layout.blocks]
+    device = next(layout.model.parameters()).device
+    size = max(1, TOKENS_AT_A_TIME // rows.shape[1])
+    for start in range(0, rows.shape[0], size):
+        traced = trace(layout, rows[start : start + size].to(device), taps=[tap])[tap]
+        for layer, features in traced.items():
+            kept[layer].append(features[:, positions.to(device)].float())
+    layout.model.train(was_training)
+    return [_standardised(torch.cat(parts)) for parts in kept]
+
+
+def _standardised(features: Tensor) -> Tensor:
+    mean, deviation = features.mean((0, 1)), features.std((0, 1))
+    return (features - mean) / deviation.clamp(min=SMALLEST_DEVIATION)

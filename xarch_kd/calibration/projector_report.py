@@ -1,0 +1,291 @@
+"""Whether a stage's projectors learned in the student's place: measured before and after it, kept in its folder.
+
+Both times on the same calibration text, of which one half is what a projector alone is fitted to, the other what it and
+the trained projector are measured on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.calibration.initialize import observations
+from xarch_kd.errors import CheckpointError
+from xarch_kd.mapping_file.objectives import AttentionBridge
+from xarch_kd.objectives.base import PairObjective
+from xarch_kd.planning.plan import Plan
+from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, resolve_start
+from xarch_kd.projectors.closed_form import FORMS
+from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
+from xarch_kd.run.folder import write_text
+from xarch_kd.training.aligner import Aligner
+
+MOST_TOKENS: Final = 16_384
+BATCH_TOKENS: Final = 2048
+ALONE_FILE: Final = "projectors-alone.json"
+REPORT_FILE: Final = "projectors.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorReport:
+    """What one projector of a stage is after training, measured on `tokens`; `note` says what limits the figures.
+
+    `pairs` are the names of the pairs that share it.
+    """
+
+    stage: str
+    projector: str
+    pairs: tuple[str, ...]
+    tokens: int
+    diagnosis: Diagnosis
+    note: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON, where a condition number of infinity is null."""
+        own = {name: getattr(self, name) for name in ("stage", "projector", "pairs", "tokens")}
+        found = {**own, **dataclasses.asdict(self.diagnosis), "share": self.diagnosis.share, "note": self.note}
+        return found | {"condition": None if math.isinf(self.diagnosis.condition) else self.diagnosis.condition}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> ProjectorReport:
+        """Return the report that `as_dict` came from."""
+        values = {
+            **stored,
+            "pairs": tuple(stored["pairs"]),
+            "warnings": tuple(stored["warnings"]),
+            "condition": math.inf if stored["condition"] is None else stored["condition"],
+        }
+        diagnosis = Diagnosis(**{entry.name: values[entry.name] for entry in dataclasses.fields(Diagnosis)})
+        own = {name: values[name] for name in ("stage", "projector", "pairs", "tokens", "note")}
+        return cls(**own, diagnosis=diagnosis)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """It in one line, and one for the note and each warning."""
+        note = () if self.note is None else (f"  {self.note}",)
+        return (self._line, *note, *(f"  warning: {warning}" for warning in self.diagnosis.warnings))
+
+    @property
+    def _line(self) -> str:
+        found = self.diagnosis
+        alone = "" if found.alone is None else f"; a projector alone {found.alone:.0%}"
+        return (
+            f"projector {self.projector} ({found.kind}, rank {found.rank} of {found.possible_rank}, condition "
+            f"{found.condition:.3g}): explains {found.explained:.0%} of the teacher, at most {found.ceiling:.0%}{alone}"
+        )
+
+
+class ProjectorCheck:
+    """The projectors of one stage, before and after. Costs nothing in a stage that has none.
+
+    `folder` is the stage's, where both results are kept, so that a resumed run neither loses them nor takes a trained
+    student for one at its start. `rows` [rows, time] are training text.
+    """
+
+    def __init__(self, plan: Plan, aligner: Aligner, rows: Tensor, folder: Path) -> None:
+        self.aligner, self.folder = aligner, folder
+        self.fitted, self.held_out = halves(rows, min(plan.mapping.calibration.tokens, MOST_TOKENS), plan.mapping.seed)
+
+    @property
+    def needed(self) -> bool:
+        """Whether the stage has a projector with something to learn."""
+        return any(_learns(module) for module in self.aligner.projectors.values())
+
+    def before(self) -> None:
+        """Measure what a projector alone reaches with the student as it is, if this was not done before.
+
+        Called after `prepare`, whose statistics are not to see this text twice.
+        """
+        path = self.folder / ALONE_FILE
+        if self.needed and not path.exists():
+            write_text(path, _json(alone(self.aligner, self.fitted, self.held_out)))
+
+    def after(self) -> tuple[ProjectorReport, ...]:
+        """Return the reports of the trained projectors, measured now if they were not before."""
+        if not self.needed:
+            return ()
+        path = self.folder / REPORT_FILE
+        if not path.exists():
+            before = self.folder / ALONE_FILE
+            known = _read(before) if before.exists() else {}
+            write_reports(path, reports(self.aligner, self.held_out, known))
+        return read_reports(path)
+
+
+def halves(rows: Tensor, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return two disjoint halves of about `tokens` tokens of `rows` [rows, time]; the first is empty for one row.
+
+    They are the last in the order of which calibration takes the first, so that with enough text no closed form was
+    fitted to them.
+    """
+    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
+    chosen = rows[order[-max(2, tokens // rows.shape[1]) :]]
+    return chosen[1::2], chosen[::2]
+
+
+def alone(aligner: Aligner, fitted: Tensor, held_out: Tensor) -> dict[str, dict[str, Any]]:
+    """Return by projector the variance `explained` by one of its kind alone, None where it cannot be, and a `note`.
+
+    It is fitted in closed form to rows `fitted` [rows, time] and measured on `held_out`.
+    """
+    before = _statistics(aligner, fitted)
+    found: dict[str, dict[str, Any]] = {}
+    for key, seen in _statistics(aligner, held_out).items():
+        explained, note = None, "one row of calibration text is too little to measure a projector alone"
+        if key in before:
+            note = _too_few(seen.projector, before[key].own.tokens)
+            form = FORMS[resolve_start("auto", seen.projector.kind)]
+            if before[key].own.tokens > form.dimensions(seen.projector):
+                explained = explained_alone(seen.projector, before[key].own, seen.own)
+        found[key] = {"explained": explained, "note": note}
+    return found
+
+
+def reports(aligner: Aligner, held_out: Tensor, known: dict[str, dict[str, Any]]) -> tuple[ProjectorReport, ...]:
+    """Return the reports of trained projectors, measured on rows `held_out` [rows, time]; `known` is from `alone`."""
+    missing = {"explained": None, "note": "a projector alone was not measured before the stage began"}
+    made = []
+    for key, seen in _statistics(aligner, held_out).items():
+        before = known.get(key, missing)
+        statistics = at_best_scale(seen.projector, seen.last) if seen.scale_free else seen.last
+        made.append(
+            ProjectorReport(
+                stage=aligner.stage.stage.name,
+                projector=key,
+                pairs=tuple(seen.pairs),
+                tokens=statistics.tokens,
+                diagnosis=diagnose(seen.projector, statistics, alone=before["explained"]),
+                note=before["note"],
+            )
+        )
+    return tuple(made)
+
+
+@torch.no_grad()
+def at_best_scale(projector: Projector, statistics: PairStatistics) -> PairStatistics:
+    """Return the statistics with the teacher at the size that the projector's output fits best.
+
+    For losses that see directions alone, which leave the size of what a projector gives to chance.
+    """
+    parameter = next(projector.parameters())
+    _, weight, bias = projector.split(parameter.new_zeros(1, projector.student_width))
+    assert weight is not None
+    moments, weight = statistics.moments(centred=False), weight.double()
+    product = (weight * moments.cross.T).sum()
+    teacher_sq_norm = (weight @ moments.student * weight).sum()
+    if bias is not None:
+        means = statistics.moments()
+        product = product + bias.double() @ means.teacher_mean
+        teacher_sq_norm = (
+            teacher_sq_norm + 2 * bias.double() @ (weight @ means.student_mean) + bias.double().square().sum()
+        )
+    if not bool((product > 0) & (teacher_sq_norm > 0)):
+        return statistics
+    scale = teacher_sq_norm / product
+    powers = {"cross": 1, "teacher": 2, "teacher_mean": 1}
+    state = statistics.state()
+    return PairStatistics.from_state({name: value * scale ** powers.get(name, 0) for name, value in state.items()})
+
+
+def write_reports(path: Path, found: Sequence[ProjectorReport]) -> None:
+    """Write reports as JSON. Raises CheckpointError if it can't."""
+    write_text(path, _json({"projectors": [report.as_dict() for report in found]}))
+
+
+def read_reports(path: Path) -> tuple[ProjectorReport, ...]:
+    """Return the reports of a file of `write_reports`. Raises CheckpointError for another file."""
+    try:
+        return tuple(ProjectorReport.from_dict(stored) for stored in _read(path)["projectors"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not hold reports of projectors", found=repr(error)) from error
+
+
+def warnings_of(found: Iterable[ProjectorReport]) -> list[str]:
+    """Return every warning, with the stage and the projector it is of."""
+    return [
+        f"stage {report.stage}, projector {report.projector}: {warning}"
+        for report in found
+        for warning in report.diagnosis.warnings
+    ]
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """Statistics of a projector: of the student's `own` features, and of the `last` that its weight is applied to."""
+
+    projector: Projector
+    scale_free: bool
+    own: PairStatistics
+    last: PairStatistics
+    pairs: dict[str, None]
+
+
+@torch.no_grad()
+def _statistics(aligner: Aligner, rows: Tensor) -> dict[str, _Seen]:
+    """Return the statistics of each projector that learns, by key, over rows of token ids [rows, time]."""
+    found: dict[str, _Seen] = {}
+    size = max(1, BATCH_TOKENS // rows.shape[1])
+    for match, projection, skip in observations(aligner, rows.split(size) if rows.shape[0] else ()):
+        if projection is None or not _learns(projection.projector):
+            continue
+        seen = found.setdefault(
+            projection.key,
+            _Seen(
+                projector=projection.projector,
+                scale_free=_is_scale_free(match),
+                own=PairStatistics(),
+                last=PairStatistics(),
+                pairs={},
+            ),
+        )
+        seen.pairs[match.pair.name] = None
+        student, teacher = projection.student[:, skip:].float(), projection.teacher[:, skip:]
+        seen.own.update(student, teacher)
+        features = projection.projector.split(student).features
+        if features is not student:
+            seen.last.update(features, teacher)
+    for seen in found.values():
+        if seen.last.tokens == 0:
+            seen.last = seen.own
+    return found
+
+
+def _learns(module: object) -> bool:
+    return isinstance(module, Projector) and any(True for _ in module.parameters())
+
+
+def _is_scale_free(match: PairObjective) -> bool:
+    loss = match.entry.loss
+    return (loss.distance if isinstance(loss, AttentionBridge) else loss.kind) == "cosine"
+
+
+def _too_few(projector: Projector, tokens: int) -> str | None:
+    form = resolve_start("auto", projector.kind)
+    dimensions = FORMS[form].dimensions(projector)
+    if tokens <= dimensions:
+        return (
+            f"a projector alone was not measured: {form} in {dimensions} dimensions is fitted to more tokens than the "
+            f"{tokens} of calibration text, {enough_tokens(dimensions)} say more"
+        )
+    if tokens < enough_tokens(dimensions):
+        return f"what a projector alone reaches is a lower bound: {form} in {dimensions} dimensions of {tokens} tokens"
+    return None
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}", found=str(error)) from error

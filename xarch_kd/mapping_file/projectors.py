@@ -1,0 +1,62 @@
+"""Projectors of a mapping file: what bridges student width and teacher width."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from xarch_kd.mapping_file.scalars import ConfigModel
+
+Start = Literal["auto", "random", "ridge", "procrustes", "pca"]
+
+
+class ProjectorPart(ConfigModel):
+    """What every projector has.
+
+    `initialise` is its closed form on calibration text, fitted when the stage starts: `auto` is `procrustes` for an
+    orthogonal one, else `ridge`, and `random` where there is too little text. With `share` all pairs of the entry have
+    one projector.
+    """
+
+    bias: bool = False
+    initialise: Start = "auto"
+    share: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Return what `build_projector` takes, by its names."""
+        return self.model_dump(exclude={"kind", "initialise", "share"}, exclude_none=True)
+
+
+class MatrixProjector(ProjectorPart):
+    """One matrix; `orthogonal` keeps lengths and angles.
+
+    `auto` is `linear` where the widths differ or the student is built fresh, whose dimensions are its own; else none.
+    """
+
+    kind: Literal["auto", "linear", "orthogonal"]
+
+
+class LowRankProjector(ProjectorPart):
+    """The product of two thin matrices; `rank` is a quarter of the smaller width unless given."""
+
+    kind: Literal["low_rank"]
+    rank: Annotated[int, Field(ge=1)] | None = None
+
+
+class HiddenLayerProjector(ProjectorPart):
+    """One hidden layer of `width` units, twice the smaller width unless given."""
+
+    kind: Literal["mlp"]
+    width: Annotated[int, Field(ge=2)] | None = None
+
+
+class PlainProjector(ProjectorPart):
+    """What a projector's name alone says."""
+
+    kind: str
+
+
+AnyProjector = PlainProjector | MatrixProjector | LowRankProjector | HiddenLayerProjector
+ProjectorName = Literal["auto", "none", "linear", "low_rank", "mlp", "orthogonal"]
+ProjectorWithOptions = Annotated[MatrixProjector | LowRankProjector | HiddenLayerProjector, Field(discriminator="kind")]

@@ -1,0 +1,1 @@
+"""Conversion of a Transformer into a stock hybrid."""

@@ -1,0 +1,46 @@
+"""Parameters of a student that training must leave as they are, or the student stops being the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from xarch_kd.models.conversion.qwen3_5 import BELOW_EPSILON, LINEAR_NORM
+from xarch_kd.models.conversion.targets import Target
+from xarch_kd.models.conversion.teacher_spec import TeacherFacts
+
+
+def frozen_in_blocks(facts: TeacherFacts, target: Target, kept: Sequence[int]) -> tuple[str, ...]:
+    """Return what must stay frozen in a student of `target` that keeps attention in the blocks `kept`."""
+    if target.fit(facts) != "frozen":
+        return ()
+    has_bias = facts.input_bias or facts.output_bias
+    return tuple(
+        f"model.layers.{index}.self_attn.{name}.{kind}"
+        for index in kept
+        for name in LINEAR_NORM
+        for kind in (("weight", "bias") if has_bias and name.endswith("_proj") else ("weight",))
+    )
+
+
+def frozen_names(student: nn.Module) -> tuple[str, ...]:
+    """Return the parameters of a student, converted now or loaded, that must stay as they are.
+
+    They are the queries, keys and norms of attention blocks whose norms `qwen3_5.py` made linear. A checkpoint has no
+    note of that, but their weights tell: all channels the same, and thousands of times what a norm learns.
+    """
+    marked = [
+        name.removesuffix("q_norm.weight")
+        for name, parameter in student.named_parameters()
+        if name.endswith("self_attn.q_norm.weight")
+        and parameter.device.type != "meta"
+        and bool((parameter == parameter[0]).all())
+        and float(parameter.detach()[0]) > 1e-4 / BELOW_EPSILON
+    ]
+    return tuple(
+        name
+        for name, _ in student.named_parameters()
+        for place in marked
+        if name.startswith(place) and name.removeprefix(place).split(".")[0] in LINEAR_NORM
+    )

@@ -1,0 +1,140 @@
+"""The stock classes that a teacher can become, what each of them holds, and which one `auto` means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from xarch_kd.errors import ConversionError
+from xarch_kd.models.conversion.bamba import bamba_config, bamba_state, bamba_unsupported_reason
+from xarch_kd.models.conversion.granitemoehybrid import (
+    granitemoehybrid_config,
+    granitemoehybrid_state,
+    granitemoehybrid_unsupported_reason,
+    unscaled,
+)
+from xarch_kd.models.conversion.olmo_hybrid import olmo_hybrid_config, olmo_hybrid_state, olmo_hybrid_unsupported_reason
+from xarch_kd.models.conversion.qwen3_5 import qwen3_5_config, qwen3_5_state, qwen3_5_unsupported_reason
+from xarch_kd.models.conversion.teacher_spec import TeacherFacts, or_in_place
+from xarch_kd.models.conversion.weights import TeacherWeights
+
+# How near a student with all attention kept is to its teacher, best first: the same weights; multipliers folded into
+# weights, which differs by roundings; exact only while some weights stay frozen.
+Fit = Literal["exact", "folded", "frozen"]
+FITS: tuple[Fit, ...] = ("exact", "folded", "frozen")
+
+
+def _as_given(facts: TeacherFacts) -> TeacherFacts:
+    return facts
+
+
+def _folds(facts: TeacherFacts) -> Fit:
+    return "folded" if facts.is_folded else "exact"
+
+
+def _always_exact(facts: TeacherFacts) -> Fit:
+    return "exact"
+
+
+def _with_norms(facts: TeacherFacts) -> Fit:
+    return "frozen" if facts.query_key_norm is None else _folds(facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A student class: `obstacle` says why it cannot hold a teacher, `fit` how near it comes if it can.
+
+    `read_as` gives the facts with which the teacher's weights are read: without the multipliers that the class has
+    itself. `config` and `state` make its config and every weight but those of its mixers.
+    """
+
+    name: str
+    mixer: str
+    unsupported_reason: Callable[[TeacherFacts], str | None]
+    fit: Callable[[TeacherFacts], Fit]
+    read_as: Callable[[TeacherFacts], TeacherFacts] = _as_given
+    config: Callable[[TeacherFacts, Sequence[int], PreTrainedConfig], PreTrainedConfig]
+    state: Callable[[TeacherWeights, Sequence[int]], dict[str, Tensor]]
+
+
+TARGETS: dict[str, Target] = {
+    "bamba": Target(
+        name="bamba",
+        mixer="mamba2",
+        unsupported_reason=bamba_unsupported_reason,
+        fit=_folds,
+        config=bamba_config,
+        state=bamba_state,
+    ),
+    "granitemoehybrid": Target(
+        name="granitemoehybrid",
+        mixer="mamba2",
+        unsupported_reason=granitemoehybrid_unsupported_reason,
+        fit=_always_exact,
+        read_as=unscaled,
+        config=granitemoehybrid_config,
+        state=granitemoehybrid_state,
+    ),
+    "qwen3_5": Target(
+        name="qwen3_5",
+        mixer="gated_delta",
+        unsupported_reason=qwen3_5_unsupported_reason,
+        fit=_with_norms,
+        config=qwen3_5_config,
+        state=qwen3_5_state,
+    ),
+    "olmo_hybrid": Target(
+        name="olmo_hybrid",
+        mixer="gated_delta",
+        unsupported_reason=olmo_hybrid_unsupported_reason,
+        fit=_always_exact,
+        config=olmo_hybrid_config,
+        state=olmo_hybrid_state,
+    ),
+}
+
+MIXERS = ("mamba2", "gated_delta")
+
+
+def choose_target(facts: TeacherFacts, *, mixer: str, target: str) -> Target:
+    """Return the class that `target` names; for `auto` that of the best fit, of equal ones the first in `TARGETS`.
+
+    Raises `ConversionError` for names that do not exist or do not go together, and for a teacher that the class, or
+    every class with this mixer, cannot hold.
+    """
+    if mixer not in MIXERS:
+        raise ConversionError("There is no conversion to this mixer.", asked=mixer, allowed=", ".join(MIXERS))
+    if target != "auto" and target not in TARGETS:
+        raise ConversionError(
+            "There is no conversion to this class.", asked=target, allowed=f"auto, {', '.join(TARGETS)}"
+        )
+    if target != "auto" and TARGETS[target].mixer != mixer:
+        raise ConversionError(
+            f"The class {target} has no mixers of this kind.",
+            asked=f"mixer: {mixer}, target: {target}",
+            allowed=f"auto, {', '.join(name for name, one in TARGETS.items() if one.mixer == mixer)}",
+            fix=f"mixer: {TARGETS[target].mixer}",
+        )
+    asked = [TARGETS[target]] if target != "auto" else [one for one in TARGETS.values() if one.mixer == mixer]
+    able = [one for one in asked if one.unsupported_reason(facts) is None]
+    if not able:
+        reasons = "; ".join(f"{one.name}: {one.unsupported_reason(facts)}" for one in asked)
+        raise ConversionError(
+            f"A teacher of type {facts.model_type} cannot become {' or '.join(one.name for one in asked)}.",
+            asked=f"model_type: {facts.model_type}, mixer: {mixer}, target: {target}",
+            found=reasons,
+            fix=_instead(facts),
+        )
+    return min(able, key=lambda one: FITS.index(one.fit(facts)))
+
+
+def _instead(facts: TeacherFacts) -> str:
+    able = [one for one in TARGETS.values() if one.unsupported_reason(facts) is None]
+    able.sort(key=lambda one: FITS.index(one.fit(facts)))
+    fresh = "build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion"
+    others = or_in_place(facts.model_type, fresh)
+    return others if not able else f"mixer: {able[0].mixer}, target: {able[0].name} holds this teacher; or {others}"

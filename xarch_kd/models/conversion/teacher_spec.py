@@ -1,0 +1,242 @@
+"""What a teacher's config says about conversion, and which teachers no stock hybrid class holds.
+
+A family enters `FACTS` only with a test that its converted logits equal the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+from xarch_kd.errors import ConversionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionFacts:
+    """The sizes of an attention, and the `epsilon` of its norm, which comes before it unless `norm_after`."""
+
+    width: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    epsilon: float
+    norm_after: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFacts(AttentionFacts):
+    """A Transformer with rotary attention and a gated MLP, in numbers.
+
+    `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
+    mixer or MLP adds to the residual stream, `embedding_scale` the embedding, `logit_scale` the logits.
+    `rope_parameters` always says which share of a head is rotated. `rotary_layers[i]` is False where block i has no
+    position encoding. `output_bias` is that of o_proj. `query_key_norm` says over what queries and keys are normed,
+    if they are. With `norm_after` a block's two norms are not before its attention and MLP but after them.
+    """
+
+    model_type: str
+    layers: int
+    intermediate: int
+    vocabulary: int
+    activation: str
+    rope_parameters: dict[str, Any]
+    rotary_layers: tuple[bool, ...]
+    input_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied: bool
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float
+    logit_scale: float = 1.0
+    query_key_norm: Literal["head", "width"] | None = None
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether embedding and head are scaled apart, so that a folded student cannot tie them."""
+        return self.embedding_scale != 1.0 or self.logit_scale != 1.0
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether a student without multipliers needs some of the weights scaled."""
+        return self.is_scaled or self.residual_scale != 1.0 or self.attention_scale != self.head_dim**-0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why no stock hybrid class holds a family, and the nearest thing that works."""
+
+    reason: str
+    instead: str
+
+
+def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
+    """Return the facts of a teacher's config. Raises `ConversionError` with the reason and what works instead."""
+    refusal = REFUSALS.get(config.model_type)
+    if refusal is not None:
+        raise ConversionError(
+            f"A teacher of type {config.model_type} cannot become a stock hybrid student: {refusal.reason}.",
+            asked=f"model_type: {config.model_type}",
+            allowed=", ".join(FACTS),
+            fix=or_in_place(config.model_type, refusal.instead),
+        )
+    if config.model_type not in FACTS:
+        raise ConversionError(
+            f"A teacher of type {config.model_type} cannot become a stock hybrid student: "
+            "its conversion is not known to be exact.",
+            asked=f"model_type: {config.model_type}",
+            allowed=", ".join(FACTS),
+            fix="build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion",
+        )
+    _refuse_window(config)
+    return FACTS[config.model_type](config)
+
+
+def or_in_place(model_type: str, fix: str) -> str:
+    """Return `fix` with the other way out in front of it where there is one: new mixers in the teacher's own class."""
+    from xarch_kd.models.in_place.teachers import FAMILIES
+
+    if model_type not in FAMILIES:
+        return fix
+    return f"target: in_place puts new mixers into the teacher's own class, which needs this package to load; or {fix}"
+
+
+def _refuse_window(config: PreTrainedConfig) -> None:
+    window = getattr(config, "sliding_window", None)
+    if config.model_type in ("qwen2", "qwen3", "smollm3") and not getattr(config, "use_sliding_window", False):
+        window = None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        window = None
+    if window is None or window >= config.max_position_embeddings:
+        return
+    raise ConversionError(
+        f"The teacher attends through a sliding window of {window} tokens, and no stock hybrid class masks so.",
+        asked=f"sliding_window: {window}, max_position_embeddings: {config.max_position_embeddings}",
+        allowed="a teacher without a window",
+        fix=or_in_place(
+            config.model_type,
+            f"if no sequence is longer than {window} tokens, the window changes nothing: set sliding_window to null "
+            f"and max_position_embeddings to {window} in a copy of the teacher's config.json",
+        ),
+    )
+
+
+def _llama_like(config: PreTrainedConfig) -> TeacherFacts:
+    """Facts under the names that Llama's config gave them; a family's own deviations are replaced afterwards."""
+    values: Any = config
+    head_dim = getattr(config, "head_dim", None) or values.hidden_size // values.num_attention_heads
+    attention_bias = bool(getattr(config, "attention_bias", False))
+    return TeacherFacts(
+        model_type=config.model_type,
+        layers=values.num_hidden_layers,
+        width=values.hidden_size,
+        intermediate=values.intermediate_size,
+        heads=values.num_attention_heads,
+        key_value_heads=values.num_key_value_heads or values.num_attention_heads,
+        head_dim=head_dim,
+        vocabulary=values.vocab_size,
+        activation=values.hidden_act,
+        epsilon=values.rms_norm_eps,
+        rope_parameters=dict(values.rope_parameters),
+        rotary_layers=(True,) * values.num_hidden_layers,
+        input_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        tied=bool(values.tie_word_embeddings),
+        attention_scale=head_dim**-0.5,
+    )
+
+
+def _full_rotary(config: PreTrainedConfig) -> TeacherFacts:
+    """Llama's facts for a family that ignores `partial_rotary_factor`, whatever its config says."""
+    facts = _llama_like(config)
+    return replace(facts, rope_parameters={**facts.rope_parameters, "partial_rotary_factor": 1.0})
+
+
+def _mistral(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), input_bias=False, output_bias=False, mlp_bias=False)
+
+
+def _qwen2(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), input_bias=True, output_bias=False, mlp_bias=False)
+
+
+def _phi3(config: PreTrainedConfig) -> TeacherFacts:
+    facts = replace(_llama_like(config), input_bias=False, output_bias=False, mlp_bias=False)
+    original = getattr(config, "original_max_position_embeddings", None)
+    if facts.rope_parameters.get("rope_type") == "longrope" and original is not None:
+        rope = {"original_max_position_embeddings": original, **facts.rope_parameters}
+        return replace(facts, rope_parameters=rope)
+    return facts
+
+
+def _granite(config: PreTrainedConfig) -> TeacherFacts:
+    values: Any = config
+    return replace(
+        _full_rotary(config),
+        embedding_scale=values.embedding_multiplier,
+        residual_scale=values.residual_multiplier,
+        attention_scale=values.attention_multiplier,
+        logit_scale=1.0 / values.logits_scaling,
+    )
+
+
+def _smollm3(config: PreTrainedConfig) -> TeacherFacts:
+    values: Any = config
+    return replace(_full_rotary(config), rotary_layers=tuple(bool(value) for value in values.no_rope_layers))
+
+
+def _gemma(config: PreTrainedConfig) -> TeacherFacts:
+    facts = _full_rotary(config)
+    return replace(facts, mlp_bias=False, norm_offset=1.0, embedding_scale=facts.width**0.5)
+
+
+def _qwen3(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), mlp_bias=False, query_key_norm="head")
+
+
+def _olmo2(config: PreTrainedConfig) -> TeacherFacts:
+    return replace(_full_rotary(config), mlp_bias=False, query_key_norm="width", norm_after=True)
+
+
+FACTS: dict[str, Callable[[PreTrainedConfig], TeacherFacts]] = {
+    "llama": _full_rotary,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "phi3": _phi3,
+    "granite": _granite,
+    "smollm3": _smollm3,
+    "gemma": _gemma,
+    "qwen3": _qwen3,
+    "olmo2": _olmo2,
+}
+
+_FRESH = "build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion"
+
+REFUSALS: dict[str, Refusal] = {
+    "gemma2": Refusal(
+        reason="it has norms before and after each sub-block, soft-capped attention and logits, and a sliding window",
+        instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
+    ),
+    "gemma3_text": Refusal(
+        reason="it has norms before and after each sub-block, query and key norms, a window and two rotary bases",
+        instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
+    ),
+    "gemma3": Refusal(
+        reason="it reads images too, and its text model has norms before and after each sub-block and a sliding window",
+        instead="a Gemma 1 teacher converts exactly; or " + _FRESH,
+    ),
+    "gpt2": Refusal(
+        reason="it adds learned positions to its embedding and uses LayerNorm, and no stock hybrid class has either",
+        instead=_FRESH,
+    ),
+    "gpt_neox": Refusal(
+        reason="its LayerNorms have biases with no place, and mostly its attention and MLP read one input in parallel",
+        instead=_FRESH,
+    ),
+}

@@ -1,0 +1,257 @@
+"""A teacher's own classes with recurrent mixers in some of their blocks: configs, base models, language models.
+
+One of each is made for every row of `in_place_teachers.FAMILIES`. A replaced block is the teacher's block, norms and
+MLP included, with one of transformers' own mixers where its attention was. Its cache is transformers' too: the
+config's `layer_types` say `linear_attention` there, as those of Bamba and Qwen3.5 do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+from transformers.masking_utils import create_masks_for_generate, create_recurrent_attention_mask
+from transformers.models.bamba.modeling_bamba import BambaMixer, BambaRMSNormGated
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Qwen3_5RMSNormGated
+
+from xarch_kd.models.in_place.teachers import FAMILIES, Family
+
+PREFIX = "xarch_kd_"
+RECURRENT = "linear_attention"
+NEEDS = "the package xarch_kd: import xarch_kd before this model is loaded"
+# What says where the sequences of a packed row begin; the mixers' kernels take it.
+PACKING = ("seq_idx", "cu_seq_lens_q")
+
+
+class InPlaceConfig:
+    """A teacher's config, and which of its blocks have a mixer instead of attention.
+
+    `replaced_layers` are their indices, `mixer` is `mamba2` or `gated_delta`, and `mixer_settings` are fields of the
+    config of the class that the mixer is from (Bamba, Qwen3.5). `needs` says what loads such a model.
+    """
+
+    family: Family
+    replaced_layers: list[int]
+    mixer: str
+    mixer_settings: dict[str, Any]
+    num_hidden_layers: int
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Read the fields that the teacher's class does not have, and say which layers are recurrent."""
+        # Not a field of every class, and derived where it is none.
+        kwargs.pop("layer_types", None)
+        self.replaced_layers = sorted(kwargs.pop("replaced_layers", []))
+        self.mixer = kwargs.pop("mixer", "mamba2")
+        self.mixer_settings = dict(kwargs.pop("mixer_settings", {}))
+        self.needs = kwargs.pop("needs", NEEDS)
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # of the teacher's config class, which follows
+        windowed = getattr(self, "sliding_window", None) is not None
+        count = self.num_hidden_layers
+        types = getattr(self, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"] * count
+        self.layer_types = [RECURRENT if index in self.replaced_layers else types[index] for index in range(count)]
+        rope = getattr(self, "rope_parameters", None) or {}
+        if any(isinstance(value, dict) for value in rope.values()):
+            # A class with rotary tables by type of layer makes one for each type that there is.
+            rope.setdefault(RECURRENT, {"rope_type": "default", "rope_theta": 10000.0})
+
+
+class InPlaceMamba2(BambaMixer):
+    """Bamba's Mamba-2 mixer, called as attention is."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        mixer_config = BambaConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            attn_layer_indices=[index for index in range(config.num_hidden_layers) if index != layer],
+            **config.mixer_settings,
+        )
+        super().__init__(mixer_config, layer)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return what the block adds, [batch, time, width], and no map of attention."""
+        return super().forward(hidden_states, **mixer_arguments(kwargs)), None
+
+
+class InPlaceGatedDeltaNet(Qwen3_5GatedDeltaNet):
+    """Qwen3.5's gated-delta mixer, called as attention is."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        mixer_config = Qwen3_5TextConfig(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            layer_types=[RECURRENT] * config.num_hidden_layers,
+            **config.mixer_settings,
+        )
+        super().__init__(mixer_config, layer)  # type: ignore[arg-type]  # the text part of Qwen3.5's config
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Return what the block adds, [batch, time, width], and no map of attention."""
+        return super().forward(hidden_states, **mixer_arguments(kwargs)), None
+
+
+MIXERS: dict[str, type[nn.Module]] = {"mamba2": InPlaceMamba2, "gated_delta": InPlaceGatedDeltaNet}
+
+
+def mixer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a mixer takes of what a block gives its attention."""
+    caches = (given.get(name) for name in ("past_key_values", "layer_past"))
+    packing = {name: given[name] for name in PACKING if given.get(name) is not None}
+    return {
+        "cache_params": next((cache for cache in caches if cache is not None), None),
+        "attention_mask": given.get("padding_mask"),
+        **packing,
+    }
+
+
+class InPlaceBase(PreTrainedModel):
+    """A teacher's base model, with mixers in the replaced blocks."""
+
+    config: Any
+    family: Family
+    # Recurrent states cannot be taken back, which generation with an assistant would need.
+    _is_stateful = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        blocks = getattr(self, self.family.blocks)
+        for layer in config.replaced_layers:
+            setattr(blocks[layer], self.family.mixer, MIXERS[config.mixer](config, layer))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the teacher's forward with `padding_mask` [batch, time] beside its own masks, for the mixers."""
+        # Masks are made from the sizes, device and type of an embedding alone.
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+        meta = torch.empty((*tokens.shape[:2], 0), dtype=self.dtype, device=tokens.device)
+        if isinstance(attention_mask, dict):
+            padding = attention_mask.get(RECURRENT)
+            if not self.family.masks_by_type:
+                attention_mask = next((mask for kind, mask in attention_mask.items() if kind != RECURRENT), None)
+        else:
+            padding = create_recurrent_attention_mask(self.config, meta, attention_mask)
+            if self.family.masks_by_type:
+                attention_mask = create_masks_for_generate(
+                    self.config, meta, attention_mask, past_key_values, position_ids=position_ids
+                )
+        return super().forward(
+            input_ids,  # type: ignore[arg-type]  # the forward of the teacher's class
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            padding_mask=padding,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not init_mixer(module):
+            super()._init_weights(module)
+
+
+class InPlaceCausalLM(PreTrainedModel):
+    """A teacher's language model on an `InPlaceBase`."""
+
+    config: Any
+    base_class: type[PreTrainedModel]
+    _is_stateful = True
+
+    def __init__(self, config: Any) -> None:
+        # Not the teacher's own __init__, which would build the teacher's own base model.
+        PreTrainedModel.__init__(self, config)
+        setattr(self, self.base_model_prefix, self.base_class(config))
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not init_mixer(module):
+            super()._init_weights(module)
+
+
+def init_mixer(module: nn.Module) -> bool:
+    """Initialise what is a mixer's own, as its class does, and tell whether `module` was that.
+
+    The teacher's rule would take a gated norm for one of its own, and may set its weight to 0.
+    """
+    if isinstance(module, BambaMixer):
+        module.init_bamba_weights()
+    elif isinstance(module, Qwen3_5GatedDeltaNet):
+        initialization.ones_(module.dt_bias)
+        initialization.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(0.01, 16).log_())
+    elif isinstance(module, BambaRMSNormGated | Qwen3_5RMSNormGated):
+        initialization.ones_(module.weight)
+    else:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceClasses:
+    """The classes of one family."""
+
+    config: type[PreTrainedConfig]
+    base: type[PreTrainedModel]
+    model: type[PreTrainedModel]
+
+
+def make_classes(model_type: str, family: Family) -> InPlaceClasses:
+    """Return new classes `InPlace…` for a family, of the type `xarch_kd_…`."""
+    own = {"__module__": __name__, "family": family}
+
+    def made(kind: type, name: str, **attributes: Any) -> Any:
+        teacher = getattr(transformers, name)
+        documented = f"{name} with recurrent mixers in some of its blocks."
+        return type(f"InPlace{name}", (kind, teacher), {"__doc__": documented, **own, **attributes})
+
+    config = made(InPlaceConfig, family.config, model_type=PREFIX + model_type)
+    base = made(InPlaceBase, family.base, config_class=config)
+    model = made(InPlaceCausalLM, family.model, config_class=config, base_class=base)
+    return InPlaceClasses(config=config, base=base, model=model)
+
+
+CLASSES: dict[str, InPlaceClasses] = {name: make_classes(name, family) for name, family in FAMILIES.items()}
+
+
+def register() -> None:
+    """Make the classes known to `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`; twice is as once."""
+    for name, classes in CLASSES.items():
+        AutoConfig.register(PREFIX + name, classes.config, exist_ok=True)
+        AutoModel.register(classes.config, classes.base, exist_ok=True)
+        AutoModelForCausalLM.register(classes.config, classes.model, exist_ok=True)
+
+
+def __getattr__(name: str) -> type:
+    """Return a made class by its name, as pickle looks it up."""
+    for made in CLASSES.values():
+        for found in (made.config, made.base, made.model):
+            if found.__name__ == name:
+                return found
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+register()

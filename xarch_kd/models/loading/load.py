@@ -1,0 +1,169 @@
+"""Reading models, configs and tokenizers: no code from a checkpoint, no pickle but mamba_ssm's, plain tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from xarch_kd.errors import ModelError, suggest
+from xarch_kd.models.loading.gguf import gguf_config
+from xarch_kd.models.loading.reference import Source, check_config, check_weights, read_config_json, resolve
+from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, stock_config
+from xarch_kd.models.mamba_ssm.format import import_mamba_ssm, mamba_ssm_folder_config
+
+
+def load_config(reference: str, revision: str | None = None) -> PreTrainedConfig:
+    """Return the config of a model reference; no weights are read. Raises `ModelError`."""
+    return _config(resolve(reference, revision))
+
+
+def read_student_config(reference: str) -> PreTrainedConfig:
+    """Return the config in a folder, or of a `config.json` file, that need not have weights. Raises `ModelError`."""
+    path = Path(reference).expanduser()
+    if not path.exists():
+        return load_config(reference)
+    values = read_config_json(path)
+    check_config(values, where=str(path))
+    return _from_values(values, where=str(path))
+
+
+def _config(source: Source) -> PreTrainedConfig:
+    if source.kind == "gguf" and source.path is not None:
+        return gguf_config(source.path)
+    if source.path is not None:
+        if is_mamba_ssm_folder(source):
+            return mamba_ssm_folder_config(source.path)
+        return _from_values(read_config_json(source.path), where=source.name)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "The model's config could not be read from the hub.", asked=source.name, found=_first_line(error)
+        ) from error
+    check_config(values, where=source.name)
+    if is_mamba_ssm(values):
+        raise ModelError(
+            "The model on the hub is in mamba_ssm's format, which is read from a folder only.",
+            asked=source.name,
+            fix=f"download it, e.g. hf download {source.name} --local-dir FOLDER, and name the folder",
+        )
+    return _from_values(values, where=source.name)
+
+
+def is_mamba_ssm_folder(source: Source) -> bool:
+    """Return whether a model is a folder in mamba_ssm's format, which is read as the stock class that it equals."""
+    return source.kind == "folder" and source.path is not None and is_mamba_ssm(read_config_json(source.path))
+
+
+def _from_values(values: dict[str, Any], *, where: str) -> PreTrainedConfig:
+    if is_mamba_ssm(values):
+        return stock_config(values, where=where)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        known = list(CONFIG_MAPPING.keys())
+        raise ModelError(
+            f"The config of {where} has a model_type that this version of transformers does not know."
+            f"{suggest(str(model_type), known)}",
+            found=f"model_type: {model_type}",
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(values)
+    except Exception as error:
+        # Strict configs raise a class of their own for each field; all of them mean that the file is wrong.
+        raise ModelError(f"The config of {where} is not valid.", found=_first_line(error)) from error
+
+
+def load_model(
+    reference: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
+    """Return the causal language model of a reference, in eval mode, every weight a plain tensor of `dtype`.
+
+    Without a `dtype` it is that of the checkpoint. A folder in mamba_ssm's format comes as the stock class it equals.
+    Raises `ModelError` for weights that are missing, cut short, pickled, or not those of the config.
+    """
+    source = resolve(reference, revision)
+    if source.path is not None and is_mamba_ssm_folder(source):
+        return import_mamba_ssm(source.path, dtype=dtype).to(device)  # type: ignore[arg-type]  # stubs want a bound method
+    config = _config(source) if config is None else config
+    if source.kind == "folder" and source.path is not None:
+        check_weights(source.path)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": source.name, "use_safetensors": True}
+    if source.kind == "gguf" and source.path is not None:
+        place = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
+    elif source.path is not None:
+        place["pretrained_model_name_or_path"] = str(source.path)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **place,
+            revision=revision or "main",
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"The checkpoint lacks {len(missing)} weights that its config asks for.",
+            asked=reference,
+            found=f"missing: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
+        )
+    # A GGUF model keeps its quantiser, which would stop it from being saved, long after its weights are plain.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.to(device).eval()
+
+
+def load_tokenizer(reference: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model reference. Raises `ModelError`."""
+    source = resolve(reference, revision)
+    options: dict[str, Any] = {"trust_remote_code": False, "revision": revision or "main"}
+    name = source.name if source.path is None else str(source.path)
+    if source.kind == "gguf" and source.path is not None:
+        name, options["gguf_file"] = str(source.path.parent), source.path.name
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            "The tokenizer could not be read.",
+            asked=reference,
+            found=_first_line(error),
+            fix="give tokenizer: another reference, in the mapping file",
+        ) from error
+
+
+def fresh_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return a randomly initialised model of `config` in eval mode; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model of `config` without storage, for its parameters' names and shapes."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,123 @@
+"""One `align` entry as it is computed: its matches, the layer map between them, and when it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from xarch_kd.errors import NonFiniteLoss
+from xarch_kd.layer_mapping import LearnedMap, build_layer_map
+from xarch_kd.layer_mapping.layer_map import LayerMap
+from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.objectives.base import PairObjective
+from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.objectives.registry import build_objective
+from xarch_kd.planning.layer_maps import is_learned, redraw_period, strategy_of
+from xarch_kd.planning.plan import PairPlan
+from xarch_kd.taps.sites import Site
+from xarch_kd.teacher.feature_cache import Feature
+
+
+class ActivePair(NamedTuple):
+    """A match and the teacher's site that it is compared with at the moment."""
+
+    match: PairObjective
+    site: Site
+
+    @property
+    def student_layer(self) -> int | None:
+        """The student's block."""
+        return self.match.pair.student_layer
+
+
+Value = TypeVar("Value")
+Sides = Callable[[ActivePair], tuple[Feature, Feature]]
+
+
+class Alignment:
+    """The matches of an entry. `map` is a layer map that is trained, registered in `maps`."""
+
+    def __init__(
+        self,
+        align: Align,
+        pairs: Sequence[PairPlan],
+        depths: tuple[int, int],
+        *,
+        projectors: nn.ModuleDict,
+        maps: nn.ModuleDict,
+        generators: Callable[[PairPlan], torch.Generator],
+    ) -> None:
+        self.align, self.depths = align, depths
+        self.matches = tuple(build_objective(pair, align, projectors, generators(pair)) for pair in pairs)
+        self.schedule = WeightSchedule() if align.schedule is None else align.schedule.schedule
+        self.map: LearnedMap | None = None
+        self._period = redraw_period(align)
+        # Without the student's blocks that nothing trained reaches.
+        self.students = tuple(dict.fromkeys(pair.student_layer for pair in pairs))
+        if is_learned(align):
+            options: dict[str, Any] = strategy_of(align)[1]
+            self.map = LearnedMap(len(self.students), depths[1], **options)
+            maps[align.name] = self.map
+
+    def active_pairs(self, step: int) -> tuple[ActivePair, ...]:
+        """Return the matches with the teacher's sites of this step."""
+        redrawn = self._drawn(step)
+        return tuple(
+            ActivePair(match, Site(match.pair.tap, redrawn.get(match.pair.student_layer, match.pair.teacher_layer)))
+            for match in self.matches
+        )
+
+    def _drawn(self, step: int) -> dict[int | None, int | None]:
+        """Return the teacher block of each student block, where the layer map is drawn anew every so many steps."""
+        if self._period is None:
+            return {}
+        options = {**strategy_of(self.align)[1], "draw": step // self._period}
+        del options["redraw"]
+        drawn = build_layer_map("random", *self.depths, options=options)
+        return {student: teacher for student, teacher, _ in drawn.pairs()}
+
+    def terms(
+        self,
+        active_pairs: Sequence[ActivePair],
+        sides: Sides,
+        mask: Tensor | None,
+        normalizers: LossNormalizers,
+        progress: float,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the terms of the student's loss, weighted and by pair, and those that train maps alone."""
+        factor = self.align.weight * self.schedule.factor(progress)
+        losses: dict[str, Tensor] = {}
+        own: dict[str, Tensor] = {}
+        for reading in active_pairs:
+            match, (student, teacher) = reading.match, sides(reading)
+            name = match.pair.name
+            losses[name] = name_nonfinite(
+                name, lambda match=match, sides=(student, teacher): match.loss(*sides, mask, normalizers)
+            )
+            objective = match.objective(student, teacher, mask)
+            if objective is not None:
+                own[f"{name}-heads"] = objective
+        if self.map is None:
+            # A pair's weight is the entry's number times its share of the layer map.
+            shares = {match.pair.name: match.pair.weight / self.align.weight for match in self.matches}
+            return {name: factor * shares[name] * loss for name, loss in losses.items()}, own
+        matched = self.map(torch.stack(list(losses.values())).view(len(self.students), -1), progress)
+        own[f"{self.align.name}-map"] = matched.objective
+        names = (f"{self.align.name}.{layer}" for layer in self.students)
+        return {name: factor * loss for name, loss in zip(names, matched.match, strict=True)}, own
+
+    def layer_map(self, progress: float) -> LayerMap | None:
+        """Return the learned layer map as it is now, None for one that is fixed."""
+        return None if self.map is None else self.map.layer_map(progress)
+
+
+def name_nonfinite(name: str, compute: Callable[[], Value]) -> Value:
+    """Return what `compute` gives; a NonFiniteLoss that it raises names the objective."""
+    try:
+        return compute()
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found) from error

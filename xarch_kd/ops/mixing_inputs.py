@@ -1,0 +1,186 @@
+"""The checked inputs of `mixing_distance`, as every implementation takes them, and which pairs have a distance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError, suggest
+from xarch_kd.mixing import Mixing, SoftmaxMixing
+from xarch_kd.ops import checks
+
+# Name -> what it is for one row, P the teacher's (mixed over heads) and M the student's.
+DISTANCES: Final = {
+    "kl": "Σ P (log P - log M), softmax pairs",
+    "cross_entropy": "-Σ P log M, softmax pairs",
+    "frobenius": "|P - M|²",
+    "relative_frobenius": "|P - M|² / (|P|² + epsilon)",
+    "cosine": "1 - <P, M> / (|P| |M|), epsilon under both roots",
+}
+OF_LOGARITHMS: Final = ("kl", "cross_entropy")
+# How far the rows of a head map may be from summing to 1: what rounding the weights to bfloat16 does to a sum of 8.
+SUM_TOLERANCE: Final = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingDistanceInputs:
+    """`mixing_distance` with every argument checked.
+
+    `teacher` is detached; `head_map` [student heads, teacher heads] is in `dtype`, or None for the identity; `keep`
+    [batch, time] are the rows that count for both mixings and the caller's mask.
+    """
+
+    teacher: Mixing
+    student: Mixing
+    distance: str
+    head_map: Tensor | None
+    keep: Tensor
+    epsilon: float
+    dtype: torch.dtype
+
+    def mixed(self, teacher: Tensor) -> Tensor:
+        """Return head_map @ teacher [batch, heads, ...], for whatever the teacher has of each head."""
+        if self.head_map is None:
+            return teacher
+        flat = teacher.reshape(teacher.shape[0], teacher.shape[1], -1)
+        return (self.head_map @ flat).view(teacher.shape[0], -1, *teacher.shape[2:])
+
+
+def check_inputs(
+    teacher: Mixing,
+    student: Mixing,
+    *,
+    distance: str,
+    head_map: Tensor | None,
+    mask: Tensor | None,
+    epsilon: float,
+) -> MixingDistanceInputs:
+    """Check the arguments and return the problem."""
+    check_distance(distance, epsilon)
+    _check_sizes(teacher, student, head_map, mask)
+    dtype = torch.promote_types(teacher.dtype, student.dtype)
+    if head_map is not None:
+        _check_head_map(head_map, distance)
+        head_map = head_map.detach().to(dtype)
+    keep = teacher.counted() & student.counted()
+    if mask is not None:
+        keep = keep & mask
+    if distance in OF_LOGARITHMS:
+        _check_support(teacher, student, distance, keep)
+    return MixingDistanceInputs(
+        teacher=teacher.detach(),
+        student=student,
+        distance=distance,
+        head_map=head_map,
+        keep=keep,
+        epsilon=epsilon,
+        dtype=dtype,
+    )
+
+
+def check_distance(distance: str, epsilon: float) -> None:
+    """Raise UsageError for an unknown distance or an epsilon that is negative or not a number."""
+    if distance not in DISTANCES:
+        raise UsageError(
+            f"There is no such distance.{suggest(distance, DISTANCES)}", asked=distance, allowed=" | ".join(DISTANCES)
+        )
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise UsageError("epsilon must be positive.", found=epsilon, allowed="> 0")
+
+
+def _check_sizes(teacher: Mixing, student: Mixing, head_map: Tensor | None, mask: Tensor | None) -> None:
+    shape = (student.batch, student.time)
+    if (teacher.batch, teacher.time) != shape:
+        raise UsageError(
+            "The mixings are of different sequences.",
+            found=f"teacher {[teacher.batch, teacher.time]}, student {list(shape)}",
+            allowed="one [batch, time]",
+        )
+    if student.time < 2:
+        raise UsageError(
+            "The mixing of a single token says nothing: it has one entry.",
+            found=f"sequences of {student.time} token" + ("" if student.time == 1 else "s"),
+            allowed=">= 2 tokens",
+        )
+    if head_map is None and teacher.heads != student.heads:
+        raise UsageError(
+            "The mixings differ in heads and no map between them is given.",
+            found=f"teacher {teacher.heads}, student {student.heads}",
+            fix="pass head_map= [student heads, teacher heads]",
+        )
+    checks.check_shape("head_map", head_map, (student.heads, teacher.heads), "[student heads, teacher heads]")
+    checks.check_shape("mask", mask, shape, "[batch, time]")
+    checks.check_mask(mask)
+    places = {
+        f"{side} {name}": factor
+        for side, mixing in (("teacher", teacher), ("student", student))
+        for name, factor in mixing.factors.items()
+    }
+    checks.check_device(**places, head_map=head_map, mask=mask)
+
+
+def _check_head_map(head_map: Tensor, distance: str) -> None:
+    checks.check_floating(head_map=head_map)
+    if not bool(torch.isfinite(head_map).all()) or bool((head_map < 0).any()):
+        raise UsageError(
+            "head_map must be finite and not negative.", found=f"a smallest weight of {float(head_map.min())}"
+        )
+    sums = head_map.double().sum(-1)
+    if bool((sums == 0).any()):
+        raise UsageError(
+            "head_map leaves a student head without a teacher.",
+            found=f"row {int((sums == 0).nonzero()[0])} is zero",
+            allowed="a positive weight in every row",
+        )
+    wrong = (sums - 1).abs() > SUM_TOLERANCE
+    if distance == "kl" and bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise UsageError(
+            "kl compares distributions: each row of head_map must sum to 1.",
+            found=f"row {row} sums to {float(sums[row]):.4g}",
+            fix="divide each row by its sum, or use distance='cross_entropy'",
+        )
+
+
+def _check_support(teacher: Mixing, student: Mixing, distance: str, keep: Tensor) -> None:
+    """Raise UsageError unless both are softmaxes and the student sees whatever the teacher sees."""
+    if not (isinstance(teacher, SoftmaxMixing) and isinstance(student, SoftmaxMixing)):
+        raise UsageError(
+            f"{distance} compares softmax attention with softmax attention.",
+            found=f"teacher {teacher.kind}, student {student.kind}",
+            fix="use distance='cosine', which any pair has",
+        )
+    if distance == "kl" and teacher.sinks is not None:
+        raise UsageError(
+            "kl compares distributions, and the rows of a teacher with sinks do not sum to 1.",
+            fix="use distance='cross_entropy', whose gradient is the same, or 'cosine'",
+        )
+    hidden = _hidden_from(teacher, student, keep)
+    if hidden is not None:
+        raise UsageError(
+            f"{distance} is infinite: the student does not see all that the teacher attends to.",
+            found=hidden,
+            allowed="a student that sees at least as far",
+            fix="narrow the teacher's mixing, or use distance='cosine'",
+        )
+
+
+def _hidden_from(teacher: SoftmaxMixing, student: SoftmaxMixing, keep: Tensor) -> str | None:
+    """Say what the teacher sees and the student does not, if anything."""
+    if student.causal and not teacher.causal:
+        return "a causal student and a teacher that is not"
+    if student.window is not None and student.window < min(teacher.window or teacher.time, teacher.time):
+        return f"a window of {student.window} in the student, of {teacher.window or 'any length'} in the teacher"
+    used = keep.any(1)
+    if student.start is not None and bool(
+        ((student.start > (0 if teacher.start is None else teacher.start)) & used).any()
+    ):
+        return "a sequence that starts later for the student"
+    end = teacher.time if teacher.stop is None else teacher.stop
+    if not teacher.causal and student.stop is not None and bool(((student.stop < end) & used).any()):
+        return "a sequence that stops earlier for the student"
+    return None

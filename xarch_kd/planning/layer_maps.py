@@ -1,0 +1,135 @@
+"""The layer map of one `align` entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from xarch_kd.errors import UsageError
+from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
+from xarch_kd.mapping_file.layer_maps import LayerPair, RandomStrategy
+from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.mapping_file.source_map import Problem, YamlPath
+from xarch_kd.planning.models import ModelPair
+from xarch_kd.planning.problems import Diagnostics, one_line
+from xarch_kd.projectors import enough_tokens
+
+# Taps that are no features.
+FACTOR_TAPS: Final = ("mixing", "values")
+
+
+def layer_map(align: Align, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> LayerMap | None:
+    """Return the layer map of an `align` entry, or None when `findings` tell why there is none.
+
+    Of a strategy that follows from data this is `uniform` until the similarity of the layers is known.
+    """
+    depths = (models.student.depth, models.teacher.depth)
+    if align.layers is None:
+        message = (
+            "required key is missing. It must be a strategy (same, uniform, cka, …) or a list of {student, teacher}."
+        )
+        diagnostics.problems.append(Problem((*place, "layers"), message))
+        return None
+    if isinstance(align.layers, tuple):
+        return _explicit(align.layers, depths, place, diagnostics)
+    name, options = strategy_of(align)
+    options.pop("redraw", None)
+    similarity = models.similarities.get(entry_key(int(place[1]), align.name))
+    if is_measured(align) and align.tap in FACTOR_TAPS:
+        message = f"{name} compares features, and {align.tap} is none. Use a strategy that needs no calibration."
+        diagnostics.problems.append(Problem((*place, "layers"), message))
+        return None
+    if is_measured(align):
+        diagnostics.warnings += _too_few_tokens(align.name, name, models)
+    try:
+        if not is_measured(align) or similarity is not None:
+            return _built(name, options, models, similarity)
+        # Whether it can place these depths at all is known before anything is measured.
+        _built(name, options, models, torch.zeros(depths))
+    except UsageError as error:
+        diagnostics.problems.append(Problem((*place, "layers"), one_line(error)))
+        return None
+    diagnostics.warnings.append(
+        f"{align.name}: which layers {name} pairs follows from a calibration pass; uniform stands in for it here"
+    )
+    return _built("uniform", {}, models, None)
+
+
+def _too_few_tokens(entry: str, name: str, models: ModelPair) -> Iterator[str]:
+    width = max(models.student.layout.width, models.teacher.layout.width)
+    if models.calibration < width:
+        yield (
+            f"{entry}: {name} compares layers in up to {width} dimensions on {models.calibration} tokens, so that "
+            f"noise may decide; calibration.tokens of {enough_tokens(width)} or more is better"
+        )
+
+
+def _built(name: str, options: Mapping[str, object], models: ModelPair, similarity: Tensor | None) -> LayerMap:
+    return build_layer_map(
+        name,
+        models.student.depth,
+        models.teacher.depth,
+        replaced_layers=models.replaced,
+        student_kinds=models.student.layout.mixer_kinds,
+        teacher_kinds=models.teacher.layout.mixer_kinds,
+        similarity=similarity,
+        options=options,
+    )
+
+
+def strategy_of(align: Align) -> tuple[str, dict[str, object]]:
+    """Return the name of an entry's strategy and its options, however it was written."""
+    if isinstance(align.layers, str):
+        return align.layers, {}
+    assert align.layers is not None
+    assert not isinstance(align.layers, tuple)
+    return align.layers.strategy, align.layers.model_dump(exclude={"strategy"}, exclude_none=True)
+
+
+def redraw_period(align: Align) -> int | None:
+    """After how many steps a random layer map is drawn anew, None for never."""
+    return align.layers.redraw if isinstance(align.layers, RandomStrategy) else None
+
+
+def is_learned(align: Align) -> bool:
+    """Whether the layer map of an entry is trained with the student."""
+    return not isinstance(align.layers, tuple) and align.layers is not None and strategy_of(align)[0] == "learned"
+
+
+def is_measured(align: Align) -> bool:
+    """Whether the layer map of an entry follows from a calibration pass."""
+    if align.layers is None or isinstance(align.layers, tuple):
+        return False
+    return STRATEGIES[strategy_of(align)[0]].needs == "similarity"
+
+
+def entry_key(stage: int, name: str) -> str:
+    """The name under which the similarity of an entry's layers is kept: its stage's index and its own name."""
+    return f"{stage}.{name}"
+
+
+def _explicit(
+    pairs: tuple[LayerPair, ...], depths: tuple[int, int], place: YamlPath, diagnostics: Diagnostics
+) -> LayerMap | None:
+    outside = [
+        Problem(
+            (*place, "layers", index, name),
+            f"layer {layer} is out of range: the {name} has {depth} blocks, so 0 to {depth - 1} are allowed",
+        )
+        for index, pair in enumerate(pairs)
+        for name, layer, depth in (("student", pair.student, depths[0]), ("teacher", pair.teacher, depths[1]))
+        if layer >= depth
+    ]
+    diagnostics.problems += outside
+    if not pairs:
+        diagnostics.problems.append(Problem((*place, "layers"), "the list is empty, so nothing would be matched"))
+    if outside or not pairs:
+        return None
+    try:
+        return explicit([(pair.student, pair.teacher, pair.weight) for pair in pairs], *depths)
+    except UsageError as error:
+        diagnostics.problems.append(Problem((*place, "layers"), one_line(error)))
+        return None

@@ -1,0 +1,114 @@
+"""Teacher and student as a plan sees them: config, a model without storage, and where its parts are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from xarch_kd.mapping_file.schema import Paths
+from xarch_kd.models.loading.load import meta_model
+from xarch_kd.planning.plan import LayerRow, ModelSummary
+from xarch_kd.taps.layout import Layout, layout_of
+
+
+@dataclass(frozen=True)
+class ModelHandle:
+    """One of the two models. `dtype` is that of its weights."""
+
+    reference: str
+    config: PreTrainedConfig
+    layout: Layout
+    dtype: str
+
+    @classmethod
+    def of(cls, reference: str, config: PreTrainedConfig, paths: Paths | None, dtype: str) -> ModelHandle:
+        """Return the side of `config`. Raises `TapError` for a family that is not known and has no `paths`."""
+        return cls(reference, config, layout_of(meta_model(config), paths), dtype)
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.layout.blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return int(self.layout.model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Parameter names by identity."""
+        return {id(parameter): name for name, parameter in self.layout.model.named_parameters()}
+
+    def names_of(self, parameters: Iterable[Tensor]) -> set[str]:
+        """Return the names of parameters of this model."""
+        return {self.names[id(parameter)] for parameter in parameters}
+
+    def reached(self, tap: str, layer: int | None, *, alone: bool) -> set[str]:
+        """Return names of parameters that the tensor at a tap depends on; `alone`: the block is fed from outside."""
+        layout = self.layout
+        if layer is None:
+            module = layout.embedding if tap == "embedding" else layout.base
+            return self.names_of(module.parameters())
+        inside = self.names_of(layout.blocks[layer].parameters())
+        if tap in ("mixer_input", "mixer_output", "mixing", "values") and layout.mlps is not None:
+            inside -= self.names_of(layout.mlps[layer].parameters())
+        if tap == "mixer_input":
+            inside -= self.names_of(layout.mixers[layer].parameters())
+        if alone:
+            return inside
+        below = {name for block in layout.blocks[:layer] for name in self.names_of(block.parameters())}
+        return inside | below | self.names_of(layout.embedding.parameters())
+
+    def summary(self, replaced: Iterable[int] = ()) -> ModelSummary:
+        """Return what the plan says of this model."""
+        chosen = set(replaced)
+        rows = (
+            LayerRow(index=index, mixer=kind, replaced=index in chosen)
+            for index, kind in enumerate(self.layout.mixer_kinds)
+        )
+        return ModelSummary(
+            reference=self.reference,
+            model_type=self.config.model_type,
+            layers=tuple(rows),
+            width=self.layout.width,
+            vocabulary=self.vocabulary,
+            parameters=parameter_count(self.layout.model),
+            dtype=self.dtype,
+        )
+
+
+def replaced_layers(teacher: ModelHandle, student: ModelHandle) -> tuple[int, ...]:
+    """Return the blocks whose mixer is of another kind than the teacher's; none when the depths differ."""
+    if teacher.depth != student.depth:
+        return ()
+    kinds = zip(teacher.layout.mixer_kinds, student.layout.mixer_kinds, strict=True)
+    return tuple(index for index, (own, other) in enumerate(kinds) if own != other)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of parameters of a module, tied ones counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Both models, the blocks of the student whose mixer was replaced, and what a calibration pass measured.
+
+    `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
+    stage may train; `inherits` says that the student was made from the teacher, `fresh` that it knows nothing yet;
+    `calibration` is the number of tokens of a calibration pass.
+    """
+
+    teacher: ModelHandle
+    student: ModelHandle
+    replaced: tuple[int, ...]
+    similarities: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
+    inherits: bool = False
+    fresh: bool = False
+    calibration: int = 16_384

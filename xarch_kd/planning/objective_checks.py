@@ -1,0 +1,73 @@
+"""What the objectives of one stage need of each other: something that counts at each step, something to balance on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from xarch_kd.losses.cka import cka_tokens
+from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.mapping_file.objectives import Schedule
+from xarch_kd.mapping_file.schema import Stage
+from xarch_kd.mapping_file.source_map import Problem, YamlPath
+from xarch_kd.planning.layer_maps import redraw_period
+from xarch_kd.planning.plan import PairPlan
+
+
+def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: YamlPath) -> Iterator[Problem]:
+    """Yield what is wrong with the objectives that are left in a stage."""
+    present = {pair.align for pair in pairs}
+    entries = [entry for entry in stage.align if entry.name in present]
+    if stage.tokens is None and entries and all(entry.loss.weight == "auto" for entry in entries):
+        position = stage.align.index(entries[0])
+        message = (
+            "every objective of this stage has weight: auto, so there is nothing to balance against. Give one of them "
+            "a number, or add tokens."
+        )
+        yield Problem((*place, "align", position, "loss", "weight"), message)
+    schedules = [_schedule(entry.schedule) for entry in entries]
+    if stage.tokens is not None:
+        schedules.append(_schedule(stage.tokens.schedule))
+    for step in _turns(schedules, stage.steps):
+        if not any(schedule.factor(step / stage.steps) > 0 for schedule in schedules):
+            message = (
+                f"no objective has a weight above 0 at step {step + 1} of {stage.steps}. Let their schedules meet, or "
+                "make two stages."
+            )
+            yield Problem(place, message)
+            return
+
+
+def _turns(schedules: Sequence[WeightSchedule], steps: int) -> list[int]:
+    """Return steps among which is the first of all at which every schedule is 0, if there is one.
+
+    A factor becomes 0 at the first step or next to its start or end, so that step is one of these.
+    """
+    edges = {0.0, 1.0} | {edge for schedule in schedules for edge in (schedule.start, schedule.end)}
+    near = {int(edge * steps) + offset for edge in edges for offset in (-1, 0, 1)}
+    return sorted(step for step in near if 0 <= step < steps)
+
+
+def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iterator[str]:
+    """Yield a warning for each entry whose loss needs more tokens a micro-batch than the `tokens` that there are."""
+    for pair in pairs:
+        enough = cka_tokens(pair.student_width, pair.teacher_width)
+        if pair.loss == "cka" and tokens < enough:
+            yield (
+                f"stage {stage.name}: {pair.align} compares {tokens} tokens at a time in "
+                f"{max(pair.student_width, pair.teacher_width)} dimensions by cka, which is more noise than signal "
+                f"below {enough}: raise batch_size or data.sequence_length"
+            )
+
+
+def redraw_warnings(stage: Stage) -> Iterator[str]:
+    """Yield a warning for each map that is drawn anew while the teacher's features are kept."""
+    for entry in stage.align:
+        if redraw_period(entry) is not None and stage.cache_place != "off":
+            yield (
+                f"stage {stage.name}: the map of {entry.name} is drawn anew every {redraw_period(entry)} steps, so the "
+                "cache grows beyond what is said here, up to all blocks of the teacher"
+            )
+
+
+def _schedule(given: Schedule | None) -> WeightSchedule:
+    return WeightSchedule() if given is None else given.schedule

@@ -1,0 +1,122 @@
+"""A plan: a mapping file resolved and checked against both configs, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.mapping_file.schema import MappingFile, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One block of a model: its index, its mixer's kind, and whether conversion replaced that mixer."""
+
+    index: int
+    mixer: str
+    replaced: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """What a config says of a model. `parameters` counts tied weights once."""
+
+    reference: str
+    model_type: str
+    layers: tuple[LayerRow, ...]
+    width: int
+    vocabulary: int
+    parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPlan:
+    """One student site learning from one teacher site. `layer` is None for `embedding` and `head_input`.
+
+    `name` is unique in the stage (`mixer-output.6`): it names the loss part and the log entry. `projector_key` names
+    the pair's projector, which it may share with others; its parameters are counted at the first of them. `weight` is
+    the entry's number times the layer map's, `teacher_scale` what the teacher's features are multiplied by,
+    `shared_basis` whether the student's dimensions are the teacher's. Heads are those of mixing matrices, None for
+    other taps and for mixers whose config does not tell; `bridge` are (student, teacher) widths of queries and of keys.
+    """
+
+    name: str
+    align: str
+    tap: str
+    student_layer: int | None
+    teacher_layer: int | None
+    student_width: int
+    teacher_width: int
+    projector: str
+    projector_parameters: int
+    loss: str
+    weight: float
+    projector_key: str = ""
+    teacher_scale: float = 1.0
+    shared_basis: bool = False
+    student_heads: int | None = None
+    teacher_heads: int | None = None
+    bridge: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `estimate.py` for their derivation.
+
+    `pictures` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` with
+    `mixer_lr` as their rate.
+    """
+
+    index: int
+    stage: Stage
+    pairs: tuple[PairPlan, ...]
+    trainable: tuple[str, ...]
+    trainable_parameters: int
+    projector_parameters: int
+    batch_size: int
+    distinct_batches: int
+    tokens_per_step: int
+    tokens: int
+    cache_bytes: int
+    flops: float
+    seconds: float
+    peak_bytes: int
+    layer_map_plots: tuple[tuple[str, str], ...] = ()
+    mixers: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Name of the stage's folder inside the run folder, e.g. `01-mixers`."""
+        return f"{self.index + 1:02d}-{self.stage.name}"
+
+    def align_of(self, pair: PairPlan) -> Align:
+        """The `align` entry that `pair` came from."""
+        return next(entry for entry in self.stage.align if entry.name == pair.align)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that `train` needs to know, checked. `source` is the mapping file's text as it was read.
+
+    `student_config` is the student's config as a dict (of the class named by its `model_type`); `trainable` of each
+    stage lists parameter names of the student. `basis` says in one line what the times rest on. `uncalibrated` are the
+    entries, as (stage index, name), whose layer map follows from a calibration pass that was not made yet: `uniform`
+    stands in for it. `similarities` are what those that were made saw, [student layers][teacher layers] by
+    `stage.entry`.
+    """
+
+    mapping: MappingFile
+    source: str
+    path: Path | None
+    teacher: ModelSummary
+    student: ModelSummary
+    student_config: dict[str, Any]
+    stages: tuple[StagePlan, ...]
+    warnings: tuple[str, ...]
+    timing_assumptions: str = ""
+    uncalibrated: tuple[tuple[int, str], ...] = ()
+    similarities: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)

@@ -1,0 +1,231 @@
+"""A plan shown: rich tables for people, plain data for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from xarch_kd.layer_mapping import similarity_picture
+from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.planning.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
+
+
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON-ready data: what `plan --json` prints and what a run folder's `plan.json` holds."""
+    return {
+        "path": None if plan.path is None else str(plan.path),
+        "mapping": plan.mapping.model_dump(mode="json"),
+        "teacher": dataclasses.asdict(plan.teacher),
+        "student": dataclasses.asdict(plan.student),
+        "student_config": _finite(plan.student_config),
+        "stages": [_stage_as_dict(stage) for stage in plan.stages],
+        "warnings": list(plan.warnings),
+        "timing_assumptions": plan.timing_assumptions,
+        "similarities": {name: [list(row) for row in matrix] for name, matrix in plan.similarities.items()},
+    }
+
+
+def render_plan(plan: Plan) -> RenderableType:
+    """Return a plan as tables: both models, their blocks, the stages, the pairs, notices."""
+    parts: list[RenderableType] = [_models(plan), Text(""), _blocks(plan), Text(""), _stages(plan), Text("")]
+    if any(stage.pairs for stage in plan.stages):
+        parts += [_pairs(plan), Text("")]
+    drawn = dict.fromkeys(picture for stage in plan.stages for _, picture in stage.layer_map_plots)
+    if any(not picture.startswith(("same:", "replaced:")) for picture in drawn):
+        parts += [part for picture in drawn for part in (Text(picture), Text(""))]
+    for name, matrix in plan.similarities.items():
+        parts += [Text(similarity_picture(f"similarity (CKA) for {name}", torch.tensor(matrix))), Text("")]
+    parts.append(Text(f"Time: {plan.timing_assumptions}.", style="dim"))
+    parts += [Text(f"notice: {warning}", style="yellow") for warning in plan.warnings]
+    return Group(*parts)
+
+
+def byte_text(count: float) -> str:
+    """Return bytes in words: `540 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a rough time in words: `40 s`, `3 min`, `2.5 h`."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def count_text(count: float) -> str:
+    """Return a count with a suffix: `6.70 M`."""
+    for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= limit:
+            return f"{count / limit:.2f}{suffix}"
+    return f"{count:.0f}"
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        name = column.removeprefix(">")
+        table.add_column(name, justify="right" if column != name else "left", overflow="fold")
+    return table
+
+
+def _models(plan: Plan) -> Table:
+    table = _table("", "model", "type", ">blocks", ">width", ">vocabulary", ">parameters", "dtype", title="Models")
+    for name, model in (("teacher", plan.teacher), ("student", plan.student)):
+        table.add_row(
+            name,
+            Text(model.reference),
+            model.model_type,
+            str(len(model.layers)),
+            str(model.width),
+            str(model.vocabulary),
+            count_text(model.parameters),
+            model.dtype,
+        )
+    return table
+
+
+def _blocks(plan: Plan) -> Table:
+    """Blocks of both models, neighbours alike in one row; side by side when the depths are equal."""
+    table = _table("blocks", "teacher", "student", "", title="Blocks")
+    teacher, student = plan.teacher, plan.student
+    if len(teacher.layers) == len(student.layers):
+        rows = zip(teacher.layers, student.layers, strict=True)
+        for key, run in groupby(rows, key=lambda pair: (pair[0].mixer, pair[1].mixer, pair[1].replaced)):
+            mark = "[bold]replaced[/]" if key[2] else ""
+            table.add_row(_span([own.index for own, _ in run]), key[0], key[1], mark)
+        return table
+    for mixer, span in _runs(teacher):
+        table.add_row(span, mixer, "", "")
+    for mixer, span in _runs(student):
+        table.add_row(span, "", mixer, "")
+    return table
+
+
+def _runs(model: ModelSummary) -> Iterator[tuple[str, str]]:
+    def mixer(row: LayerRow) -> str:
+        return row.mixer
+
+    for kind, run in groupby(model.layers, key=mixer):
+        yield kind, _span([row.index for row in run])
+
+
+def _span(indices: list[int]) -> str:
+    return str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+
+
+def _stages(plan: Plan) -> Table:
+    columns = ("stage", "inputs", "trains", ">parameters", ">steps", ">batch", ">tokens", "objectives", "cache")
+    table = _table(*columns, ">memory", ">time", title="Stages")
+    for stage in plan.stages:
+        accumulated = f" x {stage.stage.gradient_accumulation}" if stage.stage.gradient_accumulation > 1 else ""
+        table.add_row(
+            stage.folder,
+            stage.stage.inputs,
+            ", ".join(stage.stage.train),
+            count_text(stage.trainable_parameters),
+            str(stage.stage.steps),
+            f"{stage.batch_size}{accumulated}",
+            count_text(stage.tokens),
+            _objectives(stage),
+            f"{byte_text(stage.cache_bytes)} {stage.stage.cache_place}" if stage.cache_bytes else "off",
+            byte_text(stage.peak_bytes),
+            duration(stage.seconds),
+        )
+    if len(plan.stages) > 1:
+        peak = max(stage.peak_bytes for stage in plan.stages)
+        seconds = sum(stage.seconds for stage in plan.stages)
+        tokens = sum(stage.tokens for stage in plan.stages)
+        table.add_row(
+            "together", "", "", "", "", "", count_text(tokens), "", "", byte_text(peak), duration(seconds), style="bold"
+        )
+    return table
+
+
+def _objectives(stage: StagePlan) -> str:
+    parts = [f"{align.name} ({_loss(align)})" for align in stage.stage.align if _of(align.name, stage.pairs)]
+    tokens = stage.stage.tokens
+    if tokens is not None:
+        if tokens.weight:
+            parts.append(f"{tokens.divergence_kind} at T={tokens.temperature:g}, weight {tokens.weight:g}")
+        if tokens.cross_entropy:
+            parts.append(f"cross-entropy, weight {tokens.cross_entropy:g}")
+    return "; ".join(parts)
+
+
+def _of(align: str, pairs: Iterable[PairPlan]) -> bool:
+    return any(pair.align == align for pair in pairs)
+
+
+def _pairs(plan: Plan) -> Table:
+    columns = ("stage", "pair", "tap", "student", "teacher", "projector", "loss", ">weight")
+    table = _table(*columns, title="Pairs (block: batch, time, width or batch, heads, time × time)")
+    length = plan.mapping.data.sequence_length
+    for stage in plan.stages:
+        for pair in stage.pairs:
+            projector = pair.projector
+            if pair.projector_parameters:
+                projector += f", {count_text(pair.projector_parameters)} parameters"
+            table.add_row(
+                stage.stage.name,
+                pair.name,
+                pair.tap,
+                _shape(stage, length, pair.tap, pair.student_layer, pair.student_width, pair.student_heads),
+                _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_width, pair.teacher_heads),
+                projector,
+                _loss(stage.align_of(pair)),
+                _weight(stage.align_of(pair), pair),
+            )
+    return table
+
+
+def _weight(align: Align, pair: PairPlan) -> str:
+    changes = "" if align.schedule is None else f", {align.schedule.kind}"
+    if align.loss.weight != "auto":
+        return f"{pair.weight:g}{changes}"
+    return (f"auto × {pair.weight:g}" if pair.weight != 1 else "auto") + changes
+
+
+def _shape(stage: StagePlan, length: int, tap: str, layer: int | None, width: int, heads: int | None) -> str:
+    block = "" if layer is None else f"{layer}: "
+    if tap == "mixing":
+        return f"{block}({stage.batch_size}, {'heads' if heads is None else heads}, {length} × {length})"
+    return f"{block}({stage.batch_size}, {length}, {width})"
+
+
+def _loss(align: Align) -> str:
+    return align.loss.distance if align.loss.kind == "mixing" else align.loss.kind
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON-ready data: JSON has no infinity, which transformers writes as `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
+
+
+def _stage_as_dict(stage: StagePlan) -> dict[str, Any]:
+    values = {entry.name: getattr(stage, entry.name) for entry in dataclasses.fields(stage)}
+    return {
+        **values,
+        "folder": stage.folder,
+        "stage": stage.stage.model_dump(mode="json"),
+        "pairs": [dataclasses.asdict(pair) for pair in stage.pairs],
+        "pictures": dict(stage.layer_map_plots),
+        "trainable": list(stage.trainable),
+    }

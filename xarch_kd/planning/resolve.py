@@ -1,0 +1,234 @@
+"""From a mapping file to a plan: both configs are read, no weights, and all that does not fit is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.mapping_file.load import load_mapping
+from xarch_kd.mapping_file.schema import Conversion, MappingFile, Paths
+from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error, yaml_path_text
+from xarch_kd.models.conversion.convert import conversion_warnings, planned_frozen_names, student_config
+from xarch_kd.models.fresh import FreshConfigError, fresh_config
+from xarch_kd.models.loading.load import load_config, read_student_config
+from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
+from xarch_kd.planning.cost import Rates, measured_rates
+from xarch_kd.planning.layer_maps import entry_key, is_measured
+from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
+from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.problems import Diagnostics, one_line
+from xarch_kd.planning.stage import stage_plan
+
+
+def make_plan(mapping: str | Path | MappingFile, *, rates: Rates | None = None) -> Plan:
+    """Return the plan of a mapping file (its path, or the object), checked against both configs; no weights are read.
+
+    `rates` are this machine's matrix-product rates, measured here when not given. Raises `MappingFileError` with every
+    problem of the file, `ModelError` for a model that cannot be read, `ConversionError` for a teacher that does not
+    convert, `TapError` for a model type that is not known; each of these names the place in the file.
+    """
+    if isinstance(mapping, MappingFile):
+        return _plan(mapping, _as_yaml(mapping), None, None, rates)
+    loaded, source, source_map = load_mapping(mapping)
+    return _plan(loaded, source, Path(mapping), source_map, rates)
+
+
+def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor], *, rates: Rates | None = None) -> Plan:
+    """Return the plan with the layer maps that follow from `similarities`: [student, teacher layers] by `entry_key`."""
+    return _plan(plan.mapping, plan.source, plan.path, None, rates, similarities)
+
+
+def _plan(
+    mapping: MappingFile,
+    source: str,
+    path: Path | None,
+    source_map: SourceMap | None,
+    rates: Rates | None,
+    similarities: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Plan:
+    diagnostics = Diagnostics()
+    with _placed(("teacher", "model"), source_map):
+        teacher_config = load_config(mapping.teacher.model, mapping.teacher.revision)
+    teacher = _side(
+        mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), source_map
+    )
+    student = _student(mapping, teacher_config, source_map, diagnostics)
+    conversion = mapping.student.convert
+    frozen = () if conversion is None else planned_frozen_names(teacher_config, **_conversion(conversion))
+    models = ModelPair(
+        teacher,
+        student,
+        replaced_layers(teacher, student),
+        similarities,
+        frozenset(frozen),
+        inherits=conversion is not None,
+        fresh=mapping.student.config is not None,
+        calibration=mapping.calibration.tokens,
+    )
+    rates = rates or measured_rates(_device(mapping))
+    stages = [
+        stage_plan(index, stage, mapping.data, models, rates, diagnostics) for index, stage in enumerate(mapping.stages)
+    ]
+    if diagnostics.problems:
+        raise mapping_error(diagnostics.problems, source_map)
+    return Plan(
+        mapping=mapping,
+        source=source,
+        path=path,
+        teacher=teacher.summary(),
+        student=student.summary(models.replaced),
+        student_config=student.config.to_dict(),
+        stages=tuple(stage for stage in stages if stage is not None),
+        warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *diagnostics.warnings])),
+        timing_assumptions=rates.timing_assumptions,
+        similarities=_shown(mapping, similarities),
+        uncalibrated=tuple(entry for entry in _measured(mapping) if entry_key(*entry) not in similarities),
+    )
+
+
+def _measured(mapping: MappingFile) -> Iterator[tuple[int, str]]:
+    """Yield the entries whose layer map follows from a calibration pass, as (stage index, name)."""
+    for index, stage in enumerate(mapping.stages):
+        yield from ((index, align.name) for align in stage.align if is_measured(align))
+
+
+def _shown(mapping: MappingFile, similarities: Mapping[str, Tensor]) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Return the similarities by the names that a reader of the plan knows."""
+    return {
+        f"{mapping.stages[index].name}.{name}": tuple(map(tuple, similarities[entry_key(index, name)].tolist()))
+        for index, name in _measured(mapping)
+        if entry_key(index, name) in similarities
+    }
+
+
+def _student(
+    mapping: MappingFile, teacher: PreTrainedConfig, source_map: SourceMap | None, diagnostics: Diagnostics
+) -> ModelHandle:
+    student = mapping.student
+    if student.convert is not None:
+        conversion = student.convert
+        key = "keep_attention" if conversion.keep_attention is not None else "replace"
+        chosen = _conversion(conversion)
+        try:
+            with _placed(("student", "convert"), source_map):
+                config = student_config(teacher, **chosen)
+                diagnostics.warnings += conversion_warnings(teacher, **chosen)
+        except UsageError as error:
+            raise mapping_error([Problem(("student", "convert", key), one_line(error))], source_map) from None
+        reference = f"converted from {mapping.teacher.model}"
+    elif isinstance(student.config, dict):
+        reference = f"fresh {student.config.get('model_type')}"
+        try:
+            config = fresh_config(student.config, teacher)
+        except FreshConfigError as error:
+            raise mapping_error(_config_problems(error), source_map) from None
+    elif student.config is not None:
+        reference = student.config
+        with _placed(("student", "config"), source_map):
+            config = read_student_config(reference)
+    else:
+        reference = student.model or ""
+        with _placed(("student", "model"), source_map):
+            config = load_config(reference, student.revision)
+    if student.format == "mamba_ssm":
+        with _placed(("student", "format"), source_map):
+            mamba_ssm_config(config)
+    return _side(reference, config, student.paths, student.dtype, ("student",), source_map)
+
+
+def _config_problems(error: FreshConfigError) -> list[Problem]:
+    place = ("student", "config")
+    return [
+        Problem(place if problem.key is None else (*place, problem.key), problem.message) for problem in error.problems
+    ]
+
+
+def _conversion(conversion: Conversion) -> dict[str, Any]:
+    """Return the arguments that `student_config` and its siblings take."""
+    names = ("mixer", "keep_attention", "replace", "target")
+    return {name: getattr(conversion, name) for name in names}
+
+
+def _side(
+    reference: str,
+    config: PreTrainedConfig,
+    paths: Paths | None,
+    dtype: str,
+    place: YamlPath,
+    source_map: SourceMap | None,
+) -> ModelHandle:
+    try:
+        with _placed(place, source_map):
+            return ModelHandle.of(reference, config, paths, dtype)
+    except UsageError as error:
+        raise mapping_error([Problem((*place, "paths"), one_line(error))], source_map) from None
+
+
+@contextmanager
+def _placed(place: YamlPath, source_map: SourceMap | None) -> Iterator[None]:
+    """Name the place in the file in front of what is wrong with a model that the file names there."""
+    try:
+        yield
+    except ModelError as error:
+        where = yaml_path_text(place)
+        if source_map is not None:
+            position = source_map.position(place)
+            where = f"{source_map.name}:{position.line}:{position.column}: {where}"
+        raise type(error)(
+            f"{where}: {error.message}", asked=error.asked, found=error.found, allowed=error.allowed, fix=error.fix
+        ) from error
+
+
+def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
+    length = mapping.data.sequence_length
+    for side, name in ((models.teacher, "teacher"), (models.student, "student")):
+        longest = getattr(side.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(longest, int) and length > longest:
+            yield f"data.sequence_length is {length}, but the {name} was made for at most {longest} positions"
+    rows = (models.student.vocabulary, models.teacher.vocabulary)
+    if rows[0] != rows[1] and any(stage.tokens is not None for stage in mapping.stages):
+        yield (
+            f"the student's vocabulary has {rows[0]} rows and the teacher's {rows[1]}: next-token distributions are "
+            f"compared over the first {min(rows)}, if both tokenizers agree on them"
+        )
+    embedding = models.student.layout.model.get_input_embeddings().weight
+    if mapping.student.embeddings == "teacher":
+        yield _transfer_note(models)
+    for stage in mapping.stages:
+        part = {"embeddings", "head"} & set(stage.train)
+        if len(part) == 1 and "all" not in stage.train and embedding is models.student.layout.head_weight:
+            yield f"stage {stage.name}: the student's head is its embedding, so training {part.pop()} trains both"
+
+
+def _transfer_note(models: ModelPair) -> str:
+    """Return what `embeddings: teacher` does to these widths."""
+    student, teacher = (side.layout.model.get_input_embeddings().weight for side in (models.student, models.teacher))
+    assert isinstance(student, Tensor)
+    assert isinstance(teacher, Tensor)
+    own, other = student.shape[1], teacher.shape[1]
+    what = f"projected from {other} dimensions onto {own}" if own < other else "copied"
+    what += f", zero in dimensions {other} to {own - 1}" if own > other else ""
+    is_tied = student is models.student.layout.head_weight
+    return f"the student's embeddings{'' if is_tied else ' and head'} start as the teacher's, {what}"
+
+
+def _device(mapping: MappingFile) -> str:
+    if mapping.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if mapping.device == "cuda" and not torch.cuda.is_available():
+        return "cpu"
+    return mapping.device
+
+
+def _as_yaml(mapping: MappingFile) -> str:
+    """Return a mapping file built in Python as text that reads back as the same one."""
+    return yaml.safe_dump(mapping.model_dump(mode="json", exclude_unset=True), sort_keys=False)

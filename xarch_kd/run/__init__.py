@@ -1,0 +1,1 @@
+"""The run folder, progress and signals of a run."""

@@ -1,0 +1,1 @@
+"""Features of the frozen teacher: reader and caches."""

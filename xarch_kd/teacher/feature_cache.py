@@ -1,0 +1,151 @@
+"""Caches of teacher features, in memory and on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xarch_kd.errors import CheckpointError
+from xarch_kd.mixing import (
+    BandedMixing,
+    DeltaMixing,
+    LinearMixing,
+    Mixing,
+    SelectiveMixing,
+    SoftmaxMixing,
+    SSDMixing,
+)
+from xarch_kd.taps.sites import Site
+
+Feature = Tensor | Mixing
+
+
+Features = dict[Site, Feature]
+
+
+MIXINGS = {
+    kind.kind: kind for kind in (SoftmaxMixing, SSDMixing, SelectiveMixing, LinearMixing, DeltaMixing, BandedMixing)
+}
+
+
+class FeatureCache(Protocol):
+    """Features by batch number, in the dtype the teacher gave them, so that a hit equals a fresh pass bit for bit."""
+
+    def get(self, batch: int) -> Features | None: ...
+    def put(self, batch: int, features: Features) -> None: ...
+
+
+class MemoryCache:
+    """Features kept in main memory, whatever device the teacher runs on."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Features] = {}
+
+    def get(self, batch: int) -> Features | None:
+        """Return the features of `batch`, or None."""
+        return self._kept.get(batch)
+
+    def put(self, batch: int, features: Features) -> None:
+        """Keep the features of `batch`."""
+        self._kept[batch] = {site: _moved(feature, "cpu") for site, feature in features.items()}
+
+
+class DiskCache:
+    """Features in one safetensors file a batch; a file that is not whole is read again from the teacher."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, batch: int) -> Features | None:
+        """Return the features of `batch`, or None when they are not there or not readable."""
+        path = self._path(batch)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+                plain = json.loads((file.metadata() or {}).get("mixings", "{}"))
+        except (SafetensorError, OSError):
+            return None
+        return _unpacked(stored, plain)
+
+    def put(self, batch: int, features: Features) -> None:
+        """Keep the features of `batch`. Raises CheckpointError when the disk is full."""
+        path = self._path(batch)
+        partial = path.with_suffix(".partial")
+        try:
+            tensors, plain = _packed(features)
+            save_file(tensors, partial, {"mixings": json.dumps(plain)})
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+                raise
+            raise CheckpointError(
+                "the teacher's features cannot be kept on disk",
+                found=str(error),
+                fix="free some space, or set the stage's cache to memory or off, then run again with --resume",
+            ) from error
+
+    def _path(self, batch: int) -> Path:
+        return self.folder / f"batch-{batch:06d}.safetensors"
+
+
+def _moved(feature: Feature, device: torch.device | str) -> Feature:
+    """Return a feature without its graph on `device`."""
+    if isinstance(feature, Tensor):
+        return feature.detach().to(device)
+    tensors = {name: value.detach().to(device) for name, value in _fields(feature).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(feature, **tensors)
+
+
+def _fields(mixing: Mixing) -> dict[str, Any]:
+    return {entry.name: getattr(mixing, entry.name) for entry in dataclasses.fields(mixing)}
+
+
+def _packed(features: Features) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Return features as named tensors, and what else their mixing matrices are made of."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for site, feature in features.items():
+        moved = _moved(feature, "cpu")
+        if isinstance(moved, Tensor):
+            tensors[_name(site)] = moved.contiguous()
+            continue
+        plain[_name(site)] = {"kind": moved.kind}
+        for name, value in _fields(moved).items():
+            if isinstance(value, Tensor):
+                # A factor may be an expanded view of fewer numbers, or share them with another.
+                tensors[f"{_name(site)}/{name}"] = value.clone(memory_format=torch.contiguous_format)
+            else:
+                plain[_name(site)][name] = value
+    return tensors, plain
+
+
+def _unpacked(tensors: Mapping[str, Tensor], plain: Mapping[str, dict[str, Any]]) -> Features:
+    found: Features = {_site(name): tensor for name, tensor in tensors.items() if "/" not in name}
+    for name, values in plain.items():
+        own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+        kind = MIXINGS[values["kind"]]
+        found[_site(name)] = kind(**own, **{key: value for key, value in values.items() if key != "kind"})
+    return found
+
+
+def _name(site: Site) -> str:
+    return site.tap if site.layer is None else f"{site.tap}.{site.layer}"
+
+
+def _site(name: str) -> Site:
+    tap, _, layer = name.partition(".")
+    return Site(tap, int(layer) if layer else None)

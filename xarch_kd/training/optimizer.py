@@ -1,0 +1,31 @@
+"""What AdamW trains of the student, in groups: matrices decay, vectors do not, mixers may have their own rate."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from xarch_kd.mapping_file.schema import Optimizer
+
+
+def parameter_groups(student: nn.Module, settings: Optimizer, mixers: Collection[str]) -> list[dict[str, Any]]:
+    """Return the parameters of `student` that train as groups of `torch.optim.AdamW`; `mixers` are names of mixers'.
+
+    Without `mixer_lr` there are two groups, which take the optimiser's own rate. With it there are four.
+    """
+    trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+    if settings.mixer_lr is None:
+        return _by_decay([parameter for _, parameter in trained], settings)
+    names = set(mixers)
+    body = [parameter for name, parameter in trained if name not in names]
+    mixing = [parameter for name, parameter in trained if name in names]
+    return [*_by_decay(body, settings), *_by_decay(mixing, settings, lr=settings.mixer_lr)]
+
+
+def _by_decay(parameters: list[nn.Parameter], settings: Optimizer, **rate: float) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay, **rate},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, **rate},
+    ]
