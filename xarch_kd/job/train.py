@@ -82,8 +82,12 @@ def train(
 
 
 def fingerprint_of(plan: Plan) -> str:
-    """Return the SHA-256 of what the mapping file says, whatever its layout and comments."""
-    return hashlib.sha256(json.dumps(plan.mapping.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of the mapping file's content, without layout and comments, and of custom objects' names."""
+    content = plan.mapping.model_dump(mode="json")
+    names = plan.custom.qualified_names()
+    if names:
+        content["custom"] = names
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Job:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from xarch_kd.mapping_file.schema import Paths
 from xarch_kd.models.loading.load import meta_model
+from xarch_kd.planning.custom import CustomObjects
 from xarch_kd.planning.plan import LayerRow, ModelSummary
 from xarch_kd.taps.layout import Layout, layout_of
 
@@ -101,7 +102,7 @@ class ModelPair:
 
     `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
     stage may train; `inherits` says that the student was made from the teacher, `fresh` that it knows nothing yet;
-    `calibration` is the number of tokens of a calibration pass.
+    `calibration` is the number of tokens of a calibration pass; `custom` are the objects passed from Python.
     """
 
     teacher: ModelHandle
@@ -112,3 +113,4 @@ class ModelPair:
     inherits: bool = False
     fresh: bool = False
     calibration: int = 16_384
+    custom: CustomObjects = field(default_factory=CustomObjects)

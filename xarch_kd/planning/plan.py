@@ -9,6 +9,7 @@ from typing import Any
 
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.schema import MappingFile, Stage
+from xarch_kd.planning.custom import CustomObjects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class Plan:
     stage lists parameter names of the student. `basis` says in one line what the times rest on. `uncalibrated` are the
     entries, as (stage index, name), whose layer map follows from a calibration pass that was not made yet: `uniform`
     stands in for it. `similarities` are what those that were made saw, [student layers][teacher layers] by
-    `stage.entry`.
+    `stage.entry`. `custom` are the objects passed from Python.
     """
 
     mapping: MappingFile
@@ -120,3 +121,4 @@ class Plan:
     timing_assumptions: str = ""
     uncalibrated: tuple[tuple[int, str], ...] = ()
     similarities: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    custom: CustomObjects = field(default_factory=CustomObjects)

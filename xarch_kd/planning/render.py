@@ -30,6 +30,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "timing_assumptions": plan.timing_assumptions,
         "similarities": {name: [list(row) for row in matrix] for name, matrix in plan.similarities.items()},
+        "custom": plan.custom.qualified_names(),
     }
 
 

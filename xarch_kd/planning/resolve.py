@@ -22,6 +22,13 @@ from xarch_kd.models.fresh import FreshConfigError, fresh_config
 from xarch_kd.models.loading.load import load_config, read_student_config
 from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
 from xarch_kd.planning.cost import Rates, measured_rates
+from xarch_kd.planning.custom import (
+    CustomDivergence,
+    CustomLayerMap,
+    CustomObjective,
+    CustomObjects,
+    CustomProjector,
+)
 from xarch_kd.planning.layer_maps import entry_key, is_measured
 from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
 from xarch_kd.planning.plan import Plan
@@ -29,22 +36,35 @@ from xarch_kd.planning.problems import Diagnostics, one_line
 from xarch_kd.planning.stage import stage_plan
 
 
-def make_plan(mapping: str | Path | MappingFile, *, rates: Rates | None = None) -> Plan:
+def make_plan(
+    mapping: str | Path | MappingFile,
+    *,
+    objectives: Mapping[str, CustomObjective] | None = None,
+    divergences: Mapping[str, CustomDivergence] | None = None,
+    layer_maps: Mapping[str, CustomLayerMap] | None = None,
+    projectors: Mapping[str, CustomProjector] | None = None,
+    rates: Rates | None = None,
+) -> Plan:
     """Return the plan of a mapping file (its path, or the object), checked against both configs; no weights are read.
 
+    `objectives`, `divergences`, `layer_maps` and `projectors` are objects by the names under which the file refers to
+    them (`kind: custom, name: NAME`); `planning/custom.py` has their protocols.
     `rates` are this machine's matrix-product rates, measured here when not given. Raises `MappingFileError` with every
     problem of the file, `ModelError` for a model that cannot be read, `ConversionError` for a teacher that does not
     convert, `TapError` for a model type that is not known; each of these names the place in the file.
     """
+    custom = CustomObjects.of(
+        objectives=objectives, divergences=divergences, layer_maps=layer_maps, projectors=projectors
+    )
     if isinstance(mapping, MappingFile):
-        return _plan(mapping, _as_yaml(mapping), None, None, rates)
+        return _plan(mapping, _as_yaml(mapping), None, None, custom, rates)
     loaded, source, source_map = load_mapping(mapping)
-    return _plan(loaded, source, Path(mapping), source_map, rates)
+    return _plan(loaded, source, Path(mapping), source_map, custom, rates)
 
 
 def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor], *, rates: Rates | None = None) -> Plan:
     """Return the plan with the layer maps that follow from `similarities`: [student, teacher layers] by `entry_key`."""
-    return _plan(plan.mapping, plan.source, plan.path, None, rates, similarities)
+    return _plan(plan.mapping, plan.source, plan.path, None, plan.custom, rates, similarities)
 
 
 def _plan(
@@ -52,6 +72,7 @@ def _plan(
     source: str,
     path: Path | None,
     source_map: SourceMap | None,
+    custom: CustomObjects,
     rates: Rates | None,
     similarities: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Plan:
@@ -73,6 +94,7 @@ def _plan(
         inherits=conversion is not None,
         fresh=mapping.student.config is not None,
         calibration=mapping.calibration.tokens,
+        custom=custom,
     )
     rates = rates or measured_rates(_device(mapping))
     stages = [
@@ -90,6 +112,7 @@ def _plan(
         stages=tuple(stage for stage in stages if stage is not None),
         warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *diagnostics.warnings])),
         timing_assumptions=rates.timing_assumptions,
+        custom=custom,
         similarities=_shown(mapping, similarities),
         uncalibrated=tuple(entry for entry in _measured(mapping) if entry_key(*entry) not in similarities),
     )
