@@ -1,11 +1,11 @@
-"""Compile every shipped configuration without a GPU and read registers, spills and shared memory back.
+"""Compilation of every shipped configuration without a GPU, with its registers, spills and shared memory.
 
     python -m xarch_kd.kernels.compile            # compare with the committed table
-    python -m xarch_kd.kernels.compile --write    # write the table anew
+    python -m xarch_kd.kernels.compile --write    # rewrite the table
     python -m xarch_kd.kernels.compile mixing_distance ssd    # only labels that contain every word
 
-A kernel file ships what its module-level tuple `SPECIMENS` (of `tiles.Specimen`) lists. The table is `resources.json`,
-and `resources.md` the same for reading; both are stamped with the release of triton that compiled them.
+A kernel file ships the configurations in its module-level tuple `SPECIMENS` (of `tiles.Specimen`). The table is
+`resources.json`, and `resources.md` for reading; both name the release of triton that compiled them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TABLE = FOLDER / "resources.json"
 PAGE = FOLDER / "resources.md"
 PROCESSES = 2
 
-# Bytes of shared memory that one program may have; registers that one thread may have (AMD: vector and accumulator
+# Limits of the hardware: bytes of shared memory per program, registers per thread (AMD: vector and accumulator
 # registers together).
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
 REGISTER_LIMIT = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
@@ -39,9 +39,10 @@ Row = dict[str, int]
 
 
 def specimens(words: Sequence[str] = ()) -> dict[str, tuple[str, int, str]]:
-    """Return every shipped configuration: `file/label/target` -> (file, place in its SPECIMENS, target).
+    """Return every shipped configuration: `file/label/target` -> (file, index in its SPECIMENS, target).
 
-    With `words`, only those whose name contains every word; only the files that a word names, if one does, are loaded.
+    With `words`, only configurations whose name contains every word. If a word is a file's name, only such files are
+    loaded.
     """
     found: dict[str, tuple[str, int, str]] = {}
     files = [path.stem for path in sorted(FOLDER.glob("*.py")) if path.stem != Path(__file__).stem]
@@ -56,7 +57,7 @@ def specimens(words: Sequence[str] = ()) -> dict[str, tuple[str, int, str]]:
 
 
 def compile_all(chosen: Mapping[str, tuple[str, int, str]]) -> dict[str, Row]:
-    """Compile the chosen configurations in two processes and return what each takes."""
+    """Compile the chosen configurations in two processes and return the resources of each."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")
@@ -68,10 +69,12 @@ def compile_all(chosen: Mapping[str, tuple[str, int, str]]) -> dict[str, Row]:
 def problems(
     chosen: Mapping[str, tuple[str, int, str]], rows: Mapping[str, Row], table: Mapping[str, Any], whole: bool = True
 ) -> list[str]:
-    """Return what is wrong with the compiled `rows` of `chosen`, one line each, by the rules and the committed table.
+    """Return the problems of the compiled `rows` of `chosen`, one line each.
 
-    A spill where the specimen allows none and more than the hardware has are wrong under any triton; more registers,
-    spills or shared memory than the table says only under the triton that wrote it. `whole`: these are all there are.
+    A spill that the specimen does not allow, and more than the hardware has, are problems under any release of triton.
+    More registers, spills or shared memory than in the committed `table` are problems only under the release that wrote
+    it. `whole`: `chosen` holds every configuration, so that entries of the table without a configuration are problems
+    too.
     """
     import triton
 
@@ -123,7 +126,7 @@ def _compile(where: tuple[str, int, str]) -> Row:
 
 
 def _read_cubin(assembly: Mapping[str, Any]) -> Row:
-    """Registers a thread, and bytes of stack a thread: a kernel without local arrays has a stack only for spills."""
+    """Return registers and bytes of stack per thread: a kernel without local arrays uses its stack only for spills."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -135,9 +138,9 @@ def _read_cubin(assembly: Mapping[str, Any]) -> Row:
 
 
 def _read_amd(assembly: Mapping[str, Any]) -> Row:
-    """Vector registers a lane (accumulators included), and bytes of scratch memory a lane, from the object's notes.
+    """Return vector registers (accumulators included) and bytes of scratch memory per lane, from the object's notes.
 
-    A scalar register spills to a lane of a vector register, which is counted, and takes no memory.
+    A scalar register spills to a lane of a vector register, which is included in the registers and takes no memory.
     """
     text = assembly["amdgcn"]
     spills = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
@@ -153,10 +156,10 @@ def _number(pattern: str, text: str) -> int:
 
 def _page(rows: Mapping[str, Row], version: str) -> str:
     lines = [
-        "# What the kernels take",
+        "# Resources of the kernels",
         "",
-        f"Compiled by triton {version}, without a GPU; written by `python -m {PACKAGE}.compile --write`. Registers a",
-        "thread; memory for spilled ones in bytes a thread; shared memory in bytes a program.",
+        f"Compiled by triton {version}, without a GPU; written by `python -m {PACKAGE}.compile --write`. Registers per",
+        "thread; memory for spilled registers in bytes per thread; shared memory in bytes per program.",
         "",
         "| configuration | registers | spills | shared |",
         "|---|---:|---:|---:|",
@@ -175,12 +178,12 @@ def _write(rows: Mapping[str, Row]) -> dict[str, Any]:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Compile, print one line a configuration, and return 1 when something is wrong."""
+    """Compile, print one line per configuration, and return 1 if there is a problem."""
     parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.compile", description="Compile the kernels.")
     parser.add_argument("words", nargs="*", help="only configurations whose name contains every word")
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    # The interpreter replaces the kernels, and what it leaves cannot be compiled.
+    # The interpreter replaces the kernels by functions that cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
     chosen = specimens(options.words)
     rows = compile_all(chosen)

@@ -1,9 +1,10 @@
-"""Divergence of two rows of logits and its gradient, which is written over the student's logits. One program a row.
+"""Divergence of two rows of logits and its gradient, which overwrites the student's logits. One program per row.
 
 Letters: z logits, p = softmax(z of the teacher / temperature), q the student's, x = log p - log q, f' = ∂F/∂q of a
-divergence Σ F. Passes over a row: sums of exponentials; sums of F and q f'; gradient q (f' - Σ q f'), which is where
-forward KL, whose Σ q f' is -1, adds up F too. Where q is nearly one-hot the two terms of the gradient cancel, so f' is
-first centred at the student's likeliest entry; forward KL, alpha and Rényi use R = q f', because their f' overflows.
+divergence Σ F. Passes over a row: sums of exponentials; sums of F and q f'; the gradient q (f' - Σ q f'). Forward KL,
+whose Σ q f' is -1, skips the second pass and sums F in the third. If q is nearly one-hot, the two terms of the gradient
+cancel, so f' is first centred at the student's likeliest entry; forward KL, alpha and Rényi use R = q f', because their
+f' overflows.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ KINDS = (
     "alpha",
     "renyi",
 )
-# Columns a block and warps a program. Interpreted rows are short, and should still have several blocks.
+# Columns per block and warps per program. Rows in the interpreter are short, and should still have several blocks.
 BLOCK = 128 if INTERPRETED else 2048
 WARPS = 8
 # Rows of logits start at multiples of this many elements, so that loads and stores are whole vectors.
@@ -36,7 +37,7 @@ ALIGNMENT = 64
 
 @triton.jit
 def expm1(x):
-    """e^x - 1, for x up to 60, to a few roundings also near 0."""
+    """e^x - 1, for x up to 60, within a few roundings, also near 0."""
     series = 1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0))
     series = 1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + x / 5.0 * series)))
     return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
@@ -44,7 +45,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(u):
-    """log(1 + u) to a few roundings also near 0: there 2 artanh(u / (2 + u)) as a series."""
+    """log(1 + u) within a few roundings, also near 0, by the series of 2 artanh(u / (2 + u))."""
     near = tl.abs(u) < 0.3
     ratio = tl.where(near, u / (2.0 + u), 0.0)
     square = ratio * ratio
@@ -54,7 +55,7 @@ def log1p(u):
 
 @triton.jit
 def log_student_over_mixture(x, teacher_share):
-    """log(q / (s p + (1 - s) q)) = -log(1 + s (e^x - 1)), which keeps its digits where p and q are close."""
+    """log(q / (s p + (1 - s) q)) = -log(1 + s (e^x - 1)), which stays accurate if p and q are close."""
     beyond = tl.where(x > 60.0, x - 60.0, 0.0)
     return -beyond - log1p(teacher_share * expm1(x - beyond))
 
@@ -63,7 +64,7 @@ def log_student_over_mixture(x, teacher_share):
 def summand(log_p, log_q, share, KIND: tl.constexpr):
     """F of each entry, and f' or, for forward KL, alpha and Rényi, R without its constant factor.
 
-    Products with a p or q that is 0 are 0, as their limits are; whatever is NaN stays NaN.
+    Products with a p or q of 0 are 0, which is their limit; NaN stays NaN.
     """
     p = tl.exp(log_p)
     q = tl.exp(log_q)
@@ -98,7 +99,7 @@ def summand(log_p, log_q, share, KIND: tl.constexpr):
 
 @triton.jit
 def logits_of(ROW, BIAS, columns, width, vocabulary, scale, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
-    """softcap(scale * (row + bias)) of some columns, 0 in padded ones, whatever stands there."""
+    """softcap(scale * (row + bias)) of some columns, 0 in padded ones, whatever they hold."""
     z = tl.load(ROW + columns, mask=columns < width, other=0.0).to(tl.float32)
     z = tl.where(columns < vocabulary, z, 0.0)
     if BIASED:
@@ -114,7 +115,7 @@ def divergence_row(
     STUDENT_BIAS,  # [vocabulary], read if S_BIASED (S: student, T: teacher)
     TEACHER_BIAS,
     LABELS,  # int64 [rows], read if LABELLED
-    SCALE,  # float32 [rows]: what a row's gradient is multiplied by
+    SCALE,  # float32 [rows]: factor of a row's gradient
     DIVERGENCE,  # float32 [rows]
     CROSS_ENTROPY,  # float32 [rows], written if LABELLED
     STEEPEST,  # float32 [rows], written if WITH_GRADIENT: the largest |∂D/∂(z / temperature)|
@@ -134,14 +135,14 @@ def divergence_row(
     student_cap,
     teacher_cap,
     KIND: tl.constexpr,
-    SOFTENED: tl.constexpr,  # whether the temperature is not 1
+    SOFTENED: tl.constexpr,  # the temperature is not 1
     LABELLED: tl.constexpr,
     S_BIASED: tl.constexpr,
     T_BIASED: tl.constexpr,
     S_CAPPED: tl.constexpr,
     T_CAPPED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    PACKED: tl.constexpr,  # whether an entry of GRADIENT is narrower than one of STUDENT
+    PACKED: tl.constexpr,  # an entry of GRADIENT is narrower than one of STUDENT
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -159,7 +160,7 @@ def divergence_row(
             label_logit += tl.load(STUDENT_BIAS + label).to(tl.float32)
         label_logit = softcap(label_logit * student_scale, student_cap, S_CAPPED)
 
-    # Every lane keeps its own running maximum and sum; they are brought together once, after the loop.
+    # Every lane has its own running maximum and sum; they are combined once, after the loop.
     student_max = tl.full([BLOCK], float("-inf"), tl.float32)
     student_sum = tl.zeros([BLOCK], tl.float32)
     plain_sum = tl.zeros([BLOCK], tl.float32)
@@ -203,7 +204,7 @@ def divergence_row(
 
     centre = 0.0
     if not R_FORM:
-        # Several lanes may hold the maximum: each of their entries centres equally well.
+        # Several lanes may hold the maximum; any of their entries is a valid centre.
         at_top = tl.max(tl.where(student_max == top, teacher_there, float("-inf")), 0)
         _, centre = summand(at_top - teacher_lse, top * inverse_temperature - student_lse, share, KIND)
 
@@ -265,7 +266,7 @@ def divergence_row(
             gradient *= softcap_slope(zs, student_cap, S_CAPPED) * student_scale
             gradient = tl.where(inside, gradient, 0.0).to(GRADIENT.dtype.element_ty)
             if PACKED:
-                # This block's entries may land on what other threads have still to load.
+                # This block's entries may overwrite what other threads have not yet loaded.
                 tl.debug_barrier()
             tl.store(GRADIENT + v, gradient, mask=v < student_width)
         tl.store(STEEPEST + row, tl.max(steepest, 0) * tl.abs(row_factor))
@@ -273,7 +274,7 @@ def divergence_row(
     if KIND == "alpha":
         divergence = divergence / (share * (share - 1.0))
     if KIND == "renyi":
-        # The logarithm of the sum of overlaps: from what it exceeds 1 by near 1, from itself near 0.
+        # The logarithm of the sum of overlaps: near 1 from its difference to 1, near 0 from the sum itself.
         overlap = -mean_slope
         small = overlap < 0.5
         logarithm = tl.where(small, tl.log(overlap), log1p(tl.where(small, 0.0, divergence)))
@@ -304,12 +305,13 @@ def divergence_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the divergence D, the cross-entropy and the largest |∂D/∂(z / temperature)| of each row, in float32.
 
-    The second has no elements without labels, the third none without a `gradient`.
+    The second is empty without labels, the third without a `gradient`.
 
     `student` and `teacher` are [rows, width] with adjacent columns, of which the first `vocabulary` are the products of
-    hidden states and heads; logits are softcap(scale * (product + bias)), and a cap of 0 is none. With a `gradient`
-    dtype, no wider than the student's, the gradient of scale * (divergence_weight * D + cross_entropy_weight * CE) with
-    respect to the products is written over the student's: `gradient_view` finds it. Columns from `vocabulary` on get 0.
+    hidden states and heads; logits are softcap(scale * (product + bias)), and a cap of 0 means no softcap. With a
+    `gradient` dtype, no wider than the student's, the gradient of scale * (divergence_weight * D + cross_entropy_weight
+    * CE) with respect to the products overwrites the student's products, and is 0 in columns from `vocabulary` on.
+    `gradient_view` returns it.
     """
     rows = student.shape[0]
     divergence, cross_entropy, steepest = _values(student, labels, gradient)
@@ -374,16 +376,16 @@ def _(
 
 
 def gradient_view(student: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return where `divergence_rows` writes the gradient of `student` [rows, width], in its memory."""
+    """Return the gradient [rows, width] that `divergence_rows` wrote into the memory of `student`."""
     return student if student.dtype == dtype else student.view(dtype)[:, : student.shape[1]]
 
 
-# (dtype of the student's products, of its gradient): as products are kept, with the operands' dtypes.
+# (dtype of the student's products, of its gradient), for the dtypes of products and of operands.
 _PAIRS = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"))
 
 
 def _specimen(kind: str, logits: str, gradient: str, full: bool) -> Specimen:
-    """A kernel with everything on (`full`), or with the divergence alone."""
+    """Return a kernel with every option on (`full`), or with the divergence alone."""
     operand = "fp32" if gradient == "fp32" else gradient
     types = {"STUDENT": logits, "GRADIENT": gradient, "TEACHER": logits, "LABELS": "i64"}
     types |= {"STUDENT_BIAS": operand, "TEACHER_BIAS": operand}
@@ -406,12 +408,12 @@ def _specimen(kind: str, logits: str, gradient: str, full: bool) -> Specimen:
             "BLOCK": BLOCK,
         },
         num_warps=WARPS,
-        # Two registers, since ptxas stops at 80 of them so that three programs fit.
+        # Two registers: ptxas stops at 80 registers so that three programs fit.
         may_spill=("sm_80",) if kind in ("alpha", "renyi") else (),
     )
 
 
-# What a gradient is rounded to hardly changes a kernel: every kind in one pair of dtypes, two kinds in all of them.
+# The dtype of a gradient hardly changes a kernel: every kind in one pair of dtypes, two kinds in all pairs.
 SPECIMENS = (
     *(_specimen(kind, "fp32", "bf16", True) for kind in KINDS),
     *(_specimen(kind, *pair, True) for kind in ("forward_kl", "jsd") for pair in _PAIRS if pair != ("fp32", "bf16")),

@@ -1,4 +1,4 @@
-"""How the kernels of `mixing_distance` are cut into tiles on each back end, so that none spills on sm_90 and gfx942."""
+"""Tile sizes of the kernels of `mixing_distance` on each back end, such that none spills on sm_90 and gfx942."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xarch_kd.kernels.tiles import INTERPRETED
 
 
 class Blocks(NamedTuple):
-    """How one kernel is cut: rows and columns of a tile, warps of a program, stages of its loads."""
+    """Tile sizes of one kernel: rows and columns of a tile, warps of a program, stages of its loads."""
 
     rows: int
     columns: int
@@ -21,8 +21,8 @@ class Blocks(NamedTuple):
 
 
 WORK = ("lse", "values", "row slopes", "column slopes")
-# back end -> the widest dtype among the operands of products -> what the kernel does -> the first entry whose width
-# holds the widest head. "values" reads maps; slopes add a product with a gradient tile, which float16 does as tf32.
+# back end -> the widest dtype among the operands of products -> work of the kernel -> largest head dim -> tile sizes.
+# "values" reads maps; slopes add a product with a gradient tile, which float16 does as tf32.
 BLOCKS: dict[str, dict[str, dict[str, dict[int, Blocks]]]] = {
     "cuda": {
         "bfloat16": {
@@ -55,30 +55,30 @@ BLOCKS: dict[str, dict[str, dict[str, dict[int, Blocks]]]] = {
         dtype: {work: {256: Blocks(16, 16, 1, 1)} for work in WORK} for dtype in ("bfloat16", "float16", "float32")
     },
 }
-# Programs that a grid should have at least: a few for each multiprocessor of a large GPU.
+# Smallest number of programs of a grid: a few for each multiprocessor of a large GPU.
 PROGRAMS = 512
 
 
 def padded(width: int) -> int:
-    """Return the width of a tile that holds `width` columns: a power of two, 16 at least."""
+    """Return the width of a tile that holds `width` columns: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(width))
 
 
 def back_end() -> str:
-    """Return what runs the kernels, as `BLOCKS` calls it."""
+    """Return the back end that runs the kernels, a key of `BLOCKS`."""
     if INTERPRETED.value:
         return "interpreter"
     return "hip" if torch.version.hip else "cuda"
 
 
 def widest_dtype(*tensors: Tensor) -> str:
-    """Return the widest dtype of these operands, as `BLOCKS` calls it."""
+    """Return the widest dtype of these operands, a key of `BLOCKS`."""
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     return next(dtype for dtype in ("float32", "float16", "bfloat16") if dtype in dtypes)
 
 
 def blocks(work: str, *tensors: Tensor) -> Blocks:
-    """Return how a kernel that does `work` is cut for these operands [..., width]."""
+    """Return the tile sizes of a kernel that does `work` on these operands [..., width]."""
     widest = max(padded(tensor.shape[-1]) for tensor in tensors)
     return blocks_of(back_end(), widest_dtype(*tensors), work, widest)
 
@@ -89,7 +89,10 @@ def blocks_of(where: str, dtype: str, work: str, width: int) -> Blocks:
 
 
 def parts(programs: int, heads: int) -> int:
-    """Return how many programs share the `heads` of a group, so that a grid of `programs` groups is not too small."""
+    """Return the number of programs that share the `heads` of a group, so that the grid is not too small.
+
+    `programs` is the size of the grid with one program for all heads of a group.
+    """
     count = 1
     while programs * count < PROGRAMS and heads % (count * 2) == 0:
         count *= 2
@@ -97,5 +100,5 @@ def parts(programs: int, heads: int) -> int:
 
 
 def launch(cut: Blocks) -> dict[str, Any]:
-    """Return the launch arguments of a kernel that is cut so."""
+    """Return the launch arguments for these tile sizes."""
     return {"BM": cut.rows, "BN": cut.columns, "num_warps": cut.warps, "num_stages": cut.stages}

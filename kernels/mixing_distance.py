@@ -1,10 +1,10 @@
-"""`mixing_distance` as custom operators of torch: rows of maps compared on tiles, with their gradients.
+"""Custom operators of torch for `mixing_distance`: rows of two maps compared tile by tile, with gradients.
 
 Loading this file registers `torch.ops.xarch_kd.softmax_divergence`, `softmax_statistics` and `ssd_statistics`, and the
-operators of their backward passes. Every one takes a pair of maps as the fields of `mixing_softmax.Pair`: student and
-teacher query and key [batch, time, heads, width], span [batch, 4] (int32), head_map [student heads, teacher heads] or
-None, and scales, caps (0: none), causal and windows (0: none) of student and teacher. Row numbers are
-[batch, heads, time] in float32. Gradients go to the student alone, and once: they cannot be differentiated again.
+operators of their backward passes. Each takes a pair of maps as the fields of `mixing_softmax.Pair`: student and
+teacher query and key [batch, time, heads, width], the valid ranges `span` [batch, 4] (int32), head_map [student heads,
+teacher heads] or None, and scales, caps (0: none), causal and windows (0: none) of student and teacher. Values of rows
+are [batch, heads, time] in float32. Only the student receives gradients, and they cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from xarch_kd.kernels.mixing_maps import kept_dtype
 from xarch_kd.kernels.mixing_softmax import Pair, compare_columns, compare_rows
 from xarch_kd.kernels.mixing_ssd import SSDPair
 
-# How many arguments an operator begins with: those of its pair.
+# Number of an operator's first arguments, which are the fields of its pair, and of the tensors among them.
 PAIR = len(Pair._fields)
-# How many of those are tensors.
 TENSORS = Pair._fields.index("scales")
 SSD_TENSORS = SSDPair._fields.index("scale")
 
@@ -87,9 +86,9 @@ def softmax_gradients(
     upstream: torch.Tensor,
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of query and key, those that are wanted (empty where not).
+    """Return the gradients of query and key, each empty unless `wanted`.
 
-    upstream is one number a row for "kl" and "cross_entropy", and a, b, a pm + b mm for "statistics".
+    upstream is one number per row for "kl" and "cross_entropy", and a, b, a pm + b mm for "statistics".
     """
     pair = Pair(query, key, teacher_query, teacher_key, span, head_map, scales, caps, causal, windows).packed()
     lses, upstream = (lse, teacher_lse), upstream.contiguous()
@@ -116,7 +115,7 @@ def ssd_statistics(
     cap: float,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, heads, time] (float64), and what the backward pass keeps.
+    """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, heads, time] (float64), and two tensors for the backward pass.
 
     The arguments are the fields of `mixing_ssd.SSDPair`; the teacher is causal.
     """
@@ -177,7 +176,7 @@ def _gradients_like(tensors: Sequence[torch.Tensor], wanted: Sequence[bool]) -> 
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], *more: torch.Tensor) -> None:
-    """Keep a pair's tensors and some more for the backward pass; only the first output can be differentiated."""
+    """Save the tensors of a pair and `more` for the backward pass."""
     ctx.save_for_backward(*inputs[:TENSORS], *more)
     ctx.settings = inputs[TENSORS:PAIR]
 

@@ -1,7 +1,8 @@
-"""What the kernels of `mixing_distance` share: spans, masks, softmax tiles, mixtures of teacher heads.
+"""Shared parts of the kernels of `mixing_distance`: valid ranges, masks, softmax tiles, mixtures of teacher heads.
 
-Letters: a map has rows i and columns j; a tile is BM rows × BN columns. `SPAN` [batch, 4] (int32) holds the student's
-start and stop, then the teacher's. Rows count where both count them; columns count for each map by its own span.
+Letters: a map has rows i and columns j; a tile is BM rows × BN columns. `SPAN` [batch, 4] (int32) holds the valid range
+of each sequence: the student's start and stop, then the teacher's. A row is valid if it is in both ranges; a column is
+valid for a map if it is in that map's range.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ STUDENT, TEACHER = tl.constexpr(0), tl.constexpr(2)
 
 
 def by_lists(head_map: Tensor | None, heads: int, *tensors: Tensor) -> Tensor | None:
-    """Return the head map that kernels read; None where head h is compared with head h, and nothing is to be read.
+    """Return the head map that kernels read, or None if head h is compared with head h and they read none.
 
-    float32 goes by the lists even so on NVIDIA GPUs: a product without tensor cores would keep the teacher's query,
-    which is then the same in every turn of the loop, in registers, and they do not suffice.
+    In float32 on NVIDIA GPUs they always read one: without it the teacher's query is constant in the loop, a product
+    without tensor cores holds it in registers, and there are not enough of them.
     """
     if head_map is None and back_end() == "cuda" and widest_dtype(*tensors) == "float32":
         return torch.eye(heads, device=tensors[0].device)
@@ -29,10 +30,10 @@ def by_lists(head_map: Tensor | None, heads: int, *tensors: Tensor) -> Tensor | 
 
 
 def head_lists(head_map: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return each student head's teacher heads: how many [Hs], which [Hs, Ht], weights [Hs, Ht], sum of weights [Hs].
+    """Return each student head's teacher heads: count [Hs], indices [Hs, Ht], weights [Hs, Ht], sum of weights [Hs].
 
     The lists have room for every teacher head, so that nothing is read back from the device. Without a head map all
-    four are place holders.
+    four are placeholders.
     """
     if head_map is None:
         nothing = torch.zeros(1, dtype=torch.int32, device=like.device)
@@ -50,13 +51,13 @@ def packed(tensor: Tensor) -> Tensor:
 
 
 def kept_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a gradient waits for the upstream one, which may lift it out of float16's range."""
+    """Return the dtype that stores a gradient before its product with the upstream one: float32 instead of float16."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 @triton.jit
 def spans(SPAN, batch):
-    """Start and stop of the student and of the teacher, and of the rows that both count."""
+    """Start and stop of the student's valid range, of the teacher's, and of the rows in both."""
     student_start, student_stop = tl.load(SPAN + batch * 4), tl.load(SPAN + batch * 4 + 1)
     start, stop = tl.load(SPAN + batch * 4 + 2), tl.load(SPAN + batch * 4 + 3)
     return student_start, student_stop, start, stop, tl.maximum(student_start, start), tl.minimum(student_stop, stop)
@@ -64,7 +65,7 @@ def spans(SPAN, batch):
 
 @triton.jit
 def columns_seen(row0, start, stop, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr):
-    """First column, and one past the last, that any row of the tile at row0 sees."""
+    """First column, and one past the last, that is visible to any row of the tile at row0."""
     low = start
     if WINDOW > 0:
         low = tl.maximum(low, row0 - WINDOW + 1)
@@ -76,7 +77,7 @@ def columns_seen(row0, start, stop, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, 
 
 @triton.jit
 def rows_seeing(column0, first, last, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr):
-    """First row, and one past the last, that sees any column of the tile at column0."""
+    """First row, and one past the last, to which any column of the tile at column0 is visible."""
     low = first
     if CAUSAL:
         low = tl.maximum(low, column0)
@@ -88,7 +89,7 @@ def rows_seeing(column0, first, last, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 
 @triton.jit
 def visible(rows, columns, start, stop, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which columns each row sees; rows that do not count are left to their log-sum-exp of +inf."""
+    """Mask of the columns visible to each row; invalid rows are masked by their log-sum-exp of +inf instead."""
     seen = ((columns >= start) & (columns < stop))[None, :] & (rows >= 0)[:, None]
     if CAUSAL:
         seen = seen & (columns[None, :] <= rows[:, None])
@@ -99,7 +100,7 @@ def visible(rows, columns, start, stop, CAUSAL: tl.constexpr, WINDOW: tl.constex
 
 @triton.jit
 def load_span(base, rows, row_stride, first, last, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """base[rows, :WIDTH], 0 in rows outside of first..last: what stands in rows that do not count is never read."""
+    """base[rows, :WIDTH], 0 in rows outside of first..last: the content of invalid rows is never read."""
     columns = tl.arange(0, PADDED)
     inside = ((rows >= first) & (rows < last))[:, None] & (columns < WIDTH)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
@@ -107,7 +108,7 @@ def load_span(base, rows, row_stride, first, last, WIDTH: tl.constexpr, PADDED: 
 
 @triton.jit
 def load_rows(base, rows, first, last, otherwise):
-    """A number a row, `otherwise` outside of first..last."""
+    """One number per row, `otherwise` outside of first..last."""
     return tl.load(base + rows, mask=(rows >= first) & (rows < last), other=otherwise)
 
 
@@ -132,7 +133,7 @@ def slope_dot(slopes, operand, accumulator):
 
 @triton.jit
 def from_last(time, BM: tl.constexpr):
-    """First row of this program's tile, the last tile first (its rows are the longest), and which map it works on."""
+    """First row of this program's tile, the last tile first (its rows are the longest), and the index of its map."""
     tiles = tl.cdiv(time, BM)
     maps = tl.num_programs(0) // tiles
     return (tiles - 1 - tl.program_id(0) // maps) * BM, tl.program_id(0) % maps
@@ -140,7 +141,7 @@ def from_last(time, BM: tl.constexpr):
 
 @triton.jit
 def from_first(time, BN: tl.constexpr):
-    """First column of this program's tile, the first tile first (its columns are the longest), and which map."""
+    """First column of this program's tile, the first tile first (its columns are the longest), and its map's index."""
     maps = tl.num_programs(0) // tl.cdiv(time, BN)
     return tl.program_id(0) // maps * BN, tl.program_id(0) % maps
 
@@ -167,7 +168,7 @@ def mixture(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr, MAPPED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The tile of P̄ for one student head: its teacher heads, normalised and then mixed in registers."""
+    """The tile of P̄ for one student head: its teacher heads, normalized and then mixed in registers."""
     if MAPPED:
         mixed = tl.zeros([BM, BN], tl.float32)
         for entry in range(tl.load(COUNT + head)):
@@ -192,7 +193,7 @@ def lse_kernel(
     SIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """LSE [batch, heads, time] of every row's scores; +inf where the row does not count, so that exp(z - LSE) is 0."""
+    """LSE [batch, heads, time] of every row's scores; +inf in an invalid row, so that exp(z - LSE) is 0."""
     row0, which = from_last(time, BM)
     batch, head = which // heads, which % heads
     start, stop = tl.load(SPAN + batch * 4 + SIDE), tl.load(SPAN + batch * 4 + SIDE + 1)
@@ -209,7 +210,7 @@ def lse_kernel(
         seen = visible(rows, columns, start, stop, CAUSAL, WINDOW)
         z = tl.where(seen, scores(query, key, scale, cap, CAPPED), float("-inf"))
         new = tl.maximum(maximum, tl.max(z, 1))
-        # Where a window leaves a row's first tile empty, the maximum is still -inf.
+        # If a window leaves a row's first tile empty, the maximum is still -inf.
         safe = finite_or_zero(new)
         total = total * tl.exp(maximum - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
         maximum = new

@@ -1,13 +1,13 @@
-"""Rows of two softmax maps compared: divergences and statistics, and their gradients to the student's query and key.
+"""Divergences and statistics of the rows of two softmax maps, with gradients of the student's query and key.
 
 z = softcap(scale q·k), S and P the student's and a teacher's softmax, P̄_s = Σ_t W_st P_t, w_s = Σ_t W_st. Log-sum-exps
-come first, so that both maps are normalised tile by tile and the gradient is one product with their difference:
+are computed first, so that both maps are normalized tile by tile and the gradient is one product with their difference:
 
     kl_i = Σ_j P̄_ij (log P̄_ij − log S_ij)          ∂/∂z_ij = w S_ij − P̄_ij
     (pp, pm, mm)_i = Σ_j (P̄², P̄ S, S²)_ij         ∂/∂z_ij = S_ij (a_i P̄_ij + b_i S_ij − a_i pm_i − b_i mm_i)
 
 with a = ∂L/∂pm, b = 2 ∂L/∂mm, each times the softcap's slope. One program has one tile of rows (query gradients) or
-of columns (key gradients, all rows and all heads of the key's group), so nothing is added across programs.
+of columns (key gradients, all rows and all heads of the key's group), so no sum runs over programs.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def softmax_columns(
 ):  # fmt: skip
     """SLOPES [part, batch, time, HKS, width]: the key's gradient from `heads_each` of the query heads that share it.
 
-    UPSTREAM is one number a row for a divergence, and a, b, a pm + b mm (`plane` apart) for statistics.
+    UPSTREAM is one number per row for a divergence, and a, b, a pm + b mm (`plane` apart) for statistics.
     """
     column0, which = from_first(time, BN)
     shares = HS // HKS // heads_each
@@ -184,7 +184,7 @@ def softmax_columns(
 
 
 class Pair(NamedTuple):
-    """A student's and a teacher's softmax maps [batch, time, heads, width], with what belongs to each in this order."""
+    """A student's and a teacher's softmax maps [batch, time, heads, width] with their settings, student first."""
 
     query: Tensor
     key: Tensor
@@ -198,7 +198,7 @@ class Pair(NamedTuple):
     windows: list[int]
 
     def packed(self) -> Pair:
-        """Return the same pair as the kernels read it: adjacent entries in every row, lists of heads where they do."""
+        """Return the same pair in the layout of the kernels: adjacent entries in every row, a head map if needed."""
         tensors = {name: packed(getattr(self, name)) for name in self._fields[:4]}
         return self._replace(**tensors, head_map=by_lists(self.head_map, self.query.shape[2], *tensors.values()))
 
@@ -212,12 +212,12 @@ class Pair(NamedTuple):
         )
 
     def arguments(self, lse: Tensor, teacher_lse: Tensor) -> list[Any]:
-        """Return the tensors that every kernel of a pair begins with."""
+        """Return the tensors that are the first arguments of every kernel of a pair."""
         lists = head_lists(self.head_map, self.query)
         return [*self[:4], lse, teacher_lse, *lists, self.span]
 
     def numbers(self) -> list[Any]:
-        """Return the strides, sizes and scales that every kernel of a pair goes on with."""
+        """Return the strides, sizes and scales that every kernel of a pair takes after its tensors."""
         strides = [stride for tensor in self[:4] for stride in tensor.stride()[:3]]
         heads = [tensor.shape[2] for tensor in self[:4]]
         return [*strides, self.query.shape[1], *heads, *self.scales, *self.caps]
@@ -243,7 +243,7 @@ class Pair(NamedTuple):
 def compare_rows(
     pair: Pair, lses: tuple[Tensor, Tensor], kind: str, upstream: Tensor | None, want: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Run `softmax_rows` and return the values and the query's gradient that are wanted (empty where not)."""
+    """Run `softmax_rows` and return the values and the query's gradient, each empty unless `want` asks for it."""
     batch, time, heads, _ = pair.query.shape
     write_values, write_slopes = want
     planes = (3, batch, heads, time) if kind == "statistics" else (batch, heads, time)

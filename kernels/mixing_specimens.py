@@ -1,6 +1,6 @@
-"""The configurations of `mixing_distance` that are compiled without a GPU: each kernel, for the cuts of `BLOCKS`.
+"""Configurations of `mixing_distance` that are compiled without a GPU: each kernel with the tile sizes of `BLOCKS`.
 
-"plain" compares head h with head h; "mixed" has a head map, and a window and a softcap besides.
+"plain" compares head h with head h; "mixed" has a head map, a window and a softcap.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xarch_kd.kernels.tiles import Specimen
 
 VALUES, SLOPES = {"WRITE_VALUES": True, "WRITE_SLOPES": False}, {"WRITE_VALUES": False, "WRITE_SLOPES": True}
 BOTH = {"WRITE_VALUES": True, "WRITE_SLOPES": True}
-# What a kernel is asked for -> the kernel, its work in `BLOCKS`, its constants.
+# label -> the kernel, its work in `BLOCKS`, its constants.
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "lse": (lse_kernel, "lse", {"SIDE": 2}),
     "kl rows": (softmax_rows, "row slopes", {"KIND": "kl", **BOTH}),
@@ -30,7 +30,7 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "diagonal": (teacher_diagonal, "values", {}),
 }
 HEAVY = tuple(name for name, (_, work, _) in KERNELS.items() if "slopes" in work)
-# dtype, width of both heads, with a head map and the rest or without, kernels.
+# dtype, dim of both heads, variant, kernels.
 SHIPPED = (
     ("bfloat16", 64, "mixed", HEAVY),
     ("bfloat16", 128, "plain", HEAVY),
@@ -46,7 +46,7 @@ TARGETS = {"cuda": ("sm_80", "sm_90"), "hip": ("gfx942",)}
 
 
 def _type(name: str, dtype: str) -> str:
-    """Return the type of a kernel's argument, which its name tells."""
+    """Return the type of a kernel's argument, which follows from its name."""
     if name in ("Q", "K", "QS", "KS", "QT", "KT", "C", "B"):
         return POINTERS[dtype]
     if name in ("COUNT", "INDEX", "SPAN"):
@@ -60,7 +60,7 @@ def _type(name: str, dtype: str) -> str:
 
 
 def _constants(kernel: Any, width: int, mixed: bool) -> dict[str, Any]:
-    """Return the constants that the shape of the maps decides, those that the kernel has."""
+    """Return those constants of the kernel that depend on the shape of the maps."""
     window = 4096 if mixed else 0
     every: dict[str, Any] = {"STATE": width, "MAPPED": mixed, "WINDOW": window, "WINDOW_S": 0, "WINDOW_T": window}
     for side in ("", "_S", "_T"):

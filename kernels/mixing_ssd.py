@@ -1,16 +1,16 @@
-"""Rows of a softmax map and of an SSD map (Mamba-2) compared by their statistics, and the gradients to the SSD factors.
+"""Statistics of the rows of a softmax map and of an SSD map (Mamba-2), with gradients of the SSD factors.
 
     M_ij = e_ij (C_i·B_j) dt_j + D δ_ij,  e_ij = exp(c_i − c_j),  c the running sum of log_decay
     (pp, pm, mm)_i = Σ_j (P̄², P̄ M, M²)_ij,  ∂L/∂M_ij = a_i P̄_ij + b_i M_ij  with a = ∂L/∂pm, b = 2 ∂L/∂mm
 
-Kernels sum over j < i alone; the diagonal, where e is 1, is one number a row and is added outside of them, so the
-decay's gradient, in which the diagonal cancels, never holds it. Its two halves come for free: a row's is
-a pm + b mm (below the diagonal), a column's is dt_j Σ_i (∂L/∂M e C·B)_ij, what the gradient of dt has.
+Kernels sum over j < i only; the diagonal, in which e is 1, is one number per row and is added outside of the kernels,
+because it cancels in the decay's gradient. The two halves of that gradient need no further sums: a row's is a pm + b mm
+(below the diagonal), a column's is dt_j Σ_i (∂L/∂M e C·B)_ij, which is dt_j times the gradient of dt.
 
-Heads of a group share C and B: the tile of C·B is made once, heads are a loop inside of it, and their gradients are
-summed before one product. Sums a head are added to memory by relaxed atomics, to places that one program owns and adds
-to in order. c is kept as two float32 numbers, the second what the first lost of the float64 sum: differences of a long
-sum stay exact to float32 at their own size.
+Heads of a group share C and B: the tile of C·B is computed once, an inner loop runs over heads, and their gradients are
+summed before one product. Sums per head are added to memory by relaxed atomics, at addresses to which only one program
+adds, in order. c is stored as two float32 numbers, the second being the rounding error of the first against the
+float64 sum, so that differences of long sums have the relative accuracy of float32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FLOOR = -1000.0
 
 @triton.jit
 def decays(SUMS, plane, rows, columns, seen, first, last, start, stop):
-    """exp(c_i − c_j) where seen and the row counts, else 0; masked before the exponential, which else overflows."""
+    """exp(c_i − c_j) in visible entries of valid rows, else 0; masked before the exponential, which could overflow."""
     row = load_rows(SUMS, rows, first, last, float("-inf"))
     column = load_rows(SUMS, columns, start, stop, 0.0)
     row_rest = load_rows(SUMS + plane, rows, first, last, 0.0)
@@ -185,7 +185,7 @@ def teacher_diagonal(
     qt_batch, qt_row, qt_head, kt_batch, kt_row, kt_head, time, HS, HT, HKT, scale_t, cap_t,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, CAPPED_T: tl.constexpr, MAPPED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """VALUES [batch, HS, time]: the mixture's diagonal P̄_ii."""
+    """Write the mixture's diagonal P̄_ii to VALUES [batch, HS, time]."""
     row0, which = from_last(time, BM)
     batch, head = which // HS, which % HS
     _start_s, _stop_s, _start_t, _stop_t, first, last = spans(SPAN, batch)
@@ -212,7 +212,7 @@ class SSDPair(NamedTuple):
     """A student's SSD factors and a teacher's causal softmax map.
 
     C, B [batch, time, groups, state], log_decay and dt [batch, time, heads], D [heads] or None; teacher_query,
-    teacher_key [batch, time, teacher heads, width]; cap and window are 0 where there is none.
+    teacher_key [batch, time, teacher heads, width]; a cap or window of 0 means none.
     """
 
     C: Tensor
@@ -229,26 +229,29 @@ class SSDPair(NamedTuple):
     window: int
 
     def packed(self) -> SSDPair:
-        """Return the same pair as the kernels read it: adjacent entries in every row, lists of heads where they do."""
+        """Return the same pair in the layout of the kernels: adjacent entries in every row, a head map if needed."""
         tensors = {name: packed(getattr(self, name)) for name in ("C", "B", "teacher_query", "teacher_key")}
         return self._replace(**tensors, head_map=by_lists(self.head_map, self.dt.shape[2], *tensors.values()))
 
     @property
     def by_width(self) -> tuple[Tensor, ...]:
-        """The operands of products, which decide how the kernels are cut."""
+        """The operands of products, which determine the tile sizes."""
         return self.C, self.B, self.teacher_query, self.teacher_key
 
     def counted(self, start: int = 0, stop: int = 1) -> Tensor:
-        """Return which tokens lie in the spans at these columns, bool [batch, time]: by default the student's."""
+        """Return the mask of tokens in the valid ranges at these columns of `span`, bool [batch, time].
+
+        The default columns are the student's.
+        """
         position = torch.arange(self.C.shape[1], device=self.C.device)
         return (position >= self.span[:, start, None]) & (position < self.span[:, stop, None])
 
     def rows_counted(self) -> Tensor:
-        """Return which rows both maps count, bool [batch, 1, time]."""
+        """Return the mask of rows that are valid in both maps, bool [batch, 1, time]."""
         return (self.counted() & self.counted(2, 3))[:, None]
 
     def sums(self) -> Tensor:
-        """Return c [2, batch, heads, time] as float32 and what that lost."""
+        """Return c [2, batch, heads, time] as float32 and its rounding error."""
         steps = torch.where(self.counted()[..., None], self.log_decay.double().clamp(min=FLOOR), 0.0)
         total = steps.cumsum(1).transpose(1, 2)
         return torch.stack([total.float(), (total - total.float().double()).float()])
@@ -258,7 +261,7 @@ class SSDPair(NamedTuple):
         return torch.where(self.counted()[..., None], self.dt.float(), 0.0).transpose(1, 2).contiguous()
 
     def wide(self, tensor: Tensor) -> Tensor:
-        """Return C or B in float32, 0 where tokens do not count."""
+        """Return C or B in float32, 0 at invalid tokens."""
         return torch.where(self.counted()[..., None, None], tensor.float(), 0.0)
 
     def products(self) -> Tensor:
@@ -267,7 +270,7 @@ class SSDPair(NamedTuple):
         return each.repeat_interleave(self.dt.shape[2] // each.shape[1], 1)
 
     def diagonal(self, steps: Tensor) -> Tensor:
-        """Return M_ii [batch, heads, time], 0 in rows that do not count."""
+        """Return M_ii [batch, heads, time], 0 in invalid rows."""
         entries = self.products() * steps
         entries = entries if self.D is None else entries + self.D.float()[:, None]
         return torch.where(self.rows_counted(), entries, 0.0)
@@ -290,14 +293,14 @@ class SSDPair(NamedTuple):
 
     @property
     def mapped(self) -> bool:
-        """Whether student heads have mixtures of teacher heads."""
+        """True if student heads have mixtures of teacher heads."""
         return self.head_map is not None
 
 
 def statistics(pair: SSDPair) -> tuple[Tensor, Tensor, Tensor]:
-    """Return pp, pm, mm of each row [3, batch, heads, time] (float64); what the gradients need; the teacher's LSE.
+    """Return pp, pm, mm of each row [3, batch, heads, time] (float64); a tensor for `gradients`; the teacher's LSE.
 
-    The second is pm and mm without the diagonal, and P̄_ii.
+    The second holds pm and mm without the diagonal, and P̄_ii.
     """
     batch, time, heads = pair.dt.shape
     teacher_lse = log_sum_exp(
@@ -306,7 +309,7 @@ def statistics(pair: SSDPair) -> tuple[Tensor, Tensor, Tensor]:
     below, steps = torch.zeros(3, batch, heads, time, dtype=torch.float32, device=pair.C.device), pair.steps()
     _run_rows(pair, teacher_lse, steps, below, below, write_slopes=False)
     teacher, student = _teacher_diagonal(pair, teacher_lse), pair.diagonal(steps)
-    # In float64: where the diagonal is nearly the whole row, its slope a P̄ + b M nearly cancels.
+    # In float64: if the diagonal is nearly the whole row, its slope a P̄ + b M nearly cancels.
     whole = below + torch.stack([teacher.double() ** 2, teacher.double() * student, student.double() ** 2])
     return whole, torch.stack([below[1], below[2], teacher]), teacher_lse
 
@@ -316,7 +319,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of C, B, log_decay, dt, D (empty without one).
 
-    a, b [batch, heads, time]; kept and teacher_lse are what `statistics` returned.
+    a, b [batch, heads, time]; kept and teacher_lse are the second and third result of `statistics`.
     """
     rows = pair.rows_counted()
     exact = torch.stack([torch.where(rows, a, 0.0), torch.where(rows, b, 0.0)]).double()

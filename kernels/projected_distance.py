@@ -1,6 +1,6 @@
-"""Distance of projected students y from teachers t and its gradient, written over y. One program a row.
+"""Distance of projected students y from teachers t and its gradient, which overwrites y. One program per row.
 
-Two passes over a row, whose second finds it in the cache: sums of y², y t, t² and (y - t)² or Huber's; the gradient.
+Two passes over a row, the second from the cache: sums of y², y t, t² and (y - t)² or Huber's; the gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from xarch_kd.kernels.tiles import INTERPRETED, Specimen
 
 KINDS = ("mse", "squared_error", "huber", "l2", "relative_mse", "cosine", "normalised_mse")
-# Columns a block. Interpreted rows are short, and should still have several blocks.
+# Columns per block. Rows in the interpreter are short, and should still have several blocks.
 BLOCK = 64 if INTERPRETED else 2048
 WARPS = 4
 
@@ -33,18 +33,18 @@ def distance_row(
     GRADIENT,  # the same memory in the dtype of the gradient, one row every gradient_stride elements
     TEACHER,  # [rows, width]
     BIAS,  # [width], read if BIASED
-    SCALE,  # float32 [rows]: what a row's gradient is multiplied by
+    SCALE,  # float32 [rows]: factor of a row's gradient
     DISTANCE,  # float32 [rows]
     projected_stride,
     gradient_stride,
     teacher_stride,
     width,
     epsilon,
-    delta,  # where Huber's square turns into a line
+    delta,  # |y - t| from which Huber's distance is linear
     KIND: tl.constexpr,
     BIASED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    PACKED: tl.constexpr,  # whether an entry of GRADIENT is narrower than one of PROJECTED
+    PACKED: tl.constexpr,  # an entry of GRADIENT is narrower than one of PROJECTED
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -86,7 +86,7 @@ def distance_row(
         across = 2.0 / divisor
         if KIND == "l2":
             value = tl.sqrt(value)
-            # Where y = t it is multiplied by 0.
+            # At y = t it is multiplied by 0.
             across = 1.0 / (divisor * tl.maximum(value, 1e-30))
     tl.store(DISTANCE + row, value)
     if WITH_GRADIENT:
@@ -103,7 +103,7 @@ def distance_row(
                 gradient = along * y - across * t
             gradient = (gradient * scale).to(GRADIENT.dtype.element_ty)
             if PACKED:
-                # This block's entries may land on what other threads have still to load.
+                # This block's entries may overwrite what other threads have not yet loaded.
                 tl.debug_barrier()
             tl.store(GRADIENT + c, gradient, mask=inside)
 
@@ -121,8 +121,8 @@ def distance_rows(
 ) -> Tensor:
     """Return the distance (float32) of each row of `projected` (+ bias) from the teacher's, both [rows, width].
 
-    Rows have adjacent columns. With `scale` [rows], the gradient of scale * distance is written over `projected` in the
-    dtype `gradient`, which is no wider: `gradient_view` finds it.
+    Rows have adjacent columns. With `scale` [rows], the gradient of scale * distance overwrites `projected` in the
+    dtype `gradient`, which is no wider. `gradient_view` returns it.
     """
     rows, width = projected.shape
     values = projected.new_empty(rows, dtype=torch.float32)
@@ -160,7 +160,7 @@ def _(projected: Tensor, *options: object) -> Tensor:
 
 
 def gradient_view(projected: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return where `distance_rows` writes the gradient of `projected` [rows, width], in its memory."""
+    """Return the gradient [rows, width] that `distance_rows` wrote into the memory of `projected`."""
     return projected if projected.dtype == dtype else projected.view(dtype)[:, : projected.shape[1]]
 
 

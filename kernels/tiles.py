@@ -1,6 +1,6 @@
-"""What the kernels share: products, softcaps, masked loads and sums of exponentials that stay finite.
+"""Shared parts of all kernels: products, softcaps, masked loads and finite sums of exponentials.
 
-Everything here is `triton.jit` code for tiles in registers, besides `Specimen`, which says how a kernel ships.
+Everything here is `triton.jit` code for tiles in registers, except `Specimen`, a shipped configuration of a kernel.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TARGETS = ("sm_80", "sm_90", "gfx942")
 
 @dataclass(frozen=True, kw_only=True)
 class Specimen:
-    """One configuration of a kernel as it ships, enough to compile it without a GPU.
+    """One shipped configuration of a kernel, complete enough to compile it without a GPU.
 
     `signature` gives the type of every argument that is no constexpr, in the kernel's order: `"*bf16"`, `"i32"`,
-    `"i64"`, `"fp32"`; a suffix `":16"` says that the pointer (in bytes) or the integer is a multiple of 16. `label` is
-    unique in its file. `targets` are the back ends it ships for, `may_spill` those of them where a register may spill.
+    `"i64"`, `"fp32"`; a suffix `":16"` means that the pointer (in bytes) or the integer is a multiple of 16. `label` is
+    unique in its file. `targets` are the back ends it ships for, `may_spill` those on which a register may spill.
     """
 
     label: str
@@ -39,7 +39,7 @@ class Specimen:
 
 @triton.jit
 def dot(a, b, accumulator=None):
-    """a b (+ accumulator) in float32; float32 operands are multiplied as such, never as tf32."""
+    """a b (+ accumulator) in float32; float32 operands are never rounded to tf32."""
     if INTERPRETED:
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), acc=accumulator, input_precision="ieee")
     else:
@@ -81,7 +81,7 @@ def finite_or_zero(maximum):
 
 @triton.jit
 def load_tile(base, rows, columns, row_stride, row_count, column_count):
-    """base[rows, columns] (columns are adjacent) with 64-bit offsets, 0 from row_count and column_count on."""
+    """base[rows, columns] (adjacent columns) with 64-bit offsets, 0 from row_count and column_count on."""
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
 
