@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.recipe_arms import Arm, seeded
 from xarch_kd.data.rows import pack
+from xarch_kd.files import write_text
 from xarch_kd.job.models import load_models, load_run_tokenizer
 from xarch_kd.job.texts import training_and_held_out
 from xarch_kd.planning.resolve import make_plan
-from xarch_kd.run.folder import write_text
 from xarch_kd.training.aligner import Aligner
 
 ROUNDS = 5

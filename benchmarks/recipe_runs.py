@@ -21,12 +21,12 @@ from benchmarks.machine import ROOT
 from benchmarks.recipe_arms import MEASURED_TOKENS, Arm, seeded
 from xarch_kd.data.rows import pack
 from xarch_kd.evaluation.likelihood import token_nll
+from xarch_kd.files import write_text
 from xarch_kd.job.models import load_run_tokenizer
 from xarch_kd.job.texts import training_and_held_out
 from xarch_kd.models.loading.load import load_model
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
-from xarch_kd.run.folder import write_text
 
 PREPARED = re.compile(r"(?:calibration on about|fitted to) [\d,]+ tokens(?: in|:) ([\d.]+) s")
 

@@ -34,7 +34,8 @@ from benchmarks.recipe_arms import SEEDS
 from benchmarks.strategies import rewrite, run_strategies
 from xarch_kd._layout import folder
 from xarch_kd.evaluation.results import Evaluation, read_evaluation
-from xarch_kd.run.folder import environment, sha256_of, write_text
+from xarch_kd.files import write_text
+from xarch_kd.run.folder import environment, sha256_of
 
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
 # The best of 1e-3, 3e-3 and 6e-3 in earlier runs of about this length.

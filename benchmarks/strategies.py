@@ -22,7 +22,7 @@ from benchmarks.recipe_arms import MEASURED_TOKENS, SEEDS, Arm, arms, longer
 from benchmarks.recipe_probe import probe, training_seconds
 from benchmarks.recipe_runs import Runs
 from benchmarks.strategies_table import comparisons, table
-from xarch_kd.run.folder import write_text
+from xarch_kd.files import write_text
 
 # Seconds of a run beside its training: reading the teacher, saving, measuring. For the plan alone.
 AROUND: Final = 32.0

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from xarch_kd.errors import CheckpointError, UsageError
-from xarch_kd.run import folder as run_folder
-from xarch_kd.run.folder import RunFolder, sha256_of, write_tensors, write_text
+from xarch_kd.errors import UsageError
+from xarch_kd.files import write_text
+from xarch_kd.run.folder import RunFolder, sha256_of
 
 
 def test_a_new_or_empty_folder_is_new(tmp_path: Path) -> None:
@@ -71,35 +67,6 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), RunFolder(tmp_path / "a" / "run").locked():
         raise RuntimeError
     assert not (tmp_path / "a").exists()
-
-
-def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "state.safetensors"
-    write_tensors(path, {"a": torch.ones(3)})
-
-    def full(tensors: object, target: Path) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(run_folder, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"cannot write state\.safetensors[\s\S]*no space left on the disk"):
-        write_tensors(path, {"a": torch.zeros(3)})
-    assert load_file(path)["a"].tolist() == [1.0, 1.0, 1.0]
-    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
-
-
-def test_text_on_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text(tmp_path / "plan.json", "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="run again with --resume") as refused:
-        write_text(tmp_path / "plan.json", "new")
-    assert refused.value.exit_code == 3
-    assert (tmp_path / "plan.json").read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_folder_outside_the_run_is_never_removed(tmp_path: Path) -> None:

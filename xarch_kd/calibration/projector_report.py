@@ -19,13 +19,13 @@ from torch import Tensor
 
 from xarch_kd.calibration.initialize import observations
 from xarch_kd.errors import CheckpointError
+from xarch_kd.files import write_text
 from xarch_kd.mapping_file.objectives import AttentionBridge
 from xarch_kd.objectives.base import PairObjective
 from xarch_kd.planning.plan import Plan
 from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, resolve_start
 from xarch_kd.projectors.closed_form import FORMS
 from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
-from xarch_kd.run.folder import write_text
 from xarch_kd.training.aligner import Aligner
 
 MOST_TOKENS: Final = 16_384

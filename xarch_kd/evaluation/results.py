@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xarch_kd.errors import DataError
+from xarch_kd.files import write_text
 
 FORMAT = 1
 
@@ -107,10 +108,8 @@ def from_json(text: str, *, source: str = "evaluation") -> Evaluation:
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Write the evaluation to `path`, replacing it in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_json(evaluation), encoding="utf-8")
-    partial.replace(path)
+    """Write the evaluation to `path`, whole or not at all. Raises CheckpointError if it cannot be written."""
+    write_text(path, to_json(evaluation))
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -16,12 +16,13 @@ from xarch_kd.calibration.initialize import prepare, tokens_to_prepare
 from xarch_kd.calibration.layer_similarity import measure_similarities
 from xarch_kd.data.rows import pack
 from xarch_kd.errors import CheckpointError
+from xarch_kd.files import write_tensors
 from xarch_kd.job.models import RunModels, load_models, load_run_tokenizer
 from xarch_kd.job.texts import training_and_held_out
 from xarch_kd.planning.layer_maps import entry_key
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.resolve import calibrated_plan
-from xarch_kd.run.folder import RunFolder, write_tensors
+from xarch_kd.run.folder import RunFolder
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.training.aligner import Aligner
 

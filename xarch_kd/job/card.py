@@ -8,9 +8,10 @@ from pathlib import Path
 import xarch_kd
 from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
 from xarch_kd.evaluation.results import read_evaluation
+from xarch_kd.files import write_text
 from xarch_kd.models.loading.licence import licence_of
 from xarch_kd.planning.plan import Plan
-from xarch_kd.run.folder import RunFolder, write_text
+from xarch_kd.run.folder import RunFolder
 
 TEMPLATE = """---
 {front}---

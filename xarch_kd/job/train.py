@@ -20,6 +20,7 @@ from torch import Tensor
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.rows import BatchOrder, StageRows, pack
 from xarch_kd.errors import UsageError
+from xarch_kd.files import write_tensors
 from xarch_kd.job.calibrate import calibrated, prepare_stage, tell_maps
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
@@ -30,7 +31,7 @@ from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.render import plan_as_dict
 from xarch_kd.planning.resolve import make_plan
-from xarch_kd.run.folder import RunFolder, write_tensors
+from xarch_kd.run.folder import RunFolder
 from xarch_kd.run.progress import StageProgress, clock
 from xarch_kd.run.signals import StopSignals
 from xarch_kd.taps.layout import layout_of

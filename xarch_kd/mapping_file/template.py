@@ -6,7 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from xarch_kd.errors import CheckpointError, UsageError
+from xarch_kd.errors import UsageError
+from xarch_kd.files import write_text
 from xarch_kd.models.conversion.layer_selection import kept_layers
 from xarch_kd.models.conversion.targets import MIXERS
 from xarch_kd.models.loading.load import load_config
@@ -92,15 +93,9 @@ def mapping_text(
 
 def write_mapping(path: Path, text: str) -> None:
     """Write a new mapping file. Raises `UsageError` if `path` exists: a file that someone wrote is never replaced."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UsageError("this file exists and is left as it is", asked=path, fix="give another --output") from None
-    except FileNotFoundError:
-        raise UsageError("there is no such folder", asked=path.parent, fix=f"mkdir -p {path.parent}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}", found=error.strerror) from error
+    if not path.parent.is_dir():
+        raise UsageError("there is no such folder", asked=path.parent, fix=f"mkdir -p {path.parent}")
+    write_text(path, text, overwrite=False)
 
 
 def _scalar(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -16,53 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
-from xarch_kd.errors import CheckpointError, UsageError
+from xarch_kd.errors import UsageError
+from xarch_kd.files import cannot_write, write_json, write_text
 
 State = Literal["new", "unfinished", "finished"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text`, so that a reader sees the old file or the new one. Raises CheckpointError if it can't."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` as safetensors, whole or not at all. Raises CheckpointError if it can't."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(path: Path, error: Exception) -> CheckpointError:
-    """Return the error that says what could not be written and what is still there."""
-    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
-    return CheckpointError(
-        f"cannot write {path.name}",
-        asked=path,
-        found="no space left on the disk" if full else str(error),
-        fix="free some space and run again with --resume; every earlier checkpoint is intact"
-        if full
-        else "check the folder's permissions and run again with --resume; every earlier checkpoint is intact",
-    )
 
 
 @dataclass(frozen=True)
@@ -166,8 +122,8 @@ class RunFolder:
     def start(self, source: str, plan: Mapping[str, Any], fingerprint: str) -> None:
         """Write what identifies the run."""
         write_text(self.mapping, source)
-        write_text(self.root / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        write_text(self.plan, json.dumps({"fingerprint": fingerprint, **plan}, indent=2) + "\n")
+        write_json(self.root / "environment.json", environment())
+        write_json(self.plan, {"fingerprint": fingerprint, **plan})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event. Raises CheckpointError when the disk is full."""
@@ -208,7 +164,7 @@ class RunFolder:
             path for path in self.root.rglob("*") if path.is_file() and path.name not in ("manifest.json", "run.lock")
         )
         digests = {str(path.relative_to(self.root)): sha256_of(path) for path in files}
-        write_text(self.manifest, json.dumps({"files": digests}, indent=2) + "\n")
+        write_json(self.manifest, {"files": digests})
 
     def drop(self, folder: Path) -> None:
         """Remove a folder inside the run folder that is no longer needed."""

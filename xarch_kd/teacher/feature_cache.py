@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from xarch_kd.errors import CheckpointError
+from xarch_kd.files import write_tensors
 from xarch_kd.mixing import (
     BandedMixing,
     DeltaMixing,
@@ -82,19 +80,14 @@ class DiskCache:
 
     def put(self, batch: int, features: Features) -> None:
         """Keep the features of `batch`. Raises CheckpointError when the disk is full."""
-        path = self._path(batch)
-        partial = path.with_suffix(".partial")
+        tensors, plain = _packed(features)
         try:
-            tensors, plain = _packed(features)
-            save_file(tensors, partial, {"mixings": json.dumps(plain)})
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
-                raise
+            write_tensors(self._path(batch), tensors, {"mixings": json.dumps(plain)})
+        except CheckpointError as error:
             raise CheckpointError(
                 "the teacher's features cannot be kept on disk",
-                found=str(error),
+                asked=error.asked,
+                found=error.found,
                 fix="free some space, or set the stage's cache to memory or off, then run again with --resume",
             ) from error
 

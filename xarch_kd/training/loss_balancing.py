@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from xarch_kd.errors import CheckpointError, UsageError
+from xarch_kd.files import write_text
 from xarch_kd.losses.balance import Balance
 from xarch_kd.planning.plan import StagePlan
-from xarch_kd.run.folder import write_text
 
 TOKENS: Final = "tokens"
 # Beside a file of trained tensors.

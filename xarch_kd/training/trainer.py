@@ -17,9 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from xarch_kd.data.rows import StageRows, collate
 from xarch_kd.errors import CheckpointError, NonFiniteLoss
+from xarch_kd.files import cannot_write, write_tensors
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.planning.plan import StagePlan
-from xarch_kd.run.folder import cannot_write, write_tensors
 from xarch_kd.run.progress import StageProgress, StepFigures
 from xarch_kd.run.signals import StopSignals
 from xarch_kd.teacher.feature_cache import Features

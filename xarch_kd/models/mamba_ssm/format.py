@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.errors import ModelError
+from xarch_kd.files import write_folder
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.weights import check_finite
 from xarch_kd.models.loading.reference import read_config_json
-from xarch_kd.models.loading.save import save_whole
 from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, mamba_ssm_config, stock_config
 from xarch_kd.models.mamba_ssm.weights import mamba_ssm_state, stock_state, widened_mlp
 
@@ -57,7 +57,7 @@ def export_mamba_ssm(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
 
-    return save_whole(Path(folder), write, overwrite=overwrite)
+    return write_folder(Path(folder), write, overwrite=overwrite)
 
 
 def import_mamba_ssm(folder: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,0 +1,119 @@
+"""Files and folders that are written whole or not at all.
+
+Everything is written beside its final name and renamed into place, so that a full disk or a crash leaves what was there
+before. torch and safetensors are imported on use: a mapping file is written without them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xarch_kd.errors import CheckpointError, UsageError, XarchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool = True) -> None:
+    """Call `write` with a name beside `path`, flush the file to the disk and rename it to `path`.
+
+    Missing parent folders are made. Raises CheckpointError if it cannot be written, and UsageError if `path` exists
+    and `overwrite` is False, even if it appears while `write` runs.
+    """
+    if not overwrite and path.exists():
+        raise _exists(path)
+    # Two processes may write the same file; the last one to finish wins.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        _flush(partial)
+        if not overwrite:
+            # Fails if the file exists by now; a hard link would too, but not every file system has them.
+            path.open("x").close()
+        os.replace(partial, path)
+    except XarchError:
+        raise
+    except Exception as error:
+        if not overwrite and isinstance(error, FileExistsError):
+            raise _exists(path) from None
+        # safetensors raises an error of its own for a full disk, and torch.save a RuntimeError.
+        raise cannot_write(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
+    """Write `text` in UTF-8; errors as in `write_file`."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"), overwrite=overwrite)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON that ends with a newline; errors as in `write_file`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors`, of any device, as safetensors with `metadata`; errors as in `write_file`."""
+    from safetensors.torch import save_file
+
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, lambda partial: save_file(on_cpu, partial, dict(metadata) if metadata else None))
+
+
+def write_folder(folder: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> Path:
+    """Call `write` with a name beside `folder`, rename the folder that it makes to `folder`, and return `folder`.
+
+    Raises UsageError if `folder` holds something and `overwrite` is False, CheckpointError if it cannot be written.
+    """
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} already holds something.", fix="name a new folder, or allow it to be overwritten")
+    scratch: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        write(scratch / "new")
+        if folder.exists():
+            folder.rename(scratch / "old")
+        (scratch / "new").rename(folder)
+    except Exception as error:
+        if scratch is not None and (scratch / "old").exists() and not folder.exists():
+            (scratch / "old").rename(folder)
+        raise error if isinstance(error, XarchError) else cannot_write(folder, error) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def cannot_write(path: Path, error: Exception) -> CheckpointError:
+    """Return the error for a file or folder that could not be written: the reason, and that older files are intact."""
+    is_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    is_inside = isinstance(error, OSError) or "os error" in str(error)
+    repeat = "repeat the command (a training run: with --resume); files that were written before are intact"
+    first = "free some space" if is_full else "check that the folder exists and is writable" if is_inside else None
+    return CheckpointError(
+        f"cannot write {path.name}",
+        asked=path,
+        found="no space left on the disk" if is_full else str(error) or type(error).__name__,
+        fix=f"{first}, then {repeat}" if first else "files that were written before are intact",
+    )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError("the file exists and is left as it is", asked=path, fix="give another --output")
