@@ -50,9 +50,7 @@ def test_a_full_disk_leaves_the_previous_student_intact(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(
-        CheckpointError, match=r"cannot write student[\s\S]*no space left[\s\S]*before are intact"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot write student[\s\S]*no space left[\s\S]*before are intact"):
         save_student(tiny_model("bamba", seed=1), None, folder, overwrite=True)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["student"]
