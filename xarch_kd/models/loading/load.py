@@ -16,8 +16,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.errors import ModelError, suggest
+from xarch_kd.models.loading.fit import check_placed, check_weights_finite, follow_loaded_head, follow_stored_head
 from xarch_kd.models.loading.gguf import gguf_config
-from xarch_kd.models.loading.reference import Source, check_config, check_weights, read_config_json, resolve
+from xarch_kd.models.loading.reference import Source, check_config, read_config_json, resolve
+from xarch_kd.models.loading.stored import check_weights
 from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, stock_config
 from xarch_kd.models.mamba_ssm.format import import_mamba_ssm, mamba_ssm_folder_config
 
@@ -43,7 +45,9 @@ def _config(source: Source) -> PreTrainedConfig:
     if source.path is not None:
         if is_mamba_ssm_folder(source):
             return mamba_ssm_folder_config(source.path)
-        return _from_values(read_config_json(source.path), where=source.name)
+        config = _from_values(read_config_json(source.path), where=source.name)
+        follow_stored_head(config, source.path)
+        return config
     try:
         values, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision)
     except (OSError, ValueError) as error:
@@ -119,13 +123,9 @@ def load_model(
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"The checkpoint lacks {len(missing)} weights that its config asks for.",
-            asked=reference,
-            found=f"missing: {', '.join(missing[:4])}{', …' if len(missing) > 4 else ''}",
-        )
+    check_placed(report, model.config, where=reference)
+    check_weights_finite(model, where=reference)
+    follow_loaded_head(model, where=reference)
     # A GGUF model keeps its quantiser, which would stop it from being saved, long after its weights are plain.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -23,7 +23,6 @@ ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, or package:NAME/
 CODE_KEYS = ("auto_map", "_attn_implementation_internal", "_experts_implementation_internal", "trust_remote_code")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,52 +84,6 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
             )
         if isinstance(value, Mapping):
             check_config(value, where=where)
-
-
-def check_weights(folder: Path) -> None:
-    """Raise `ModelError` unless a folder holds whole safetensors files: headers and offsets against file sizes."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{folder} holds its weights as Python pickles, which can run code when read; they are not read.",
-                found=", ".join(pickles),
-                allowed="safetensors or GGUF",
-                fix="convert it once where you trust it: model.save_pretrained(folder)",
-            )
-        raise ModelError(f"{folder} holds no weights.", allowed="model.safetensors, or shards with their index")
-    for name in names:
-        _check_safetensors(folder / PurePosixPath(name).name)
-
-
-def _check_safetensors(file: Path) -> None:
-    if not file.is_file():
-        raise ModelError(f"The shard {file.name} is missing from {file.parent}.", fix="download the model again")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ModelError(
-                f"{file} is truncated: its header does not fit the file.",
-                found=f"{size} bytes, header of {length} bytes",
-                fix="copy or download it again",
-            )
-        try:
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{file} is not a safetensors file.", found=str(error)) from error
-    if size != 8 + length + end:
-        raise ModelError(
-            f"{file} is truncated." if size < 8 + length + end else f"{file} holds more than its header says.",
-            found=f"{size} bytes, the header says {8 + length + end}",
-            fix="copy or download it again",
-        )
 
 
 def _packaged(reference: str) -> Path:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.files import write_folder
 from xarch_kd.models.conversion.weights import check_finite
-from xarch_kd.models.loading.reference import check_weights
+from xarch_kd.models.loading.stored import check_weights
 
 
 def save_student(

@@ -1,0 +1,127 @@
+"""Checks that a loaded model is what its checkpoint holds: no weight without a place, no NaN, heads as stored."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from xarch_kd.errors import ModelError
+from xarch_kd.models.conversion.weights import check_finite
+from xarch_kd.models.loading.stored import INDEX, WEIGHTS, StoredTensor, same_bytes, stored_tensors
+
+# Buffers that old releases of transformers saved and that a model computes itself.
+HARMLESS: Final = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
+# Prefixes that wrappers put before every key.
+WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.")
+_CAUSES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
+    (re.compile(r"lora_|modules_to_save"), "unmerged LoRA weights: merge them first, e.g. peft's merge_and_unload()"),
+    (
+        re.compile(r"(weight_scale|scale_inv|input_scale|activation_scale|\.scales|qweight|qzeros|absmax|quant_)"),
+        "quantized weights whose config has no quantization_config: load them where they were made and save them in "
+        "full precision",
+    ),
+    (re.compile(r"\.bias$"), "biases that the config turns off, e.g. attention_bias: false or mlp_bias: false"),
+)
+_HEADS: Final = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+
+def check_placed(report: Mapping[str, Any], config: PreTrainedConfig, *, where: str) -> None:
+    """Raise `ModelError` if weights are missing from a checkpoint, or have no place in the model of its config.
+
+    `report` is the `output_loading_info` of transformers.
+    """
+    missing, extra = (sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys"))
+    extra = [key for key in extra if not HARMLESS.search(key)]
+    wrapper = _wrapper(extra)
+    if extra and (wrapper or not missing):
+        raise ModelError(
+            f"The checkpoint holds {len(extra)} weights that have no place in the model of its config.",
+            asked=where,
+            found=_listed(extra),
+            fix=f"the prefix '{wrapper}' is a wrapper's: save the model inside it, or strip the prefix from the keys"
+            if wrapper
+            else _cause(extra, config),
+        )
+    if missing:
+        raise ModelError(
+            f"The checkpoint lacks {len(missing)} weights that its config asks for.",
+            asked=where,
+            found=f"missing: {_listed(missing)}" + (f"; without a place: {_listed(extra)}" if extra else ""),
+            fix="compare config.json with the one that the weights were saved with",
+        )
+
+
+def _wrapper(extra: Collection[str]) -> str:
+    """Return the prefix that all keys share if it is one of a wrapper's, or an empty string."""
+    return next((prefix for prefix in WRAPPERS if extra and all(key.startswith(prefix) for key in extra)), "")
+
+
+def _cause(extra: Collection[str], config: PreTrainedConfig) -> str:
+    """Return the likely cause of keys without a place."""
+    for pattern, cause in _CAUSES:
+        if any(pattern.search(key) for key in extra):
+            return f"likely {cause}"
+    depth = getattr(config, "num_hidden_layers", None)
+    layers = {int(found.group(1)) for key in extra if (found := re.search(r"\.(\d+)\.", key))}
+    if isinstance(depth, int) and layers and min(layers) >= depth:
+        return f"likely too few layers in config.json: it says {depth}, and the file has layer {max(layers)}"
+    return "compare config.json with the one that the weights were saved with"
+
+
+def _listed(keys: Collection[str]) -> str:
+    shown = list(keys)[:4]
+    return ", ".join(shown) + (", …" if len(keys) > len(shown) else "")
+
+
+def check_weights_finite(model: nn.Module, *, where: str) -> None:
+    """Raise `ModelError` that names the first weight with a NaN or infinite entry."""
+    check_finite(model.state_dict(), what=where)
+
+
+def follow_stored_head(config: PreTrainedConfig, folder: Path) -> None:
+    """Untie the head of `config` if its folder stores a head that differs from the embedding, and warn.
+
+    transformers loads both tensors then, whatever `tie_word_embeddings` is; everything else follows the config.
+    """
+    if not _is_tied(config) or not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
+        return
+    tensors = stored_tensors(folder)
+    head, embedding = (_ending(tensors, endings) for endings in (_HEADS, _EMBEDDINGS))
+    if head is not None and embedding is not None and not same_bytes(tensors[head], tensors[embedding]):
+        _untie(config, where=str(folder))
+
+
+def follow_loaded_head(model: PreTrainedModel, *, where: str) -> None:
+    """Untie the head in a model's config if the loaded head differs from the embedding, and warn."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not _is_tied(model.config) or head is None or head.weight is embedding.weight:
+        return
+    own, other = head.weight, embedding.weight
+    if isinstance(own, Tensor) and isinstance(other, Tensor) and not torch.equal(own, other):
+        _untie(model.config, where=where)
+
+
+def _is_tied(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _untie(config: PreTrainedConfig, *, where: str) -> None:
+    config.tie_word_embeddings = False
+    config.get_text_config().tie_word_embeddings = False
+    warnings.warn(
+        f"{where}: config.json has tie_word_embeddings: true, but the stored head differs from the embedding; the "
+        "weights are followed and the head is untied",
+        stacklevel=3,
+    )
+
+
+def _ending(tensors: Mapping[str, StoredTensor], endings: tuple[str, ...]) -> str | None:
+    return next((name for name in tensors if name.endswith(endings)), None)
