@@ -68,7 +68,7 @@ def test_every_type_that_the_code_knows_has_a_row() -> None:
 def test_the_taps_of_a_row(name: str) -> None:
     claimed = [tap for tap in TAPS if tap not in row(name).missing and tap not in ("mixing", "values")]
     found = trace(layout(name), token_ids(), taps=claimed)
-    expected = (*token_ids().shape, layout(name).width)
+    expected = (*token_ids().shape, layout(name).dim)
     for tap in claimed:
         values = [found[tap]] if tap in WHOLE_TAPS else found[tap].values()
         assert len(values) == (1 if tap in WHOLE_TAPS else len(layout(name).blocks))

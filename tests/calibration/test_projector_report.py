@@ -72,7 +72,7 @@ def test_halves_are_disjoint_and_bounded():
     [
         {"kind": "linear", "bias": True},
         {"kind": "low_rank", "rank": 8},
-        {"kind": "mlp", "width": 96},
+        {"kind": "mlp", "hidden": 96},
         {"kind": "orthogonal"},
     ],
     ids=lambda projector: projector["kind"],
@@ -117,7 +117,7 @@ def test_pairs_that_share_a_projector_have_one_report(teacher, teacher_folder):
 
 
 def test_measuring_leaves_student_modes_and_gradients_as_they_are(teacher, teacher_folder):
-    aligner = aligner_of(teacher, teacher_folder, projector={"kind": "mlp", "width": 96}).train()
+    aligner = aligner_of(teacher, teacher_folder, projector={"kind": "mlp", "hidden": 96}).train()
     before = {name: tensor.clone() for name, tensor in aligner.state_dict().items()}
     reports(aligner, rows(8), alone(aligner, rows(8), rows(8, seed=1)))
     assert aligner.training and aligner.student.training

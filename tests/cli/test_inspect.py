@@ -12,7 +12,7 @@ from tests.cli.conftest import XarchKd
 from xarch_kd.cli.inspect import span
 
 BLOCK_TAPS = {"hidden", "mixer_input", "mixer_output", "mlp_output", "mixing", "values"}
-INSIDE = {"mixing": ["batch", "heads", "time", "time"], "values": ["batch", "time", "heads", "width"]}
+INSIDE = {"mixing": ["batch", "heads", "time", "time"], "values": ["batch", "time", "heads", "dim"]}
 
 
 def test_json_lists_every_tap(teacher: Path, xarch_kd: XarchKd) -> None:

@@ -36,7 +36,7 @@ def models_of(path: Path) -> tuple[Any, list[str], tuple[str, ...]]:
 
 def test_its_sizes_are_the_files_and_its_tokens_the_teachers(write_mapping: Write) -> None:
     plan = make_plan(write_mapping(STAGE, student={"config": SIZES}), rates=RATES)
-    assert (plan.student.reference, plan.student.width, len(plan.student.layers)) == ("fresh mamba2", 32, 2)
+    assert (plan.student.reference, plan.student.dim, len(plan.student.layers)) == ("fresh mamba2", 32, 2)
     assert plan.student.vocabulary == plan.teacher.vocabulary == 97
     assert set(plan.stages[0].mixers) == {name for name in plan.stages[0].trainable if ".mixer." in name}
     assert plan.stages[0].mixers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
-from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_widths, queries_and_keys
+from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_dims, queries_and_keys
 from xarch_kd.mixing import BandedMixing, DeltaMixing, LinearMixing, Mixing, SelectiveMixing, SoftmaxMixing, SSDMixing
 from xarch_kd.projectors import LinearProjector
 
@@ -59,10 +59,10 @@ def sides() -> tuple[QueriesAndKeys, QueriesAndKeys]:
 
 
 def maps() -> tuple[LinearProjector, LinearProjector]:
-    widths = bridge_widths(*sides())
-    assert widths == {"query": (6, 24), "key": (6, 12)}
+    dims = bridge_dims(*sides())
+    assert dims == {"query": (6, 24), "key": (6, 12)}
     query, key = (
-        LinearProjector(*widths[name], generator=torch.Generator().manual_seed(at)).double()
+        LinearProjector(*dims[name], generator=torch.Generator().manual_seed(at)).double()
         for at, name in enumerate(("query", "key"))
     )
     return query, key
@@ -91,7 +91,7 @@ def test_it_is_the_mean_of_two_distances_through_their_maps_and_trains_both_side
 
 def test_micro_batches_add_up() -> None:
     (student, teacher), (query_map, key_map) = sides(), maps()
-    options: dict[str, Any] = {"normaliser": BATCH * TIME, "query_map": query_map, "key_map": key_map}
+    options: dict[str, Any] = {"normalizer": BATCH * TIME, "query_map": query_map, "key_map": key_map}
     whole = attention_bridge(student, teacher, **options)
     halves = [
         attention_bridge(

@@ -156,8 +156,8 @@ def test_what_does_not_fit_is_refused() -> None:
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"mask": torch.ones(TOKENS)}, "boolean"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "mask does not fit"),
-        ({"standardiser": statistics, "shared_basis": True}, "do not share their dimensions"),
-        ({"standardiser": Standardizer(torch.zeros(6), torch.ones(6))}, "features does not fit"),
+        ({"standardizer": statistics, "shared_basis": True}, "do not share their dimensions"),
+        ({"standardizer": Standardizer(torch.zeros(6), torch.ones(6))}, "features does not fit"),
     )
     for options, words in refused:
         with pytest.raises(UsageError, match=words):

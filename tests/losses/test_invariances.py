@@ -49,7 +49,7 @@ def tokenwise(kind: str, standardise: bool = False) -> Loss:
 
 def related(function: Callable[..., Tensor], standardise: bool = False, shared_basis: bool = True) -> Loss:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        options = {"standardiser": statistics(teacher), "shared_basis": shared_basis} if standardise else {}
+        options = {"standardizer": statistics(teacher), "shared_basis": shared_basis} if standardise else {}
         return function(student, teacher, normalizer=TOKENS, **options)
 
     return loss

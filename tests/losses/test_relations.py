@@ -73,7 +73,7 @@ def test_gram_of_standardised_features(shared_basis: bool) -> None:
     mean, deviation = 5 * normal(2, 9), normal(3, 9).abs() + 0.1
     student, again = normal(0, BATCH, TIME, 9).requires_grad_(), normal(0, BATCH, TIME, 9).requires_grad_()
     poisoned = torch.where(mask[..., None], teacher, torch.full((), float("nan"), dtype=torch.float64))
-    options: dict[str, Any] = {"standardiser": Standardizer(mean, deviation), "shared_basis": shared_basis}
+    options: dict[str, Any] = {"standardizer": Standardizer(mean, deviation), "shared_basis": shared_basis}
     loss = gram_loss(student, poisoned, normalizer=mask.sum(), mask=mask, **options)
     loss.backward()
     own = (again - mean) / deviation if shared_basis else again
@@ -180,7 +180,7 @@ def test_a_causal_relation_starts_with_a_row_of_one_token() -> None:
 
 
 def test_relation_heads() -> None:
-    assert [relation_heads(*widths) for widths in ((256, 576), (768, 768), (48, 60), (16, 2048))] == [8, 24, 1, 1]
+    assert [relation_heads(*dims) for dims in ((256, 576), (768, 768), (48, 60), (16, 2048))] == [8, 24, 1, 1]
     assert relation_heads(32, 60, 4) == 4
     with pytest.raises(UsageError, match=r"(?s)asked: +8.*student 32, teacher 60.*1 \| 2 \| 4"):
         relation_heads(32, 60, 8)

@@ -141,7 +141,7 @@ def test_narrow_features_are_standardised_wide_and_stay_in_the_graph() -> None:
 def test_the_state_comes_back() -> None:
     first = Standardizer(normal(0, 4), normal(1, 4).abs())
     again = Standardizer.from_state(first.to("cpu").state())
-    assert torch.equal(again.mean, first.mean) and torch.equal(again.deviation, first.deviation) and again.width == 4
+    assert torch.equal(again.mean, first.mean) and torch.equal(again.deviation, first.deviation) and again.dim == 4
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_what_does_not_fit_is_refused(call: Callable[[], object], words: str) ->
         call()
 
 
-def test_statistics_of_other_widths_are_refused() -> None:
+def test_statistics_of_other_dims_are_refused() -> None:
     statistics = FeatureStatistics()
     statistics.update(torch.ones(2, 3))
-    with pytest.raises(UsageError, match="width of the first call"):
+    with pytest.raises(UsageError, match="dim of the first call"):
         statistics.update(torch.ones(2, 4))

@@ -66,7 +66,7 @@ def test_a_narrower_tied_student_gets_the_best_projection_of_the_embedding() -> 
     check_projection(embedding, weights(teacher)[0], before)
     assert torch.equal(embedding, head)
     values = np.linalg.svd(weights(teacher)[0].double().numpy(), compute_uv=False) ** 2
-    assert (done.part, done.teacher_width, done.student_width) == ("embedding", 64, 24)
+    assert (done.part, done.teacher_dim, done.student_dim) == ("embedding", 64, 24)
     assert done.kept == pytest.approx(values[:24].sum() / values.sum(), rel=1e-10)
     assert 0.5 < done.kept < 0.999
 

@@ -70,7 +70,7 @@ def test_the_good_file_gives_the_whole_plan(good: str, plan_of: PlanOf, folder_o
         ("mixer-output.0", 0, 0),
         ("mixer-output.2", 2, 2),
     ]
-    assert {(pair.student_width, pair.teacher_width, pair.projector, pair.loss) for pair in mixers.pairs} == {
+    assert {(pair.student_dim, pair.teacher_dim, pair.projector, pair.loss) for pair in mixers.pairs} == {
         (64, 64, "none", "relative_mse")
     }
     assert all(".mamba." in name and (".0." in name or ".2." in name) for name in mixers.trainable)
@@ -105,7 +105,7 @@ def test_counts_equal_those_of_real_models(plan_of: PlanOf, folder_of: FolderOf)
     assert plan.stages[0].trainable_parameters == plan.student.parameters
 
 
-def test_unequal_widths_get_a_projector(plan_of: PlanOf, folder_of: FolderOf) -> None:
+def test_unequal_dims_get_a_projector(plan_of: PlanOf, folder_of: FolderOf) -> None:
     teacher, student = folder_of("llama", num_hidden_layers=4), folder_of("llama", hidden_size=32, num_hidden_layers=2)
     plan = plan_of(
         text(
@@ -121,7 +121,7 @@ def test_unequal_widths_get_a_projector(plan_of: PlanOf, folder_of: FolderOf) ->
     assert plan.stages[0].projector_parameters == 2 * 32 * 64
 
 
-def test_projector_none_with_unequal_widths(plan_of: PlanOf, folder_of: FolderOf) -> None:
+def test_projector_none_with_unequal_dims(plan_of: PlanOf, folder_of: FolderOf) -> None:
     teacher, student = folder_of("llama"), folder_of("llama", hidden_size=32)
     content = text(
         teacher,
@@ -171,7 +171,7 @@ def test_problems_of_several_stages_are_told_at_once(plan_of: PlanOf, folder_of:
     ]
 
 
-def test_inputs_teacher_needs_equal_widths(plan_of: PlanOf, folder_of: FolderOf) -> None:
+def test_inputs_teacher_needs_equal_dims(plan_of: PlanOf, folder_of: FolderOf) -> None:
     student = folder_of("mamba", hidden_size=32)
     content = text(folder_of("llama"), f"config: '{student}'", stage(layers="layers: uniform"))
     assert first_lines(plan_of, content)[0] == (
@@ -308,7 +308,7 @@ def test_a_mapping_built_in_python(plan_of: PlanOf, folder_of: FolderOf, rates: 
     [
         ("low_rank", "low_rank", 8 * (32 + 64)),
         ("{kind: low_rank, rank: 4, bias: true}", "low_rank", 4 * (32 + 64) + 64),
-        ("{kind: mlp, width: 10}", "mlp", 10 * (32 + 1 + 64)),
+        ("{kind: mlp, hidden: 10}", "mlp", 10 * (32 + 1 + 64)),
         ("orthogonal", "orthogonal", 32 * 64),
         ("{kind: linear, bias: true}", "linear", 32 * 64 + 64),
     ],

@@ -77,9 +77,9 @@ def test_ridge_is_the_least_squares_solution(bias: bool, rank: int | None) -> No
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-@pytest.mark.parametrize("widths", [(5, 7), (7, 5)])
-def test_procrustes_is_the_explicit_decomposition(widths: tuple[int, int], rank: int | None) -> None:
-    x, y = pair(*widths)
+@pytest.mark.parametrize("dims", [(5, 7), (7, 5)])
+def test_procrustes_is_the_explicit_decomposition(dims: tuple[int, int], rank: int | None) -> None:
+    x, y = pair(*dims)
     left, values, right = torch.linalg.svd(centre(y).T @ centre(x), full_matrices=False)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     isometry = left @ right
@@ -157,7 +157,7 @@ def test_merged_parts_are_the_whole_and_masked_tokens_are_left_out() -> None:
     parts.merge(rest)
     parts.merge(empty)
     empty.merge(parts)
-    assert whole.tokens == parts.tokens == empty.tokens == TOKENS and whole.widths == (5, 7)
+    assert whole.tokens == parts.tokens == empty.tokens == TOKENS and whole.dims == (5, 7)
     for centred in (True, False):
         for merged in (parts, empty, PairStatistics.from_state(parts.state())):
             for one, other in zip(whole.moments(centred=centred), merged.moments(centred=centred), strict=True):
@@ -173,15 +173,15 @@ def test_merged_parts_are_the_whole_and_masked_tokens_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "rank"),
+    ("kind", "hidden", "rank"),
     [("linear", None, None), ("low_rank", None, 2), ("mlp", None, None), ("mlp", 31, None), ("mlp", 5, 2)],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_projector_starts_as_the_ridge_of_its_rank(
-    kind: str, width: int | None, rank: int | None, bias: bool
+    kind: str, hidden: int | None, rank: int | None, bias: bool
 ) -> None:
     x, y = pair()
-    projector = build_projector(kind, 5, 7, bias=bias, width=width, rank=rank if kind == "low_rank" else None)
+    projector = build_projector(kind, 5, 7, bias=bias, hidden=hidden, rank=rank if kind == "low_rank" else None)
     assert projector is not None
     fitted = initialise(projector, of(x, y))
     assert fitted is not None
@@ -237,11 +237,11 @@ def test_bad_input() -> None:
     statistics = of(x, y)
     projector = build_projector("linear", 7, 5)
     assert projector is not None
-    with pytest.raises(UsageError, match="other widths"):
+    with pytest.raises(UsageError, match="other dimensions"):
         initialise(projector, statistics)
     with pytest.raises(UsageError, match="teacher does not fit"):
         statistics.update(x, y[:-1])
-    with pytest.raises(UsageError, match="widths of the first call"):
+    with pytest.raises(UsageError, match="dims of the first call"):
         statistics.update(y, x)
     with pytest.raises(UsageError, match="of no tokens"):
         ridge(PairStatistics())

@@ -58,7 +58,7 @@ def test_a_student_that_learned_is_fine(kind: str, options: dict[str, int]) -> N
     x, y = layers(1)
     before = normal(TOKENS, STUDENT, seed=5)
     alone = explained_alone(projector, of(before, y), of(normal(TOKENS, STUDENT, seed=6), layers(2)[1]))
-    # Noise explains nothing of tokens that nothing was fitted to; of those it was fitted to, some width / tokens.
+    # Noise explains nothing of tokens that nothing was fitted to; of those it was fitted to, some dim / tokens.
     assert alone < 0.005
     initialise(projector, of(x, y))
     found = diagnose(projector, trained_on(projector, *layers(2)), alone=alone)
@@ -124,7 +124,7 @@ def test_a_projector_that_does_the_students_work_is_named() -> None:
 
 
 def test_a_wide_projector_explains_noise_of_the_tokens_it_was_fitted_to() -> None:
-    """The figure of independent features is about width / tokens in sample, and not above 0 out of it."""
+    """The figure of independent features is about dim / tokens in sample, and not above 0 out of it."""
     wide = build_projector("linear", 100, 4, bias=True)
     assert wide is not None
     fitted, held_out = (of(normal(200, 100, seed=seed), normal(200, 4, seed=seed + 9)) for seed in (1, 2))
@@ -147,7 +147,7 @@ def test_an_identity_is_diagnosed_too() -> None:
 def test_statistics_of_other_features_are_refused() -> None:
     projector = built("low_rank", rank=5)
     x, y = layers(1)
-    with pytest.raises(UsageError, match="other widths"):
+    with pytest.raises(UsageError, match="other dimensions"):
         diagnose(projector, of(x, y))
-    with pytest.raises(UsageError, match="other widths"):
+    with pytest.raises(UsageError, match="other dimensions"):
         explained_alone(projector, of(x, y), of(y, x))

@@ -22,13 +22,13 @@ from xarch_kd.projectors import (
     parameter_count,
 )
 
-# Kind, student width, teacher width, options, and the names of its parameters.
+# Kind, student dim, teacher dim, options, and the names of its parameters.
 SPECIMENS: list[tuple[str, int, int, dict[str, Any], set[str]]] = [
     ("identity", 6, 6, {}, set()),
     ("linear", 6, 9, {"bias": True}, {"weight", "bias"}),
     ("linear", 9, 6, {}, {"weight"}),
     ("low_rank", 6, 9, {"rank": 2, "bias": True}, {"down", "up", "bias"}),
-    ("mlp", 6, 9, {"width": 7, "bias": True}, {"inner", "inner_bias", "outer", "bias"}),
+    ("mlp", 6, 9, {"hidden": 7, "bias": True}, {"inner", "inner_bias", "outer", "bias"}),
     ("orthogonal", 6, 9, {"bias": True}, {"basis", "bias"}),
     ("orthogonal", 9, 6, {}, {"basis"}),
 ]
@@ -51,7 +51,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def test_auto_is_linear_only_where_widths_differ() -> None:
+def test_auto_is_linear_only_where_dims_differ() -> None:
     assert build_projector("auto", 8, 8) is None
     assert build_projector("none", 8, 8) is None
     for projector in (build_projector("auto", 6, 8), build_projector("linear", 6, 8)):
@@ -131,13 +131,13 @@ def test_it_is_saved_and_read_under_stable_names(
     assert sum(p.numel() for p in projector.parameters()) == parameter_count(kind, student, teacher, **options)
 
 
-@pytest.mark.parametrize("widths", [(6, 9), (9, 6), (6, 6)])
-def test_orthogonal_stays_orthogonal_while_it_trains(widths: tuple[int, int]) -> None:
-    projector = build_projector("orthogonal", *widths, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dims", [(6, 9), (9, 6), (6, 6)])
+def test_orthogonal_stays_orthogonal_while_it_trains(dims: tuple[int, int]) -> None:
+    projector = build_projector("orthogonal", *dims, generator=torch.Generator().manual_seed(0))
     assert isinstance(projector, OrthogonalProjector)
-    start, smaller = projector.matrix().clone(), min(widths)
+    start, smaller = projector.matrix().clone(), min(dims)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=0.1, weight_decay=0.1)
-    x, y = normal(50, widths[0]), normal(50, widths[1], seed=1)
+    x, y = normal(50, dims[0]), normal(50, dims[1], seed=1)
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
@@ -146,7 +146,7 @@ def test_orthogonal_stays_orthogonal_while_it_trains(widths: tuple[int, int]) ->
         optimizer.step()
         losses.append(loss.item())
         weight = projector.matrix()
-        product = weight @ weight.T if widths[0] > widths[1] else weight.T @ weight
+        product = weight @ weight.T if dims[0] > dims[1] else weight.T @ weight
         torch.testing.assert_close(product, torch.eye(smaller), rtol=0, atol=ROUNDING)
     assert losses[-1] < 0.95 * losses[0]
     assert (projector.matrix() - start).abs().max() > 0.1
@@ -171,9 +171,9 @@ def test_orthogonal_takes_any_semi_orthogonal_weight_and_no_other() -> None:
         (("liner", 6, 8), {}, "Did you mean 'linear'"),
         (("low_rank", 6, 8), {"rank": 7}, "1 to 6"),
         (("low_rank", 6, 8), {"rank": 0}, "1 to 6"),
-        (("mlp", 6, 8), {"width": 1}, ">= 2"),
+        (("mlp", 6, 8), {"hidden": 1}, ">= 2"),
         (("linear", 6, 8), {"rank": 2}, "no rank"),
-        (("auto", 6, 8), {"width": 2}, "no width"),
+        (("auto", 6, 8), {"hidden": 2}, "no hidden"),
         (("identity", 6, 6), {"bias": True}, "no bias"),
     ],
 )

@@ -24,7 +24,7 @@ def test_every_row_holds_in_a_traced_model(model_type, build, build_meta, input_
             assert [mixing.dense().shape[2:] for mixing in found["mixing"].values()] == [(13, 13)] * len(row.layers)
             continue
         if row.tap == "values":
-            assert row.shape == ("batch", "time", "heads", "width")
+            assert row.shape == ("batch", "time", "heads", "dim")
             assert [(value.dim(), *value.shape[:2]) for value in found["values"].values()] == [(4, 2, 13)] * len(
                 row.layers
             )

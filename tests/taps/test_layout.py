@@ -23,7 +23,7 @@ def test_the_parts_of_a_bamba(build):
     assert layout.mlps is not None and layout.mlps[2] is model.model.layers[2].feed_forward
     assert layout.embedding is model.model.embed_tokens and layout.final_norm is model.model.final_layernorm
     assert layout.head is model.lm_head and layout.head_weight is model.lm_head.weight and layout.head_bias is None
-    assert (layout.width, layout.mixer_scales, layout.mlp_scale) == (64, (1.0, 1.0, 1.0), 1.0)
+    assert (layout.dim, layout.mixer_scales, layout.mlp_scale) == (64, (1.0, 1.0, 1.0), 1.0)
     assert (layout.logit_scale, layout.logit_softcap) == (1.0, None)
     assert layout.path_of(layout.mixers[1]) == "model.layers.1.self_attn"
 

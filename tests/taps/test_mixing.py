@@ -227,7 +227,7 @@ def test_a_replayed_mixing_is_read_without_running_what_comes_after_its_factors(
     model = build(model_type)
     layout = layout_of(model)
     calls = block_calls(layout, input_ids)
-    fed = torch.randn(2, 13, layout.width, generator=torch.Generator().manual_seed(1))
+    fed = torch.randn(2, 13, layout.dim, generator=torch.Generator().manual_seed(1))
     for layer, mixer in enumerate(layout.mixers):
         ends = []
         handle = mixer.register_forward_hook(lambda *_, ends=ends: ends.append(1))
@@ -248,7 +248,7 @@ def test_gradients_of_what_is_replayed_stay_in_its_mixer_also_under_checkpointin
             model.activation_checkpointing_enable({"use_reentrant": False})
         layout = layout_of(model)
         calls = block_calls(layout, input_ids)
-        fed = torch.randn(2, 13, layout.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        fed = torch.randn(2, 13, layout.dim, generator=torch.Generator().manual_seed(1)).requires_grad_()
         for layer in range(2):
             mixing = read_mixing(layout, layer, fed, calls)
             output = run_mixer(layout, layer, fed, calls)

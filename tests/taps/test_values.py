@@ -103,7 +103,7 @@ def test_a_mixing_and_its_values_are_read_once(model_type, inner, build, input_i
     monkeypatch.setattr("xarch_kd.taps.recording.mixing_tap", lambda *args: reads.append(args[1:]) or make(*args))
     layout.mixers[0].get_submodule(inner).register_forward_hook(lambda *_: runs.append(1))
     calls = block_calls(layout, input_ids)
-    fed = torch.randn(2, 13, layout.width, generator=torch.Generator().manual_seed(1))
+    fed = torch.randn(2, 13, layout.dim, generator=torch.Generator().manual_seed(1))
     read_block(layout, 0, fed, calls, ["values", "mixing", "mixer_input"])
     read_mixer(layout, 0, fed, calls, ["mixing", "values"])
     assert reads == [(0, ["values", "mixing"]), (0, ["mixing", "values"])]
@@ -158,7 +158,7 @@ def test_gradients_of_replayed_values_reach_the_mixer_alone_also_under_checkpoin
         if saves:
             model.activation_checkpointing_enable({"use_reentrant": False})
         layout = layout_of(model)
-        fed = torch.randn(2, 13, layout.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        fed = torch.randn(2, 13, layout.dim, generator=torch.Generator().manual_seed(1)).requires_grad_()
         read_mixer(layout, 0, fed, block_calls(layout, input_ids), ["values"])["values"].sin().sum().backward()
         own = {id(parameter) for parameter in layout.mixers[0].parameters()}
         found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -26,7 +26,7 @@ def tokens_to_prepare(aligner: Aligner) -> int:
     """Return how many tokens of calibration text the stage can use, 0 when there is nothing to fit."""
     wanted = [STATISTICS_TOKENS for match in _matches(aligner) if match.to_fit]
     wanted += [
-        AMPLE * enough_tokens(projector.student_width)
+        AMPLE * enough_tokens(projector.student_dim)
         for match in _matches(aligner)
         for projector in aligner.projectors.values()
         if isinstance(projector, Projector) and match.entry.projector_part.initialise != "random"
@@ -90,10 +90,10 @@ def _start(match: PairObjective, projector: Projector, statistics: PairStatistic
     if form == "random":
         return None
     name = match.entry.name
-    if how == "auto" and statistics.tokens <= projector.student_width:
+    if how == "auto" and statistics.tokens <= projector.student_dim:
         return (
-            f"{name}: projectors start at random, because {form} needs more than {projector.student_width} tokens of "
-            f"calibration text ({enough_tokens(projector.student_width)} say more) and there are {statistics.tokens}"
+            f"{name}: projectors start at random, because {form} needs more than {projector.student_dim} tokens of "
+            f"calibration text ({enough_tokens(projector.student_dim)} say more) and there are {statistics.tokens}"
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

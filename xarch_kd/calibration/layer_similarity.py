@@ -73,7 +73,7 @@ def layer_similarity(tap: str, teacher: Layout, student: Layout, rows: Tensor) -
 
 
 def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor) -> Sequence[Tensor]:
-    """Return what each layer gives at the positions of every row, standardised: [rows, positions, width] a layer."""
+    """Return what each layer gives at the positions of every row, standardised: [rows, positions, dim] a layer."""
     was_training = layout.model.training
     layout.model.eval()
     kept: list[list[Tensor]] = [[] for _ in layout.blocks]

@@ -176,7 +176,7 @@ def at_best_scale(projector: Projector, statistics: PairStatistics) -> PairStati
     For losses that see directions alone, which leave the size of what a projector gives to chance.
     """
     parameter = next(projector.parameters())
-    _, weight, bias = projector.split(parameter.new_zeros(1, projector.student_width))
+    _, weight, bias = projector.split(parameter.new_zeros(1, projector.student_dim))
     assert weight is not None
     moments, weight = statistics.moments(centred=False), weight.double()
     product = (weight * moments.cross.T).sum()

@@ -83,11 +83,11 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
 
 
 def _told(transfer: Transfer) -> str:
-    narrower = transfer.student_width < transfer.teacher_width
+    narrower = transfer.student_dim < transfer.teacher_dim
     share = f", which keeps {transfer.kept:.1%} of their squared length" if narrower else ""
     return (
-        f"the student's {transfer.part} starts as the teacher's: {transfer.rows} rows, {transfer.teacher_width} to "
-        f"{transfer.student_width} dimensions{share}"
+        f"the student's {transfer.part} starts as the teacher's: {transfer.rows} rows, {transfer.teacher_dim} to "
+        f"{transfer.student_dim} dimensions{share}"
     )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from xarch_kd.losses.balance import Balance, observed_loss
-from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_widths, queries_and_keys
+from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_dims, queries_and_keys
 from xarch_kd.losses.cka import cka_loss, cka_tokens
 from xarch_kd.losses.features import feature_loss, feature_normalizer, teacher_energy, token_count
 from xarch_kd.losses.mixing import mixing_loss
@@ -24,7 +24,7 @@ __all__ = [
     "TokenLoss",
     "WeightSchedule",
     "attention_bridge",
-    "bridge_widths",
+    "bridge_dims",
     "cka_loss",
     "cka_tokens",
     "feature_loss",

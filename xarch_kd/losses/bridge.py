@@ -12,7 +12,7 @@ from xarch_kd.mixing import DeltaMixing, LinearMixing, Mixing, SelectiveMixing, 
 
 
 class QueriesAndKeys(NamedTuple):
-    """What the entries of a token-mixing matrix are products of, both [batch, time, heads or groups, width]."""
+    """What the entries of a token-mixing matrix are products of, both [batch, time, heads or groups, dim]."""
 
     query: Tensor
     key: Tensor
@@ -41,8 +41,8 @@ def queries_and_keys(mixing: Mixing) -> QueriesAndKeys:
     )
 
 
-def bridge_widths(student: QueriesAndKeys, teacher: QueriesAndKeys) -> dict[str, tuple[int, int]]:
-    """Return (student width, teacher width), of all heads together, of the maps `query` and `key` of a bridge."""
+def bridge_dims(student: QueriesAndKeys, teacher: QueriesAndKeys) -> dict[str, tuple[int, int]]:
+    """Return (student dim, teacher dim), of all heads together, of the maps `query` and `key` of a bridge."""
     return {
         name: (own.shape[2:].numel(), target.shape[2:].numel())
         for name, own, target in zip(QueriesAndKeys._fields, student, teacher, strict=True)
@@ -64,8 +64,8 @@ def attention_bridge(
 ) -> Tensor:
     """Return this micro-batch's share of the mean of two feature losses: of queries and of keys, heads side by side.
 
-    `query_map` and `key_map` take the student's width (`bridge_widths`) to the teacher's. They are held outside and
-    must train with the student; None where the widths are equal. `kind` is one of the feature losses that are means
+    `query_map` and `key_map` take the student's dimension (`bridge_dims`) to the teacher's. They are held outside and
+    must train with the student; None where the dimensions are equal. `kind` is one of the feature losses that are means
     over tokens, `normaliser` the number of tokens of the whole step.
 
     Invariant to what the maps can undo, for linear ones any invertible linear map of all heads together, and to nothing

@@ -1,4 +1,4 @@
-"""One minus the similarity (linear CKA) of student and teacher: no projector, any widths."""
+"""One minus the similarity (linear CKA) of student and teacher: no projector, any dimensions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TOKENS_A_DIMENSION: Final = 4
 LEAST_DEPENDENCE: Final = 1e-7
 
 
-def cka_tokens(student_width: int, teacher_width: int) -> int:
+def cka_tokens(student_dim: int, teacher_dim: int) -> int:
     """Return how many tokens a micro-batch should have: with fewer than 4 a dimension CKA is more noise than signal.
 
     It stays without bias below that, but one batch's value and gradient are then far from those of all tokens.
     """
-    return TOKENS_A_DIMENSION * max(student_width, teacher_width)
+    return TOKENS_A_DIMENSION * max(student_dim, teacher_dim)
 
 
 def cka_loss(
@@ -37,7 +37,7 @@ def cka_loss(
     standardizer: Standardizer | None = None,
     shared_basis: bool = False,
 ) -> Tensor:
-    """Return this micro-batch's share of 1 - CKA, weighted by its tokens; student and teacher [..., width] of each.
+    """Return this micro-batch's share of 1 - CKA, weighted by its tokens; student and teacher [..., dim] of each.
 
     CKA = HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)) with HSIC_1 (Song et al. 2012, eq. 5; `ops.reference.similarity`),
     which has no bias. The loss is 0 for equal features, near 1 for independent ones, perhaps slightly above. It is no
@@ -58,7 +58,7 @@ def cka_loss(
     """
     checks.check_floating(student=student, teacher=teacher)
     leading = tuple(student.shape[:-1])
-    checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, teacher width]")
+    checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, teacher dim]")
     checks.check_shape("mask", mask, leading, "[leading axes of student]")
     checks.check_mask(mask)
     checks.check_device(student=student, teacher=teacher, mask=mask)
@@ -77,7 +77,7 @@ def standardised(
 ) -> tuple[Tensor, Tensor]:
     """Return the teacher standardised, and the student too if its dimensions are the teacher's.
 
-    Raises UsageError for a shared basis of unequal widths.
+    Raises UsageError for a shared basis of unequal dimensions.
     """
     if standardizer is None:
         return student, teacher
@@ -85,7 +85,7 @@ def standardised(
         return student, standardizer.apply(teacher)
     if student.shape[-1] != teacher.shape[-1]:
         raise UsageError(
-            "Models of unequal widths do not share their dimensions.",
+            "Models of unequal dimensions do not share their dimensions.",
             asked="shared_basis=True",
             found=f"student {student.shape[-1]}, teacher {teacher.shape[-1]}",
             fix="shared_basis=False: the teacher alone is standardised",
@@ -112,7 +112,7 @@ def _centred(features: Tensor) -> Tensor:
 
 
 def _hsic(x: Tensor, y: Tensor) -> Tensor:
-    """Return HSIC_1 from width × width products (formulas of `ops.streaming.similarity`), differentiable."""
+    """Return HSIC_1 from dim × dim products (formulas of `ops.streaming.similarity`), differentiable."""
     count = x.shape[0]
     x_norms, y_norms = x.square().sum(1), y.square().sum(1)
     products, x_sum, y_sum, both = x.T @ y, x.sum(0), y.sum(0), x_norms @ y_norms

@@ -36,15 +36,15 @@ SMALLEST_NORMALISER: Final = 1e-12
 
 
 class Projection(Protocol):
-    """A map from the student's width to the teacher's whose last part is linear, so that its values are never kept."""
+    """Map from student to teacher features with a linear last layer, so that the projected tensor is never stored."""
 
     def split(self, student: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return features [..., width] and what they are multiplied by: weight [teacher, width], bias [teacher]."""
+        """Return features [..., dim] and what they are multiplied by: weight [teacher, dim], bias [teacher]."""
         ...
 
 
 def token_count(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return how many tokens count, a float64 scalar, from features [..., width] and a mask of their leading axes."""
+    """Return how many tokens count, a float64 scalar, from features [..., dim] and a mask of their leading axes."""
     if mask is None:
         return torch.tensor(features.shape[:-1].numel(), dtype=torch.float64, device=features.device)
     return mask.sum().double()
@@ -81,7 +81,7 @@ def feature_loss(
 ) -> Tensor:
     """Return this micro-batch's share of loss `kind`, a scalar.
 
-    `student` is [batch, time, student width] and `teacher` [batch, time, teacher width]; `mask` [batch, time] is true
+    `student` is [batch, time, student dim] and `teacher` [batch, time, teacher dim]; `mask` [batch, time] is true
     where a token counts. `relative_mse` is Σ|y - t|² over Σ|t|²; the others are means over tokens of the distances of
     `projected_distance`: `huber`, with `delta`, and `l2` among them. With the teacher's `standardiser`, y and t are
     standardised before they are compared. The teacher gets no gradient.

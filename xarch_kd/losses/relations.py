@@ -1,4 +1,4 @@
-"""Relations of tokens to each other, compared between student and teacher: no projector, any widths and head counts."""
+"""Losses on relations between tokens, compared between student and teacher: no projector, any dimensions."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def gram_loss(
     """Return this micro-batch's share of the mean over tokens i of |k_i / |k_i| - t_i / |t_i||², a scalar.
 
     k_i are the products x_i·x_j with all tokens j of its sequence, t_i the teacher's (similarity-preserving
-    distillation, Tung & Mori 2019, arXiv:1907.09682, within a sequence); student and teacher are [batch, time, width],
-    each of its own width. `normaliser` is the number of tokens of the whole step. A block of rows of the
+    distillation, Tung & Mori 2019, arXiv:1907.09682, within a sequence); student and teacher are [batch, time, dim],
+    each of its own dimension. `normaliser` is the number of tokens of the whole step. A block of rows of the
     tokens × tokens products is in memory at a time.
 
     Invariant to a rotation and a scale of the student; not to a shift nor to scales of single tokens. Blinded by a
@@ -45,7 +45,7 @@ def gram_loss(
         NonFiniteLoss: a feature of a counted token is NaN or infinite.
     """
     student, teacher = standardised(student, teacher, standardizer, shared_basis)
-    own, target, counted = paired(student, teacher, mask, "batch, time, width")
+    own, target, counted = paired(student, teacher, mask, "batch, time, dim")
 
     def part(leaf: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
@@ -68,9 +68,9 @@ def relation_loss(
 ) -> Tensor:
     """Return this micro-batch's share of the mean over tokens and relation heads of KL(teacher's row ‖ student's row).
 
-    The queries, or keys, or values of a layer [batch, time, heads, width], of either model, are put side by side and
+    The queries, or keys, or values of a layer [batch, time, heads, dim], of either model, are put side by side and
     split anew into `heads` relation heads (None: `relation_heads`), so that head counts need not agree; a row is
-    softmax over the tokens j that i sees of x_i·x_j / √(width of a relation head) (MiniLMv2, arXiv:2012.15828).
+    softmax over the tokens j that i sees of x_i·x_j / √(dim of a relation head) (MiniLMv2, arXiv:2012.15828).
     `causal` is for decoders; a sequence's first row is then 0. `normaliser` is the number of tokens of the whole step.
     A block of rows of the relations is in memory at a time.
 
@@ -80,10 +80,10 @@ def relation_loss(
     the values.
 
     Raises:
-        UsageError: tensors that do not fit, or a number of heads that does not divide both widths.
+        UsageError: tensors that do not fit, or a number of heads that does not divide both dimensions.
         NonFiniteLoss: a feature of a counted token is NaN or infinite.
     """
-    own, target, counted = paired(student, teacher, mask, "batch, time, heads, width")
+    own, target, counted = paired(student, teacher, mask, "batch, time, heads, dim")
     own, target = own.flatten(2), target.flatten(2)
     heads = relation_heads(own.shape[-1], target.shape[-1], heads)
     own, target = (features.unflatten(2, (heads, -1)).transpose(1, 2) for features in (own, target))
@@ -104,26 +104,26 @@ def relation_loss(
     return finite(total / divisor(normalizer, total) / heads, "relation")
 
 
-def relation_heads(student_width: int, teacher_width: int, wanted: int | None = None) -> int:
-    """Return into how many relation heads two widths (of all heads together) are split.
+def relation_heads(student_dim: int, teacher_dim: int, wanted: int | None = None) -> int:
+    """Return into how many relation heads two dimensions (of all heads together) are split.
 
     By default as many as leave both at least 32 numbers a head, or 1.
 
     Raises:
         UsageError: `wanted` does not divide both.
     """
-    shared = math.gcd(student_width, teacher_width)
+    shared = math.gcd(student_dim, teacher_dim)
     possible = [count for count in range(1, shared + 1) if shared % count == 0]
     if wanted is not None:
         if wanted not in possible:
             raise UsageError(
-                "Relation heads must divide the widths of student and teacher.",
+                "Relation heads must divide the dimensions of student and teacher.",
                 asked=wanted,
-                found=f"student {student_width}, teacher {teacher_width}",
+                found=f"student {student_dim}, teacher {teacher_dim}",
                 allowed=" | ".join(map(str, possible)),
             )
         return wanted
-    narrow = min(student_width, teacher_width)
+    narrow = min(student_dim, teacher_dim)
     return max((count for count in possible if narrow // count >= RELATION_WIDTH), default=1)
 
 

@@ -26,7 +26,7 @@ LEAST_TOKENS: Final = 2
 
 @dataclass(frozen=True, eq=False)
 class Standardizer:
-    """x -> (x - mean) / deviation, both [width] of the teacher; for its features and for what is compared with them.
+    """x -> (x - mean) / deviation, both [dim] of the teacher; for its features and for what is compared with them.
 
     Raises UsageError for statistics that do not fit, are not finite or have a deviation of at most 0.
     """
@@ -37,15 +37,15 @@ class Standardizer:
     def __post_init__(self) -> None:
         checks.check_floating(mean=self.mean, deviation=self.deviation)
         if self.mean.dim() != 1:
-            raise UsageError("mean does not fit.", found=list(self.mean.shape), allowed="[width]")
-        checks.check_shape("deviation", self.deviation, tuple(self.mean.shape), "[width]")
+            raise UsageError("mean does not fit.", found=list(self.mean.shape), allowed="[dim]")
+        checks.check_shape("deviation", self.deviation, tuple(self.mean.shape), "[dim]")
         if not bool(torch.isfinite(self.mean).all() and torch.isfinite(self.deviation).all()):
             raise UsageError("Statistics of the teacher must be finite.", found="NaN or infinity")
         if not bool((self.deviation > 0).all()):
             raise UsageError("A deviation must be above 0.", found=self.deviation.min().item(), allowed="> 0")
 
     @property
-    def width(self) -> int:
+    def dim(self) -> int:
         """How many dimensions."""
         return self.mean.shape[0]
 
@@ -54,8 +54,8 @@ class Standardizer:
         return Standardizer(self.mean.to(device), self.deviation.to(device))
 
     def apply(self, features: Tensor) -> Tensor:
-        """Return standardised features [..., width], at least float32; gradients flow through."""
-        checks.check_shape("features", features, (*features.shape[:-1], self.width), "[..., width of the statistics]")
+        """Return standardised features [..., dim], at least float32; gradients flow through."""
+        checks.check_shape("features", features, (*features.shape[:-1], self.dim), "[..., dim of the statistics]")
         mean, deviation = self._like(features)
         return (features.to(mean.dtype) - mean) / deviation
 
@@ -64,12 +64,12 @@ class Standardizer:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (features, weight, bias) whose projection is the standardised projection of the given ones.
 
-        features [..., student width], weight [width, student width], bias [width]; without a weight they are the
+        features [..., student dim], weight [dim, student dim], bias [dim]; without a weight they are the
         projection. The projected features themselves are not built.
         """
         if weight is None:
             return self.apply(features), None, None
-        checks.check_shape("weight", weight, (self.width, weight.shape[1]), "[width of the statistics, student width]")
+        checks.check_shape("weight", weight, (self.dim, weight.shape[1]), "[dim of the statistics, student dim]")
         mean, deviation = self._like(weight)
         offset = -mean if bias is None else bias.to(mean.dtype) - mean
         return features, weight.to(mean.dtype) / deviation[:, None], offset / deviation
@@ -85,7 +85,7 @@ class Standardizer:
 
     @classmethod
     def from_moments(cls, tokens: int, mean: Tensor, variance: Tensor) -> Standardizer:
-        """Return it from the mean and the variance [width] over so many tokens.
+        """Return it from the mean and the variance [dim] over so many tokens.
 
         Raises UsageError for fewer than 2 tokens, or a teacher that is the same at all of them.
         """
@@ -112,7 +112,7 @@ class FeatureStatistics:
 
     @torch.no_grad()
     def update(self, features: Tensor, mask: Tensor | None = None) -> None:
-        """Take in features [..., width] of the tokens that count by `mask`, boolean with their leading axes."""
+        """Take in features [..., dim] of the tokens that count by `mask`, boolean with their leading axes."""
         checks.check_shape("mask", mask, tuple(features.shape[:-1]), "[leading axes of features]")
         checks.check_mask(mask)
         rows = (features.flatten(0, -2) if mask is None else features[mask]).double()
@@ -139,7 +139,7 @@ class FeatureStatistics:
         if self.mean is None or self._squares is None:
             self.tokens, self.mean, self._squares = tokens, mean.clone(), squares.clone()
             return
-        checks.check_shape("features", mean, tuple(self.mean.shape), "[width of the first call]")
+        checks.check_shape("features", mean, tuple(self.mean.shape), "[dim of the first call]")
         together = self.tokens + tokens
         gap = mean - self.mean
         self._squares += squares + gap.square() * (self.tokens * tokens / together)

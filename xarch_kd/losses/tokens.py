@@ -19,7 +19,7 @@ IGNORED_LABEL: Final = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A language-model head: softcap(scale * (hidden weightᵀ + bias)), weight [vocabulary, width]."""
+    """A language-model head: softcap(scale * (hidden weightᵀ + bias)), weight [vocabulary, dim]."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -84,7 +84,7 @@ def token_loss(
 ) -> TokenLoss:
     """Return this micro-batch's share of weight * T² * D + cross_entropy * CE, means over the step's tokens.
 
-    Hidden states are [batch, time, width] after the final norm; `labels` [batch, time] come from `next_token_labels`;
+    Hidden states are [batch, time, dim] after the final norm; `labels` [batch, time] come from `next_token_labels`;
     `normaliser` is the sum over the micro-batches, and ranks, of the step of `label_count`.
 
     Raises:

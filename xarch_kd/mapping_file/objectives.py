@@ -39,7 +39,7 @@ class FeatureObjective(Objective):
 
 
 class MeanSquaredError(FeatureObjective):
-    """Mean over the width of the squared difference."""
+    """Mean over the dimensions of the squared difference."""
 
     kind: Literal["mse"]
 
@@ -64,7 +64,7 @@ class NormalisedMeanSquaredError(FeatureObjective):
 
 
 class Huber(FeatureObjective):
-    """Mean over the width of Huber's function of the difference: quadratic up to `delta`, linear beyond."""
+    """Mean over the dimensions of Huber's function of the difference: quadratic up to `delta`, linear beyond."""
 
     kind: Literal["huber"]
     delta: Positive = 1.0
@@ -79,15 +79,15 @@ class EuclideanDistance(FeatureObjective):
 class CentredKernelAlignment(FeatureObjective):
     """One minus the similarity (linear CKA, without bias) of student and teacher over the tokens of a micro-batch.
 
-    It sees neither rotation nor scale, so it takes no projector and any widths. A micro-batch should have 4 tokens a
-    dimension.
+    It sees neither rotation nor scale, so it takes no projector, whatever the dimensions. A micro-batch should have 4
+    tokens per dimension.
     """
 
     kind: Literal["cka"]
 
 
 class Gram(FeatureObjective):
-    """Distance of the tokens' products with each other, each token's row with length 1; any widths, no projector."""
+    """Distance of the tokens' products with each other, each token's row with length 1; no projector."""
 
     kind: Literal["gram"]
 
@@ -96,7 +96,7 @@ class Relation(Objective):
     """Divergence of how tokens relate to each other (MiniLMv2): softmax of their products in `heads` relation heads.
 
     Of the tap `values`, or, of the tap `mixing`, of its queries or its keys (C and B of a state-space model). `heads`
-    must divide both models' widths of all heads together; by default as many as leave 32 numbers a head.
+    must divide both models' dimensions of all heads together; by default as many as leave 32 numbers a head.
     """
 
     kind: Literal["relation"]
@@ -107,7 +107,7 @@ class Relation(Objective):
 class AttentionBridge(Objective):
     """Queries and keys (C and B of a state-space model) of the student, through two learned maps, to the teacher's.
 
-    The maps are those of `projector`, which `auto` leaves out where all widths agree. For the tap `mixing` alone.
+    The maps are those of `projector`, which `auto` leaves out where all dimensions agree. For the tap `mixing` alone.
     """
 
     kind: Literal["attention_bridge"]

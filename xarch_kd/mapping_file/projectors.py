@@ -1,4 +1,4 @@
-"""Projectors of a mapping file: what bridges student width and teacher width."""
+"""Projectors of a mapping file: what bridges the student's and the teacher's dimension."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class ProjectorPart(ConfigModel):
 class MatrixProjector(ProjectorPart):
     """One matrix; `orthogonal` keeps lengths and angles.
 
-    `auto` is `linear` where the widths differ or the student is built fresh, whose dimensions are its own; else none.
+    `auto` is `linear` where the dimensions differ or the student is built fresh (its basis is its own); else none.
     """
 
     kind: Literal["auto", "linear", "orthogonal"]
 
 
 class LowRankProjector(ProjectorPart):
-    """The product of two thin matrices; `rank` is a quarter of the smaller width unless given."""
+    """The product of two thin matrices; `rank` is a quarter of the smaller dimension unless given."""
 
     kind: Literal["low_rank"]
     rank: Annotated[int, Field(ge=1)] | None = None
 
 
 class HiddenLayerProjector(ProjectorPart):
-    """One hidden layer of `width` units, twice the smaller width unless given."""
+    """One hidden layer of `hidden` units, twice the smaller dimension unless given."""
 
     kind: Literal["mlp"]
-    width: Annotated[int, Field(ge=2)] | None = None
+    hidden: Annotated[int, Field(ge=2)] | None = None
 
 
 class PlainProjector(ProjectorPart):

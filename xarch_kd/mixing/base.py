@@ -53,7 +53,7 @@ class Mixing(ABC):
         """The floating point tensors that the matrix is made of, by field name; those that are None are left out."""
 
     def apply(self, values: Tensor) -> Tensor:
-        """Return M v [batch, time, heads, width] for values of that shape, in their dtype, without forming M.
+        """Return M v [batch, time, heads, dim] for values of that shape, in their dtype, without forming M.
 
         Raises UsageError when the values do not fit.
         """
@@ -152,7 +152,7 @@ class Mixing(ABC):
             raise UsageError(
                 f"The values do not fit the {self.kind} mixing.",
                 found=list(values.shape),
-                allowed=f"[batch, time, heads, width] = {[*expected, 'width']}",
+                allowed=f"[batch, time, heads, dim] = {[*expected, 'dim']}",
             )
         if not values.is_floating_point():
             raise UsageError("Values are floating point numbers.", found=values.dtype)

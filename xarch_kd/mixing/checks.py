@@ -34,9 +34,9 @@ def check_rank(kind: str, name: str, tensor: Tensor, *axes: str) -> None:
 
 def check_decay(kind: str, log_decay: Tensor, query: tuple[int, ...]) -> None:
     """Raise UsageError unless `log_decay` has one number a head, or one a channel of the queries of that shape."""
-    check_rank(kind, "log_decay", log_decay, "batch, time, heads", "batch, time, heads, width")
+    check_rank(kind, "log_decay", log_decay, "batch, time, heads", "batch, time, heads, dim")
     per_channel = log_decay.dim() == 4
-    axes = "batch, time, heads, width" if per_channel else "batch, time, heads"
+    axes = "batch, time, heads, dim" if per_channel else "batch, time, heads"
     check_shape(kind, "log_decay", log_decay, axes, query if per_channel else query[:3])
 
 

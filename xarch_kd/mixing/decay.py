@@ -28,7 +28,7 @@ def running_sum(log_decay: Tensor, axis: int) -> Tensor:
 def grouped_product(left: Tensor, right: Tensor, heads: int) -> Tensor:
     """Return left·rightᵀ [batch, heads, rows, columns].
 
-    left [batch, left groups, rows, width] and right [batch, right groups, columns, width]: head h has group
+    left [batch, left groups, rows, dim] and right [batch, right groups, columns, dim]: head h has group
     h // (heads / groups) of each. The product is made once a group where left and right have the same.
     """
     groups = max(left.shape[1], right.shape[1])

@@ -27,8 +27,8 @@ from xarch_kd.mixing.scan import CHUNK, in_segments
 class DeltaMixing(QueryKeyMixing):
     """M of S_t = (I − beta_t k_t k_tᵀ) e^{g_t} S_{t−1} + beta_t k_t v_tᵀ, o_t = scale S_tᵀ q_t (arXiv:2412.06464).
 
-    query and key [batch, time, heads, width] as the mixer uses them (L2-normalised if it does), beta [batch, time,
-    heads], log_decay g (natural log, at most 0) None, [batch, time, heads] or [batch, time, heads, width]: one a key
+    query and key [batch, time, heads, dim] as the mixer uses them (L2-normalised if it does), beta [batch, time,
+    heads], log_decay g (natural log, at most 0) None, [batch, time, heads] or [batch, time, heads, dim]: one a key
     channel, e^{g} then scaling the rows of S before the delta step (Kimi delta attention, arXiv:2510.26692).
 
     Raises UsageError for factors that do not fit each other, and on a CPU for a log decay above 0.
@@ -41,10 +41,10 @@ class DeltaMixing(QueryKeyMixing):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_rank(self.kind, "query", self.query, "batch, time, heads, width")
+        check_rank(self.kind, "query", self.query, "batch, time, heads, dim")
         sizes = (self.batch, self.time, self.heads)
         check_factors(self.kind, self.factors, sizes)
-        check_shape(self.kind, "key", self.key, "batch, time, heads, width", tuple(self.query.shape))
+        check_shape(self.kind, "key", self.key, "batch, time, heads, dim", tuple(self.query.shape))
         check_shape(self.kind, "beta", self.beta, "batch, time, heads", sizes)
         if self.log_decay is not None:
             check_decay(self.kind, self.log_decay, tuple(self.query.shape))

@@ -31,7 +31,7 @@ class Chunks(NamedTuple):
 
 
 def prepare(key: Tensor, beta: Tensor, log_decay: Tensor) -> Chunks:
-    """Return what the delta rule needs of keys [batch, heads, chunks, size, width] and their beta and log decays."""
+    """Return what the delta rule needs of keys [batch, heads, chunks, size, dim] and their beta and log decays."""
     sums = chunk_sums(log_decay)
     inner = tile(key, key, sums) * beta.unsqueeze(-1)
     # Its diagonal counts as ones and nothing above it is read.
@@ -44,10 +44,10 @@ def prepare(key: Tensor, beta: Tensor, log_decay: Tensor) -> Chunks:
 def delta_segment(
     query: Tensor, key: Tensor, beta: Tensor, log_decay: Tensor, values: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs of chunks [batch, heads, chunks, size, width] in order, and the state after them.
+    """Return the outputs of chunks [batch, heads, chunks, size, dim] in order, and the state after them.
 
-    query and key [batch, heads, chunks, size, width], beta [batch, heads, chunks, size], log_decay like beta or like
-    key, state [batch, heads, key width, value width].
+    query and key [batch, heads, chunks, size, dim], beta [batch, heads, chunks, size], log_decay like beta or like
+    key, state [batch, heads, key dim, value dim].
     """
     chunks = prepare(key, beta, log_decay)
     fresh, known = chunks.solved @ values, chunks.solved @ chunks.opening
@@ -75,7 +75,7 @@ def delta_rows(
 
     From the last chunk to the first: a row's query, decayed back to a chunk's end, meets the chunk's keys and T for the
     row's entries there; what these entries subtract from the state before the chunk is taken off the query, which goes
-    on backwards. Rows join at their own chunk. Memory is rows × (columns + width), and one chunk's pairs at a time.
+    on backwards. Rows join at their own chunk. Memory is rows × (columns + dim), and one chunk's pairs at a time.
     """
     shape = (*query.shape[:2], rows.stop - rows.start, columns.stop - columns.start)
     if 0 in shape or columns.start >= rows.stop:

@@ -35,9 +35,9 @@ from xarch_kd.mixing.scan import chunk_size, scan
 class LinearMixing(QueryKeyMixing):
     """M_ij = scale Σ_n query_in key_jn exp(Σ_{j<k<=i} log_decay_kn) for j <= i (GLA, arXiv:2312.06635).
 
-    query [batch, time, heads, width], key [batch, time, key heads, width] (head h has key head h // (heads / key
+    query [batch, time, heads, dim], key [batch, time, key heads, dim] (head h has key head h // (heads / key
     heads)), as the mixer uses them, feature maps included. log_decay (natural log, at most 0) is None, [batch, time,
-    heads], or [batch, time, heads, width] with one decay a key channel. `normalised` divides each row by its sum; a row
+    heads], or [batch, time, heads, dim] with one decay a key channel. `normalised` divides each row by its sum; a row
     whose sum is 0 is 0.
 
     Raises UsageError for factors that do not fit each other, and on a CPU for a log decay above 0.
@@ -50,13 +50,13 @@ class LinearMixing(QueryKeyMixing):
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        check_rank(self.kind, "query", self.query, "batch, time, heads, width")
-        check_rank(self.kind, "key", self.key, "batch, time, key heads, width")
+        check_rank(self.kind, "query", self.query, "batch, time, heads, dim")
+        check_rank(self.kind, "key", self.key, "batch, time, key heads, dim")
         sizes = (self.batch, self.time, self.heads)
         check_factors(self.kind, self.factors, sizes)
         key_heads = self.key.shape[2]
         expected = (*sizes[:2], key_heads, self.query.shape[3])
-        check_shape(self.kind, "key", self.key, "batch, time, key heads, width", expected)
+        check_shape(self.kind, "key", self.key, "batch, time, key heads, dim", expected)
         check_divides(self.kind, key_heads, self.heads, "key heads")
         if self.log_decay is not None:
             check_decay(self.kind, self.log_decay, tuple(self.query.shape))

@@ -11,7 +11,7 @@ from xarch_kd.mixing.base import Mixing
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QueryKeyMixing(Mixing):
-    """A mixing of queries [batch, time, heads, width] and keys, whose heads may be fewer where a class says so."""
+    """A mixing of queries [batch, time, heads, dim] and keys, whose heads may be fewer where a class says so."""
 
     query: Tensor
     key: Tensor

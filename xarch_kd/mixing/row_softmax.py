@@ -18,7 +18,7 @@ SMALLEST_WINDOW: Final = 64
 
 
 class RowSoftmax(NamedTuple):
-    """Σ_j M_ij v_j [batch, heads, rows, width] where values were given, and log Σ_j exp(z_ij) [batch, heads, rows]."""
+    """Σ_j M_ij v_j [batch, heads, rows, dim] where values were given, and log Σ_j exp(z_ij) [batch, heads, rows]."""
 
     values: Tensor
     log_normaliser: Tensor
@@ -69,9 +69,9 @@ class Pattern:
 
 
 def row_softmax(query: Tensor, key: Tensor, values: Tensor, sinks: Tensor | None, pattern: Pattern) -> RowSoftmax:
-    """Return the softmax of rows [batch, heads, rows, width] over keys [batch, key heads, time, width].
+    """Return the softmax of rows [batch, heads, rows, dim] over keys [batch, key heads, time, dim].
 
-    It is applied to values [batch, heads, time, value width], of width 0 where only the normaliser is wanted. Rows that
+    It is applied to values [batch, heads, time, value dim], of dimension 0 if only the normalizer is needed. Rows that
     see nothing have values 0 and a log normaliser of +∞. `sinks` [heads] are logits of a dropped column.
     """
     result, log_normaliser = _RowSoftmax.apply(query, key, values, sinks, pattern)

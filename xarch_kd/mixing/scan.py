@@ -33,9 +33,9 @@ def chunk_size(state: int) -> int:
 def scan(
     left: Tensor, right: Tensor, log_decay: Tensor, values: Tensor, *, size: int, rate: Tensor | None = None
 ) -> Tensor:
-    """Return y_i = Σ_{j<=i} Σ_n left_in right_jn exp(c_in − c_jn) v_j [batch, heads, time, width].
+    """Return y_i = Σ_{j<=i} Σ_n left_in right_jn exp(c_in − c_jn) v_j [batch, heads, time, dim].
 
-    left and right [batch, groups, time, n], values [batch, heads, time, width]; c is the running sum of log_decay
+    left and right [batch, groups, time, n], values [batch, heads, time, dim]; c is the running sum of log_decay
     [batch, heads, time] or [batch, heads, time, n], times rate [heads, n] where given. `size` tokens make a chunk.
     """
     heads, states = values.shape[1], left.shape[-1]
@@ -49,7 +49,7 @@ def scan(
 
 
 def in_segments(segment: Segment, inputs: tuple[Tensor, ...], state: Tensor, *, size: int, per_pair: int) -> Tensor:
-    """Return the outputs [batch, heads, time, width] of `segment` over tokens in order, a state being carried.
+    """Return the outputs [batch, heads, time, dim] of `segment` over tokens in order, a state being carried.
 
     `segment` takes its part of each input [batch, groups, time, ...] cut into chunks, [batch, groups, chunks, size,
     ...], and the state; it returns outputs cut the same way and the next state. Missing tokens of the last chunk are 0.

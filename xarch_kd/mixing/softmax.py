@@ -20,7 +20,7 @@ from xarch_kd.mixing.row_softmax import Pattern, row_softmax
 class SoftmaxMixing(QueryKeyMixing):
     """M_ij = softmax over visible j of z_ij, z = scale query_i·key_j, capped to softcap·tanh(z / softcap).
 
-    query [batch, time, heads, width], key [batch, time, key heads, width]: head h has key head h // (heads / key
+    query [batch, time, heads, dim], key [batch, time, key heads, dim]: head h has key head h // (heads / key
     heads). Token j is visible to i when it counts, j <= i (if causal) and i − j < window (if windowed). `sinks` [heads]
     are logits of one more column that is dropped after the softmax: rows then sum to less than 1.
 
@@ -36,13 +36,13 @@ class SoftmaxMixing(QueryKeyMixing):
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_rank(self.kind, "query", self.query, "batch, time, heads, width")
-        check_rank(self.kind, "key", self.key, "batch, time, key heads, width")
+        check_rank(self.kind, "query", self.query, "batch, time, heads, dim")
+        check_rank(self.kind, "key", self.key, "batch, time, key heads, dim")
         sizes = (self.batch, self.time, self.heads)
         check_factors(self.kind, self.factors, sizes)
         key_heads = self.key.shape[2]
         expected = (*sizes[:2], key_heads, self.query.shape[3])
-        check_shape(self.kind, "key", self.key, "batch, time, key heads, width", expected)
+        check_shape(self.kind, "key", self.key, "batch, time, key heads, dim", expected)
         check_divides(self.kind, key_heads, self.heads, "key heads")
         if self.sinks is not None:
             check_shape(self.kind, "sinks", self.sinks, "heads", sizes[2:])
@@ -83,7 +83,7 @@ class SoftmaxMixing(QueryKeyMixing):
         return row_softmax(query[:, :, rows], key, nothing, self.sinks, self._pattern(rows)).log_normaliser
 
     def _head_first(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return query and key [batch, heads, time, width], 0 where tokens do not count."""
+        """Return query and key [batch, heads, time, dim], 0 where tokens do not count."""
         return self._kept(self.query).to(dtype).transpose(1, 2), self._kept(self.key).to(dtype).transpose(1, 2)
 
     def _pattern(self, rows: slice) -> Pattern:
@@ -138,7 +138,7 @@ class SoftmaxMixing(QueryKeyMixing):
 
 
 def _rolled(tensor: Tensor, by: Tensor) -> Tensor:
-    """Return tensor [batch, time, heads, width] with token (t + by) mod time of each sequence at t."""
+    """Return tensor [batch, time, heads, dim] with token (t + by) mod time of each sequence at t."""
     time = tensor.shape[1]
     source = (torch.arange(time, device=tensor.device) + by[:, None]) % time
     return tensor.gather(1, source[:, :, None, None].expand_as(tensor))

@@ -1,6 +1,6 @@
-"""The teacher's token embeddings for a student of another width: what keeps their inner products best.
+"""The teacher's token embeddings for a student of another dimension: what keeps their inner products best.
 
-Of all maps onto k dimensions the one onto the k leading right singular vectors of E [tokens, width] keeps E Eᵀ best
+Of all maps onto k dimensions the one onto the k leading right singular vectors of E [tokens, dim] keeps E Eᵀ best
 (Eckart and Young 1936). E is not centred: centring keeps differences best instead, and what a model does with an
 embedding, attention scores and logits of a tied head among it, are inner products.
 """
@@ -26,8 +26,8 @@ class Transfer:
 
     part: str
     rows: int
-    teacher_width: int
-    student_width: int
+    teacher_dim: int
+    student_dim: int
     kept: float
     scale: float
 
@@ -36,7 +36,7 @@ class Transfer:
 def transfer_embeddings(teacher: PreTrainedModel, student: PreTrainedModel, *, rows: int) -> tuple[Transfer, ...]:
     """Give the student's first `rows` token embeddings, and head rows if it is not tied, the teacher's of equal index.
 
-    Equal widths: a copy. A wider student: a copy with zeros beyond, an isometry. A narrower one: the projection onto
+    Equal dimensions: a copy. A wider student: a copy with zeros beyond (an isometry). A narrower one: projection onto
     the leading singular directions, times one factor that brings the mean square to that of the rows it replaces: the
     student's own initialisation, at which what its blocks add to the stream and the logits of its head have the size
     that its class is made for. Absolute lengths of the teacher say nothing here, since every family scales and norms

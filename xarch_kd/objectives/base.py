@@ -20,7 +20,7 @@ from xarch_kd.teacher.feature_cache import Feature
 
 
 class ProjectedPair(NamedTuple):
-    """A projector by the key it is kept under, and what it maps to what: features [batch, time, width]."""
+    """A projector by the key it is kept under, and what it maps to what: features [batch, time, dim]."""
 
     key: str
     projector: Projector
@@ -95,12 +95,12 @@ class PairObjective(ABC):
         return self.fitted[name].to(like.device)
 
     def _projector(
-        self, modules: nn.ModuleDict, key: str, widths: tuple[int, int], generator: torch.Generator
+        self, modules: nn.ModuleDict, key: str, dims: tuple[int, int], generator: torch.Generator
     ) -> Projector | None:
         key = key.replace(".", "-")  # a ModuleDict's keys may not hold dots
         if key not in modules:
             options = {} if self.pair.projector == "none" else self.entry.projector_part.options()
-            built = build_projector(self.pair.projector, *widths, generator=generator, **options)
+            built = build_projector(self.pair.projector, *dims, generator=generator, **options)
             if built is None:
                 return None
             modules[key] = built

@@ -20,9 +20,7 @@ class FeatureObjective(PairObjective):
 
     def build(self, modules: nn.ModuleDict, generator: torch.Generator) -> None:
         pair = self.pair
-        self.projector = self._projector(
-            modules, pair.projector_key, (pair.student_width, pair.teacher_width), generator
-        )
+        self.projector = self._projector(modules, pair.projector_key, (pair.student_dim, pair.teacher_dim), generator)
 
     def loss(self, student: Feature, teacher: Feature, mask: Tensor | None, normalizers: LossNormalizers) -> Tensor:
         loss, target = self.entry.loss, self.target(teacher)

@@ -38,8 +38,8 @@ class AttentionBridgeObjective(PairObjective):
         assert self.pair.bridge is not None
         self.keys = tuple(f"{self.pair.projector_key}-{side}" for side in ("query", "key"))
         self.maps = tuple(
-            self._projector(modules, key, widths, generator)
-            for key, widths in zip(self.keys, self.pair.bridge, strict=True)
+            self._projector(modules, key, dims, generator)
+            for key, dims in zip(self.keys, self.pair.bridge, strict=True)
         )
 
     def loss(self, student: Feature, teacher: Feature, mask: Tensor | None, normalizers: LossNormalizers) -> Tensor:

@@ -6,7 +6,7 @@ FLOPs. A matrix product of a [tokens, in] tensor with an [out, in] weight is 2 �
 4 · heads · state · head_dim between chunks; Mamba-1 9 · channels · state. The backward pass costs as much again for
 the gradients of activations, down to the lowest block that trains, and as much again for those weights that train.
 A match of mixing matrices computes the entries of both, and the gradients of the student's two factors: one and three
-causal products of T · heads · width a token. The streaming token loss computes the student's logits in both passes,
+causal products of T · heads · dim per token. The streaming token loss computes the student's logits in both passes,
 their gradient, and the teacher's logits once.
 
 Seconds. FLOPs over the rate of a matrix product measured on this machine in the dtype in question, times EFFICIENCY,
@@ -15,7 +15,7 @@ one thread, on a CPU that also did other work). Loading, evaluation and checkpoi
 was not measured.
 
 Bytes. Weights, gradients and the two moments of AdamW of what trains and the student itself, all in float32,
-the cache if it is in memory, and what the backward pass keeps: per token and block about 8 · width + 4 · MLP width
+the cache if it is in memory, and what the backward pass keeps: per token and block about 8 · dim + 4 · MLP hidden size
 numbers, for Mamba-2 also 5 matrices [heads, Q, Q] a chunk (of what autograd saved in SmolLM2's hybrid this is 1.21 with
 only the mixers training, 0.87 with everything); a frozen block below everything that trains keeps nothing.
 """
@@ -192,10 +192,10 @@ def _peak_bytes(work: Work, teacher: ModelHandle, student: ModelHandle) -> int:
     lowest = _lowest_trained(work, student)
     kept = [_kept_numbers(student.layout, index, work) for index in work.student_blocks if index >= lowest]
     if work.stage.gradient_checkpointing and kept:
-        kept = [max(kept), *(student.layout.width for _ in kept)]
+        kept = [max(kept), *(student.layout.dim for _ in kept)]
     logits = 0
     if work.stage.tokens is not None:
-        kept.append(student.layout.width + teacher.layout.width)
+        kept.append(student.layout.dim + teacher.layout.dim)
         logits = 4 * LOGIT_TENSORS * LOGIT_ROWS * student.vocabulary
     activations = 4 * work.rows * work.time * int(sum(kept))
     cached = work.cache_bytes if work.stage.cache_place == "memory" else 0
@@ -205,7 +205,7 @@ def _peak_bytes(work: Work, teacher: ModelHandle, student: ModelHandle) -> int:
 def _kept_numbers(layout: Layout, index: int, work: Work) -> float:
     """Numbers a token that the backward pass of one block keeps."""
     config = layout.model.config.get_text_config()
-    kept = 8.0 * layout.width
+    kept = 8.0 * layout.dim
     if layout.mlps is not None and not work.mixers_alone:
         kept += 4.0 * number_of(config, "intermediate_size")
     if layout.mixer_kinds[index] == "mamba2":

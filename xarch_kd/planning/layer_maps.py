@@ -59,11 +59,11 @@ def layer_map(align: Align, models: ModelPair, place: YamlPath, diagnostics: Dia
 
 
 def _too_few_tokens(entry: str, name: str, models: ModelPair) -> Iterator[str]:
-    width = max(models.student.layout.width, models.teacher.layout.width)
-    if models.calibration < width:
+    dim = max(models.student.layout.dim, models.teacher.layout.dim)
+    if models.calibration < dim:
         yield (
-            f"{entry}: {name} compares layers in up to {width} dimensions on {models.calibration} tokens, so that "
-            f"noise may decide; calibration.tokens of {enough_tokens(width)} or more is better"
+            f"{entry}: {name} compares layers in up to {dim} dimensions on {models.calibration} tokens, so that "
+            f"noise may decide; calibration.tokens of {enough_tokens(dim)} or more is better"
         )
 
 

@@ -12,14 +12,14 @@ from xarch_kd.taps.layout import Layout
 
 @dataclass(frozen=True)
 class MixingSize:
-    """`heads` matrices, `numbers` a token that their factors have, `width` of the products that give one entry.
+    """`heads` matrices, `numbers` a token that their factors have, `head_dim` of the products that give one entry.
 
-    `query` and `key` are the widths of queries and keys, or of C and B, of all heads or groups together.
+    `query` and `key` are the sizes of queries and keys, or of C and B, of all heads or groups together.
     """
 
     heads: int
     numbers: int
-    width: int
+    head_dim: int
     query: int
     key: int
 
@@ -34,9 +34,9 @@ def mixing_size(layout: Layout, layer: int) -> MixingSize | None:
     kind = layout.mixer_kinds[layer]
     if kind == "attention":
         heads = number_of(config, "num_attention_heads", "n_head")
-        width = number_of(config, "head_dim") or layout.width // max(heads, 1)
+        head_dim = number_of(config, "head_dim") or layout.dim // max(heads, 1)
         keys = number_of(config, "num_key_value_heads") or heads
-        found = MixingSize(heads, (heads + keys) * width, width, heads * width, keys * width)
+        found = MixingSize(heads, (heads + keys) * head_dim, head_dim, heads * head_dim, keys * head_dim)
     elif kind == "mamba2":
         heads, _, state, _ = mamba2_sizes(mixer)
         groups = number_of(mixer, "n_groups") * state
@@ -46,11 +46,11 @@ def mixing_size(layout: Layout, layer: int) -> MixingSize | None:
         channels = mixer.A_log.numel() // max(state, 1) if isinstance(mixer.A_log, Tensor) else 0
         found = MixingSize(channels, 2 * state + channels, state, state, state)
     elif kind == "gated_delta":
-        heads, width = number_of(mixer, "num_v_heads", "num_heads"), number_of(mixer, "head_k_dim")
-        found = MixingSize(heads, 2 * heads * width + 2 * heads, width, heads * width, heads * width)
+        heads, head_dim = number_of(mixer, "num_v_heads", "num_heads"), number_of(mixer, "head_k_dim")
+        found = MixingSize(heads, 2 * heads * head_dim + 2 * heads, head_dim, heads * head_dim, heads * head_dim)
     else:
         return None
-    return found if found.heads and found.width else None
+    return found if found.heads and found.head_dim else None
 
 
 def mamba2_sizes(mixer: nn.Module) -> tuple[int, int, int, int]:

@@ -76,7 +76,7 @@ class ModelHandle:
             reference=self.reference,
             model_type=self.config.model_type,
             layers=tuple(rows),
-            width=self.layout.width,
+            dim=self.layout.dim,
             vocabulary=self.vocabulary,
             parameters=parameter_count(self.layout.model),
             dtype=self.dtype,

@@ -50,11 +50,11 @@ def _turns(schedules: Sequence[WeightSchedule], steps: int) -> list[int]:
 def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iterator[str]:
     """Yield a warning for each entry whose loss needs more tokens a micro-batch than the `tokens` that there are."""
     for pair in pairs:
-        enough = cka_tokens(pair.student_width, pair.teacher_width)
+        enough = cka_tokens(pair.student_dim, pair.teacher_dim)
         if pair.loss == "cka" and tokens < enough:
             yield (
                 f"stage {stage.name}: {pair.align} compares {tokens} tokens at a time in "
-                f"{max(pair.student_width, pair.teacher_width)} dimensions by cka, which is more noise than signal "
+                f"{max(pair.student_dim, pair.teacher_dim)} dimensions by cka, which is more noise than signal "
                 f"below {enough}: raise batch_size or data.sequence_length"
             )
 

@@ -102,28 +102,28 @@ class _Source:
             tap=align.tap,
             student_layer=student_layer,
             teacher_layer=teacher_layer,
-            student_width=student.layout.width,
-            teacher_width=teacher.layout.width,
+            student_dim=student.layout.dim,
+            teacher_dim=teacher.layout.dim,
             projector="none",
             projector_parameters=0,
             loss=align.loss.kind,
             weight=align.weight,
             projector_key=self._projector_key(name, student_layer),
-            shared_basis=self.models.inherits and student.layout.width == teacher.layout.width,
+            shared_basis=self.models.inherits and student.layout.dim == teacher.layout.dim,
         )
         if align.tap in FACTOR_TAPS and student_layer is not None and teacher_layer is not None:
             return self._of_factors(pair, student_layer, teacher_layer)
-        return self._projected(pair, ((pair.student_width, pair.teacher_width),)) if is_projected(align.loss) else pair
+        return self._projected(pair, ((pair.student_dim, pair.teacher_dim),)) if is_projected(align.loss) else pair
 
     def _projector_key(self, name: str, student_layer: int | None) -> str:
         if self.align.projector_part.share:
             return self.align.name
         return f"{self.align.name}.{student_layer}" if is_learned(self.align) else name
 
-    def _projected(self, pair: PairPlan, widths: tuple[tuple[int, int], ...]) -> PairPlan:
-        """Return the pair with a projector, one for each of these (student, teacher) widths."""
+    def _projected(self, pair: PairPlan, dims: tuple[tuple[int, int], ...]) -> PairPlan:
+        """Return the pair with a projector, one for each of these (student, teacher) dims."""
         part = self.align.projector_part
-        unequal = next((pair for pair in widths if pair[0] != pair[1]), None)
+        unequal = next((pair for pair in dims if pair[0] != pair[1]), None)
         if part.kind == "none" and unequal is not None:
             self._problem(
                 f"the student is {unequal[0]} wide and the teacher {unequal[1]}, so a projector is needed. "
@@ -137,30 +137,30 @@ class _Source:
         # What `auto` left out has nothing that options could be options of.
         options = {} if (part.kind, kind) == ("auto", "none") else part.options()
         try:
-            for student, _ in widths:
+            for student, _ in dims:
                 self._check_start(kind, student)
-            parameters = sum(parameter_count(kind, *both, **options) for both in widths)
+            parameters = sum(parameter_count(kind, *both, **options) for both in dims)
         except UsageError as error:
             self._problem(one_line(error), "projector")
             return pair
         return replace(pair, projector=kind, projector_parameters=parameters)
 
-    def _check_start(self, kind: str, student_width: int) -> None:
+    def _check_start(self, kind: str, student_dim: int) -> None:
         """Note when the calibration pass has too few tokens for a closed form that was asked for by name."""
         how = self.align.projector_part.initialise
         form = resolve_start(how, kind)
         if how in ("auto", "random") or form == "random":
             return
-        tokens, enough = self.models.calibration, enough_tokens(student_width)
-        if tokens <= student_width:
+        tokens, enough = self.models.calibration, enough_tokens(student_dim)
+        if tokens <= student_dim:
             self._problem(
                 f"{form} is fitted to more tokens than the student is wide: calibration.tokens is {tokens}, "
-                f"at least {student_width + 1} are needed and {enough} say more. Raise it, or use initialise: random.",
+                f"at least {student_dim + 1} are needed and {enough} say more. Raise it, or use initialise: random.",
                 "projector",
             )
         elif tokens < enough:
             self.diagnostics.warnings.append(
-                f"{self.align.name}: {form} is fitted to {tokens} tokens in {student_width} dimensions and follows the "
+                f"{self.align.name}: {form} is fitted to {tokens} tokens in {student_dim} dimensions and follows the "
                 f"tokens as much as the layers; calibration.tokens of {enough} or more is better"
             )
 
@@ -227,15 +227,15 @@ class _Source:
                 "kind",
             )
             return pair
-        widths = ((own.query, other.query), (own.key, other.key))
-        return replace(self._projected(pair, widths), bridge=widths)
+        dims = ((own.query, other.query), (own.key, other.key))
+        return replace(self._projected(pair, dims), bridge=dims)
 
     def _check_relation(self, loss: Relation, own: MixingSize | None, other: MixingSize | None) -> None:
         if loss.of is None or own is None or other is None:
             return
-        widths = (own.query, other.query) if loss.of == "queries" else (own.key, other.key)
+        dims = (own.query, other.query) if loss.of == "queries" else (own.key, other.key)
         try:
-            relation_heads(*widths, loss.heads)
+            relation_heads(*dims, loss.heads)
         except UsageError as error:
             self._problem(one_line(error), "loss", "heads")
 

@@ -28,7 +28,7 @@ class ModelSummary:
     reference: str
     model_type: str
     layers: tuple[LayerRow, ...]
-    width: int
+    dim: int
     vocabulary: int
     parameters: int
     dtype: str
@@ -42,7 +42,7 @@ class PairPlan:
     the pair's projector, which it may share with others; its parameters are counted at the first of them. `weight` is
     the entry's number times the layer map's, `teacher_scale` what the teacher's features are multiplied by,
     `shared_basis` whether the student's dimensions are the teacher's. Heads are those of mixing matrices, None for
-    other taps and for mixers whose config does not tell; `bridge` are (student, teacher) widths of queries and of keys.
+    other taps and for mixers whose config does not tell; `bridge` are (student, teacher) sizes of queries and keys.
     """
 
     name: str
@@ -50,8 +50,8 @@ class PairPlan:
     tap: str
     student_layer: int | None
     teacher_layer: int | None
-    student_width: int
-    teacher_width: int
+    student_dim: int
+    teacher_dim: int
     projector: str
     projector_parameters: int
     loss: str

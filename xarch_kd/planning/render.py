@@ -82,14 +82,14 @@ def _table(*columns: str, title: str) -> Table:
 
 
 def _models(plan: Plan) -> Table:
-    table = _table("", "model", "type", ">blocks", ">width", ">vocabulary", ">parameters", "dtype", title="Models")
+    table = _table("", "model", "type", ">blocks", ">dim", ">vocabulary", ">parameters", "dtype", title="Models")
     for name, model in (("teacher", plan.teacher), ("student", plan.student)):
         table.add_row(
             name,
             Text(model.reference),
             model.model_type,
             str(len(model.layers)),
-            str(model.width),
+            str(model.dim),
             str(model.vocabulary),
             count_text(model.parameters),
             model.dtype,
@@ -171,7 +171,7 @@ def _of(align: str, pairs: Iterable[PairPlan]) -> bool:
 
 def _pairs(plan: Plan) -> Table:
     columns = ("stage", "pair", "tap", "student", "teacher", "projector", "loss", ">weight")
-    table = _table(*columns, title="Pairs (block: batch, time, width or batch, heads, time × time)")
+    table = _table(*columns, title="Pairs (block: batch, time, dim or batch, heads, time × time)")
     length = plan.mapping.data.sequence_length
     for stage in plan.stages:
         for pair in stage.pairs:
@@ -182,8 +182,8 @@ def _pairs(plan: Plan) -> Table:
                 stage.stage.name,
                 pair.name,
                 pair.tap,
-                _shape(stage, length, pair.tap, pair.student_layer, pair.student_width, pair.student_heads),
-                _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_width, pair.teacher_heads),
+                _shape(stage, length, pair.tap, pair.student_layer, pair.student_dim, pair.student_heads),
+                _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_dim, pair.teacher_heads),
                 projector,
                 _loss(stage.align_of(pair)),
                 _weight(stage.align_of(pair), pair),
@@ -198,11 +198,11 @@ def _weight(align: Align, pair: PairPlan) -> str:
     return (f"auto × {pair.weight:g}" if pair.weight != 1 else "auto") + changes
 
 
-def _shape(stage: StagePlan, length: int, tap: str, layer: int | None, width: int, heads: int | None) -> str:
+def _shape(stage: StagePlan, length: int, tap: str, layer: int | None, dim: int, heads: int | None) -> str:
     block = "" if layer is None else f"{layer}: "
     if tap == "mixing":
         return f"{block}({stage.batch_size}, {'heads' if heads is None else heads}, {length} × {length})"
-    return f"{block}({stage.batch_size}, {length}, {width})"
+    return f"{block}({stage.batch_size}, {length}, {dim})"
 
 
 def _loss(align: Align) -> str:

@@ -233,7 +233,7 @@ def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
 
 
 def _transfer_note(models: ModelPair) -> str:
-    """Return what `embeddings: teacher` does to these widths."""
+    """Return what `embeddings: teacher` does to these dimensions."""
     student, teacher = (side.layout.model.get_input_embeddings().weight for side in (models.student, models.teacher))
     assert isinstance(student, Tensor)
     assert isinstance(teacher, Tensor)

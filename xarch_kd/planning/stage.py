@@ -145,7 +145,7 @@ def _numbers(site: Site, side: ModelHandle) -> int:
     """Numbers a token that are read at a site."""
     tap, layer = site
     size = mixing_size(side.layout, layer) if tap == "mixing" and layer is not None else None
-    return side.layout.width if size is None else size.numbers
+    return side.layout.dim if size is None else size.numbers
 
 
 def _mixing_products(pair: PairPlan, length: int, models: ModelPair) -> float:
@@ -154,7 +154,7 @@ def _mixing_products(pair: PairPlan, length: int, models: ModelPair) -> float:
         return 0.0
     own = mixing_size(models.student.layout, pair.student_layer)
     other = mixing_size(models.teacher.layout, pair.teacher_layer)
-    return float(length * sum(times * size.heads * size.width for times, size in ((3, own), (1, other)) if size))
+    return float(length * sum(times * size.heads * size.head_dim for times, size in ((3, own), (1, other)) if size))
 
 
 def _trainable(stage: Stage, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> tuple[str, ...]:
@@ -182,7 +182,7 @@ def _mixers(resolved: _Resolved, models: ModelPair, diagnostics: Diagnostics) ->
 def _check_inputs(stage: Stage, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> None:
     if stage.inputs == "student":
         return
-    teacher, student = models.teacher.layout.width, models.student.layout.width
+    teacher, student = models.teacher.layout.dim, models.student.layout.dim
     if teacher != student:
         message = (
             f"inputs: teacher feeds the student's blocks what the teacher's were fed, so both must be equally wide; "

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 class Split(NamedTuple):
-    """A projection before its last product: features [..., width], weight [teacher width, width], bias [teacher width].
+    """A projection before its last product: features [..., dim], weight [teacher dim, dim], bias [teacher dim].
 
     Without a weight the features are the projection.
     """
@@ -22,7 +22,7 @@ class Split(NamedTuple):
 
 
 class Projector(nn.Module, ABC):
-    """Student features [..., student width] → [..., teacher width].
+    """Student features [..., student dim] → [..., teacher dim].
 
     Objectives read `split`, whose parts `projected_distance` multiplies a few tokens at a time; the projected features
     are never kept. `rank` is the greatest rank of a linear map that it can be.
@@ -30,9 +30,9 @@ class Projector(nn.Module, ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, student_width: int, teacher_width: int, rank: int) -> None:
+    def __init__(self, student_dim: int, teacher_dim: int, rank: int) -> None:
         super().__init__()
-        self.student_width, self.teacher_width, self.rank = student_width, teacher_width, rank
+        self.student_dim, self.teacher_dim, self.rank = student_dim, teacher_dim, rank
 
     @property
     def has_bias(self) -> bool:
@@ -45,23 +45,23 @@ class Projector(nn.Module, ABC):
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """Return the linear map that it is, [teacher width, student width], without a gradient."""
+        """Return the linear map that it is, [teacher dim, student dim], without a gradient."""
 
     @abstractmethod
     def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """Become the linear map `weight` [teacher width, student width], of at most its own rank, plus `offset`.
+        """Become the linear map `weight` [teacher dim, student dim], of at most its own rank, plus `offset`.
 
         A projector without a bias leaves the offset out.
         """
 
     def forward(self, student: Tensor) -> Tensor:
-        """Return the projected features [..., teacher width]."""
+        """Return the projected features [..., teacher dim]."""
         features, weight, bias = self.split(student)
         return features if weight is None else functional.linear(features, weight, bias)
 
     def extra_repr(self) -> str:
-        """Return widths and rank."""
-        return f"{self.student_width} -> {self.teacher_width}, rank {self.rank}"
+        """Return dimensions and rank."""
+        return f"{self.student_dim} -> {self.teacher_dim}, rank {self.rank}"
 
     def _set_bias(self, offset: Tensor | None) -> None:
         bias = getattr(self, "bias", None)

@@ -15,11 +15,11 @@ from xarch_kd.projectors.linear import (
     OrthogonalProjector,
     default_rank,
 )
-from xarch_kd.projectors.mlp import MLPProjector, default_width
+from xarch_kd.projectors.mlp import MLPProjector, default_hidden
 
 # Kind -> what it is.
 KINDS: Final = {
-    "auto": "none where the widths are equal, else linear",
+    "auto": "none where the dimensions are equal, else linear",
     "none": "nothing between student and teacher",
     "identity": "the same, as a module",
     "linear": "one matrix",
@@ -29,20 +29,20 @@ KINDS: Final = {
 }
 
 
-def resolve_kind(kind: str, student_width: int, teacher_width: int) -> str:
+def resolve_kind(kind: str, student_dim: int, teacher_dim: int) -> str:
     """Return the kind that `auto` stands for, or the kind itself.
 
-    Raises UsageError for an unknown kind, and for `none` or `identity` where the widths differ.
+    Raises UsageError for an unknown kind, and for `none` or `identity` where the dimensions differ.
     """
     if kind not in KINDS:
         raise UsageError(f"There is no such projector.{suggest(kind, KINDS)}", asked=kind, allowed=" | ".join(KINDS))
     if kind == "auto":
-        return "none" if student_width == teacher_width else "linear"
-    if kind in ("none", "identity") and student_width != teacher_width:
+        return "none" if student_dim == teacher_dim else "linear"
+    if kind in ("none", "identity") and student_dim != teacher_dim:
         raise UsageError(
-            "Without a projector student and teacher must have the same width.",
+            "Without a projector student and teacher must have the same dimension.",
             asked=f"projector: {kind}",
-            found=f"student {student_width}, teacher {teacher_width}",
+            found=f"student {student_dim}, teacher {teacher_dim}",
             fix="projector: linear, or auto",
         )
     return kind
@@ -50,62 +50,62 @@ def resolve_kind(kind: str, student_width: int, teacher_width: int) -> str:
 
 def build_projector(
     kind: str,
-    student_width: int,
-    teacher_width: int,
+    student_dim: int,
+    teacher_dim: int,
     *,
     rank: int | None = None,
-    width: int | None = None,
+    hidden: int | None = None,
     bias: bool = False,
     generator: torch.Generator | None = None,
 ) -> Projector | None:
     """Return the projector of `kind`, one of KINDS, with random weights from `generator`; None for `none`.
 
-    `rank` is for low_rank, `width` (hidden units) for mlp, `bias` for every kind but identity.
+    `rank` is for low_rank, `hidden` (number of hidden units) for mlp, `bias` for every kind but identity.
 
     Raises:
-        UsageError: an unknown kind, `none` or `identity` where widths differ, an option that the kind lacks or that is
-            out of range.
+        UsageError: an unknown kind, `none` or `identity` where dimensions differ, an option that the kind lacks or
+            that is out of range.
     """
-    kind = resolve_kind(kind, student_width, teacher_width)
-    _check_options(kind, rank, width, bias)
+    kind = resolve_kind(kind, student_dim, teacher_dim)
+    _check_options(kind, rank, hidden, bias)
     if kind == "none":
         return None
     if kind == "identity":
-        return IdentityProjector(student_width, teacher_width)
+        return IdentityProjector(student_dim, teacher_dim)
     if kind == "low_rank":
-        return LowRankProjector(student_width, teacher_width, rank, bias, generator=generator)
+        return LowRankProjector(student_dim, teacher_dim, rank, bias, generator=generator)
     if kind == "mlp":
-        return MLPProjector(student_width, teacher_width, width, bias, generator=generator)
+        return MLPProjector(student_dim, teacher_dim, hidden, bias, generator=generator)
     chosen = OrthogonalProjector if kind == "orthogonal" else LinearProjector
-    return chosen(student_width, teacher_width, bias, generator=generator)
+    return chosen(student_dim, teacher_dim, bias, generator=generator)
 
 
 def parameter_count(
     kind: str,
-    student_width: int,
-    teacher_width: int,
+    student_dim: int,
+    teacher_dim: int,
     *,
     rank: int | None = None,
-    width: int | None = None,
+    hidden: int | None = None,
     bias: bool = False,
 ) -> int:
     """Return how many parameters `build_projector` of the same arguments has, without building it; raises the same."""
-    kind = resolve_kind(kind, student_width, teacher_width)
-    _check_options(kind, rank, width, bias)
+    kind = resolve_kind(kind, student_dim, teacher_dim)
+    _check_options(kind, rank, hidden, bias)
     if kind in ("none", "identity"):
         return 0
-    offset = teacher_width if bias else 0
+    offset = teacher_dim if bias else 0
     if kind == "low_rank":
-        return default_rank(student_width, teacher_width, rank) * (student_width + teacher_width) + offset
+        return default_rank(student_dim, teacher_dim, rank) * (student_dim + teacher_dim) + offset
     if kind == "mlp":
-        return default_width(student_width, teacher_width, width) * (student_width + 1 + teacher_width) + offset
-    return student_width * teacher_width + offset
+        return default_hidden(student_dim, teacher_dim, hidden) * (student_dim + 1 + teacher_dim) + offset
+    return student_dim * teacher_dim + offset
 
 
-def _check_options(kind: str, rank: int | None, width: int | None, bias: bool) -> None:
+def _check_options(kind: str, rank: int | None, hidden: int | None, bias: bool) -> None:
     given: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
         ("rank", rank is not None, ("low_rank",)),
-        ("width", width is not None, ("mlp",)),
+        ("hidden", hidden is not None, ("mlp",)),
         ("bias", bias, ("linear", "low_rank", "mlp", "orthogonal")),
     )
     for option, asked, kinds in given:

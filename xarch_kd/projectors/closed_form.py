@@ -23,7 +23,7 @@ ENOUGH: Final = 4
 
 
 class LinearMap(NamedTuple):
-    """y = x weightᵀ + offset: weight [teacher width, student width], offset [teacher width] or None, in float64."""
+    """y = x weightᵀ + offset: weight [teacher dim, student dim], offset [teacher dim] or None, in float64."""
 
     weight: Tensor
     offset: Tensor | None
@@ -102,8 +102,8 @@ def _pca(projector: Projector, statistics: PairStatistics) -> LinearMap:
 
 
 FORMS: Final = {
-    "ridge": Form(_ridge, lambda projector: projector.student_width),
-    "procrustes": Form(_procrustes, lambda projector: min(projector.student_width, projector.teacher_width)),
+    "ridge": Form(_ridge, lambda projector: projector.student_dim),
+    "procrustes": Form(_procrustes, lambda projector: min(projector.student_dim, projector.teacher_dim)),
     "pca": Form(_pca, lambda projector: projector.rank),
 }
 STARTS: Final = ("auto", "random", *FORMS)
@@ -140,13 +140,13 @@ def initialise(projector: Projector, statistics: PairStatistics, how: str = "aut
     Warns below 4 tokens a dimension.
 
     Raises:
-        UsageError: an unknown form, one that the projector cannot be, other widths, or fewer tokens than dimensions.
+        UsageError: an unknown form, one that the projector cannot be, other sizes, or fewer tokens than dimensions.
     """
     how = resolve_start(how, projector.kind)
     if how == "random":
         return None
     form = FORMS[how]
-    check_widths(projector, statistics)
+    check_dims(projector, statistics)
     _check_tokens(how, statistics.tokens, form.dimensions(projector))
     fitted = form.fit(projector, statistics)
     projector.become(*fitted)
@@ -180,17 +180,17 @@ def ceiling(statistics: PairStatistics, rank: int) -> float:
     return float(values[max(len(values) - rank, 0) :].sum()) / total if total > 0 else 0.0
 
 
-def check_widths(projector: Projector, statistics: PairStatistics, features: int | None = None) -> None:
-    """Raise UsageError unless statistics are of `features` (None: student width) and the teacher's of a projector."""
-    allowed = (projector.student_width if features is None else features, projector.teacher_width)
-    if statistics.widths is not None and statistics.widths != allowed:
+def check_dims(projector: Projector, statistics: PairStatistics, features: int | None = None) -> None:
+    """Raise UsageError unless statistics are of `features` (None: student dim) and the teacher's of a projector."""
+    allowed = (projector.student_dim if features is None else features, projector.teacher_dim)
+    if statistics.dims is not None and statistics.dims != allowed:
         raise UsageError(
-            "The statistics are of other widths than the projector.", found=statistics.widths, allowed=allowed
+            "The statistics are of other dimensions than the projector.", found=statistics.dims, allowed=allowed
         )
 
 
 def _leading(symmetric: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors [width, rank] of the greatest eigenvalues, greatest first."""
+    """Return the eigenvectors [dim, rank] of the greatest eigenvalues, greatest first."""
     return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
 
 

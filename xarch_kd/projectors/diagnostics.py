@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from xarch_kd.projectors.base import Projector
-from xarch_kd.projectors.closed_form import FORMS, ceiling, check_widths, explained_variance, resolve_start
+from xarch_kd.projectors.closed_form import FORMS, ceiling, check_dims, explained_variance, resolve_start
 from xarch_kd.projectors.statistics import PairStatistics
 
 # Of the greatest singular value: a direction below it does not count as one.
@@ -61,10 +61,10 @@ def explained_alone(projector: Projector, fitted: PairStatistics, held_out: Pair
     initialisation, of different tokens. Measured on the tokens it was fitted to, it would explain noise. An MLP is
     fitted as the linear map it starts as, so its figure is a lower bound.
 
-    Raises UsageError for statistics of other widths.
+    Raises UsageError for statistics of other dimensions.
     """
     for statistics in (fitted, held_out):
-        check_widths(projector, statistics)
+        check_dims(projector, statistics)
     how = resolve_start("auto", projector.kind)
     if how == "random":
         return explained_variance(held_out, None)
@@ -82,9 +82,9 @@ def diagnose(projector: Projector, trained: PairStatistics, *, alone: float | No
     with torch.no_grad():
         # Its shapes alone matter: what the weights are of.
         parameter = next(projector.parameters(), torch.zeros(()))
-        features, weight, bias = projector.split(parameter.new_zeros(1, projector.student_width))
+        features, weight, bias = projector.split(parameter.new_zeros(1, projector.student_dim))
         matrix = projector.matrix().double()
-    check_widths(projector, trained, features.shape[-1])
+    check_dims(projector, trained, features.shape[-1])
     values = torch.linalg.svdvals(matrix)[: projector.rank]
     greatest, least = float(values[0]), float(values[-1])
     rank = int((values > LEAST_DIRECTION * greatest).sum())

@@ -76,7 +76,7 @@ def assignment(costs: Tensor, *, every_teacher: bool = False) -> Tensor:
 def head_costs(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return 1 - cosine of each student head's output with each teacher head's, float64 [student heads, teacher heads].
 
-    `student` [batch, time, student heads, width] and `teacher` [batch, time, teacher heads, width] are what the mixing
+    `student` [batch, time, student heads, dim] and `teacher` [batch, time, teacher heads, dim] are what the mixing
     matrices of both make of the same values, e.g. random ones: the cosine then estimates that of the matrices. `mask`
     [batch, time] is true where a token counts. A head of zeros costs 1 everywhere.
     """
@@ -87,16 +87,14 @@ def head_costs(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
 
 @torch.no_grad()
 def head_products(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums over tokens and width, in float64: of student heads with teacher heads [student heads, teacher
+    """Return sums over tokens and dim, in float64: of student heads with teacher heads [student heads, teacher
     heads], of student heads with themselves [student heads], and of teacher heads with each other [teacher heads,
     teacher heads]. Arguments as of `head_costs`.
 
     Raises UsageError for tensors that do not fit.
     """
-    batch, time, _, width = student.shape
-    checks.check_shape(
-        "teacher", teacher, (batch, time, teacher.shape[2], width), "[batch, time, teacher heads, width]"
-    )
+    batch, time, _, dim = student.shape
+    checks.check_shape("teacher", teacher, (batch, time, teacher.shape[2], dim), "[batch, time, teacher heads, dim]")
     checks.check_shape("mask", mask, (batch, time), "[batch, time]")
     checks.check_mask(mask)
     own, other = (

@@ -15,19 +15,19 @@ ORTHOGONALITY: Final = 1e-3
 
 
 class IdentityProjector(Projector):
-    """y = student: no freedom, no parameters; for equal widths. Raises UsageError where they differ."""
+    """y = student: no freedom, no parameters; for equal dimensions. Raises UsageError where they differ."""
 
     kind = "identity"
 
-    def __init__(self, student_width: int, teacher_width: int) -> None:
-        if student_width != teacher_width:
+    def __init__(self, student_dim: int, teacher_dim: int) -> None:
+        if student_dim != teacher_dim:
             raise UsageError(
-                "An identity keeps the width.",
+                "An identity keeps the dimension.",
                 asked="projector: identity",
-                found=f"student {student_width}, teacher {teacher_width}",
+                found=f"student {student_dim}, teacher {teacher_dim}",
                 fix="projector: linear, or auto",
             )
-        super().__init__(student_width, teacher_width, student_width)
+        super().__init__(student_dim, teacher_dim, student_dim)
 
     def split(self, student: Tensor) -> Split:
         """Return the student alone."""
@@ -35,7 +35,7 @@ class IdentityProjector(Projector):
 
     def matrix(self) -> Tensor:
         """Return the identity."""
-        return torch.eye(self.teacher_width)
+        return torch.eye(self.teacher_dim)
 
     def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
         """Raise UsageError: it is the identity and nothing else."""
@@ -43,9 +43,9 @@ class IdentityProjector(Projector):
 
 
 class LinearProjector(Projector):
-    """y = student weightᵀ (+ bias); weight is [teacher width, student width].
+    """y = student weightᵀ (+ bias); weight is [teacher dim, student dim].
 
-    It starts as an isometry: the identity for equal widths, else a random semi-orthogonal matrix, drawn from
+    It starts as an isometry: the identity for equal dimensions, else a random semi-orthogonal matrix, drawn from
     `generator`.
     """
 
@@ -53,15 +53,15 @@ class LinearProjector(Projector):
 
     def __init__(
         self,
-        student_width: int,
-        teacher_width: int,
+        student_dim: int,
+        teacher_dim: int,
         bias: bool = False,
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(student_width, teacher_width, min(student_width, teacher_width))
-        self.weight = nn.Parameter(isometry(teacher_width, student_width, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
+        super().__init__(student_dim, teacher_dim, min(student_dim, teacher_dim))
+        self.weight = nn.Parameter(isometry(teacher_dim, student_dim, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(teacher_dim)) if bias else None
 
     def split(self, student: Tensor) -> Split:
         """Return student, weight and bias."""
@@ -79,26 +79,26 @@ class LinearProjector(Projector):
 
 
 class LowRankProjector(Projector):
-    """y = (student downᵀ) upᵀ (+ bias); down is [rank, student width], up [teacher width, rank].
+    """y = (student downᵀ) upᵀ (+ bias); down is [rank, student dim], up [teacher dim, rank].
 
-    Both start semi-orthogonal, drawn from `generator`. `rank` is by default a quarter of the smaller width.
+    Both start semi-orthogonal, drawn from `generator`. `rank` is by default a quarter of the smaller dimension.
     """
 
     kind = "low_rank"
 
     def __init__(
         self,
-        student_width: int,
-        teacher_width: int,
+        student_dim: int,
+        teacher_dim: int,
         rank: int | None = None,
         bias: bool = False,
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(student_width, teacher_width, default_rank(student_width, teacher_width, rank))
-        self.down = nn.Parameter(isometry(self.rank, student_width, generator=generator))
-        self.up = nn.Parameter(isometry(teacher_width, self.rank, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
+        super().__init__(student_dim, teacher_dim, default_rank(student_dim, teacher_dim, rank))
+        self.down = nn.Parameter(isometry(self.rank, student_dim, generator=generator))
+        self.up = nn.Parameter(isometry(teacher_dim, self.rank, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(teacher_dim)) if bias else None
 
     def split(self, student: Tensor) -> Split:
         """Return student downᵀ [..., rank], up and bias."""
@@ -118,32 +118,32 @@ class LowRankProjector(Projector):
 
 
 class OrthogonalProjector(Projector):
-    """y = student weightᵀ (+ bias) whose weight [teacher width, student width] is semi-orthogonal throughout training.
+    """y = student weightᵀ (+ bias) whose weight [teacher dim, student dim] is semi-orthogonal throughout training.
 
     It keeps lengths and angles of a student that is not wider than its teacher, so it can't do the student's work.
     The weight is the orthogonal factor of the QR decomposition, with a positive diagonal of R, of the parameter `basis`
-    [larger width, smaller width]: any basis gives one, and a semi-orthogonal basis gives itself.
+    [larger dim, smaller dim]: any basis gives one, and a semi-orthogonal basis gives itself.
     """
 
     kind = "orthogonal"
 
     def __init__(
         self,
-        student_width: int,
-        teacher_width: int,
+        student_dim: int,
+        teacher_dim: int,
         bias: bool = False,
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(student_width, teacher_width, min(student_width, teacher_width))
-        self.wide = student_width > teacher_width
-        start = isometry(teacher_width, student_width, generator=generator)
+        super().__init__(student_dim, teacher_dim, min(student_dim, teacher_dim))
+        self.wide = student_dim > teacher_dim
+        start = isometry(teacher_dim, student_dim, generator=generator)
         self.basis = nn.Parameter(start.T.contiguous() if self.wide else start)
-        self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(teacher_dim)) if bias else None
 
     @property
     def weight(self) -> Tensor:
-        """The semi-orthogonal weight [teacher width, student width], with its graph."""
+        """The semi-orthogonal weight [teacher dim, student dim], with its graph."""
         factor, triangle = torch.linalg.qr(self.basis)
         diagonal = triangle.detach().diagonal()
         factor = factor * torch.where(diagonal < 0, -1.0, 1.0).to(factor.dtype)
@@ -172,16 +172,16 @@ class OrthogonalProjector(Projector):
         self._set_bias(offset)
 
 
-def default_rank(student_width: int, teacher_width: int, rank: int | None) -> int:
-    """Return the rank of a low-rank projector. Raises UsageError for one that the widths do not have."""
-    smaller = min(student_width, teacher_width)
+def default_rank(student_dim: int, teacher_dim: int, rank: int | None) -> int:
+    """Return the rank of a low-rank projector. Raises UsageError for one that the dimensions do not have."""
+    smaller = min(student_dim, teacher_dim)
     if rank is None:
         return max(1, smaller // 4)
     if not 1 <= rank <= smaller:
         raise UsageError(
             "A projector cannot have this rank.",
             asked=f"rank: {rank}",
-            found=f"student {student_width}, teacher {teacher_width}",
+            found=f"student {student_dim}, teacher {teacher_dim}",
             allowed=f"1 to {smaller}",
         )
     return rank

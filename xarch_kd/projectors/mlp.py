@@ -11,43 +11,43 @@ from xarch_kd.projectors.base import Projector, Split, factors, isometry
 
 
 class MLPProjector(Projector):
-    """y = silu(student inᵀ + in_bias) outᵀ (+ bias); inner.weight is [width, student width], outer [teacher, width].
+    """y = silu(student inᵀ + in_bias) outᵀ (+ bias); inner is [hidden, student dim], outer [teacher dim, hidden].
 
-    It can do much of the student's work by itself: prefer a linear one. It starts, and is fitted, as a linear map of
-    rank `width` / 2: silu(z) - silu(-z) = z, so hidden units in pairs of opposite sign are one linear unit. Units left
-    over have random incoming and no outgoing weights. `width` is by default twice the smaller width, which holds every
-    linear map.
+    An MLP can fit the teacher without the student's help: prefer a linear projector. It is initialized, and fitted, as
+    a linear map of rank `hidden` / 2: silu(z) - silu(-z) = z, so two hidden units of opposite sign are one linear unit.
+    Remaining units have random incoming and zero outgoing weights. `hidden` is by default twice the smaller dimension,
+    which can represent every linear map.
 
-    Raises UsageError for a width below 2.
+    Raises UsageError for fewer than 2 hidden units.
     """
 
     kind = "mlp"
 
     def __init__(
         self,
-        student_width: int,
-        teacher_width: int,
-        width: int | None = None,
+        student_dim: int,
+        teacher_dim: int,
+        hidden: int | None = None,
         bias: bool = False,
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.width = default_width(student_width, teacher_width, width)
-        super().__init__(student_width, teacher_width, min(self.width // 2, student_width, teacher_width))
-        self.inner = nn.Parameter(torch.empty(self.width, student_width))
-        self.inner_bias = nn.Parameter(torch.zeros(self.width))
-        self.outer = nn.Parameter(torch.empty(teacher_width, self.width))
-        self.bias = nn.Parameter(torch.zeros(teacher_width)) if bias else None
-        nn.init.normal_(self.inner, std=student_width**-0.5, generator=generator)
-        self.become(isometry(teacher_width, student_width, generator=generator))
+        self.hidden = default_hidden(student_dim, teacher_dim, hidden)
+        super().__init__(student_dim, teacher_dim, min(self.hidden // 2, student_dim, teacher_dim))
+        self.inner = nn.Parameter(torch.empty(self.hidden, student_dim))
+        self.inner_bias = nn.Parameter(torch.zeros(self.hidden))
+        self.outer = nn.Parameter(torch.empty(teacher_dim, self.hidden))
+        self.bias = nn.Parameter(torch.zeros(teacher_dim)) if bias else None
+        nn.init.normal_(self.inner, std=student_dim**-0.5, generator=generator)
+        self.become(isometry(teacher_dim, student_dim, generator=generator))
 
     def split(self, student: Tensor) -> Split:
-        """Return the hidden units [..., width], the outer weight and bias."""
-        hidden = functional.silu(functional.linear(student, self.inner, self.inner_bias))
-        return Split(hidden, self.outer, self.bias)
+        """Return the hidden units [..., hidden], the outer weight and bias."""
+        units = functional.silu(functional.linear(student, self.inner, self.inner_bias))
+        return Split(units, self.outer, self.bias)
 
     def matrix(self) -> Tensor:
-        """Return the derivative at a student of 0, [teacher width, student width]; the map itself is not linear."""
+        """Return the derivative at a student of 0, [teacher dim, student dim]; the map itself is not linear."""
         at = self.inner_bias.detach()
         slope = at.sigmoid() * (1 + at * (1 - at.sigmoid()))
         return (self.outer.detach() * slope) @ self.inner.detach()
@@ -64,10 +64,10 @@ class MLPProjector(Projector):
         self._set_bias(offset)
 
 
-def default_width(student_width: int, teacher_width: int, width: int | None) -> int:
+def default_hidden(student_dim: int, teacher_dim: int, hidden: int | None) -> int:
     """Return how many hidden units an MLP has. Raises UsageError for fewer than 2."""
-    if width is None:
-        return 2 * min(student_width, teacher_width)
-    if width < 2:
-        raise UsageError("An MLP starts as pairs of hidden units.", asked=f"width: {width}", allowed=">= 2")
-    return width
+    if hidden is None:
+        return 2 * min(student_dim, teacher_dim)
+    if hidden < 2:
+        raise UsageError("An MLP starts as pairs of hidden units.", asked=f"hidden: {hidden}", allowed=">= 2")
+    return hidden

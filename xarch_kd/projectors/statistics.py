@@ -16,10 +16,10 @@ CHUNK: Final = 4096
 
 
 class SecondMoments(NamedTuple):
-    """Means over tokens of products of features x [student width] and y [teacher width], all float64.
+    """Means over tokens of products of features x [student dim] and y [teacher dim], all float64.
 
-    student [student width, student width], cross [student width, teacher width] is of x yᵀ, teacher [teacher width,
-    teacher width]. About the means `student_mean` and `teacher_mean`, which are 0 for moments about 0.
+    student [student dim, student dim], cross [student dim, teacher dim] is of x yᵀ, teacher [teacher dim,
+    teacher dim]. About the means `student_mean` and `teacher_mean`, which are 0 for moments about 0.
     """
 
     student: Tensor
@@ -41,8 +41,8 @@ class PairStatistics:
         self._sums: dict[str, Tensor] = {}
 
     @property
-    def widths(self) -> tuple[int, int] | None:
-        """(student width, teacher width), or None before the first token."""
+    def dims(self) -> tuple[int, int] | None:
+        """(student dim, teacher dim), or None before the first token."""
         if not self._sums:
             return None
         student, teacher = self._sums["cross"].shape
@@ -50,7 +50,7 @@ class PairStatistics:
 
     @torch.no_grad()
     def update(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> None:
-        """Take in features [..., width] of the same tokens; `mask` has their leading axes, true where a token counts.
+        """Take in features [..., dim] of the same tokens; `mask` has their leading axes, true where a token counts.
 
         Raises:
             UsageError: tensors that do not fit each other, or what was taken in before.
@@ -58,7 +58,7 @@ class PairStatistics:
         """
         checks.check_floating(student=student, teacher=teacher)
         leading = tuple(student.shape[:-1])
-        checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, width]")
+        checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, dim]")
         checks.check_shape("mask", mask, leading, "[leading axes of student]")
         checks.check_mask(mask)
         checks.check_device(student=student, teacher=teacher, mask=mask)
@@ -74,7 +74,7 @@ class PairStatistics:
     def merge(self, other: PairStatistics) -> None:
         """Add the tokens that `other` took in, e.g. of another pair that shares a projector.
 
-        Raises UsageError where its widths differ.
+        Raises UsageError where its dimensions differ.
         """
         if other._sums:
             self._add(other.tokens, {name: tensor.clone() for name, tensor in other._sums.items()})
@@ -112,7 +112,7 @@ class PairStatistics:
         if not self._sums:
             self.tokens, self._sums = tokens, sums
             return
-        checks.check_shape("features", sums["cross"], tuple(self._sums["cross"].shape), "[widths of the first call]")
+        checks.check_shape("features", sums["cross"], tuple(self._sums["cross"].shape), "[dims of the first call]")
         own, together = self._sums, self.tokens + tokens
         gaps = {side: sums[f"{side}_mean"] - own[f"{side}_mean"] for side in ("student", "teacher")}
         share = self.tokens * tokens / together
@@ -128,7 +128,7 @@ class PairStatistics:
 
 
 def _about_means(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Return the sums of products about the means, and the means, of features [tokens, width]."""
+    """Return the sums of products about the means, and the means, of features [tokens, dim]."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     for side, mean in (("student", mean_x), ("teacher", mean_y)):
         if not bool(torch.isfinite(mean).all()):

@@ -55,7 +55,7 @@ def inspect_model(
         rows.append(_row(layout, "mixer_input", layers, layout.mixers[first], "input", kind))
         rows.append(_row(layout, "mixer_output", layers, layout.mixer_outputs[first], "output", kind))
         if _has_mixing(layout, first):
-            for tap, shape in (("mixing", ("heads", "time", "time")), ("values", ("time", "heads", "width"))):
+            for tap, shape in (("mixing", ("heads", "time", "time")), ("values", ("time", "heads", "dim"))):
                 inside = _row(layout, tap, layers, layout.mixers[first], "inside", kind)
                 rows.append(dataclasses.replace(inside, shape=("batch", *shape)))
     if layout.mlp_outputs is not None:
@@ -95,5 +95,5 @@ def _row(
     layout: Layout, tap: str, layers: tuple[int, ...], module: nn.Module, reads: str, kind: str | None = None
 ) -> TapRow:
     path = _path(layout, module, layers[0]) if layers else layout.path_of(module)
-    shape = ("batch", "time", layout.width)
+    shape = ("batch", "time", layout.dim)
     return TapRow(tap=tap, layers=layers, shape=shape, module=path, reads=reads, kind=kind)

@@ -53,7 +53,7 @@ class Layout:
     embedding: nn.Module
     final_norm: nn.Module | None
     head: nn.Module | None
-    width: int
+    dim: int
     mixer_scales: tuple[float, ...]
     mlp_scale: float
     logit_scale: float
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's weight, [vocabulary, width]. Raises TapError when the model has no head."""
+        """The head's weight, [vocabulary, dim]. Raises TapError when the model has no head."""
         weight = getattr(self.head, "weight", None)
         if not isinstance(weight, Tensor):
             raise TapError(
@@ -135,7 +135,7 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
         embedding=embedding,
         final_norm=_part(model, family.final_norm, model) if family.final_norm else None,
         head=_part(model, head_path, model) if head_path else model.get_output_embeddings(),
-        width=int(config.d_model if is_foreign else config.hidden_size),
+        dim=int(config.d_model if is_foreign else config.hidden_size),
         mixer_scales=tuple(_scale(config, family.mixer_scale, kind) for kind in kinds),
         mlp_scale=_scale(config, family.mlp_scale, ""),
         logit_scale=_logit_scale(config),
@@ -165,7 +165,7 @@ def _scale(config: PreTrainedConfig, name: ByKind | None, kind: str) -> float:
 
 
 def head_logits(layout: Layout, head_input: Tensor) -> Tensor:
-    """Logits [..., vocabulary] of final-normed hidden states [..., width], as the model itself computes them."""
+    """Logits [..., vocabulary] of final-normed hidden states [..., dim], as the model itself computes them."""
     weight = layout.head_weight
     logits = torch.nn.functional.linear(head_input.to(weight.dtype), weight, layout.head_bias) * layout.logit_scale
     cap = layout.logit_softcap

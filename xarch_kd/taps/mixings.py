@@ -28,7 +28,7 @@ class MixingTap(Protocol):
         ...
 
     def values(self, attention_mask: Tensor | None) -> Tensor:
-        """What the matrix is applied to, [batch, time, heads, width], with the mask as for `mixing`."""
+        """What the matrix is applied to, [batch, time, heads, dim], with the mask as for `mixing`."""
         ...
 
 

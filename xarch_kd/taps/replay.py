@@ -71,7 +71,7 @@ def block_calls(
 def read_block(
     layout: Layout, layer: int, hidden: Tensor, calls: Sequence[BlockCall], taps: Sequence[str] = ("hidden",)
 ) -> dict[str, Any]:
-    """Run block `layer` on `hidden` [batch, time, width] and return what is at `taps` of that block.
+    """Run block `layer` on `hidden` [batch, time, dim] and return what is at `taps` of that block.
 
     What comes after the last of them does not run: no MLP when only the mixer's taps are read.
 
@@ -94,12 +94,12 @@ def read_block(
 
 
 def run_block(layout: Layout, layer: int, hidden: Tensor, calls: Sequence[BlockCall]) -> Tensor:
-    """The residual stream [batch, time, width] after block `layer`, fed `hidden` [batch, time, width]."""
+    """The residual stream [batch, time, dim] after block `layer`, fed `hidden` [batch, time, dim]."""
     return read_block(layout, layer, hidden, calls)["hidden"]
 
 
 def run_mixer(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Tensor:
-    """What the mixer of block `layer` adds to the residual stream when it is fed `mixer_input` [batch, time, width].
+    """What the mixer of block `layer` adds to the residual stream when it is fed `mixer_input` [batch, time, dim].
 
     The block itself calls its mixer, so that the mixer gets its own arguments; the mixer's input is put in place, and
     the pass ends when its output is there. A block under gradient checkpointing recomputes its mixer in the backward.
@@ -108,7 +108,7 @@ def run_mixer(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[B
 
 
 def read_mixing(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Mixing:
-    """The mixing matrix of the mixer of block `layer` when it is fed `mixer_input` [batch, time, width].
+    """The mixing matrix of the mixer of block `layer` when it is fed `mixer_input` [batch, time, dim].
 
     The pass ends when what the matrix is made of is there: neither attention nor a scan runs. Raises TapError for a
     mixer whose matrix cannot be read.

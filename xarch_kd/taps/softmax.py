@@ -28,9 +28,9 @@ FOREIGN_ARGUMENTS = ("position_bias", "score_mod", "indices", "block_indices")
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """What an attention function was given: query [batch, heads, time, width], key [batch, key heads, time, width].
+    """What an attention function was given: query [batch, heads, time, dim], key [batch, key heads, time, dim].
 
-    `value` [batch, key heads, time, value width] is left out where nobody asks for it. `mask` is the model's own, in
+    `value` [batch, key heads, time, value dim] is left out where nobody asks for it. `mask` is the model's own, in
     the form that its implementation takes; `implementation` is its name.
     """
 
@@ -43,7 +43,7 @@ class AttentionCall:
     value: Tensor | None = None
 
     def checked_value(self) -> Tensor:
-        """The values [batch, key heads, time, value width]. Raises TapError where a cache or a prefix adds to them."""
+        """The values [batch, key heads, time, value dim]. Raises TapError where a cache or a prefix adds to them."""
         assert self.value is not None
         if self.value.shape[2] != self.query.shape[2]:
             raise TapError(

@@ -18,11 +18,11 @@ from xarch_kd.taps.sites import WHOLE_TAPS, Site, refuse_unreadable, sites_of
 class Trace:
     """What one forward pass yielded.
 
-    `trace["hidden"][3]` is [batch, time, width]; `trace["embedding"]` and `trace["head_input"]` are tensors themselves;
+    `trace["hidden"][3]` is [batch, time, dim]; `trace["embedding"]` and `trace["head_input"]` are tensors themselves;
     `trace["mixing"][3]` is a `xarch_kd.mixing.base.Mixing`, the mixer's token-mixing matrix held as its factors, and
-    `trace["values"][3]` is what that matrix is applied to, [batch, time, heads, width]. Attention with grouped heads
+    `trace["values"][3]` is what that matrix is applied to, [batch, time, heads, dim]. Attention with grouped heads
     has its values once a key head, of which head h of the matrix mixes h // (heads / key heads); where every channel
-    mixes by itself (Mamba, short convolutions, RG-LRU) a head is a channel and its width 1.
+    mixes by itself (Mamba, short convolutions, RG-LRU) a head is a channel of dimension 1.
     `embedding` is the residual stream that enters the first block (position embeddings and multipliers included),
     `hidden` the one that leaves a block, `mixer_input` what the mixer is called with, `mixer_output` and `mlp_output`
     what they add to the residual stream (a norm after them and a residual multiplier included), `head_input` the
@@ -54,7 +54,7 @@ class Trace:
     @overload
     def at(self, tap: str, layer: int | None = None) -> Any: ...
     def at(self, tap: str, layer: int | None = None) -> Any:
-        """What was read at one site, mostly [batch, time, width]; `layer` is None for `embedding`, `head_input`."""
+        """What was read at one site, mostly [batch, time, dim]; `layer` is None for `embedding`, `head_input`."""
         if Site(tap, layer) not in self._values:
             raise UsageError(
                 "This site was not traced.",

@@ -32,7 +32,7 @@ class TeacherFeatures:
     ) -> Features:
         """Return what is at `sites` (None: all of the reader's), on the device of `input_ids`, without gradients.
 
-        That is a tensor [batch, time, width], or a Mixing at the tap `mixing`.
+        That is a tensor [batch, time, dim], or a Mixing at the tap `mixing`.
         `batch` is the batch's number in the stage; without it nothing is looked up or kept.
         """
         wanted = self.sites if sites is None else tuple(sites)

@@ -18,13 +18,13 @@ OWN_INPUT: Final = ""
 class MixerAdapter:
     """How the mixing matrix of one class of mixer is read from a forward pass over whole sequences, without a cache.
 
-    `projections` are attribute paths in the mixer. The outputs [batch, time, width] of these modules in the pass are
+    `projections` are attribute paths in the mixer. The outputs [batch, time, dim] of these modules in the pass are
     `projected`, by path; all else is computed again from the mixer's parameters, because fused training kernels call
     no module but these. A mixer that uses a projection's weight without calling it has `OWN_INPUT` there: what it was
     itself called with. `attention_mask` [batch, time] is the one that the pass was given.
 
     `build(mixer, projected, attention_mask)` returns M, with gradients to all that it depends on;
-    `values(mixer, projected, attention_mask)` returns what M is applied to, [batch, time, heads, width], likewise.
+    `values(mixer, projected, attention_mask)` returns what M is applied to, [batch, time, heads, dim], likewise.
     """
 
     projections: tuple[str, ...]

@@ -1,6 +1,6 @@
 """Gated delta rule (Yang et al. 2024, https://arxiv.org/abs/2412.06464) and Kimi delta attention.
 
-q and k are of unit length after a short convolution, q is scaled by 1/√width, β = σ(b), and the log decay is
+q and k are of unit length after a short convolution, q is scaled by 1/√dim, β = σ(b), and the log decay is
 −exp(A_log) softplus(a + dt_bias): one number a head, or one a key channel in Kimi delta attention
 (https://arxiv.org/abs/2510.26692). Families differ in how their projections are packed.
 """
@@ -25,12 +25,12 @@ Projected = Mapping[str, Tensor]
 
 
 def _mixing(
-    mixer: Any, query_key: Tensor, beta: Tensor, log_decay: Tensor, width: int, attention_mask: Tensor | None
+    mixer: Any, query_key: Tensor, beta: Tensor, log_decay: Tensor, head_dim: int, attention_mask: Tensor | None
 ) -> DeltaMixing:
-    """M from q and k before the convolution [batch, time, 2 heads width], β [batch, time, heads] and the log decay."""
+    """M from q and k before the convolution [batch, time, 2 heads dim], β [batch, time, heads] and the log decay."""
     channels = slice(query_key.shape[-1])
     query_key = short_convolution(query_key, mixer.conv1d, ACT2FN[mixer.activation], channels)
-    query, key = unit_length(rearrange(query_key, "b t (two h d) -> two b t h d", two=2, d=width))
+    query, key = unit_length(rearrange(query_key, "b t (two h d) -> two b t h d", two=2, d=head_dim))
     served = beta.shape[-1] // query.shape[2]
     start, stop = span_of(attention_mask, query.device)
     return DeltaMixing(
@@ -38,7 +38,7 @@ def _mixing(
         key=repeat(key, "b t h d -> b t (h served) d", served=served),
         beta=accumulated(beta),
         log_decay=log_decay,
-        scale=width**-0.5,
+        scale=head_dim**-0.5,
         start=start,
         stop=stop,
     )
@@ -50,10 +50,10 @@ def _gated(mixer: Any, query_key: Tensor, a: Tensor, beta: Tensor, attention_mas
     return _mixing(mixer, query_key, beta, log_decay, mixer.head_k_dim, attention_mask)
 
 
-def _heads_of_values(mixer: Any, values: Tensor, width: int) -> Tensor:
+def _heads_of_values(mixer: Any, values: Tensor, head_dim: int) -> Tensor:
     channels = slice(mixer.conv_dim - values.shape[-1], None)
     values = short_convolution(values, mixer.conv1d, ACT2FN[mixer.activation], channels)
-    return rearrange(values, "b t (h d) -> b t h d", d=width)
+    return rearrange(values, "b t (h d) -> b t h d", d=head_dim)
 
 
 def _build_qwen3_next(mixer: Any, projected: Projected, attention_mask: Tensor | None) -> DeltaMixing:

@@ -14,7 +14,7 @@ from xarch_kd.taps.span import span_of
 
 
 def _heads(mixer: Any, projected: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [batch, time, heads, width]; a head's three are side by side in the projection."""
+    """Query, key and value [batch, time, heads, dim]; a head's three are side by side in the projection."""
     heads = rearrange(
         mixer.act_fn(projected["qkv_proj"]),
         "b t (h three d) -> three b t h d",

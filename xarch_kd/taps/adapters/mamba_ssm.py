@@ -71,7 +71,7 @@ def _mamba_values(mixer: Any, projected: Projected, attention_mask: Tensor | Non
 
 
 def _query_and_pair(mixer: Any, projected: Projected) -> tuple[Tensor, Tensor]:
-    """Queries [batch, time, heads, width], and keys and values [batch, time, 2, key heads, width], unrotated."""
+    """Queries [batch, time, heads, dim], and keys and values [batch, time, 2, key heads, dim], unrotated."""
     whole = functional.linear(projected[OWN_INPUT], mixer.in_proj.weight, mixer.in_proj.bias)
     sizes = [mixer.num_heads * mixer.head_dim, 2 * mixer.num_heads_kv * mixer.head_dim]
     whole = whole[..., : sum(sizes)]

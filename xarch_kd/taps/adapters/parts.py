@@ -32,6 +32,6 @@ def short_convolution(
 
 
 def unit_length(vectors: Tensor) -> Tensor:
-    """Return vectors [..., width] divided by √(their squared length + 1e-6), in the accumulation dtype."""
+    """Return vectors [..., dim] divided by √(their squared length + 1e-6), in the accumulation dtype."""
     vectors = accumulated(vectors)
     return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-6)
