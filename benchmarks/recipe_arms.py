@@ -161,16 +161,16 @@ def _fresh() -> Iterator[Arm]:
 
 def _replaced(count: int) -> Iterator[Arm]:
     group = f"replaced-{count}"
-    for initialisation in ("attention", "random"):
-        conversion = {"mixer": "mamba2", "replace": REPLACED[count], "initialisation": initialisation}
+    for init in ("attention", "random"):
+        conversion = {"mixer": "mamba2", "replace": REPLACED[count], "init": init}
         for match, entries in (("output", [OUTPUT]), ("both", [OUTPUT, MIXING])):
-            title = f"from {initialisation}: output{' + mixing' if match == 'both' else ''}, then logits"
-            references = [f"{group}-{initialisation}-output"] if match == "both" else []
-            if initialisation == "attention":
+            title = f"from {init}: output{' + mixing' if match == 'both' else ''}, then logits"
+            references = [f"{group}-{init}-output"] if match == "both" else []
+            if init == "attention":
                 references.append(f"{group}-random-{match}")
             yield _arm(
                 group,
-                f"{group}-{initialisation}-{match}",
+                f"{group}-{init}-{match}",
                 title,
                 _mapping({"convert": conversion}, MIXERS | {"align": entries}, LOGITS),
                 tuple(references),

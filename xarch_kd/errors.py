@@ -6,7 +6,12 @@ Only the standard library is imported here, so that every floor and the command 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class XarchError(Exception):
@@ -94,3 +99,27 @@ def suggest(word: str, options: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the option nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def renamed(word: str, now: str, *, kind: str) -> str:
+    """Return the message for a key, option or argument that has a new spelling."""
+    return f"the {kind} '{word}' is now spelled '{now}'."
+
+
+def renamed_arguments(**now: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Refuse old spellings of a function's arguments with a UsageError that names the new one: `old="new"`."""
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            for word in now.keys() & kwargs.keys():
+                raise UsageError(
+                    f"{function.__name__}: {renamed(word, now[word], kind='argument')}",
+                    asked=f"{word}={kwargs[word]!r}",
+                    fix=f"{now[word]}={kwargs[word]!r}",
+                )
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import XarchKd
 from xarch_kd.cli.convert import selection
+from xarch_kd.errors import UsageError
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.testing.tiny import tiny_model
 
 
 def test_a_converted_folder_loads_as_a_stock_model(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
@@ -30,6 +33,15 @@ def test_exactly_one_selection(teacher: Path, tmp_path: Path, xarch_kd: XarchKd)
         done = xarch_kd("convert", teacher, "--output", tmp_path / "student", *options)
         assert done.code == 2
         assert "Exactly one of --keep-attention and --replace" in done.err
+
+
+def test_the_old_spelling_of_an_option_names_the_new_one(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    done = xarch_kd("convert", teacher, "--replace", "1", "--output", tmp_path / "s", "--initialisation", "random")
+    assert done.code == 2
+    assert "the option '--initialisation' is now spelled '--init'" in done.err
+    assert "--init random" in done.err
+    with pytest.raises(UsageError, match="argument 'initialisation' is now spelled 'init'"):
+        convert(tiny_model("llama"), replace=[1], initialisation="random")  # type: ignore[call-arg]
 
 
 def test_an_output_that_holds_something_is_left_alone(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:

@@ -34,7 +34,7 @@ SKETCH = {
     "align": [
         {
             **MIXING["align"][0],
-            "loss": {"kind": "mixing", "distance": "frobenius", "implementation": "sketch", "probes": 4},
+            "loss": {"kind": "mixing", "distance": "frobenius", "impl": "sketch", "probes": 4},
         }
     ],
 }

@@ -41,7 +41,7 @@ EVERYTHING: dict[str, Any] = {
             "name": "learned",
             "tap": "hidden",
             "layers": {"strategy": "learned", "final_temperature": 0.1},
-            "loss": {"kind": "mse", "standardise": True, "weight": "auto"},
+            "loss": {"kind": "mse", "standardize": True, "weight": "auto"},
             "projector": {"kind": "orthogonal", "share": True},
         },
         {

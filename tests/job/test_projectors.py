@@ -110,7 +110,7 @@ def test_a_projector_that_learns_in_the_students_place_is_warned_of(
 
 def test_one_that_explains_nothing_is_called_useless_and_not_that(write_mapping: Write, tmp_path: Path) -> None:
     # Of equal widths it starts as the identity, which relates no two blocks' mixers.
-    random = {**LINEAR["align"][0], "tap": "mixer_output", "projector": {"kind": "linear", "initialise": "random"}}
+    random = {**LINEAR["align"][0], "tap": "mixer_output", "projector": {"kind": "linear", "init": "random"}}
     stage = {**LINEAR, "align": [random], "optimizer": {"lr": 1e-3, "projector_lr": 1e-12}}
     train(write_mapping(stage, **SHORT), tmp_path / "run")
     (report,) = reports_of(tmp_path / "run")

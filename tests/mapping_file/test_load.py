@@ -87,7 +87,27 @@ CASES = {
     "foreign key of a loss": (
         "{kind: relative_mse, weight: 1.0}",
         "{kind: cosine, epsilon: 1e-6}",
-        "map.yaml:23:30: stages[0].align[0].loss.epsilon: unknown key. Allowed here: kind, weight, standardise",
+        "map.yaml:23:30: stages[0].align[0].loss.epsilon: unknown key. Allowed here: kind, weight, standardize",
+    ),
+    "the old spelling of a loss's key": (
+        "{kind: relative_mse, weight: 1.0}",
+        "{kind: cosine, standardise: true}",
+        "map.yaml:23:30: stages[0].align[0].loss.standardise: the key 'standardise' is now spelled 'standardize'.",
+    ),
+    "the old spelling of a projector's key": (
+        "layers: replaced",
+        "layers: replaced\n        projector: {kind: linear, initialise: pca}",
+        "map.yaml:23:35: stages[0].align[0].projector.initialise: the key 'initialise' is now spelled 'init'.",
+    ),
+    "the old spelling of the kernel to use": (
+        "tap: mixer_output\n        layers: replaced\n        loss: {kind: relative_mse, weight: 1.0}",
+        "tap: mixing\n        layers: replaced\n        loss: {kind: mixing, implementation: fused}",
+        "map.yaml:23:30: stages[0].align[0].loss.implementation: the key 'implementation' is now spelled 'impl'.",
+    ),
+    "the old spelling of a conversion's key": (
+        "mixer: mamba2",
+        "mixer: mamba2\n    initialisation: random",
+        "map.yaml:8:5: student.convert.initialisation: the key 'initialisation' is now spelled 'init'.",
     ),
     "unknown kind": (
         "kind: relative_mse",

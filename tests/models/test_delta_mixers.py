@@ -129,9 +129,7 @@ def test_where_a_norm_follows_attention_its_size_is_measured() -> None:
 def test_random_mixers_are_the_same_for_the_same_seed_and_differ_by_block(model_type: str) -> None:
     teacher = tiny_model(model_type)
     first, again, other = (
-        convert(
-            teacher, mixer="gated_delta", replace=[0, 1], initialisation="random", seed=seed, check=False
-        ).state_dict()
+        convert(teacher, mixer="gated_delta", replace=[0, 1], init="random", seed=seed, check=False).state_dict()
         for seed in (3, 3, 4)
     )
     name = "model.layers.1.linear_attn.conv1d.weight"

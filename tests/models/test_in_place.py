@@ -228,7 +228,7 @@ def test_a_fresh_student_starts_with_the_mixers_own_weights(name: str, mixer: st
 
 def test_random_mixers_follow_the_seed() -> None:
     def made(seed: int, mixer: str) -> Tensor:
-        options: dict[str, Any] = {"initialisation": "random", "check": False}
+        options: dict[str, Any] = {"init": "random", "check": False}
         student = convert_in_place(tiny_model("gemma2"), layers=[1, 2], mixer=mixer, seed=seed, **options)
         return torch.stack([student.get_parameter(f"model.layers.{index}.self_attn.conv1d.weight") for index in (1, 2)])
 
@@ -313,8 +313,8 @@ def test_refuses_what_does_not_fit() -> None:
     teacher = tiny_model("gemma2")
     with pytest.raises(ConversionError, match="no conversion to this mixer"):
         convert_in_place(teacher, layers=[0], mixer="lightning")
-    with pytest.raises(ConversionError, match="no such initialisation"):
-        convert_in_place(teacher, layers=[0], initialisation="zero")  # type: ignore[arg-type]
+    with pytest.raises(ConversionError, match="no such init"):
+        convert_in_place(teacher, layers=[0], init="zero")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="names block 3, but the model has 3 blocks"):
         convert_in_place(teacher, layers=[3])
     with pytest.raises(ConversionError, match="new mixers already"):

@@ -120,7 +120,7 @@ def test_a_mixer_from_attention_is_nearer_to_it_than_a_random_one(mixer: str) ->
         expected = trace(teacher, tokens(), taps=["mixer_output"], layers=[1])["mixer_output"][1]
         errors = []
         for start in ("attention", "random"):
-            student = convert_in_place(teacher, layers=[1], mixer=mixer, initialisation=start, seed=3, check=False)
+            student = convert_in_place(teacher, layers=[1], mixer=mixer, init=start, seed=3, check=False)
             found = trace(student, tokens(), taps=["mixer_output"], layers=[1])["mixer_output"][1]
             errors.append(float(functional.cosine_similarity(found, expected, dim=-1).mean()))
         assert errors[0] > errors[1] + 0.1, model_type

@@ -81,7 +81,7 @@ def test_the_padding_of_narrower_heads_stays_zero_and_does_not_shrink_the_rest(h
 def test_random_mixers_are_the_same_for_the_same_seed_and_decay_slowly() -> None:
     teacher = tiny_model("llama")
     first, again, other = (
-        convert(teacher, replace=[0, 1], initialisation="random", seed=seed).state_dict() for seed in (3, 3, 4)
+        convert(teacher, replace=[0, 1], init="random", seed=seed).state_dict() for seed in (3, 3, 4)
     )
     name = "model.layers.1.mamba.in_proj.weight"
     assert all(torch.equal(value, again[key]) for key, value in first.items())

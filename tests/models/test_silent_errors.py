@@ -68,7 +68,7 @@ def test_how_a_teacher_was_quantised_is_no_part_of_its_student(target: str, tmp_
 
 @pytest.mark.parametrize("target", STUDENTS)
 def test_decays_are_stored_in_float32_and_rounded_only_by_who_asks_for_it(target: str, tmp_path: Path) -> None:
-    student = student_of(target, tiny_model(STUDENTS[target][0]).bfloat16(), replace=[1], initialisation="random")
+    student = student_of(target, tiny_model(STUDENTS[target][0]).bfloat16(), replace=[1], init="random")
     save_student(student, tiny_tokenizer(), tmp_path / "student")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     decays = {name: value for name, value in loaded.named_parameters() if name.endswith(("A_log", "dt_bias"))}

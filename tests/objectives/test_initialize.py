@@ -48,12 +48,12 @@ def test_too_little_text_leaves_auto_at_random_and_refuses_a_form_by_name(build:
     assert "128" in notices[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in aligner.projectors.state_dict().items())
     with pytest.raises(UsageError, match=r"projector of e\.0: ridge") as error:
-        prepare(build(entry(projector={"kind": "linear", "initialise": "ridge"})), rows(2))
+        prepare(build(entry(projector={"kind": "linear", "init": "ridge"})), rows(2))
     assert "33" in str(error.value.allowed)
 
 
 def test_a_shared_projector_is_fitted_to_all_its_pairs(build: Build, teacher: PreTrainedModel) -> None:
-    aligner = build(entry(projector={"kind": "orthogonal", "share": True, "initialise": "procrustes"}))
+    aligner = build(entry(projector={"kind": "orthogonal", "share": True, "init": "procrustes"}))
     prepare(aligner, rows(24))
     ids = torch.cat(rows(24))
     cross = torch.zeros(64, 32, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_a_shared_projector_is_fitted_to_all_its_pairs(build: Build, teacher: Pr
 def test_standardised_features_use_the_teachers_statistics(
     build: Build, teacher: PreTrainedModel, input_ids: Tensor
 ) -> None:
-    aligner = build(entry(loss={"kind": "huber", "standardise": True}))
+    aligner = build(entry(loss={"kind": "huber", "standardize": True}))
     with pytest.raises(UsageError, match="statistics of calibration text"):
         aligner(input_ids)
     prepare(aligner, rows(24))
@@ -92,7 +92,7 @@ def test_standardised_features_use_the_teachers_statistics(
 def test_a_standardised_relative_error_is_divided_by_the_standardised_energy(
     build: Build, teacher: PreTrainedModel, input_ids: Tensor
 ) -> None:
-    aligner = build(entry(layers=[{"student": 0, "teacher": 2}], loss={"kind": "relative_mse", "standardise": True}))
+    aligner = build(entry(layers=[{"student": 0, "teacher": 2}], loss={"kind": "relative_mse", "standardize": True}))
     prepare(aligner, rows(24))
     constants = aligner.entries[0].matches[0].fitted
     standardizer = Standardizer(constants["mean"], constants["deviation"])
@@ -151,7 +151,7 @@ def test_a_converted_student_shares_the_teachers_dimensions(
                 "name": "one",
                 "steps": 1,
                 "train": ["all"],
-                "align": [entry(layers=[{"student": 2, "teacher": 2}], loss={"kind": "cka", "standardise": True})],
+                "align": [entry(layers=[{"student": 2, "teacher": 2}], loss={"kind": "cka", "standardize": True})],
             }
         ],
     }

@@ -94,12 +94,12 @@ def test_kl_is_for_two_softmax_rows(plan_of: PlanOf, folder_of: FolderOf) -> Non
 
 
 def test_a_sketch_is_for_frobenius(plan_of: PlanOf, folder_of: FolderOf) -> None:
-    found = first_lines(plan_of, file(folder_of("llama"), loss=", implementation: sketch"))
+    found = first_lines(plan_of, file(folder_of("llama"), loss=", impl: sketch"))
     assert found == [
-        "16:46: stages[0].align[0].loss.implementation: implementation: sketch estimates distance: frobenius alone. "
-        "Use it, or another implementation."
+        "16:36: stages[0].align[0].loss.impl: impl: sketch estimates distance: frobenius alone. "
+        "Use it, or another impl."
     ]
-    assert plan_of(file(folder_of("llama"), loss=", implementation: sketch, distance: frobenius"))
+    assert plan_of(file(folder_of("llama"), loss=", impl: sketch, distance: frobenius"))
 
 
 @pytest.mark.parametrize(("loss", "place"), [("", "16:15: stages[0].align[0].loss"), (", heads: mean", "16:37: ")])

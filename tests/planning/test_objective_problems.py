@@ -74,9 +74,9 @@ PROBLEMS: list[tuple[dict[str, object], str, tuple[str, ...]]] = [
     ({"rest": "layers: cka", "tap": "mixing"}, "layers", ("mixing is none",)),
     ({"rest": "layers: uniform", "tap": "mlp_output"}, "tap", ("mamba2", "no MLP")),
     ({"rest": "layers: uniform\nprojector: none"}, "projector", ("32 wide", "64", "auto or linear")),
-    ({"rest": "layers: uniform\nprojector: {kind: orthogonal, initialise: ridge}"}, "projector", ("procrustes, pca",)),
+    ({"rest": "layers: uniform\nprojector: {kind: orthogonal, init: ridge}"}, "projector", ("procrustes, pca",)),
     (
-        {"rest": "layers: uniform\nprojector: {kind: linear, initialise: ridge}", "student": "deep", "calibration": 64},
+        {"rest": "layers: uniform\nprojector: {kind: linear, init: ridge}", "student": "deep", "calibration": 64},
         "projector",
         ("calibration.tokens is 64", "at least 65", "256"),
     ),
@@ -142,7 +142,7 @@ def test_a_stage_in_which_nothing_counts_at_some_step(plan_of: PlanOf, content: 
 
 
 WARNINGS = [
-    ("layers: uniform\nprojector: {kind: linear, initialise: ridge}", 100, "calibration.tokens of 128 or more"),
+    ("layers: uniform\nprojector: {kind: linear, init: ridge}", 100, "calibration.tokens of 128 or more"),
     ("layers: uniform\nloss: {kind: cka}", 256, "compares 32 tokens at a time in 64 dimensions by cka"),
     ("layers: monotone", 256, "which layers monotone pairs follows from a calibration pass"),
 ]

@@ -17,7 +17,7 @@ from xarch_kd.projectors import (
     build_projector,
     ceiling,
     explained_variance,
-    initialise,
+    initialize,
     pca,
     procrustes,
     resolve_start,
@@ -107,7 +107,7 @@ def test_a_rotated_student_is_rotated_back() -> None:
         assert projector is not None
         # pca takes the student's rotation too where nothing has to be left out.
         target = teacher if kind == "linear" else x @ turn.T + 4
-        initialise(projector, of(x, target), how)
+        initialize(projector, of(x, target), how)
         torch.testing.assert_close(projector(x.float()), target.float(), rtol=0, atol=1e-4)
 
 
@@ -183,7 +183,7 @@ def test_a_projector_starts_as_the_ridge_of_its_rank(
     x, y = pair()
     projector = build_projector(kind, 5, 7, bias=bias, hidden=hidden, rank=rank if kind == "low_rank" else None)
     assert projector is not None
-    fitted = initialise(projector, of(x, y))
+    fitted = initialize(projector, of(x, y))
     assert fitted is not None
     torch.testing.assert_close(fitted, ridge(of(x, y), bias=bias, rank=rank))
     dense = x @ fitted.weight.T + (0 if fitted.offset is None else fitted.offset)
@@ -195,8 +195,8 @@ def test_what_a_start_leaves_alone() -> None:
     x, y = pair(6, 6)
     linear, identity = build_projector("linear", 6, 6), build_projector("identity", 6, 6)
     assert linear is not None and identity is not None
-    assert initialise(linear, of(x, y), "random") is None and torch.equal(linear.matrix(), torch.eye(6))
-    assert initialise(identity, of(x, y)) is None
+    assert initialize(linear, of(x, y), "random") is None and torch.equal(linear.matrix(), torch.eye(6))
+    assert initialize(identity, of(x, y)) is None
     assert resolve_start("auto", "orthogonal") == "procrustes" and resolve_start("auto", "mlp") == "ridge"
 
 
@@ -212,7 +212,7 @@ def test_forms_that_do_not_fit_are_refused(kind: str, how: str, message: str) ->
     projector = build_projector(kind, 6, 6)
     assert projector is not None
     with pytest.raises(UsageError, match=message):
-        initialise(projector, of(*pair(6, 6)), how)
+        initialize(projector, of(*pair(6, 6)), how)
 
 
 def test_fewer_tokens_than_dimensions() -> None:
@@ -221,15 +221,15 @@ def test_fewer_tokens_than_dimensions() -> None:
     few = of(*pair(6, 9, tokens=6))
     for how in ("ridge", "procrustes"):
         with pytest.raises(UsageError, match=r"6 tokens\n.*>= 7; 24 say more"):
-            initialise(linear, few, how)
+            initialize(linear, few, how)
     for tokens in (7, 23):
         with pytest.warns(UserWarning, match=f"{tokens} tokens in 6 dimensions.*at least 24"):
-            initialise(linear, of(*pair(6, 9, tokens=tokens)))
-    initialise(linear, of(*pair(6, 9, tokens=24)))
+            initialize(linear, of(*pair(6, 9, tokens=tokens)))
+    initialize(linear, of(*pair(6, 9, tokens=24)))
     # Two components need no more tokens for a wider student.
-    initialise(thin, of(*pair(6, 9, tokens=8)), "pca")
+    initialize(thin, of(*pair(6, 9, tokens=8)), "pca")
     with pytest.raises(UsageError, match=">= 3; 8 say more"):
-        initialise(thin, of(*pair(6, 9, tokens=2)), "pca")
+        initialize(thin, of(*pair(6, 9, tokens=2)), "pca")
 
 
 def test_bad_input() -> None:
@@ -238,7 +238,7 @@ def test_bad_input() -> None:
     projector = build_projector("linear", 7, 5)
     assert projector is not None
     with pytest.raises(UsageError, match="other dimensions"):
-        initialise(projector, statistics)
+        initialize(projector, statistics)
     with pytest.raises(UsageError, match="teacher does not fit"):
         statistics.update(x, y[:-1])
     with pytest.raises(UsageError, match="dims of the first call"):

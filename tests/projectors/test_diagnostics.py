@@ -17,7 +17,7 @@ from xarch_kd.projectors import (
     diagnose,
     explained_alone,
     explained_variance,
-    initialise,
+    initialize,
 )
 
 STUDENT, TEACHER, TOKENS = 8, 12, 400
@@ -60,7 +60,7 @@ def test_a_student_that_learned_is_fine(kind: str, options: dict[str, int]) -> N
     alone = explained_alone(projector, of(before, y), of(normal(TOKENS, STUDENT, seed=6), layers(2)[1]))
     # Noise explains nothing of tokens that nothing was fitted to; of those it was fitted to, some dim / tokens.
     assert alone < 0.005
-    initialise(projector, of(x, y))
+    initialize(projector, of(x, y))
     found = diagnose(projector, trained_on(projector, *layers(2)), alone=alone)
     assert found.warnings == () and found.verdict.startswith("ok: ") and found.share is not None
     assert found.kind == kind and found.rank == found.possible_rank == projector.rank
@@ -88,7 +88,7 @@ def test_a_projector_of_rank_one_is_narrow() -> None:
 def test_a_projector_through_which_nothing_matches_is_useless() -> None:
     projector = built()
     x, y = normal(TOKENS, STUDENT, seed=1), normal(TOKENS, TEACHER, seed=2)
-    initialise(projector, of(x, y))
+    initialize(projector, of(x, y))
     found = diagnose(projector, trained_on(projector, normal(TOKENS, STUDENT, seed=3), y), alone=0.5)
     assert len(found.warnings) == 1 and found.warnings[0].startswith("useless: ")
     projector.become(torch.zeros(TEACHER, STUDENT))
@@ -99,7 +99,7 @@ def test_a_projector_through_which_nothing_matches_is_useless() -> None:
 def test_an_ill_conditioned_projector_is_named() -> None:
     projector = built()
     x, y = layers(1)
-    initialise(projector, of(x, y))
+    initialize(projector, of(x, y))
     left, values, right = torch.linalg.svd(projector.matrix(), full_matrices=False)
     values[-1] = values[0] / 3e4
     projector.become(left * values @ right)
@@ -112,7 +112,7 @@ def test_a_projector_that_does_the_students_work_is_named() -> None:
     projector = built()
     first, second = layers(1), layers(2)
     alone = explained_alone(projector, of(*first), of(*second))
-    initialise(projector, of(*first))
+    initialize(projector, of(*first))
     # The student stayed as it was.
     found = diagnose(projector, trained_on(projector, *second), alone=alone)
     assert alone == pytest.approx(found.explained, abs=1e-5) and found.share == pytest.approx(1, abs=1e-5)

@@ -53,7 +53,7 @@ def dense_maps(model: PreTrainedModel, input_ids: Tensor, layer: int) -> Tensor:
 def test_the_loss_equals_the_dense_formula(
     teacher_folder: Path, teacher: PreTrainedModel, student: PreTrainedModel, input_ids: Tensor, implementation: str
 ) -> None:
-    plan = plan_of(teacher_folder, implementation=implementation, weight=0.5)
+    plan = plan_of(teacher_folder, impl=implementation, weight=0.5)
     output = Aligner(plan, teacher=teacher, student=student)(input_ids)
     with torch.no_grad():
         theirs = tiny_model("llama")
@@ -102,9 +102,7 @@ def test_micro_batches_add_up(
     assert sum(parts) == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "loss", [{}, {"distance": "frobenius", "implementation": "sketch"}, {"heads": [[0, 1, 0, 0]] * 4}]
-)
+@pytest.mark.parametrize("loss", [{}, {"distance": "frobenius", "impl": "sketch"}, {"heads": [[0, 1, 0, 0]] * 4}])
 @pytest.mark.parametrize("inputs", ["student", "teacher"])
 def test_one_s_own_loop_lowers_the_loss(
     teacher_folder: Path,

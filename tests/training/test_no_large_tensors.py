@@ -45,9 +45,9 @@ def aligner_of(teacher: PreTrainedModel, tmp_path: Path) -> Callable[..., Aligne
     teacher.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
 
-    def make(*, implementation: str = "auto", tokens: bool = True) -> Aligner:
+    def make(*, impl: str = "auto", tokens: bool = True) -> Aligner:
         stage = {"name": "one", "steps": 1, "train": ["all"], "align": json.loads(json.dumps(ALIGN))}
-        stage["align"][1]["loss"]["implementation"] = implementation
+        stage["align"][1]["loss"]["impl"] = impl
         mapping = {
             "version": 1,
             "teacher": {"model": str(tmp_path)},
@@ -104,8 +104,8 @@ def test_projected_hidden_states_of_a_narrower_student(
 def test_the_watch_sees_a_dense_map_and_whole_logits(
     aligner_of: Callable[..., Aligner], input_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = step(aligner_of(implementation="reference", tokens=False), input_ids)
+    dense = step(aligner_of(impl="reference", tokens=False), input_ids)
     assert any(shape[-2:] == (TIME, TIME) for _, shape in dense.found)
     monkeypatch.setenv("XARCH_KD_IMPL", "reference")
-    whole = step(aligner_of(implementation="streaming"), input_ids)
+    whole = step(aligner_of(impl="streaming"), input_ids)
     assert any(shape == (PREDICTIONS, VOCABULARY) for _, shape in whole.found)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xarch_kd.errors import UsageError
 from xarch_kd.objectives.base import PairObjective, ProjectedPair
-from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, initialise, resolve_start
+from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, initialize, resolve_start
 from xarch_kd.training.aligner import Aligner
 
 # Massive activations sit at the first tokens of a row, and would be all that a fit sees.
@@ -29,7 +29,7 @@ def tokens_to_prepare(aligner: Aligner) -> int:
         AMPLE * enough_tokens(projector.student_dim)
         for match in _matches(aligner)
         for projector in aligner.projectors.values()
-        if isinstance(projector, Projector) and match.entry.projector_part.initialise != "random"
+        if isinstance(projector, Projector) and match.entry.projector_part.init != "random"
     ]
     return max(wanted, default=0)
 
@@ -37,7 +37,7 @@ def tokens_to_prepare(aligner: Aligner) -> int:
 def prepare(aligner: Aligner, batches: Iterable[Tensor]) -> list[str]:
     """Fit a stage's projectors and constants to `batches` of token ids [batch, time]; return what is worth a notice.
 
-    A projector with `initialise: auto` stays random where the tokens are too few for its closed form. Raises
+    A projector with `init: auto` stays random where the tokens are too few for its closed form. Raises
     UsageError for a closed form that was asked for by name with too few tokens.
     """
     statistics: dict[str, tuple[PairObjective, Projector, PairStatistics]] = {}
@@ -85,7 +85,7 @@ def observations(
 
 def _start(match: PairObjective, projector: Projector, statistics: PairStatistics) -> str | None:
     """Make a projector the closed form that its entry asks for; return what is worth a notice."""
-    how = match.entry.projector_part.initialise
+    how = match.entry.projector_part.init
     form = resolve_start(how, projector.kind)
     if form == "random":
         return None
@@ -98,7 +98,7 @@ def _start(match: PairObjective, projector: Projector, statistics: PairStatistic
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            initialise(projector, statistics, form)
+            initialize(projector, statistics, form)
         except UsageError as error:
             raise UsageError(
                 f"projector of {match.pair.name}: {error.message}",

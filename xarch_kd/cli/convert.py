@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import UsageError, renamed
 
 
 def command(
@@ -28,14 +28,19 @@ def command(
         ),
     ] = None,
     replace: Annotated[str | None, typer.Option(help="Blocks whose attention is replaced, in the same words.")] = None,
-    initialisation: Annotated[
+    init: Annotated[
         Literal["attention", "random"], typer.Option(help="Where the new mixers start from.")
     ] = "attention",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of whatever is drawn.")] = 0,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Number format of the student.")] = "float32",
+    initialisation: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Turn a Transformer into a stock hybrid checkpoint with new mixers, untrained."""
+    if initialisation is not None:
+        raise UsageError(
+            renamed("--initialisation", "--init", kind="option"), asked=initialisation, fix=f"--init {initialisation}"
+        )
     if (keep_attention is None) == (replace is None):
         raise UsageError(
             "Exactly one of --keep-attention and --replace must be given.",
@@ -60,7 +65,7 @@ def command(
         target=target,
         keep_attention=selection(keep_attention),
         replace=selection(replace),
-        initialisation=initialisation,
+        init=init,
         seed=seed,
         dtype=getattr(torch, dtype),
     )

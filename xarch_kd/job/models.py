@@ -58,7 +58,7 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
             keep_attention=conversion.keep_attention,
             replace=conversion.replace,
             target=conversion.target,
-            initialisation=conversion.initialisation,
+            init=conversion.init,
             seed=plan.mapping.seed,
         )
         cast_parameters(teacher, DTYPES[teacher_reference.dtype])

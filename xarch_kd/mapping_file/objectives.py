@@ -33,9 +33,9 @@ class Objective(ConfigModel):
 
 
 class FeatureObjective(Objective):
-    """What losses of features have: whether the teacher's statistics standardise them first."""
+    """What losses of features have: whether the teacher's statistics standardize them first."""
 
-    standardise: bool = False
+    standardize: bool = False
 
 
 class MeanSquaredError(FeatureObjective):
@@ -122,13 +122,13 @@ class MixingMatch(Objective):
     `heads` says what a student head learns from: `auto` is its own teacher head where the counts are equal, else `mean`
     (of a group of teacher heads) or `repeat` (a teacher head teaches a group); `assignment` is the cheapest one to one
     on calibration text, `learned` a mixture of teacher heads that is trained with the student; or non-negative weights
-    [student heads, teacher heads] whose rows sum to 1. `probes` are those of `implementation: sketch`.
+    [student heads, teacher heads] whose rows sum to 1. `probes` are those of `impl: sketch`.
     """
 
     kind: Literal["mixing"]
     distance: Literal["cosine", "frobenius", "relative_frobenius", "kl", "cross_entropy"] = "cosine"
     heads: Literal["auto", "mean", "repeat", "assignment", "learned"] | tuple[tuple[NonNegative, ...], ...] = "auto"
-    implementation: Literal["auto", "fused", "streaming", "panels", "sketch", "reference"] = "auto"
+    impl: Literal["auto", "fused", "streaming", "panels", "sketch", "reference"] = "auto"
     probes: Annotated[int, Field(ge=2)] = 64
 
 
@@ -238,8 +238,8 @@ def is_projected(loss: AlignLoss) -> bool:
 
 
 def is_standardized(loss: AlignLoss) -> bool:
-    """Whether features are standardised by the teacher's statistics before they are compared."""
-    return bool(getattr(loss, "standardise", False))
+    """Whether features are standardized by the teacher's statistics before they are compared."""
+    return bool(getattr(loss, "standardize", False))
 
 
 class PlainDivergence(ConfigModel):

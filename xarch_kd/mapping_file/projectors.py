@@ -8,24 +8,24 @@ from pydantic import Field
 
 from xarch_kd.mapping_file.scalars import ConfigModel
 
-Start = Literal["auto", "random", "ridge", "procrustes", "pca"]
+Init = Literal["auto", "ridge", "procrustes", "pca", "random"]
 
 
 class ProjectorPart(ConfigModel):
     """What every projector has.
 
-    `initialise` is its closed form on calibration text, fitted when the stage starts: `auto` is `procrustes` for an
+    `init` is its closed form on calibration text, fitted when the stage starts: `auto` is `procrustes` for an
     orthogonal one, else `ridge`, and `random` where there is too little text. With `share` all pairs of the entry have
     one projector.
     """
 
     bias: bool = False
-    initialise: Start = "auto"
+    init: Init = "auto"
     share: bool = False
 
     def options(self) -> dict[str, Any]:
         """Return what `build_projector` takes, by its names."""
-        return self.model_dump(exclude={"kind", "initialise", "share"}, exclude_none=True)
+        return self.model_dump(exclude={"kind", "init", "share"}, exclude_none=True)
 
 
 class MatrixProjector(ProjectorPart):

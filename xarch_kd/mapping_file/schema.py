@@ -66,7 +66,7 @@ class Conversion(ConfigModel):
     keep_attention: str | tuple[LayerIndex, ...] | None = None
     replace: str | tuple[LayerIndex, ...] | None = None
     target: Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"] = "auto"
-    initialisation: Literal["attention", "random"] = "attention"
+    init: Literal["attention", "random"] = "attention"
 
     @model_validator(mode="after")
     def _one_selection(self) -> Conversion:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from xarch_kd.errors import suggest
+from xarch_kd.errors import renamed, suggest
 from xarch_kd.mapping_file.scalars import ConfigModel
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, shortened
@@ -25,6 +25,13 @@ _WRONG_KIND = {
     "model_type",
     "model_attributes_type",
     "none_required",
+}
+# Old spelling of a key -> the spelling since.
+RENAMED: Final = {
+    "implementation": "impl",
+    "initialise": "init",
+    "initialisation": "init",
+    "standardise": "standardize",
 }
 # Keys that say which of several parts a mapping is.
 TAGS = ("kind", "strategy")
@@ -100,6 +107,8 @@ def _unknown_key(place: YamlPath, data: Any) -> str:
     part = _part(_annotation_at(place[:-1], data), _value_at(place[:-1], data))
     # What says which part it is comes first, also where a parent's keys stand before it.
     allowed = sorted(part.model_fields, key=lambda name: name not in TAGS) if part is not None else []
+    if RENAMED.get(key) in allowed:
+        return renamed(key, RENAMED[key], kind="key")
     suggestion = suggest(key, allowed)
     if suggestion:
         return f"unknown key.{suggestion}"

@@ -52,7 +52,7 @@ class MixingDistanceObjective(PairObjective):
             normalizer=normalizers.tokens,
             mask=mask,
             head_map=None if weights is None else weights.to(own.device),
-            impl=self.settings.implementation,
+            impl=self.settings.impl,
             probes=self.settings.probes,
         )
 

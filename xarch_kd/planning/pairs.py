@@ -147,7 +147,7 @@ class _Source:
 
     def _check_start(self, kind: str, student_dim: int) -> None:
         """Note when the calibration pass has too few tokens for a closed form that was asked for by name."""
-        how = self.align.projector_part.initialise
+        how = self.align.projector_part.init
         form = resolve_start(how, kind)
         if how in ("auto", "random") or form == "random":
             return
@@ -155,7 +155,7 @@ class _Source:
         if tokens <= student_dim:
             self._problem(
                 f"{form} is fitted to more tokens than the student is wide: calibration.tokens is {tokens}, "
-                f"at least {student_dim + 1} are needed and {enough} say more. Raise it, or use initialise: random.",
+                f"at least {student_dim + 1} are needed and {enough} say more. Raise it, or use init: random.",
                 "projector",
             )
         elif tokens < enough:
@@ -197,11 +197,11 @@ class _Source:
                 "loss",
                 "distance",
             )
-        if loss.implementation == "sketch" and loss.distance != "frobenius":
+        if loss.impl == "sketch" and loss.distance != "frobenius":
             self._problem(
-                "implementation: sketch estimates distance: frobenius alone. Use it, or another implementation.",
+                "impl: sketch estimates distance: frobenius alone. Use it, or another impl.",
                 "loss",
-                "implementation",
+                "impl",
             )
         if loss.heads in ("assignment", "learned"):
             if loss.heads == "learned" and (pair.student_heads is None or pair.teacher_heads is None):

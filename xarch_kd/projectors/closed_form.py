@@ -134,7 +134,7 @@ def enough_tokens(dimensions: int) -> int:
     return ENOUGH * dimensions
 
 
-def initialise(projector: Projector, statistics: PairStatistics, how: str = "auto") -> LinearMap | None:
+def initialize(projector: Projector, statistics: PairStatistics, how: str = "auto") -> LinearMap | None:
     """Make a projector the closed form `how` of these statistics, and return that; `random` leaves it as it was built.
 
     Warns below 4 tokens a dimension.
@@ -205,7 +205,7 @@ def _check_tokens(how: str, tokens: int, dimensions: int) -> None:
             f"{how} of a projector is fitted to more tokens than it has dimensions.",
             found=f"{tokens} tokens",
             allowed=f">= {dimensions + 1}; {enough} say more",
-            fix=f"calibrate on {enough} tokens, or initialise: random",
+            fix=f"calibrate on {enough} tokens, or init: random",
         )
     if tokens < enough:
         warnings.warn(

@@ -109,7 +109,7 @@ def _warnings(
     if explained < USELESS:
         found.append(
             f"useless: through it the student explains {explained:.0%} of the teacher's variance. Check the layer map; "
-            "initialise it in closed form, or raise projector_lr."
+            "initialize it in closed form, or raise projector_lr."
         )
     if rank * NARROW <= possible:
         found.append(

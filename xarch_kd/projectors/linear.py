@@ -39,7 +39,7 @@ class IdentityProjector(Projector):
 
     def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
         """Raise UsageError: it is the identity and nothing else."""
-        raise UsageError("An identity has nothing to set.", fix="projector: linear, or initialise: random")
+        raise UsageError("An identity has nothing to set.", fix="projector: linear, or init: random")
 
 
 class LinearProjector(Projector):
@@ -166,7 +166,7 @@ class OrthogonalProjector(Projector):
             raise UsageError(
                 "An orthogonal projector takes a semi-orthogonal weight.",
                 found=f"columns or rows whose products are off by {error:.2g}",
-                fix="initialise: procrustes or pca",
+                fix="init: procrustes or pca",
             )
         self.basis.copy_(basis)
         self._set_bias(offset)

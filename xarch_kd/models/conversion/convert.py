@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.errors import ConversionError
+from xarch_kd.errors import ConversionError, renamed_arguments
 from xarch_kd.models.conversion.check import check_logits, runnable
 from xarch_kd.models.conversion.frozen_parameters import frozen_in_blocks
 from xarch_kd.models.conversion.layer_selection import kept_layers
@@ -29,6 +29,7 @@ NO_ATTENTION = (
 )
 
 
+@renamed_arguments(initialisation="init")
 def convert(
     teacher: PreTrainedModel,
     *,
@@ -36,7 +37,7 @@ def convert(
     keep_attention: Selection = None,
     replace: Selection = None,
     target: str = "auto",
-    initialisation: Literal["attention", "random"] = "attention",
+    init: Literal["attention", "random"] = "attention",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     check: bool = True,
@@ -51,15 +52,13 @@ def convert(
     `UsageError` for a selection that does not fit, `ConversionError` for a teacher that the class does not hold or a
     conversion that is not exact; warns if no attention is left.
     """
-    if initialisation not in ("attention", "random"):
-        raise ConversionError("There is no such initialisation.", asked=initialisation, allowed="attention, random")
+    if init not in ("attention", "random"):
+        raise ConversionError("There is no such init.", asked=init, allowed="attention, random")
     if target == IN_PLACE:
         from xarch_kd.models.in_place.convert import convert_in_place
 
         layers = _replaced(teacher.config, keep_attention, replace)
-        return convert_in_place(
-            teacher, layers=layers, mixer=mixer, initialisation=initialisation, seed=seed, dtype=dtype, check=check
-        )
+        return convert_in_place(teacher, layers=layers, mixer=mixer, init=init, seed=seed, dtype=dtype, check=check)
     facts = teacher_facts(teacher.config)
     chosen = choose_target(facts, mixer=mixer, target=target)
     kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
@@ -72,7 +71,7 @@ def convert(
     made = chosen.state(weights, kept)
     if weights.unread():
         raise ConversionError("The teacher has weights that the student has no place for.", found=weights.unread()[:4])
-    made |= new_mixers(teacher, facts, chosen, kept, config, seed=seed if initialisation == "random" else None)
+    made |= new_mixers(teacher, facts, chosen, kept, config, seed=seed if init == "random" else None)
     state = {name: value.to(dtype, copy=True) for name, value in made.items()}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

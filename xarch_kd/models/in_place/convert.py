@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.errors import ConversionError
+from xarch_kd.errors import ConversionError, renamed_arguments
 from xarch_kd.models.conversion.bamba import mamba2_fields
 from xarch_kd.models.conversion.check import ROWS, TOKENS, logits_tolerance, runnable
 from xarch_kd.models.conversion.layer_selection import kept_layers
@@ -45,12 +45,13 @@ ALL_RECURRENT = (
 )
 
 
+@renamed_arguments(initialisation="init")
 def convert_in_place(
     teacher: PreTrainedModel,
     *,
     layers: str | Sequence[int],
     mixer: str = "mamba2",
-    initialisation: Literal["attention", "random"] = "attention",
+    init: Literal["attention", "random"] = "attention",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     check: bool = True,
@@ -62,8 +63,8 @@ def convert_in_place(
     With `check` the class without any mixer is compared with the teacher's. Raises `UsageError` for layers that do not
     fit, `ConversionError` for a teacher that is not in the table; warns if no attention is left.
     """
-    if initialisation not in ("attention", "random"):
-        raise ConversionError("There is no such initialisation.", asked=initialisation, allowed="attention, random")
+    if init not in ("attention", "random"):
+        raise ConversionError("There is no such init.", asked=init, allowed="attention, random")
     config: Any = in_place_config(teacher.config, layers=layers, mixer=mixer)
     if len(config.replaced_layers) == config.num_hidden_layers:
         warnings.warn(ALL_RECURRENT, UserWarning, stacklevel=2)
@@ -72,7 +73,7 @@ def convert_in_place(
     places = mixer_places(config)
     kept = {name: value for name, value in teacher.state_dict().items() if not name.startswith(tuple(places.values()))}
     state = _copied(kept, dtype)
-    made = new_mixers(teacher, config, seed=seed if initialisation == "random" else None)
+    made = new_mixers(teacher, config, seed=seed if init == "random" else None)
     for layer, mixer_state in made.items():
         state |= {f"{places[layer]}{name}": value.to(dtype) for name, value in mixer_state.items()}
     check_finite(state, what="The converted student")
