@@ -99,6 +99,11 @@ CASES = {
         "layers: replaced\n        projector: {kind: linear, initialise: pca}",
         "map.yaml:23:35: stages[0].align[0].projector.initialise: the key 'initialise' is now spelled 'init'.",
     ),
+    "the old spelling of an MLP's inner size": (
+        "layers: replaced",
+        "layers: replaced\n        projector: {kind: mlp, width: 8}",
+        "map.yaml:23:32: stages[0].align[0].projector.width: the key 'width' is now spelled 'hidden'.",
+    ),
     "the old spelling of the kernel to use": (
         "tap: mixer_output\n        layers: replaced\n        loss: {kind: relative_mse, weight: 1.0}",
         "tap: mixing\n        layers: replaced\n        loss: {kind: mixing, implementation: fused}",

@@ -32,6 +32,7 @@ RENAMED: Final = {
     "initialise": "init",
     "initialisation": "init",
     "standardise": "standardize",
+    "width": "hidden",
 }
 # Keys that say which of several parts a mapping is.
 TAGS = ("kind", "strategy")
