@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -38,6 +39,14 @@ def parse_mapping(text: str, name: str = "mapping.yaml") -> tuple[MappingFile, S
         raise mapping_error(
             [*problems, Problem((), f"the top level must be a mapping, found {found}. {_NEEDS}")], source_map
         )
+    return validate_mapping(value, problems, source_map), source_map
+
+
+def validate_mapping(value: dict[str, Any], problems: list[Problem], source_map: SourceMap | None) -> MappingFile:
+    """Return the mapping file of plain values (lists as tuples), in which `problems` were found already.
+
+    `source_map` is None for values that were not read from a file. Raises `MappingFileError` with every problem.
+    """
     try:
         mapping = MappingFile.model_validate(value)
     except ValidationError as error:
@@ -46,7 +55,7 @@ def parse_mapping(text: str, name: str = "mapping.yaml") -> tuple[MappingFile, S
         raise mapping_error([*problems, *found_here], source_map) from None
     if problems:
         raise mapping_error(problems, source_map)
-    return mapping, source_map
+    return mapping
 
 
 def _read(path: Path) -> str:
@@ -69,8 +78,10 @@ def _read(path: Path) -> str:
         raise MappingFileError([f"{path}:{line}:{column}: not UTF-8 text"]) from None
 
 
-def _place_at(source_map: SourceMap, problem: Problem) -> YamlPath:
+def _place_at(source_map: SourceMap | None, problem: Problem) -> YamlPath:
     """Return the place of the value that starts where `problem` is, or the root."""
+    if source_map is None:
+        return ()
     return next((place for place, position in source_map.values.items() if position == problem.at), ())
 
 

@@ -87,10 +87,13 @@ def shortened(text: str, limit: int = 60) -> str:
 def mapping_error(problems: Iterable[Problem], source_map: SourceMap | None) -> MappingFileError:
     """Return one error that tells all problems in the order of the file; without marks only places are told."""
     if source_map is None:
-        return MappingFileError(f"mapping: {_prefix(problem)}{problem.message}" for problem in problems)
-    texts = list(dict.fromkeys(source_map.render(problem) for problem in sorted(problems, key=source_map.where)))
+        name, rendered = "mapping", [f"mapping: {_prefix(problem)}{problem.message}" for problem in problems]
+    else:
+        name = source_map.name
+        rendered = [source_map.render(problem) for problem in sorted(problems, key=source_map.where)]
+    texts = list(dict.fromkeys(rendered))
     if len(texts) > SHOWN_PROBLEMS:
-        texts[SHOWN_PROBLEMS:] = [f"{source_map.name}: and {len(texts) - SHOWN_PROBLEMS} more problems"]
+        texts[SHOWN_PROBLEMS:] = [f"{name}: and {len(texts) - SHOWN_PROBLEMS} more problems"]
     return MappingFileError(texts)
 
 

@@ -44,7 +44,7 @@ _BOUNDS = {
 }
 
 
-def problems_of(error: ValidationError, data: Any, source_map: SourceMap) -> list[Problem]:
+def problems_of(error: ValidationError, data: Any, source_map: SourceMap | None) -> list[Problem]:
     """Return the problems behind a validation error of `MappingFile.model_validate(data)`, each told once."""
     problems: dict[Problem, None] = {}
     for details in error.errors(include_url=False):
@@ -67,7 +67,7 @@ def _is_misspelt(problem: Problem, problems: Iterable[Problem]) -> bool:
     return any(other.message == mended and other.place[:-1] == problem.place[:-1] for other in problems)
 
 
-def _problem(details: ErrorDetails, place: YamlPath, data: Any, source_map: SourceMap) -> Problem | None:
+def _problem(details: ErrorDetails, place: YamlPath, data: Any, source_map: SourceMap | None) -> Problem | None:
     kind = details["type"]
     context = details.get("ctx", {})
     value = _value_at(place, data)
@@ -132,14 +132,18 @@ def _missing_key(place: YamlPath, data: Any) -> str:
     return f"{_MISSING_KEY} It must be {expected(annotation)}."
 
 
-def _wrong_kind(place: YamlPath, data: Any, source_map: SourceMap) -> Problem:
+def _wrong_kind(place: YamlPath, data: Any, source_map: SourceMap | None) -> Problem:
     value = _value_at(place, data)
     annotation = _annotation_at(place, data)
     message = f"must be {expected(annotation)}, found {_found(value)}."
     wanted = {"parts" if _item_parts(option) else _kind(option) for option in _options(annotation)}
-    written = shortened(source_map.written.get(place, str(value)))
+    written = shortened(str(value) if source_map is None else source_map.written.get(place, str(value)))
     if value is None:
-        message += " If its entries follow, indent them further than this line; if it is not wanted, leave the key out."
+        if source_map is not None:
+            message += " If its entries follow, indent them further than this line; if it is not wanted,"
+        else:
+            message += " If it is not wanted,"
+        message += " leave the key out."
         return Problem(place, message, on="key")
     if "list" in wanted and not isinstance(value, dict | tuple):
         message += f" Write a list: [{written}]."
@@ -148,7 +152,7 @@ def _wrong_kind(place: YamlPath, data: Any, source_map: SourceMap) -> Problem:
     return Problem(place, message)
 
 
-def _not_one_of(kind: str, place: YamlPath, data: Any, source_map: SourceMap) -> Problem:
+def _not_one_of(kind: str, place: YamlPath, data: Any, source_map: SourceMap | None) -> Problem:
     value = _value_at(place, data)
     annotation = _annotation_at(place, data)
     if kind == "literal_error":

@@ -129,8 +129,8 @@ class _Reading:
         for key_node, value_node in node.value:
             at = _position(key_node.start_mark)
             key = key_node.value
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str" or not _encodable(key):
-                written = f" {shortened(key)}" if isinstance(key, str) and key and _encodable(key) else ""
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str" or not is_encodable(key):
+                written = f" {shortened(key)}" if isinstance(key, str) and key and is_encodable(key) else ""
                 self.problems.append(Problem(place, f"a key must be text; put{written or ' it'} in quotes", at=at))
             elif key == "<<":
                 self.problems.append(Problem(place, "merge keys (<<) are not allowed. Write the keys out.", at=at))
@@ -145,7 +145,7 @@ class _Reading:
     def _scalar(self, node: yaml.Node, place: YamlPath) -> Any:
         text: str = node.value
         self.written[place] = text
-        if not _encodable(text):
+        if not is_encodable(text):
             self.problems.append(Problem(place, "holds half of a surrogate pair, which is no character"))
             return ""
         kind = node.tag.removeprefix(_TAG)
@@ -173,7 +173,8 @@ def _position(mark: yaml.Mark) -> Position:
     return Position(mark.line + 1, mark.column + 1)
 
 
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Return whether `text` holds no half of a surrogate pair."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from xarch_kd.errors import ModelError, UsageError
 from xarch_kd.mapping_file.load import load_mapping
+from xarch_kd.mapping_file.python_values import mapping_as_yaml, mapping_from
 from xarch_kd.mapping_file.schema import Conversion, MappingFile, Paths
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error, yaml_path_text
 from xarch_kd.models.conversion.convert import conversion_warnings, planned_frozen_names, student_config
@@ -37,7 +38,7 @@ from xarch_kd.planning.stage import stage_plan
 
 
 def make_plan(
-    mapping: str | Path | MappingFile,
+    mapping: str | Path | Mapping[str, Any] | MappingFile,
     *,
     objectives: Mapping[str, CustomObjective] | None = None,
     divergences: Mapping[str, CustomDivergence] | None = None,
@@ -45,21 +46,25 @@ def make_plan(
     projectors: Mapping[str, CustomProjector] | None = None,
     rates: Rates | None = None,
 ) -> Plan:
-    """Return the plan of a mapping file (its path, or the object), checked against both configs; no weights are read.
+    """Return the plan of a mapping file, checked against both models' configs; no weights are read.
 
-    `objectives`, `divergences`, `layer_maps` and `projectors` are objects by the names under which the file refers to
-    them (`kind: custom, name: NAME`); `planning/custom.py` has their protocols.
-    `rates` are this machine's matrix-product rates, measured here when not given. Raises `MappingFileError` with every
-    problem of the file, `ModelError` for a model that cannot be read, `ConversionError` for a teacher that does not
-    convert, `TapError` for a model type that is not known; each of these names the place in the file.
+    `mapping` is the path of a YAML file, a dict with the same keys (lists and tuples alike), or a `MappingFile`.
+    `objectives`, `divergences`, `layer_maps` and `projectors` are objects by the names under which the mapping refers
+    to them (`kind: custom, name: NAME`); `planning/custom.py` has their protocols. `rates` are this machine's
+    matrix-product rates, measured here by default.
+
+    Raises `MappingFileError` with every problem of the mapping, `ModelError` for a model that cannot be read,
+    `ConversionError` for a teacher that does not convert, `TapError` for an unknown model type; each names the place
+    in the mapping.
     """
     custom = CustomObjects.of(
         objectives=objectives, divergences=divergences, layer_maps=layer_maps, projectors=projectors
     )
-    if isinstance(mapping, MappingFile):
-        return _plan(mapping, _as_yaml(mapping), None, None, custom, rates)
-    loaded, source, source_map = load_mapping(mapping)
-    return _plan(loaded, source, Path(mapping), source_map, custom, rates)
+    if isinstance(mapping, str | PathLike):
+        loaded, source, source_map = load_mapping(mapping)
+        return _plan(loaded, source, Path(mapping), source_map, custom, rates)
+    loaded = mapping_from(mapping)
+    return _plan(loaded, mapping_as_yaml(loaded), None, None, custom, rates)
 
 
 def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor], *, rates: Rates | None = None) -> Plan:
@@ -250,8 +255,3 @@ def _device(mapping: MappingFile) -> str:
     if mapping.device == "cuda" and not torch.cuda.is_available():
         return "cpu"
     return mapping.device
-
-
-def _as_yaml(mapping: MappingFile) -> str:
-    """Return a mapping file built in Python as text that reads back as the same one."""
-    return yaml.safe_dump(mapping.model_dump(mode="json", exclude_unset=True), sort_keys=False)

@@ -1,4 +1,4 @@
-"""A teacher's own classes with recurrent mixers in some of their blocks: configs, base models, language models.
+"""A teacher's own classes with recurrent mixers in some of their blocks: base models and language models.
 
 One of each is made for every row of `in_place_teachers.FAMILIES`. A replaced block is the teacher's block, norms and
 MLP included, with one of transformers' own mixers where its attention was. Its cache is transformers' too: the
@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     BambaConfig,
@@ -28,45 +27,11 @@ from transformers.models.bamba.modeling_bamba import BambaMixer, BambaRMSNormGat
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Qwen3_5RMSNormGated
 
+from xarch_kd.models.in_place.configs import CONFIGS, RECURRENT
 from xarch_kd.models.in_place.teachers import FAMILIES, Family
 
-PREFIX = "xarch_kd_"
-RECURRENT = "linear_attention"
-NEEDS = "the package xarch_kd: import xarch_kd before this model is loaded"
 # What says where the sequences of a packed row begin; the mixers' kernels take it.
 PACKING = ("seq_idx", "cu_seq_lens_q")
-
-
-class InPlaceConfig:
-    """A teacher's config, and which of its blocks have a mixer instead of attention.
-
-    `replaced_layers` are their indices, `mixer` is `mamba2` or `gated_delta`, and `mixer_settings` are fields of the
-    config of the class that the mixer is from (Bamba, Qwen3.5). `needs` says what loads such a model.
-    """
-
-    family: Family
-    replaced_layers: list[int]
-    mixer: str
-    mixer_settings: dict[str, Any]
-    num_hidden_layers: int
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Read the fields that the teacher's class does not have, and say which layers are recurrent."""
-        # Not a field of every class, and derived where it is none.
-        kwargs.pop("layer_types", None)
-        self.replaced_layers = sorted(kwargs.pop("replaced_layers", []))
-        self.mixer = kwargs.pop("mixer", "mamba2")
-        self.mixer_settings = dict(kwargs.pop("mixer_settings", {}))
-        self.needs = kwargs.pop("needs", NEEDS)
-        super().__post_init__(**kwargs)  # type: ignore[misc]  # of the teacher's config class, which follows
-        windowed = getattr(self, "sliding_window", None) is not None
-        count = self.num_hidden_layers
-        types = getattr(self, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"] * count
-        self.layer_types = [RECURRENT if index in self.replaced_layers else types[index] for index in range(count)]
-        rope = getattr(self, "rope_parameters", None) or {}
-        if any(isinstance(value, dict) for value in rope.values()):
-            # A class with rotary tables by type of layer makes one for each type that there is.
-            rope.setdefault(RECURRENT, {"rope_type": "default", "rope_theta": 10000.0})
 
 
 class InPlaceMamba2(BambaMixer):
@@ -220,7 +185,7 @@ class InPlaceClasses:
 
 
 def make_classes(model_type: str, family: Family) -> InPlaceClasses:
-    """Return new classes `InPlace…` for a family, of the type `xarch_kd_…`."""
+    """Return new classes `InPlace…` for a family."""
     own = {"__module__": __name__, "family": family}
 
     def made(kind: type, name: str, **attributes: Any) -> Any:
@@ -228,7 +193,7 @@ def make_classes(model_type: str, family: Family) -> InPlaceClasses:
         documented = f"{name} with recurrent mixers in some of its blocks."
         return type(f"InPlace{name}", (kind, teacher), {"__doc__": documented, **own, **attributes})
 
-    config = made(InPlaceConfig, family.config, model_type=PREFIX + model_type)
+    config = CONFIGS[model_type]
     base = made(InPlaceBase, family.base, config_class=config)
     model = made(InPlaceCausalLM, family.model, config_class=config, base_class=base)
     return InPlaceClasses(config=config, base=base, model=model)
@@ -238,9 +203,8 @@ CLASSES: dict[str, InPlaceClasses] = {name: make_classes(name, family) for name,
 
 
 def register() -> None:
-    """Make the classes known to `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`; twice is as once."""
-    for name, classes in CLASSES.items():
-        AutoConfig.register(PREFIX + name, classes.config, exist_ok=True)
+    """Register the classes with `AutoModel` and `AutoModelForCausalLM`, in place of their stand-ins; idempotent."""
+    for classes in CLASSES.values():
         AutoModel.register(classes.config, classes.base, exist_ok=True)
         AutoModelForCausalLM.register(classes.config, classes.model, exist_ok=True)
 
@@ -248,7 +212,7 @@ def register() -> None:
 def __getattr__(name: str) -> type:
     """Return a made class by its name, as pickle looks it up."""
     for made in CLASSES.values():
-        for found in (made.config, made.base, made.model):
+        for found in (made.base, made.model):
             if found.__name__ == name:
                 return found
     raise AttributeError(f"module {__name__} has no attribute {name}")

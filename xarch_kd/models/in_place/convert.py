@@ -31,7 +31,8 @@ from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.models.conversion.teacher_spec import teacher_facts
 from xarch_kd.models.conversion.weights import check_finite
 from xarch_kd.models.in_place.attention import attention_sizes
-from xarch_kd.models.in_place.classes import CLASSES, MIXERS, PREFIX, InPlaceClasses
+from xarch_kd.models.in_place.classes import CLASSES, MIXERS, InPlaceClasses
+from xarch_kd.models.in_place.configs import PREFIX
 from xarch_kd.models.in_place.mixers import new_mixers
 from xarch_kd.models.in_place.teachers import FAMILIES
 

@@ -1,4 +1,4 @@
-"""Makes the classes of `in_place_classes.py` known to transformers when it loads its own, and not before.
+"""Registration of the in-place classes with transformers as soon as its automatic classes are loaded.
 
 Importing this module costs neither torch nor transformers.
 """
@@ -15,13 +15,13 @@ from types import ModuleType
 
 # The module of transformers that holds AutoModelForCausalLM, and ours that registers with it.
 AUTO = "transformers.models.auto.modeling_auto"
-CLASSES = "xarch_kd.models.in_place.classes"
+CONFIGS = "xarch_kd.models.in_place.configs"
 
 
 def register_when_loaded() -> None:
     """Register the classes now if transformers' automatic classes are loaded, else as soon as they are."""
     if AUTO in sys.modules:
-        import_module(CLASSES)
+        import_module(CONFIGS)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -55,4 +55,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.own
         self.own.exec_module(module)
-        import_module(CLASSES)
+        import_module(CONFIGS)

@@ -1,7 +1,7 @@
 """The families whose own class can hold a recurrent mixer, and where each keeps its attention: one visible table.
 
 Classes are named as transformers names them. Nothing is imported here, and nothing else of this package in
-`in_place_classes.py`, so that the classes can be registered in the middle of any import of either package.
+`configs.py`, so that the classes can be registered in the middle of any import of either package.
 """
 
 from __future__ import annotations
