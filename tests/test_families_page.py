@@ -17,7 +17,7 @@ from xarch_kd.models.conversion.convert import IN_PLACE, convert
 from xarch_kd.models.conversion.epsilon import with_epsilon
 from xarch_kd.models.conversion.frozen_parameters import frozen_names
 from xarch_kd.models.conversion.targets import TARGETS
-from xarch_kd.models.conversion.teacher_spec import FACTS, REFUSALS
+from xarch_kd.models.conversion.teacher_spec import REFUSALS, SPECS
 from xarch_kd.models.in_place.teachers import FAMILIES as IN_PLACE_FAMILIES
 from xarch_kd.models.mamba_ssm.config import EPSILON
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm, import_mamba_ssm
@@ -59,7 +59,7 @@ def test_the_page_is_what_the_code_yields() -> None:
 
 def test_every_type_that_the_code_knows_has_a_row() -> None:
     types = {specimen.model_type for specimen in SPECIMENS.values()}
-    known = FAMILIES.keys() | FACTS.keys() | REFUSALS.keys() | IN_PLACE_FAMILIES.keys()
+    known = FAMILIES.keys() | SPECS.keys() | REFUSALS.keys() | IN_PLACE_FAMILIES.keys()
     assert known - types == WITHOUT_ROW
 
 

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, UsageError
 from xarch_kd.models.conversion.bamba import bamba_config
-from xarch_kd.models.conversion.check import check_logits, logits_tolerance
-from xarch_kd.models.conversion.convert import NO_ATTENTION, conversion_warnings, convert, student_config
+from xarch_kd.models.conversion.check import logits_tolerance
+from xarch_kd.models.conversion.convert import NO_ATTENTION, convert, plan_conversion
 from xarch_kd.models.conversion.targets import TARGETS
-from xarch_kd.models.conversion.teacher_spec import teacher_facts
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
@@ -145,7 +144,7 @@ def test_the_teacher_is_left_as_it_was_and_shares_nothing() -> None:
 
 def test_the_config_that_the_plan_sees_is_the_students() -> None:
     teacher = tiny_model("granite")
-    planned = student_config(teacher.config, replace="every 2")
+    planned = plan_conversion(teacher.config, replace="every 2").config
     made = convert(teacher, replace="every 2").config
     ignored = ("dtype", "_attn_implementation_internal")
     assert {key: value for key, value in planned.to_dict().items() if key not in ignored} == {
@@ -183,7 +182,7 @@ def test_smollm3_keeps_blocks_that_agree_on_rotary_positions(keep: list[int]) ->
 
 def test_smollm3_with_mixed_kept_blocks_is_refused() -> None:
     with pytest.raises(ConversionError, match=r"mix attention with and without(.|\n)*blocks without .*: \[3\]"):
-        student_config(tiny_config("smollm3"), keep_attention=[2, 3])
+        plan_conversion(tiny_config("smollm3"), keep_attention=[2, 3])
 
 
 @pytest.mark.parametrize(
@@ -217,8 +216,15 @@ def test_a_multiplier_that_is_not_folded_is_found() -> None:
 
 def test_the_check_returns_a_difference_far_below_its_tolerance() -> None:
     teacher = tiny_model("granite")
-    difference = check_logits(teacher, teacher_facts(teacher.config), [0], TARGETS["bamba"])
+    difference = plan_conversion(teacher.config, target="bamba", keep_attention=[0]).check(teacher)
     assert 0.0 < difference < 0.1 * logits_tolerance(2.0, 3, torch.float32)
+
+
+def test_a_conversion_that_was_planned_for_another_teacher_is_refused() -> None:
+    planned = plan_conversion(tiny_config("llama"), replace=[1])
+    assert planned.build(tiny_model("llama"), check=False).config.model_type == "bamba"
+    with pytest.raises(ConversionError, match=r"planned for another teacher(.|\n)*rms_norm_eps: 0.01"):
+        planned.build(tiny_model("llama", rms_norm_eps=0.01), check=False)
 
 
 def test_weights_without_a_place_in_the_student_are_refused() -> None:
@@ -248,7 +254,7 @@ REFUSED = {
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_a_teacher_that_no_class_holds_is_refused_with_the_reason_and_what_works(model_type: str) -> None:
     with pytest.raises(ConversionError, match=rf"{REFUSED[model_type]}(.|\n)*fix: .*fresh student"):
-        student_config(tiny_config(model_type), keep_attention=[0])
+        plan_conversion(tiny_config(model_type), keep_attention=[0])
 
 
 @pytest.mark.parametrize(
@@ -261,7 +267,7 @@ def test_a_teacher_that_no_class_holds_is_refused_with_the_reason_and_what_works
 )
 def test_a_sliding_window_in_use_is_refused(model_type: str, overrides: dict[str, Any]) -> None:
     with pytest.raises(ConversionError, match=r"sliding window of 8 tokens(.|\n)*set sliding_window to null"):
-        student_config(tiny_config(model_type, **overrides), keep_attention=[0])
+        plan_conversion(tiny_config(model_type, **overrides), keep_attention=[0])
 
 
 def test_refuses_names_and_blocks_that_do_not_exist() -> None:
@@ -279,16 +285,17 @@ def test_no_attention_left_warns_and_still_runs_without_a_cache() -> None:
     with pytest.warns(UserWarning, match="generation with a cache fails"):
         student = convert(teacher, keep_attention="none")
     assert student(tokens(), use_cache=False).logits.isfinite().all()
-    assert conversion_warnings(teacher.config, keep_attention="none") == (NO_ATTENTION,)
+    assert plan_conversion(teacher.config, keep_attention="none").warnings == (NO_ATTENTION,)
 
 
 def test_warnings_say_what_a_conversion_costs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (untied,) = conversion_warnings(tiny_config("granite", tie_word_embeddings=True), replace=[1], target="bamba")
-        (activation,) = conversion_warnings(tiny_config("gemma"), replace=[1])
-        (same,) = conversion_warnings(tiny_config("llama"), keep_attention="all")
+        granite = tiny_config("granite", tie_word_embeddings=True)
+        (untied,) = plan_conversion(granite, replace=[1], target="bamba").warnings
+        (activation,) = plan_conversion(tiny_config("gemma"), replace=[1]).warnings
+        (same,) = plan_conversion(tiny_config("llama"), keep_attention="all").warnings
     assert f"{97 * 64:,} more parameters" in untied
     assert "gelu" in activation
     assert "another class" in same
-    assert conversion_warnings(tiny_config("llama"), replace=[1]) == ()
+    assert plan_conversion(tiny_config("llama"), replace=[1]).warnings == ()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from xarch_kd.models.conversion.activation_stats import ROWS, TOKENS, block_moments
+from xarch_kd.models.conversion.activation_stats import ROWS, TOKENS, activation_stats
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.conversion.delta_mixers import AVERAGED, LINEAR, LONGEST, SHARP, SHORTEST, WRITTEN
 from xarch_kd.models.conversion.mixers import GATE_OPEN
@@ -50,7 +50,7 @@ def test_a_mixer_made_from_attention_computes_the_closed_form(overrides: dict[st
     teacher = tiny_model("qwen3", **overrides)
     mixer = convert(teacher, mixer="gated_delta", replace=[1]).model.layers[1].linear_attn
     attention, norm = teacher.model.layers[1].self_attn, teacher.model.layers[1].input_layernorm.weight
-    constant = block_moments(teacher, [1])[1].constant
+    constant = activation_stats(teacher, [1])[1].constant
     inputs = torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0))
     one = inputs @ constant
 
@@ -84,22 +84,22 @@ def test_the_constant_of_a_block_is_near_one_wherever_its_inputs_share_a_mean() 
     teacher = tiny_model("llama")
     # A shared mean as large as the rest of the embedding.
     teacher.model.embed_tokens.weight += 1.0
-    moments = block_moments(teacher, [0, 2])
+    stats = activation_stats(teacher, [0, 2])
     seen: list[Tensor] = []
     teacher.model.layers[0].self_attn.register_forward_pre_hook(
         lambda _, given, named: seen.append(named["hidden_states"]), with_kwargs=True
     )
     teacher(torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(5)))
-    one = seen[0] @ moments[0].constant
+    one = seen[0] @ stats[0].constant
     assert 0.9 < float(one.mean()) < 1.1
     assert float(one.std()) < 0.3
-    assert moments[0].mixer_input_size == pytest.approx(float(seen[0].square().mean(-1).sqrt().mean()), rel=0.05)
+    assert stats[0].mixer_input_size == pytest.approx(float(seen[0].square().mean(-1).sqrt().mean()), rel=0.05)
 
 
 def test_moments_leave_the_teacher_as_it_was() -> None:
     teacher = tiny_model("llama").train()
-    assert block_moments(teacher, []) == {}
-    first, second = (block_moments(teacher, [1])[1] for _ in range(2))
+    assert activation_stats(teacher, []) == {}
+    first, second = (activation_stats(teacher, [1])[1] for _ in range(2))
     assert torch.equal(first.constant, second.constant)
     assert teacher.training
     assert not any(module._forward_hooks for module in teacher.modules())
@@ -111,13 +111,13 @@ def test_where_a_norm_follows_attention_its_size_is_measured() -> None:
     teacher = tiny_model("olmo2")
     student = convert(teacher, mixer="gated_delta", replace=[1])
     block, made = teacher.model.layers[1], student.model.layers[1]
-    moments = block_moments(teacher, [1])[1]
+    stats = activation_stats(teacher, [1])[1]
     # The teacher's attention reads its input as it is, so the norm that now precedes the mixer restores its size.
-    usual = torch.full((64,), moments.mixer_input_size)
+    usual = torch.full((64,), stats.mixer_input_size)
     torch.testing.assert_close(made.input_layernorm.weight, usual)
     size = white_size(block.self_attn.v_proj.weight, usual)
     columns = repeat(size, "h -> (h d)", d=16)
-    rows = block.post_attention_layernorm.weight / moments.mixer_output_size
+    rows = block.post_attention_layernorm.weight / stats.mixer_output_size
     expected = rows[:, None] * block.self_attn.o_proj.weight * columns
     torch.testing.assert_close(made.linear_attn.o_proj.weight, expected)
     # Else beta would start at twice what the recipe says.

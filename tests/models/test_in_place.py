@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, UsageError
-from xarch_kd.models import in_place as in_place_module
+from xarch_kd.models.conversion.convert import convert, plan_conversion
+from xarch_kd.models.in_place import convert as in_place_convert
 from xarch_kd.models.in_place.classes import CLASSES
-from xarch_kd.models.in_place.convert import ALL_RECURRENT, check_in_place, convert_in_place, in_place_config
+from xarch_kd.models.in_place.convert import ALL_RECURRENT
 from xarch_kd.models.in_place.registration import register_when_loaded
 from xarch_kd.models.loading.load import fresh_model, meta_model
 from xarch_kd.models.loading.save import save_student
@@ -60,7 +61,7 @@ def padded_mask(rows: int, length: int, padding: int) -> Tensor:
 @torch.no_grad()
 def test_with_all_attention_kept_the_logits_are_the_teachers_bit_for_bit(name: str) -> None:
     teacher = teacher_named(name)
-    student = convert_in_place(teacher, layers=())
+    student = convert(teacher, replace=(), target="in_place")
     assert isinstance(student, type(teacher))
     assert torch.equal(student(tokens()).logits, teacher(tokens()).logits)
     mask = padded_mask(2, 40, 7)
@@ -74,7 +75,7 @@ def test_with_all_attention_kept_the_logits_are_the_teachers_bit_for_bit(name: s
 def test_a_kept_block_maps_the_teachers_hidden_to_the_teachers_hidden(name: str, mixer: str) -> None:
     # Block 0 is replaced; every later block of the student is then fed what the teacher's was.
     teacher = teacher_named(name)
-    student = convert_in_place(teacher, layers=[0], mixer=mixer)
+    student = convert(teacher, replace=[0], mixer=mixer, target="in_place")
     given, expected = blocks_seen(teacher, {})
     _, made = blocks_seen(student, given)
     assert not torch.equal(made[0], expected[0])
@@ -109,7 +110,7 @@ def blocks_seen(model: PreTrainedModel, feed: dict[int, Tensor]) -> tuple[dict[i
 @pytest.mark.parametrize("name", ["gemma2-tied", "gemma3", "qwen3-head-32", "mistral-window", "gpt2", "gpt_neox"])
 @torch.no_grad()
 def test_saved_and_loaded_the_student_is_the_same(name: str, mixer: str, tmp_path: Path) -> None:
-    student = convert_in_place(teacher_named(name), layers=[0, 2], mixer=mixer)
+    student = convert(teacher_named(name), replace=[0, 2], mixer=mixer, target="in_place")
     save_student(student, tiny_tokenizer(), tmp_path / "student")
     both: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     loaded, report = both
@@ -129,7 +130,7 @@ def test_saved_and_loaded_the_student_is_the_same(name: str, mixer: str, tmp_pat
 def test_generation_with_a_cache_gives_the_tokens_of_generation_without(
     name: str, mixer: str, replaced: list[int]
 ) -> None:
-    student: Any = convert_in_place(teacher_named(name), layers=replaced, mixer=mixer, check=False)
+    student: Any = convert(teacher_named(name), replace=replaced, mixer=mixer, check=False, target="in_place")
     options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     prompt, mask = tokens(2, 9), padded_mask(2, 9, 3)
     cached = student.generate(prompt, attention_mask=mask, use_cache=True, **options)
@@ -143,7 +144,7 @@ def test_generation_with_a_cache_gives_the_tokens_of_generation_without(
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral-window", "gpt2", "gpt_neox"])
 @torch.no_grad()
 def test_logits_token_by_token_and_after_padding_are_those_of_the_whole(name: str, mixer: str) -> None:
-    student: Any = convert_in_place(teacher_named(name), layers=[1], mixer=mixer, check=False)
+    student: Any = convert(teacher_named(name), replace=[1], mixer=mixer, check=False, target="in_place")
     whole = student(tokens(1, 24), use_cache=False).logits
     # The recurrence step by step sums in another order than in chunks; a state that is lost moves logits by their size.
     bound = 1e-4 * float(whole.abs().max())
@@ -162,7 +163,7 @@ def test_logits_token_by_token_and_after_padding_are_those_of_the_whole(name: st
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral-window"])
 def test_a_static_cache_generates_the_same(name: str) -> None:
-    student: Any = convert_in_place(teacher_named(name), layers=[1], check=False)
+    student: Any = convert(teacher_named(name), replace=[1], check=False, target="in_place")
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options |= {"attention_mask": padded_mask(2, 9, 3), "disable_compile": True}
     expected = student.generate(tokens(2, 9), **options)
@@ -172,7 +173,7 @@ def test_a_static_cache_generates_the_same(name: str) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "gpt_neox", "mistral-window"])
 def test_gradients_reach_every_parameter_and_checkpointing_does_not_change_them(name: str, mixer: str) -> None:
-    student = convert_in_place(teacher_named(name), layers=[0, 2], mixer=mixer, check=False).train()
+    student = convert(teacher_named(name), replace=[0, 2], mixer=mixer, check=False, target="in_place").train()
     mask = padded_mask(2, 24, 5)
 
     def gradients() -> dict[str, Tensor]:
@@ -189,7 +190,7 @@ def test_gradients_reach_every_parameter_and_checkpointing_does_not_change_them(
 
 def test_the_teacher_is_left_as_it_was_and_shares_nothing() -> None:
     teacher, untouched = teacher_named("gemma2-tied"), teacher_named("gemma2-tied")
-    student = convert_in_place(teacher, layers=[1], mixer="gated_delta")
+    student = convert(teacher, replace=[1], mixer="gated_delta", target="in_place")
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
@@ -202,8 +203,8 @@ def test_the_teacher_is_left_as_it_was_and_shares_nothing() -> None:
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt2"])
 def test_the_config_that_a_plan_sees_is_the_students(name: str, mixer: str) -> None:
     teacher = teacher_named(name)
-    planned = in_place_config(teacher.config, layers="every 2", mixer=mixer)
-    student = convert_in_place(teacher, layers="every 2", mixer=mixer)
+    planned = plan_conversion(teacher.config, replace="every 2", mixer=mixer, target="in_place").config
+    student = convert(teacher, replace="every 2", mixer=mixer, target="in_place")
     assert {**planned.to_dict(), "dtype": None} == {**student.config.to_dict(), "dtype": None}
     assert {key: value.shape for key, value in meta_model(planned).state_dict().items()} == {
         key: value.shape for key, value in student.state_dict().items()
@@ -214,7 +215,7 @@ def test_the_config_that_a_plan_sees_is_the_students(name: str, mixer: str) -> N
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_a_fresh_student_starts_with_the_mixers_own_weights(name: str, mixer: str) -> None:
     model_type, overrides = TEACHERS[name]
-    config = in_place_config(tiny_config(model_type, **overrides), layers=[1], mixer=mixer)
+    config = plan_conversion(tiny_config(model_type, **overrides), replace=[1], mixer=mixer, target="in_place").config
     student = fresh_model(config, seed=0)
     blocks: Any = getattr(student.base_model, "h", None) or student.base_model.layers
     mixer_module = blocks[1].attn if name == "gpt2" else blocks[1].self_attn
@@ -229,7 +230,7 @@ def test_a_fresh_student_starts_with_the_mixers_own_weights(name: str, mixer: st
 def test_random_mixers_follow_the_seed() -> None:
     def made(seed: int, mixer: str) -> Tensor:
         options: dict[str, Any] = {"init": "random", "check": False}
-        student = convert_in_place(tiny_model("gemma2"), layers=[1, 2], mixer=mixer, seed=seed, **options)
+        student = convert(tiny_model("gemma2"), replace=[1, 2], mixer=mixer, seed=seed, **options, target="in_place")
         return torch.stack([student.get_parameter(f"model.layers.{index}.self_attn.conv1d.weight") for index in (1, 2)])
 
     for mixer in MIXERS:
@@ -239,7 +240,7 @@ def test_random_mixers_follow_the_seed() -> None:
 
 
 def test_the_classes_are_registered_and_can_be_pickled() -> None:
-    student = convert_in_place(tiny_model("gemma2"), layers=[1])
+    student = convert(tiny_model("gemma2"), replace=[1], target="in_place")
     assert type(AutoConfig.for_model("xarch_kd_gemma2")) is CLASSES["gemma2"].config
     assert type(AutoModel.from_config(student.config)) is CLASSES["gemma2"].base
     again = pickle.loads(pickle.dumps(student))
@@ -248,7 +249,7 @@ def test_the_classes_are_registered_and_can_be_pickled() -> None:
 
 
 def test_a_fresh_interpreter_knows_it_once_transformers_is_loaded_and_loads_nothing_before(tmp_path: Path) -> None:
-    convert_in_place(tiny_model("gpt2"), layers=[1]).save_pretrained(tmp_path)
+    convert(tiny_model("gpt2"), replace=[1], target="in_place").save_pretrained(tmp_path)
     code = f"""
 import sys
 from xarch_kd.models.in_place.registration import register_when_loaded
@@ -301,21 +302,24 @@ def test_registering_late_is_registering_at_once() -> None:
 
 def test_no_attention_left_warns_and_still_runs_without_a_cache() -> None:
     with pytest.warns(UserWarning, match="generates only with use_cache=False"):
-        student = convert_in_place(tiny_model("gemma2"), layers="all")
+        student = convert(tiny_model("gemma2"), replace="all", target="in_place")
     assert student(tokens(), use_cache=False).logits.isfinite().all()
     assert "use_cache=False" in ALL_RECURRENT
 
 
 def test_a_field_that_is_dropped_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dropping(*arguments: Any, **options: Any) -> Any:
-        config: Any = in_place_config(*arguments, **options)
+    honest = in_place_convert._student_config
+
+    def dropping(*arguments: Any) -> Any:
+        config: Any = honest(*arguments)
         config.attn_logit_softcapping = None
         return config
 
-    assert check_in_place(tiny_model("gemma2")) == 0.0
-    monkeypatch.setattr(in_place_module, "in_place_config", dropping)
+    teacher = tiny_model("gemma2")
+    assert plan_conversion(teacher.config, replace=[0], target="in_place").check(teacher) == 0.0
+    monkeypatch.setattr(in_place_convert, "_student_config", dropping)
     with pytest.raises(ConversionError, match=r"not exact(.|\n)*largest difference"):
-        convert_in_place(tiny_model("gemma2"), layers=[0])
+        convert(tiny_model("gemma2"), replace=[0], target="in_place")
 
 
 REFUSED = {
@@ -329,26 +333,26 @@ REFUSED = {
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_a_family_outside_the_table_is_refused_with_the_reason(model_type: str) -> None:
     with pytest.raises(ConversionError, match=REFUSED[model_type]):
-        in_place_config(tiny_config(model_type), layers=[0])
+        plan_conversion(tiny_config(model_type), replace=[0], target="in_place")
 
 
 def test_refuses_what_does_not_fit() -> None:
     teacher = tiny_model("gemma2")
     with pytest.raises(ConversionError, match="no conversion to this mixer"):
-        convert_in_place(teacher, layers=[0], mixer="lightning")
-    with pytest.raises(ConversionError, match="no such init"):
-        convert_in_place(teacher, layers=[0], init="zero")  # type: ignore[arg-type]
+        convert(teacher, replace=[0], mixer="lightning", target="in_place")
+    with pytest.raises(ConversionError, match="Unknown initialization"):
+        convert(teacher, replace=[0], init="zero", target="in_place")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="names block 3, but the model has 3 blocks"):
-        convert_in_place(teacher, layers=[3])
+        convert(teacher, replace=[3], target="in_place")
     with pytest.raises(ConversionError, match="new mixers already"):
-        convert_in_place(convert_in_place(teacher, layers=[0]), layers=[1])
+        convert(convert(teacher, replace=[0], target="in_place"), replace=[1], target="in_place")
     with pytest.raises(ConversionError, match="more than the past"):
-        in_place_config(tiny_config("gemma3_text", use_bidirectional_attention=True), layers=[0])
+        plan_conversion(tiny_config("gemma3_text", use_bidirectional_attention=True), replace=[0], target="in_place")
     with pytest.raises(ConversionError, match=r"reads images too(.|\n)*Gemma3ForCausalLM"):
-        in_place_config(AutoConfig.for_model("gemma3"), layers=[0])
+        plan_conversion(AutoConfig.for_model("gemma3"), replace=[0], target="in_place")
 
 
 def test_a_window_that_no_stock_class_has_is_no_reason_to_name_one() -> None:
     with pytest.raises(ConversionError, match=r"not in the table(.|\n)*fresh student") as caught:
-        in_place_config(tiny_config("phi3", sliding_window=8), layers=[0])
+        plan_conversion(tiny_config("phi3", sliding_window=8), replace=[0], target="in_place")
     assert "a stock class holds it" not in str(caught.value)

@@ -15,7 +15,6 @@ from xarch_kd.mixing.softmax import SoftmaxMixing
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.conversion.weights import Projection
 from xarch_kd.models.in_place.attention import attention_of, attention_sizes
-from xarch_kd.models.in_place.convert import convert_in_place
 from xarch_kd.models.in_place.teachers import FAMILIES
 from xarch_kd.taps.families import FAMILIES as TAPPED
 from xarch_kd.taps.families import family_of
@@ -102,7 +101,7 @@ def test_norms_of_queries_and_keys_are_folded_at_the_size_they_give_white_input(
 def test_a_student_that_a_stock_class_holds_too_is_the_same_in_both(mixer: str) -> None:
     teacher = tiny_model(TWICE[mixer])
     stock = convert(teacher, replace=[1], mixer=mixer)
-    student = convert_in_place(teacher, layers=[1], mixer=mixer)
+    student = convert(teacher, replace=[1], mixer=mixer, target="in_place")
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[0, :6] = 0
     expected, found = (model(tokens(), attention_mask=mask).logits[mask.bool()] for model in (stock, student))
@@ -120,7 +119,7 @@ def test_a_mixer_from_attention_is_nearer_to_it_than_a_random_one(mixer: str) ->
         expected = trace(teacher, tokens(), taps=["mixer_output"], layers=[1])["mixer_output"][1]
         errors = []
         for start in ("attention", "random"):
-            student = convert_in_place(teacher, layers=[1], mixer=mixer, init=start, seed=3, check=False)
+            student = convert(teacher, replace=[1], mixer=mixer, init=start, seed=3, check=False, target="in_place")
             found = trace(student, tokens(), taps=["mixer_output"], layers=[1])["mixer_output"][1]
             errors.append(float(functional.cosine_similarity(found, expected, dim=-1).mean()))
         assert errors[0] > errors[1] + 0.1, model_type
@@ -130,7 +129,7 @@ def test_a_mixer_from_attention_is_nearer_to_it_than_a_random_one(mixer: str) ->
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_parts_are_found_by_the_teachers_row_and_the_mixers_kind(model_type: str, mixer: str) -> None:
     teacher = tiny_model(model_type, **unusual(model_type))
-    student = convert_in_place(teacher, layers=[1], mixer=mixer, check=False)
+    student = convert(teacher, replace=[1], mixer=mixer, check=False, target="in_place")
     layout, expected = layout_of(student), layout_of(teacher)
     assert layout.mixer_kinds == ("attention", mixer, *["attention"] * (len(layout.blocks) - 2))
     assert [layout.path_of(part) for part in layout.mixers] == [expected.path_of(part) for part in expected.mixers]
@@ -145,7 +144,9 @@ def test_the_parts_are_found_by_the_teachers_row_and_the_mixers_kind(model_type:
 @pytest.mark.parametrize("model_type", ["gemma2", "mistral", "gpt2", "gpt_neox"])
 @torch.no_grad()
 def test_a_block_run_alone_gives_what_it_gives_in_the_model(model_type: str, mixer: str) -> None:
-    student = convert_in_place(tiny_model(model_type, **unusual(model_type)), layers=[1], mixer=mixer, check=False)
+    student = convert(
+        tiny_model(model_type, **unusual(model_type)), replace=[1], mixer=mixer, check=False, target="in_place"
+    )
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[0, :6] = 0
     whole = trace(student, tokens(), mask, taps=["hidden", "mixer_output", "mixing"])

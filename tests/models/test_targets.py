@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, UsageError
 from xarch_kd.models.conversion.check import logits_tolerance
-from xarch_kd.models.conversion.convert import conversion_warnings, convert, planned_frozen_names, student_config
+from xarch_kd.models.conversion.convert import convert, plan_conversion
 from xarch_kd.models.conversion.frozen_parameters import frozen_names
 from xarch_kd.models.conversion.targets import TARGETS
-from xarch_kd.models.conversion.teacher_spec import teacher_facts
+from xarch_kd.models.conversion.teacher_spec import teacher_spec
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
@@ -149,15 +149,15 @@ def test_without_attention_a_cache_is_refused_by_the_class_and_the_conversion_wa
 def test_olmo_hybrid_demands_blocks_of_both_kinds() -> None:
     teacher = tiny_config("olmo2")
     with pytest.raises(ConversionError, match=r"at least one block with attention(.|\n)*last 1"):
-        student_config(teacher, mixer="gated_delta", keep_attention="none")
-    kept = student_config(teacher, mixer="gated_delta", keep_attention="all")
+        plan_conversion(teacher, mixer="gated_delta", keep_attention="none")
+    kept = plan_conversion(teacher, mixer="gated_delta", keep_attention="all").config
     assert kept.to_dict()["layer_types"] == ["full_attention"] * 3 + ["linear_attention"]
     assert any("one that adds nothing" in told for told in warned(teacher, keep_attention="all"))
     assert any("norms precede" in told for told in warned(teacher, replace=[1]))
 
 
 def warned(teacher: Any, **options: Any) -> tuple[str, ...]:
-    return conversion_warnings(teacher, mixer="gated_delta", **options)
+    return plan_conversion(teacher, mixer="gated_delta", **options).warnings
 
 
 def test_an_olmo_block_that_is_replaced_keeps_its_mlp_near_the_teachers() -> None:
@@ -191,7 +191,7 @@ def test_an_olmo_block_that_is_replaced_keeps_its_mlp_near_the_teachers() -> Non
 def test_auto_is_the_class_that_fits_best(
     model_type: str, overrides: dict[str, Any], mixer: str, expected: str
 ) -> None:
-    config = student_config(tiny_config(model_type, **overrides), mixer=mixer, replace=[1])
+    config = plan_conversion(tiny_config(model_type, **overrides), mixer=mixer, replace=[1]).config
     assert config.model_type == expected
 
 
@@ -212,23 +212,23 @@ def test_a_class_that_cannot_hold_a_teacher_says_why_and_what_can(
 ) -> None:
     config = tiny_config(model_type, **overrides)
     with pytest.raises(ConversionError, match=rf"cannot become(.|\n)*{reason}(.|\n)*fix: .*{instead}(.|\n)*fresh"):
-        student_config(config, mixer=mixer, target=target, replace=[1])
+        plan_conversion(config, mixer=mixer, target=target, replace=[1])
 
 
 def test_names_that_do_not_go_together_and_blocks_that_do_not_exist() -> None:
     config = tiny_config("llama")
     with pytest.raises(ConversionError, match=r"qwen3_5 has no mixers of this kind(.|\n)*mixer: gated_delta"):
-        student_config(config, mixer="mamba2", target="qwen3_5", replace=[1])
+        plan_conversion(config, mixer="mamba2", target="qwen3_5", replace=[1])
     with pytest.raises(ConversionError, match=r"no conversion to this class(.|\n)*auto, bamba, granitemoehybrid"):
-        student_config(config, target="jamba", replace=[1])
+        plan_conversion(config, target="jamba", replace=[1])
     with pytest.raises(UsageError, match="names block 3, but the model has 3 blocks"):
-        student_config(config, mixer="gated_delta", keep_attention=[3])
+        plan_conversion(config, mixer="gated_delta", keep_attention=[3])
 
 
 def test_a_sliding_window_of_qwen3_is_refused() -> None:
     config = tiny_config("qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     with pytest.raises(ConversionError, match="sliding window of 8 tokens"):
-        student_config(config, mixer="gated_delta", replace=[1])
+        plan_conversion(config, mixer="gated_delta", replace=[1])
 
 
 @pytest.mark.parametrize("target", ["granitemoehybrid", "qwen3_5"])
@@ -250,7 +250,7 @@ def test_smollm3_keeps_blocks_that_agree_on_rotary_positions(keep: list[int], ta
 
 
 def test_heads_of_mixers_are_those_of_queries_and_shared_ones_are_repeated() -> None:
-    config = student_config(tiny_config("qwen3", num_key_value_heads=1), mixer="gated_delta", replace=[1])
+    config = plan_conversion(tiny_config("qwen3", num_key_value_heads=1), mixer="gated_delta", replace=[1]).config
     sizes = config.to_dict()
     assert sizes["linear_num_key_heads"] == sizes["linear_num_value_heads"] == 4
     student = convert(tiny_model("qwen3", num_key_value_heads=1), mixer="gated_delta", replace=[1])
@@ -310,7 +310,7 @@ def test_what_a_class_drops_without_a_word_is_found(
 
 
 def test_a_partial_rotation_that_granitemoehybrid_ignores_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    blind = replace(TARGETS["granitemoehybrid"], unsupported_reason=lambda facts: None)
+    blind = replace(TARGETS["granitemoehybrid"], unsupported_reason=lambda spec: None)
     monkeypatch.setitem(TARGETS, "granitemoehybrid", blind)
     with pytest.raises(ConversionError, match="not exact"):
         convert(tiny_model("phi3", rope_parameters=PARTIAL), target="granitemoehybrid", replace=[1])
@@ -336,7 +336,7 @@ def test_an_exact_student_has_nothing_frozen() -> None:
 def test_what_must_stay_frozen_is_known_from_the_plan_and_from_the_student(name: str) -> None:
     case = CASES[name]
     student = case.convert(keep_attention=[0, 2])
-    planned = planned_frozen_names(case.teacher().config, mixer=case.mixer, keep_attention=[0, 2])
+    planned = plan_conversion(case.teacher().config, mixer=case.mixer, keep_attention=[0, 2]).frozen
     assert set(frozen_names(student)) == set(planned)
     assert {name for name, parameter in student.named_parameters() if not parameter.requires_grad} == set(planned)
     assert len(planned) == 2 * (6 if case.overrides else 4)
@@ -359,9 +359,9 @@ def test_one_step_on_what_must_stay_frozen_destroys_the_student_and_one_on_the_r
 
 def test_a_fold_is_told_only_where_the_class_has_no_multipliers() -> None:
     config = tiny_config("granite", tie_word_embeddings=True)
-    assert conversion_warnings(config, replace=[1]) == ()
-    assert student_config(config, replace=[1]).tie_word_embeddings
-    assert teacher_facts(config).is_folded
+    assert plan_conversion(config, replace=[1]).warnings == ()
+    assert plan_conversion(config, replace=[1]).config.tie_word_embeddings
+    assert teacher_spec(config).is_folded
 
 
 @pytest.mark.parametrize(
@@ -376,21 +376,21 @@ def test_in_place_is_offered_where_no_class_fits_and_converts(
         convert(teacher, mixer=mixer, keep_attention=[0])
     student = convert(teacher, mixer=mixer, target="in_place", keep_attention=[0])
     assert student.config.replaced_layers == [1, 2]
-    planned = student_config(teacher.config, mixer=mixer, target="in_place", replace=[1, 2])
+    planned = plan_conversion(teacher.config, mixer=mixer, target="in_place", replace=[1, 2]).config
     assert planned.to_dict()["replaced_layers"] == [1, 2] and planned.model_type == student.config.model_type
-    (told,) = conversion_warnings(teacher.config, mixer=mixer, target="in_place", replace=[1, 2])
+    (told,) = plan_conversion(teacher.config, mixer=mixer, target="in_place", replace=[1, 2]).warnings
     assert "needs this package" in told
-    assert len(conversion_warnings(teacher.config, target="in_place", keep_attention="none")) == 2
-    assert planned_frozen_names(teacher.config, target="in_place", replace=[1]) == ()
+    assert len(plan_conversion(teacher.config, target="in_place", keep_attention="none").warnings) == 2
+    assert plan_conversion(teacher.config, target="in_place", replace=[1]).frozen == ()
 
 
 def test_in_place_is_not_offered_where_it_does_not_exist() -> None:
     config = tiny_config("phi3", sliding_window=8)
     with pytest.raises(ConversionError) as caught:
-        student_config(config, replace=[1])
+        plan_conversion(config, replace=[1])
     assert "in_place" not in str(caught.value)
     with pytest.raises(ConversionError, match=r"mix attention with and without(.|\n)*fix: .*in_place"):
-        student_config(tiny_config("smollm3"), keep_attention=[2, 3])
+        plan_conversion(tiny_config("smollm3"), keep_attention=[2, 3])
 
 
 def test_a_mixer_under_multipliers_reads_scaled_queries_and_returns_what_the_class_scales() -> None:

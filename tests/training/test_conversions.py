@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from xarch_kd.mapping_file.schema import MappingFile
-from xarch_kd.models.conversion.convert import convert, planned_frozen_names
+from xarch_kd.models.conversion.convert import convert, plan_conversion
 from xarch_kd.models.conversion.frozen_parameters import frozen_names
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
@@ -78,7 +78,7 @@ def test_no_stage_trains_what_must_stay_frozen(tmp_path: Path) -> None:
     tokens = {"divergence": "forward_kl"}
     plan = plan_of(folder, {"convert": chosen}, "all", tokens=tokens)
     teacher = tiny_model("llama").requires_grad_(False)
-    frozen = set(planned_frozen_names(teacher.config, **chosen))
+    frozen = set(plan_conversion(teacher.config, **chosen).frozen)
     assert len(frozen) == 8 and not frozen & set(plan.stages[0].trainable)
     assert any("stay frozen" in told for told in plan.warnings)
 

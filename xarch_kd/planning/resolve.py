@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.mapping_file import schema
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.python_values import mapping_as_yaml, mapping_from
-from xarch_kd.mapping_file.schema import Conversion, MappingFile, Paths
+from xarch_kd.mapping_file.schema import MappingFile, Paths
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error, yaml_path_text
-from xarch_kd.models.conversion.convert import conversion_warnings, planned_frozen_names, student_config
+from xarch_kd.models.conversion.base import Conversion
+from xarch_kd.models.conversion.convert import plan_conversion
 from xarch_kd.models.fresh import FreshConfigError, fresh_config
 from xarch_kd.models.loading.load import load_config, read_student_config
 from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
@@ -87,15 +89,15 @@ def _plan(
     teacher = _side(
         mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), source_map
     )
-    student = _student(mapping, teacher_config, source_map, diagnostics)
-    conversion = mapping.student.convert
-    frozen = () if conversion is None else planned_frozen_names(teacher_config, **_conversion(conversion))
+    conversion = _conversion(mapping.student.convert, teacher_config, source_map)
+    diagnostics.warnings += () if conversion is None else conversion.warnings
+    student = _student(mapping, teacher_config, conversion, source_map)
     models = ModelPair(
         teacher,
         student,
         replaced_layers(teacher, student),
         similarities,
-        frozenset(frozen),
+        frozenset(() if conversion is None else conversion.frozen),
         inherits=conversion is not None,
         fresh=mapping.student.config is not None,
         calibration=mapping.calibration.tokens,
@@ -139,20 +141,11 @@ def _shown(mapping: MappingFile, similarities: Mapping[str, Tensor]) -> dict[str
 
 
 def _student(
-    mapping: MappingFile, teacher: PreTrainedConfig, source_map: SourceMap | None, diagnostics: Diagnostics
+    mapping: MappingFile, teacher: PreTrainedConfig, conversion: Conversion | None, source_map: SourceMap | None
 ) -> ModelHandle:
     student = mapping.student
-    if student.convert is not None:
-        conversion = student.convert
-        key = "keep_attention" if conversion.keep_attention is not None else "replace"
-        chosen = _conversion(conversion)
-        try:
-            with _placed(("student", "convert"), source_map):
-                config = student_config(teacher, **chosen)
-                diagnostics.warnings += conversion_warnings(teacher, **chosen)
-        except UsageError as error:
-            raise mapping_error([Problem(("student", "convert", key), one_line(error))], source_map) from None
-        reference = f"converted from {mapping.teacher.model}"
+    if conversion is not None:
+        config, reference = conversion.config, f"converted from {mapping.teacher.model}"
     elif isinstance(student.config, dict):
         reference = f"fresh {student.config.get('model_type')}"
         try:
@@ -180,10 +173,24 @@ def _config_problems(error: FreshConfigError) -> list[Problem]:
     ]
 
 
-def _conversion(conversion: Conversion) -> dict[str, Any]:
-    """Return the arguments that `student_config` and its siblings take."""
-    names = ("mixer", "keep_attention", "replace", "target")
-    return {name: getattr(conversion, name) for name in names}
+def _conversion(
+    asked: schema.Conversion | None, teacher: PreTrainedConfig, source_map: SourceMap | None
+) -> Conversion | None:
+    """Return the conversion of the teacher that the file asks for, or None if it asks for none."""
+    if asked is None:
+        return None
+    try:
+        with _placed(("student", "convert"), source_map):
+            return plan_conversion(
+                teacher,
+                mixer=asked.mixer,
+                keep_attention=asked.keep_attention,
+                replace=asked.replace,
+                target=asked.target,
+            )
+    except UsageError as error:
+        key = "keep_attention" if asked.keep_attention is not None else "replace"
+        raise mapping_error([Problem(("student", "convert", key), one_line(error))], source_map) from None
 
 
 def _side(

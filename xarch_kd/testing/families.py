@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import XarchError
-from xarch_kd.models.conversion.convert import IN_PLACE, conversion_warnings, student_config
+from xarch_kd.models.conversion.convert import IN_PLACE, convert, plan_conversion
 from xarch_kd.models.conversion.epsilon import with_epsilon
 from xarch_kd.models.conversion.targets import TARGETS, Fit, choose_target
-from xarch_kd.models.conversion.teacher_spec import FACTS, REFUSALS, teacher_facts
-from xarch_kd.models.in_place.convert import convert_in_place
+from xarch_kd.models.conversion.teacher_spec import REFUSALS, SPECS, teacher_spec
 from xarch_kd.models.in_place.teachers import FAMILIES as IN_PLACE_FAMILIES
 from xarch_kd.models.mamba_ssm.config import EPSILON, WRITERS, mamba_ssm_config
 from xarch_kd.taps.families import FAMILIES
@@ -57,7 +56,7 @@ class Specimen:
         overrides = {**self.sizes, **self.overrides}
         teacher = self.model_type.removeprefix(IN_PLACE_PREFIX)
         if teacher != self.model_type:
-            return convert_in_place(tiny.tiny_model(teacher, **overrides), layers=[0], check=False)
+            return convert(tiny.tiny_model(teacher, **overrides), replace=[0], check=False, target="in_place")
         builds = tiny.tiny_model if self.model_type in tiny.SIZES else recurrent.recurrent_model
         return builds(self.model_type, **overrides)
 
@@ -89,7 +88,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 
 
 def _specimens() -> Iterator[Specimen]:
-    for model_type in sorted(FAMILIES, key=lambda name: (name not in {*FACTS, *REFUSALS}, name)):
+    for model_type in sorted(FAMILIES, key=lambda name: (name not in {*SPECS, *REFUSALS}, name)):
         yield Specimen(model_type=model_type, sizes=OWN_SIZES.get(model_type, {}))
         yield from (variant for variant in VARIANTS if variant.model_type == model_type)
     for model_type in IN_PLACE_FAMILIES:
@@ -194,16 +193,15 @@ def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> Conversi
     """Whether a teacher of `config` becomes a student of `target` when the mixer of its last block is replaced."""
     replaced = [int(config.num_hidden_layers) - 1]  # type: ignore[attr-defined]  # a field of every family's config
     try:
-        student_config(config, mixer=mixer, target=target, replace=replaced)
+        notes = plan_conversion(config, mixer=mixer, target=target, replace=replaced).warnings
     except XarchError as error:
         return Conversion(fit=None, reason=in_short(error))
-    notes = conversion_warnings(config, mixer=mixer, target=target, replace=replaced)
     all_kept = _all_kept(config, mixer, target)
     if target == IN_PLACE:
         return Conversion(fit="exact", notes=notes, all_kept=all_kept)
-    facts = teacher_facts(config)
-    chosen = choose_target(facts, mixer=mixer, target="auto").name == target
-    fit = TARGETS[target].fit(facts)
+    spec = teacher_spec(config)
+    chosen = choose_target(spec, mixer=mixer, target="auto").name == target
+    fit = TARGETS[target].fit(spec)
     return Conversion(fit=fit, notes=notes, chosen=chosen, all_kept=all_kept)
 
 
@@ -220,7 +218,7 @@ def export_of(model: PreTrainedModel) -> Export:
 
 def _converted(teacher: PreTrainedModel) -> PreTrainedConfig:
     replaced = [int(teacher.config.num_hidden_layers) - 1]
-    return student_config(teacher.config, mixer="mamba2", target=EXPORTED, replace=replaced)
+    return plan_conversion(teacher.config, mixer="mamba2", target=EXPORTED, replace=replaced).config
 
 
 def _unwritten(config: PreTrainedConfig) -> str | None:
@@ -233,7 +231,7 @@ def _unwritten(config: PreTrainedConfig) -> str | None:
 
 def _all_kept(config: PreTrainedConfig, mixer: str, target: str) -> str | None:
     try:
-        student_config(config, mixer=mixer, target=target, keep_attention="all")
+        plan_conversion(config, mixer=mixer, target=target, keep_attention="all")
     except XarchError as error:
         return in_short(error)
     return None

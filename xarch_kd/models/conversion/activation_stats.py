@@ -22,7 +22,7 @@ ROWS, TOKENS = 16, 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockMoments:
+class ActivationStats:
     """Measures of one block of a teacher.
 
     `constant` [width]: constant · x is near 1 for every x that the attention reads. The sizes are root mean squares
@@ -37,8 +37,8 @@ class BlockMoments:
 
 
 @torch.no_grad()
-def block_moments(teacher: PreTrainedModel, blocks: Sequence[int]) -> dict[int, BlockMoments]:
-    """Return the moments of the named blocks, on `ROWS` × `TOKENS` random tokens, always the same.
+def activation_stats(teacher: PreTrainedModel, blocks: Sequence[int]) -> dict[int, ActivationStats]:
+    """Return the stats of the named blocks, on `ROWS` × `TOKENS` random tokens, always the same.
 
     Half of the rows gives the mean μ of the attention's input; the other half gives the factor a for which a μ·x is
     nearest to 1 in mean square, and the sizes.
@@ -48,7 +48,7 @@ def block_moments(teacher: PreTrainedModel, blocks: Sequence[int]) -> dict[int, 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, teacher.config.vocab_size, (ROWS, TOKENS), generator=generator).to(teacher.device)
     means: dict[int, Tensor] = {}
-    moments: dict[int, BlockMoments] = {}
+    stats: dict[int, ActivationStats] = {}
     with _watched(teacher, blocks) as seen:
         teacher.base_model(tokens[: ROWS // 2], use_cache=False)
         for index in blocks:
@@ -57,14 +57,14 @@ def block_moments(teacher: PreTrainedModel, blocks: Sequence[int]) -> dict[int, 
         for index in blocks:
             (read, mixed), (mlp_read, mapped) = seen[index, "mixer"], seen[index, "mlp"]
             along = read @ means[index]
-            moments[index] = BlockMoments(
+            stats[index] = ActivationStats(
                 constant=means[index] * along.mean() / along.square().mean().clamp_min(1e-12),
                 mixer_input_size=_size(read),
                 mixer_output_size=_size(mixed),
                 mlp_input_size=_size(mlp_read),
                 mlp_output_size=_size(mapped),
             )
-    return moments
+    return stats
 
 
 def _size(values: Tensor) -> float:

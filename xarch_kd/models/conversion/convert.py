@@ -1,34 +1,34 @@
-"""From a Transformer teacher to a stock hybrid student whose kept blocks are the teacher's, exactly."""
+"""Conversion of a Transformer teacher into a stock hybrid student whose kept blocks are the teacher's, exactly."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, renamed_arguments
-from xarch_kd.models.conversion.check import check_logits, runnable
+from xarch_kd.models.conversion.base import Conversion, Init, Selection
+from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.frozen_parameters import frozen_in_blocks
 from xarch_kd.models.conversion.layer_selection import kept_layers
 from xarch_kd.models.conversion.new_mixers import new_mixers
 from xarch_kd.models.conversion.targets import Target, choose_target
-from xarch_kd.models.conversion.teacher_spec import TeacherFacts, teacher_facts
-from xarch_kd.models.conversion.weights import TeacherWeights, check_finite
-
-Selection = str | Sequence[int] | None
+from xarch_kd.models.conversion.teacher_spec import TeacherSpec, teacher_spec
+from xarch_kd.models.conversion.weights import TeacherWeights
 
 IN_PLACE = "in_place"
 
 NO_ATTENTION = (
     "No block keeps its attention: generation with a cache fails in a stock class whose blocks are all recurrent "
-    "(use_cache=False works). Keep at least one attention block if the student is to generate."
+    "(use_cache=False works). Keep at least one attention block if the student has to generate."
 )
 
 
+@renamed_arguments(initialisation="init")
 @renamed_arguments(initialisation="init")
 def convert(
     teacher: PreTrainedModel,
@@ -37,149 +37,135 @@ def convert(
     keep_attention: Selection = None,
     replace: Selection = None,
     target: str = "auto",
-    init: Literal["attention", "random"] = "attention",
+    init: Init = "attention",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     check: bool = True,
 ) -> PreTrainedModel:
-    """Return a stock student: a copy of the teacher whose blocks outside `keep_attention` have a new mixer.
+    """Return a copy of the teacher whose blocks outside `keep_attention` have a new mixer, in a stock class.
 
-    `mixer` is `mamba2` or `gated_delta`; `target` a stock class that has it (`targets.py`), `auto` for the one that
-    fits best, or `in_place` for the teacher's own class with new mixers, which is not stock (`in_place.py`). The new
-    mixers start from the attention they replace (`mixers.py` and `delta_mixers.py` have the recipes) or, seeded, at
-    random. The teacher is not changed and shares no tensor with the student. With `check` the conversion ends with the
-    comparison of logits in `check.py`. What `frozen_names` tells of the student has its gradient turned off. Raises
-    `UsageError` for a selection that does not fit, `ConversionError` for a teacher that the class does not hold or a
-    conversion that is not exact; warns if no attention is left.
+    `mixer` is `mamba2` or `gated_delta`. `target` is a stock class that has it (`targets.py`), `auto` for the one that
+    fits best, or `in_place` for the teacher's own class with new mixers, which is not stock. `keep_attention`, or its
+    complement `replace`, are block indices or words such as `every 4` (`layer_selection.py`). For the other arguments
+    see `Conversion.build`. Raises UsageError for a selection that does not fit, ConversionError for a teacher that the
+    class cannot hold or a conversion that is not exact; warns if no attention is left.
     """
-    if init not in ("attention", "random"):
-        raise ConversionError("There is no such init.", asked=init, allowed="attention, random")
-    if target == IN_PLACE:
-        from xarch_kd.models.in_place.convert import convert_in_place
-
-        layers = _replaced(teacher.config, keep_attention, replace)
-        return convert_in_place(teacher, layers=layers, mixer=mixer, init=init, seed=seed, dtype=dtype, check=check)
-    facts = teacher_facts(teacher.config)
-    chosen = choose_target(facts, mixer=mixer, target=target)
-    kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
-    config = chosen.config(facts, kept, teacher.config)
-    if len(kept) == 0:
-        warnings.warn(NO_ATTENTION, UserWarning, stacklevel=2)
-    if check:
-        check_logits(teacher, facts, kept, chosen)
-    weights = TeacherWeights(teacher, chosen.read_as(facts))
-    made = chosen.state(weights, kept)
-    if weights.unread():
-        raise ConversionError("The teacher has weights that the student has no place for.", found=weights.unread()[:4])
-    made |= new_mixers(teacher, facts, chosen, kept, config, seed=seed if init == "random" else None)
-    state = {name: value.to(dtype, copy=True) for name, value in made.items()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    check_finite(state, what="The converted student")
-    config.dtype = dtype
-    student = runnable(config, state, teacher.device).requires_grad_(True)
-    for name in frozen_in_blocks(facts, chosen, kept):
-        student.get_parameter(name).requires_grad_(False)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student
+    conversion = plan_conversion(
+        teacher.config, mixer=mixer, keep_attention=keep_attention, replace=replace, target=target
+    )
+    return conversion.build(teacher, init=init, seed=seed, dtype=dtype, check=check)
 
 
-def student_config(
+def plan_conversion(
     teacher: PreTrainedConfig,
     *,
     mixer: str = "mamba2",
     keep_attention: Selection = None,
     replace: Selection = None,
     target: str = "auto",
-) -> PreTrainedConfig:
-    """Return the config of the student that `convert` would build; no weights are needed.
+) -> Conversion:
+    """Return the conversion of a teacher with this config; no weights are needed. Arguments are those of `convert`.
 
-    Raises `UsageError` for a selection that does not fit, `ConversionError` for a teacher that no stock class holds.
+    Raises UsageError for a selection that does not fit, ConversionError for a teacher that no stock class holds.
     """
     if target == IN_PLACE:
-        from xarch_kd.models.in_place.convert import in_place_config
+        # The classes of its families are built on import.
+        from xarch_kd.models.in_place.convert import plan_in_place
 
-        return in_place_config(teacher, layers=_replaced(teacher, keep_attention, replace), mixer=mixer)
-    facts = teacher_facts(teacher)
-    chosen = choose_target(facts, mixer=mixer, target=target)
-    kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
-    return chosen.config(facts, kept, teacher)
-
-
-def conversion_warnings(
-    teacher: PreTrainedConfig,
-    *,
-    mixer: str = "mamba2",
-    keep_attention: Selection = None,
-    replace: Selection = None,
-    target: str = "auto",
-) -> tuple[str, ...]:
-    """Return what a user should know before converting: one sentence each."""
-    if target == IN_PLACE:
-        from xarch_kd.models.in_place.convert import ALL_RECURRENT, NEEDS_PACKAGE
-
-        replaced = _replaced(teacher, keep_attention, replace)
-        all_recurrent = len(replaced) == teacher.num_hidden_layers  # type: ignore[attr-defined]
-        return (NEEDS_PACKAGE, ALL_RECURRENT) if all_recurrent else (NEEDS_PACKAGE,)
-    facts = teacher_facts(teacher)
-    kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
-    return tuple(_warnings(facts, choose_target(facts, mixer=mixer, target=target), kept))
+        return plan_in_place(teacher, mixer=mixer, keep_attention=keep_attention, replace=replace)
+    spec = teacher_spec(teacher)
+    chosen = choose_target(spec, mixer=mixer, target=target)
+    kept = kept_layers(spec.layers, keep_attention=keep_attention, replace=replace)
+    return StockConversion(
+        teacher_config=teacher,
+        config=chosen.config(spec, kept, teacher),
+        kept=kept,
+        warnings=tuple(_warnings(spec, chosen, kept)),
+        frozen=frozen_in_blocks(spec, chosen, kept),
+        spec=spec,
+        target=chosen,
+    )
 
 
-def planned_frozen_names(
-    teacher: PreTrainedConfig,
-    *,
-    mixer: str = "mamba2",
-    keep_attention: Selection = None,
-    replace: Selection = None,
-    target: str = "auto",
-) -> tuple[str, ...]:
-    """Return the parameters of the student that `convert` would build which must stay as they are; often none."""
-    if target == IN_PLACE:
-        return ()
-    facts = teacher_facts(teacher)
-    kept = kept_layers(facts.layers, keep_attention=keep_attention, replace=replace)
-    return frozen_in_blocks(facts, choose_target(facts, mixer=mixer, target=target), kept)
+@dataclass(frozen=True, kw_only=True)
+class StockConversion(Conversion):
+    """A conversion into the stock class `target`."""
+
+    all_recurrent: ClassVar[str] = NO_ATTENTION
+
+    spec: TeacherSpec
+    target: Target
+
+    def state(self, teacher: PreTrainedModel, dtype: torch.dtype, *, seed: int | None) -> dict[str, Tensor]:
+        """See `Conversion`. Raises ConversionError for weights that the student has no place for."""
+        weights = TeacherWeights(teacher, self.target.read_as(self.spec))
+        made = self.target.state(weights, self.kept)
+        if weights.unread():
+            raise ConversionError(
+                "The teacher has weights that the student has no place for.", found=", ".join(weights.unread()[:4])
+            )
+        made |= new_mixers(teacher, self.spec, self.target, self.kept, self.config, seed=seed)
+        state = {name: value.to(dtype, copy=True) for name, value in made.items()}
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        return state
+
+    def all_attention_pair(self, teacher: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """See `Conversion`. Both are in float32, or float64 for a float64 teacher; narrower weights are copied."""
+        reference = self._reference(teacher)
+        uniform = replace(self.spec, rotary_layers=(self._is_rotary,) * self.spec.layers)
+        everything = range(self.spec.layers)
+        weights = TeacherWeights(reference, self.target.read_as(uniform))
+        state = {name: value.to(reference.dtype) for name, value in self.target.state(weights, everything).items()}
+        config = self.target.config(uniform, everything, teacher.config)
+        return reference, runnable(config, state, teacher.device)
+
+    @property
+    def _is_rotary(self) -> bool:
+        """Rotary positions in the kept blocks, which all have the same; True if none is kept."""
+        return self.spec.rotary_layers[self.kept[0]] if self.kept else True
+
+    def _reference(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        """Return the teacher itself, or a float32 twin that treats positions in every block as the kept ones do."""
+        config = type(teacher.config).from_dict(teacher.config.to_dict())
+        mixed = len(set(self.spec.rotary_layers)) > 1
+        if mixed:
+            config.update({"no_rope_layers": [int(self._is_rotary)] * self.spec.layers})
+        if not mixed and teacher.dtype in (torch.float32, torch.float64) and not teacher.training:
+            return teacher
+        state = {
+            name: value.to(torch.promote_types(value.dtype, torch.float32))
+            for name, value in teacher.state_dict().items()
+        }
+        return runnable(config, state, teacher.device)
 
 
-def _replaced(teacher: PreTrainedConfig, keep_attention: Selection, replace: Selection) -> list[int]:
-    count: int = teacher.num_hidden_layers  # type: ignore[attr-defined]  # a field of every family's config
-    kept = kept_layers(count, keep_attention=keep_attention, replace=replace)
-    return [index for index in range(count) if index not in kept]
-
-
-def _warnings(facts: TeacherFacts, target: Target, kept: Sequence[int]) -> list[str]:
-    found = []
-    replaced = facts.layers - len(kept)
-    if len(kept) == 0:
-        found.append(NO_ATTENTION)
+def _warnings(spec: TeacherSpec, target: Target, kept: Sequence[int]) -> Iterator[str]:
+    replaced = spec.layers - len(kept)
+    if not kept:
+        yield NO_ATTENTION
     if replaced == 0:
-        found.append("Every block keeps its attention: the student is the teacher in another class.")
-    if target.fit(facts) == "frozen":
-        found.append(
+        yield "Every block keeps its attention: the student is the teacher in another class."
+    if target.fit(spec) == "frozen":
+        yield (
             f"The teacher has no query and key norms and {target.name} does: they are made linear by scaling, which "
             "holds in float32 and bfloat16 but not in float16, and only while the queries, keys and their norms of the "
-            "kept blocks stay frozen. The student is best seen as an initialisation."
+            "kept blocks stay frozen. The student is best used as an initialization."
         )
-    if facts.tied and facts.is_scaled and not _has_multipliers(facts, target):
-        found.append(
+    if spec.tied and target.read_as(spec).is_scaled:
+        yield (
             f"The teacher's multipliers are folded into its weights, which unties the head: "
-            f"{facts.vocabulary * facts.width:,} more parameters."
+            f"{spec.vocabulary * spec.width:,} more parameters."
         )
-    if facts.activation not in ("silu", "swish") and replaced > 0:
-        found.append(
-            f"The mixers' convolutions use the teacher's activation {facts.activation}, which the fused training "
+    if spec.activation not in ("silu", "swish") and replaced > 0:
+        yield (
+            f"The mixers' convolutions use the teacher's activation {spec.activation}, which the fused training "
             "kernels refuse; the PyTorch path runs it."
         )
-    if facts.norm_after and replaced > 0:
-        found.append(
-            "In a replaced block the norms precede mixer and MLP, where the teacher's follow them: its MLP starts near "
-            "the teacher's and not equal to it."
+    if spec.norm_after and replaced > 0:
+        yield (
+            "In a replaced block the norms precede mixer and MLP, while the teacher's follow them: its MLP starts near "
+            "the teacher's, not equal to it."
         )
-    if facts.norm_after and replaced == 0:
-        found.append("The class demands a recurrent block, so one that adds nothing is appended.")
-    return found
-
-
-def _has_multipliers(facts: TeacherFacts, target: Target) -> bool:
-    return not target.read_as(facts).is_scaled
+    if spec.norm_after and replaced == 0:
+        yield "The class needs a recurrent block, so one that adds nothing is appended."

@@ -10,7 +10,7 @@ and returns output(norm(y) × silu(gate)), the norm of each head apart with weig
 The recipe `attention` gives q, k, v and o of the attention to the four projections of these names, the norms of queries
 and keys multiplied into their rows. The rest:
 
-- No projection has a bias. `BlockMoments.constant` is a row whose product with every input is near 1; the biases of
+- No projection has a bias. `ActivationStats.constant` is a row whose product with every input is near 1; the biases of
   the attention, the gate and β are multiples of it. The gate starts where silu(gate) = 1, β at `WRITTEN`.
 - The convolution is the identity, its last tap alone being set. silu bends what passes it. Let r be the root mean
   square of a head's projection if its input were white with the weights of the block's norm. With its tap at
@@ -35,9 +35,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from xarch_kd.models.conversion.activation_stats import BlockMoments
+from xarch_kd.models.conversion.activation_stats import ActivationStats
 from xarch_kd.models.conversion.mixers import GATE_OPEN, MixerShape, inverse_softplus, last_tap, uniform
-from xarch_kd.models.conversion.teacher_spec import AttentionFacts
+from xarch_kd.models.conversion.teacher_spec import AttentionSpec
 from xarch_kd.models.conversion.weights import AttentionWeights, Projection
 
 WRITTEN = 0.3
@@ -48,21 +48,21 @@ AVERAGED = 0.3
 
 
 def delta_from_attention(
-    block: AttentionWeights, facts: AttentionFacts, shape: MixerShape, moments: BlockMoments
+    block: AttentionWeights, spec: AttentionSpec, shape: MixerShape, stats: ActivationStats
 ) -> dict[str, Tensor]:
     """Return a mixer's state, in float32, made from a block's attention by the recipe above."""
-    constant = moments.constant.float()
-    norm = constant.new_full(constant.shape, moments.mixer_input_size) if facts.norm_after else block.mixer_norm.float()
-    query = _in_heads(block.query, block.query_norm, facts.heads, shape.heads, constant)
-    key = _in_heads(block.key, block.key_norm, facts.key_value_heads, shape.heads, constant)
-    value = _in_heads(block.value, None, facts.key_value_heads, shape.heads, constant)
+    constant = stats.constant.float()
+    norm = constant.new_full(constant.shape, stats.mixer_input_size) if spec.norm_after else block.mixer_norm.float()
+    query = _in_heads(block.query, block.query_norm, spec.heads, shape.heads, constant)
+    key = _in_heads(block.key, block.key_norm, spec.key_value_heads, shape.heads, constant)
+    value = _in_heads(block.value, None, spec.key_value_heads, shape.heads, constant)
     value_size = _size(value, norm)
     scales = (SHARP / _size(query, norm), SHARP / _size(key, norm), LINEAR / value_size)
-    taps = repeat(torch.stack(scales), "p h -> (p h d)", d=facts.head_dim)
-    output = rearrange(block.output.weight.float(), "w (h d) -> w h d", h=facts.heads) * value_size[:, None]
+    taps = repeat(torch.stack(scales), "p h -> (p h d)", d=spec.head_dim)
+    output = rearrange(block.output.weight.float(), "w (h d) -> w h d", h=spec.heads) * value_size[:, None]
     output = rearrange(output, "w h d -> w (h d)")
-    if facts.norm_after:
-        output = output * (block.mixer_norm.float() / moments.mixer_output_size)[:, None]
+    if spec.norm_after:
+        output = output * (block.mixer_norm.float() / stats.mixer_output_size)[:, None]
     horizon = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), shape.heads, device=constant.device)
     return {
         "query": rearrange(query, "h d w -> (h d) w"),

@@ -8,14 +8,14 @@ from torch import nn
 
 from xarch_kd.models.conversion.qwen3_5 import BELOW_EPSILON, LINEAR_NORM
 from xarch_kd.models.conversion.targets import Target
-from xarch_kd.models.conversion.teacher_spec import TeacherFacts
+from xarch_kd.models.conversion.teacher_spec import TeacherSpec
 
 
-def frozen_in_blocks(facts: TeacherFacts, target: Target, kept: Sequence[int]) -> tuple[str, ...]:
+def frozen_in_blocks(spec: TeacherSpec, target: Target, kept: Sequence[int]) -> tuple[str, ...]:
     """Return what must stay frozen in a student of `target` that keeps attention in the blocks `kept`."""
-    if target.fit(facts) != "frozen":
+    if target.fit(spec) != "frozen":
         return ()
-    has_bias = facts.input_bias or facts.output_bias
+    has_bias = spec.input_bias or spec.output_bias
     return tuple(
         f"model.layers.{index}.self_attn.{name}.{kind}"
         for index in kept

@@ -35,7 +35,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional
 
-from xarch_kd.models.conversion.teacher_spec import AttentionFacts
+from xarch_kd.models.conversion.teacher_spec import AttentionSpec
 from xarch_kd.models.conversion.weights import AttentionWeights, Projection
 
 # silu(GATE_OPEN) = 1.
@@ -57,23 +57,23 @@ class MixerShape:
     convolution: int
 
 
-def mixer_from_attention(block: AttentionWeights, facts: AttentionFacts, shape: MixerShape) -> dict[str, Tensor]:
+def mixer_from_attention(block: AttentionWeights, spec: AttentionSpec, shape: MixerShape) -> dict[str, Tensor]:
     """Return a mixer's state, in float32, made from a block's attention by the recipe above."""
-    values = _in_heads(block.value, facts.key_value_heads, shape.heads, shape.channels)
-    keys = _in_heads(block.key, facts.key_value_heads, shape.heads, shape.state)
-    queries = _in_heads(block.query, facts.heads, shape.heads, shape.state)
-    size = _value_size(block, facts, shape.heads)
+    values = _in_heads(block.value, spec.key_value_heads, shape.heads, shape.channels)
+    keys = _in_heads(block.key, spec.key_value_heads, shape.heads, shape.state)
+    queries = _in_heads(block.query, spec.heads, shape.heads, shape.state)
+    size = _value_size(block, spec, shape.heads)
     gate = torch.zeros(shape.heads * shape.channels, shape.width + 1, device=size.device)
     gate[:, -1] = GATE_OPEN
     step = torch.zeros(shape.heads, shape.width + 1, device=size.device)
     rows = torch.cat([gate, *(rearrange(part, "h c w -> (h c) w") for part in (values, keys, queries)), step])
     taps = torch.ones(len(rows) - len(gate) - shape.heads, device=size.device)
     taps[: len(gate)] = repeat(LINEAR / size, "h -> (h c)", c=shape.channels)
-    output = rearrange(block.output.weight.float(), "w (h d) -> w h d", h=facts.heads)
-    output = functional.pad(output, (0, shape.channels - facts.head_dim))
+    output = rearrange(block.output.weight.float(), "w (h d) -> w h d", h=spec.heads)
+    output = functional.pad(output, (0, shape.channels - spec.head_dim))
     horizon = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), shape.heads, device=size.device)
     # The norm's mean square runs over the zeros of a padded head too.
-    used = math.sqrt(facts.head_dim / shape.channels)
+    used = math.sqrt(spec.head_dim / shape.channels)
     return {
         "in_proj.weight": rows[:, :-1].contiguous(),
         "in_proj.bias": rows[:, -1].contiguous(),
@@ -131,12 +131,12 @@ def _in_heads(projection: Projection, given: int, heads: int, size: int) -> Tens
     return functional.pad(rows, (0, 0, 0, size - rows.shape[1]))
 
 
-def _value_size(block: AttentionWeights, facts: AttentionFacts, heads: int) -> Tensor:
+def _value_size(block: AttentionWeights, spec: AttentionSpec, heads: int) -> Tensor:
     """Return r of the recipe, [heads], never zero."""
     weight = block.value.weight.float() * block.mixer_norm.float()
     rows = weight.square().sum(dim=1) + _bias(block.value).square()
-    given = rearrange(rows, "(g d) -> g d", g=facts.key_value_heads).mean(dim=1).sqrt()
-    return repeat(given, "g -> (g n)", n=heads // facts.key_value_heads).clamp_min(1e-6)
+    given = rearrange(rows, "(g d) -> g d", g=spec.key_value_heads).mean(dim=1).sqrt()
+    return repeat(given, "g -> (g n)", n=heads // spec.key_value_heads).clamp_min(1e-6)
 
 
 def _bias(projection: Projection) -> Tensor:

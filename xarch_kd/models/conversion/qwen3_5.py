@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, Qwen3_5TextConfig
 from xarch_kd.models.conversion.bamba import CONVOLUTION, copied_fields, projections
 from xarch_kd.models.conversion.mixers import MixerShape
 from xarch_kd.models.conversion.rotary import rotary_parameters
-from xarch_kd.models.conversion.teacher_spec import AttentionFacts, TeacherFacts
+from xarch_kd.models.conversion.teacher_spec import AttentionSpec, TeacherSpec
 from xarch_kd.models.conversion.weights import BlockWeights, Projection, TeacherWeights, widened
 
 BELOW_EPSILON = 1e-7
@@ -32,43 +32,43 @@ BELOW_EPSILON = 1e-7
 LINEAR_NORM = ("q_proj", "k_proj", "q_norm", "k_norm")
 
 
-def qwen3_5_unsupported_reason(facts: TeacherFacts) -> str | None:
+def qwen3_5_unsupported_reason(spec: TeacherSpec) -> str | None:
     """Return why Qwen3.5's class cannot hold a teacher, or None."""
-    if facts.norm_after:
+    if spec.norm_after:
         return "its norms follow attention and MLP, where Qwen3.5's precede them"
-    if facts.query_key_norm == "width":
+    if spec.query_key_norm == "width":
         return "it norms queries and keys over all heads together, and Qwen3.5 norms each head"
-    if facts.mlp_bias:
+    if spec.mlp_bias:
         return "its MLP has biases, and Qwen3.5's has no place for them"
     return None
 
 
-def qwen3_5_config(facts: TeacherFacts, kept: Sequence[int], teacher: PreTrainedConfig) -> Qwen3_5TextConfig:
+def qwen3_5_config(spec: TeacherSpec, kept: Sequence[int], teacher: PreTrainedConfig) -> Qwen3_5TextConfig:
     """Return the config of a student that keeps attention in the blocks `kept`.
 
     Raises `ConversionError` if the kept blocks do not agree on whether they use rotary positions.
     """
     return Qwen3_5TextConfig(
-        **copied_fields(facts, teacher),
-        **delta_fields(facts),
+        **copied_fields(spec, teacher),
+        **delta_fields(spec),
         architectures=["Qwen3_5ForCausalLM"],
-        tie_word_embeddings=facts.tied and not facts.is_scaled,
-        rope_parameters=rotary_parameters(facts, kept),
-        layer_types=["full_attention" if index in kept else "linear_attention" for index in range(facts.layers)],
+        tie_word_embeddings=spec.tied and not spec.is_scaled,
+        rope_parameters=rotary_parameters(spec, kept),
+        layer_types=["full_attention" if index in kept else "linear_attention" for index in range(spec.layers)],
     )
 
 
-def delta_fields(facts: AttentionFacts) -> dict[str, Any]:
+def delta_fields(spec: AttentionSpec) -> dict[str, Any]:
     """Return the sizes of gated delta mixers with one key and one value head for each query head of the teacher.
 
     The class serves several value heads by one key head but not the reverse, so shared key and value heads of a
     teacher are repeated.
     """
     return {
-        "linear_num_key_heads": facts.heads,
-        "linear_num_value_heads": facts.heads,
-        "linear_key_head_dim": facts.head_dim,
-        "linear_value_head_dim": facts.head_dim,
+        "linear_num_key_heads": spec.heads,
+        "linear_num_value_heads": spec.heads,
+        "linear_key_head_dim": spec.head_dim,
+        "linear_value_head_dim": spec.head_dim,
         "linear_conv_kernel_dim": CONVOLUTION,
     }
 
@@ -87,17 +87,17 @@ def delta_shape(config: PreTrainedConfig) -> MixerShape:
 
 def qwen3_5_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tensor]:
     """Return every weight of a student but those of its mixers."""
-    facts = weights.facts
+    spec = weights.spec
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": _minus_one(weights.final_norm)}
     state["lm_head.weight"] = weights.head
-    for index in range(facts.layers):
+    for index in range(spec.layers):
         block, place = weights.block(index), f"model.layers.{index}"
         state[f"{place}.input_layernorm.weight"] = _minus_one(block.mixer_norm)
         state[f"{place}.post_attention_layernorm.weight"] = _minus_one(block.mlp_norm)
         mlp = {"gate_proj": block.gate, "up_proj": block.up, "down_proj": block.down}
         state |= projections(f"{place}.mlp", mlp, with_bias=False)
         if index in kept:
-            state |= _attention(f"{place}.self_attn", block, facts)
+            state |= _attention(f"{place}.self_attn", block, spec)
     return state
 
 
@@ -117,17 +117,17 @@ def qwen3_5_mixer(place: str, mixer: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{place}.linear_attn.{name}": value for name, value in named.items()}
 
 
-def _attention(place: str, block: BlockWeights, facts: TeacherFacts) -> dict[str, Tensor]:
+def _attention(place: str, block: BlockWeights, spec: TeacherSpec) -> dict[str, Tensor]:
     query, key = block.query, block.key
     query_norm, key_norm = block.query_norm, block.key_norm
     if query_norm is None or key_norm is None:
         query, key = query.scaled(BELOW_EPSILON), key.scaled(BELOW_EPSILON)
-        undone = facts.epsilon**0.5 / BELOW_EPSILON
-        query_norm = key_norm = widened(query.weight).new_full((facts.head_dim,), undone)
+        undone = spec.epsilon**0.5 / BELOW_EPSILON
+        query_norm = key_norm = widened(query.weight).new_full((spec.head_dim,), undone)
     # Doubling undoes the gate of 1/2, which multiplies what the projection reads and so not its bias.
     output = Projection(weight=block.output.weight * 2, bias=block.output.bias)
-    named = {"q_proj": _gated(query, facts.heads), "k_proj": key, "v_proj": block.value, "o_proj": output}
-    state = projections(place, named, with_bias=facts.input_bias or facts.output_bias)
+    named = {"q_proj": _gated(query, spec.heads), "k_proj": key, "v_proj": block.value, "o_proj": output}
+    state = projections(place, named, with_bias=spec.input_bias or spec.output_bias)
     state[f"{place}.q_norm.weight"] = _minus_one(query_norm)
     state[f"{place}.k_norm.weight"] = _minus_one(key_norm)
     return state

@@ -6,38 +6,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from xarch_kd.errors import ConversionError
-from xarch_kd.models.conversion.teacher_spec import TeacherFacts, or_in_place
+from xarch_kd.models.conversion.teacher_spec import TeacherSpec, or_in_place
 
 
-def is_rotary(facts: TeacherFacts, kept: Sequence[int]) -> bool:
+def is_rotary(spec: TeacherSpec, kept: Sequence[int]) -> bool:
     """Return whether the kept blocks rotate queries and keys; True if none is kept.
 
     Raises `ConversionError` if they do not agree: every stock hybrid class has one switch for all of its blocks.
     """
-    rotary = {facts.rotary_layers[index] for index in kept}
+    rotary = {spec.rotary_layers[index] for index in kept}
     if rotary == {True, False}:
-        without = [index for index in kept if not facts.rotary_layers[index]]
+        without = [index for index in kept if not spec.rotary_layers[index]]
         raise ConversionError(
             "The kept blocks mix attention with and without rotary positions, which a stock class has one switch for.",
             asked=f"keep attention in {list(kept)}",
             found=f"blocks without rotary positions: {without} of {list(kept)}",
             fix=or_in_place(
-                facts.model_type,
+                spec.model_type,
                 "keep only blocks with them, or only blocks without: "
-                f"{[index for index in range(facts.layers) if facts.rotary_layers[index]]} or "
-                f"{[index for index in range(facts.layers) if not facts.rotary_layers[index]]}",
+                f"{[index for index in range(spec.layers) if spec.rotary_layers[index]]} or "
+                f"{[index for index in range(spec.layers) if not spec.rotary_layers[index]]}",
             ),
         )
     return rotary != {False}
 
 
-def rotary_parameters(facts: TeacherFacts, kept: Sequence[int]) -> dict[str, Any]:
+def rotary_parameters(spec: TeacherSpec, kept: Sequence[int]) -> dict[str, Any]:
     """Return the student's `rope_parameters`, which always say the share of a head that is rotated.
 
     The classes' own defaults for that share differ: a half (Bamba), a quarter (Qwen3.5).
     """
-    if is_rotary(facts, kept):
-        return dict(facts.rope_parameters)
+    if is_rotary(spec, kept):
+        return dict(spec.rope_parameters)
     # In the shared rotary utilities this leaves every frequency zero, so that no channel is rotated.
-    theta = facts.rope_parameters["rope_theta"]
+    theta = spec.rope_parameters["rope_theta"]
     return {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": 0.0}

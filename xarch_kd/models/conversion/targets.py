@@ -19,7 +19,7 @@ from xarch_kd.models.conversion.granitemoehybrid import (
 )
 from xarch_kd.models.conversion.olmo_hybrid import olmo_hybrid_config, olmo_hybrid_state, olmo_hybrid_unsupported_reason
 from xarch_kd.models.conversion.qwen3_5 import qwen3_5_config, qwen3_5_state, qwen3_5_unsupported_reason
-from xarch_kd.models.conversion.teacher_spec import TeacherFacts, or_in_place
+from xarch_kd.models.conversion.teacher_spec import TeacherSpec, or_in_place
 from xarch_kd.models.conversion.weights import TeacherWeights
 
 # How near a student with all attention kept is to its teacher, best first: the same weights; multipliers folded into
@@ -28,36 +28,36 @@ Fit = Literal["exact", "folded", "frozen"]
 FITS: tuple[Fit, ...] = ("exact", "folded", "frozen")
 
 
-def _as_given(facts: TeacherFacts) -> TeacherFacts:
-    return facts
+def _as_given(spec: TeacherSpec) -> TeacherSpec:
+    return spec
 
 
-def _folds(facts: TeacherFacts) -> Fit:
-    return "folded" if facts.is_folded else "exact"
+def _folds(spec: TeacherSpec) -> Fit:
+    return "folded" if spec.is_folded else "exact"
 
 
-def _always_exact(facts: TeacherFacts) -> Fit:
+def _always_exact(spec: TeacherSpec) -> Fit:
     return "exact"
 
 
-def _with_norms(facts: TeacherFacts) -> Fit:
-    return "frozen" if facts.query_key_norm is None else _folds(facts)
+def _with_norms(spec: TeacherSpec) -> Fit:
+    return "frozen" if spec.query_key_norm is None else _folds(spec)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A student class: `obstacle` says why it cannot hold a teacher, `fit` how near it comes if it can.
 
-    `read_as` gives the facts with which the teacher's weights are read: without the multipliers that the class has
+    `read_as` gives the spec with which the teacher's weights are read: without the multipliers that the class has
     itself. `config` and `state` make its config and every weight but those of its mixers.
     """
 
     name: str
     mixer: str
-    unsupported_reason: Callable[[TeacherFacts], str | None]
-    fit: Callable[[TeacherFacts], Fit]
-    read_as: Callable[[TeacherFacts], TeacherFacts] = _as_given
-    config: Callable[[TeacherFacts, Sequence[int], PreTrainedConfig], PreTrainedConfig]
+    unsupported_reason: Callable[[TeacherSpec], str | None]
+    fit: Callable[[TeacherSpec], Fit]
+    read_as: Callable[[TeacherSpec], TeacherSpec] = _as_given
+    config: Callable[[TeacherSpec, Sequence[int], PreTrainedConfig], PreTrainedConfig]
     state: Callable[[TeacherWeights, Sequence[int]], dict[str, Tensor]]
 
 
@@ -100,7 +100,7 @@ TARGETS: dict[str, Target] = {
 MIXERS = ("mamba2", "gated_delta")
 
 
-def choose_target(facts: TeacherFacts, *, mixer: str, target: str) -> Target:
+def choose_target(spec: TeacherSpec, *, mixer: str, target: str) -> Target:
     """Return the class that `target` names; for `auto` that of the best fit, of equal ones the first in `TARGETS`.
 
     Raises `ConversionError` for names that do not exist or do not go together, and for a teacher that the class, or
@@ -120,21 +120,21 @@ def choose_target(facts: TeacherFacts, *, mixer: str, target: str) -> Target:
             fix=f"mixer: {TARGETS[target].mixer}",
         )
     asked = [TARGETS[target]] if target != "auto" else [one for one in TARGETS.values() if one.mixer == mixer]
-    able = [one for one in asked if one.unsupported_reason(facts) is None]
+    able = [one for one in asked if one.unsupported_reason(spec) is None]
     if not able:
-        reasons = "; ".join(f"{one.name}: {one.unsupported_reason(facts)}" for one in asked)
+        reasons = "; ".join(f"{one.name}: {one.unsupported_reason(spec)}" for one in asked)
         raise ConversionError(
-            f"A teacher of type {facts.model_type} cannot become {' or '.join(one.name for one in asked)}.",
-            asked=f"model_type: {facts.model_type}, mixer: {mixer}, target: {target}",
+            f"A teacher of type {spec.model_type} cannot become {' or '.join(one.name for one in asked)}.",
+            asked=f"model_type: {spec.model_type}, mixer: {mixer}, target: {target}",
             found=reasons,
-            fix=_instead(facts),
+            fix=_instead(spec),
         )
-    return min(able, key=lambda one: FITS.index(one.fit(facts)))
+    return min(able, key=lambda one: FITS.index(one.fit(spec)))
 
 
-def _instead(facts: TeacherFacts) -> str:
-    able = [one for one in TARGETS.values() if one.unsupported_reason(facts) is None]
-    able.sort(key=lambda one: FITS.index(one.fit(facts)))
+def _instead(spec: TeacherSpec) -> str:
+    able = [one for one in TARGETS.values() if one.unsupported_reason(spec) is None]
+    able.sort(key=lambda one: FITS.index(one.fit(spec)))
     fresh = "build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion"
-    others = or_in_place(facts.model_type, fresh)
+    others = or_in_place(spec.model_type, fresh)
     return others if not able else f"mixer: {able[0].mixer}, target: {able[0].name} holds this teacher; or {others}"

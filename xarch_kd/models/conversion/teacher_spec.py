@@ -1,6 +1,6 @@
 """What a teacher's config says about conversion, and which teachers no stock hybrid class holds.
 
-A family enters `FACTS` only with a test that its converted logits equal the teacher's.
+A family enters `SPECS` only with a test that its converted logits equal the teacher's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from xarch_kd.errors import ConversionError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionFacts:
+class AttentionSpec:
     """The sizes of an attention, and the `epsilon` of its norm, which comes before it unless `norm_after`."""
 
     width: int
@@ -27,7 +27,7 @@ class AttentionFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherFacts(AttentionFacts):
+class TeacherSpec(AttentionSpec):
     """A Transformer with rotary attention and a gated MLP, in numbers.
 
     `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
@@ -74,26 +74,26 @@ class Refusal:
     instead: str
 
 
-def teacher_facts(config: PreTrainedConfig) -> TeacherFacts:
-    """Return the facts of a teacher's config. Raises `ConversionError` with the reason and what works instead."""
+def teacher_spec(config: PreTrainedConfig) -> TeacherSpec:
+    """Return the spec of a teacher's config. Raises `ConversionError` with the reason and what works instead."""
     refusal = REFUSALS.get(config.model_type)
     if refusal is not None:
         raise ConversionError(
             f"A teacher of type {config.model_type} cannot become a stock hybrid student: {refusal.reason}.",
             asked=f"model_type: {config.model_type}",
-            allowed=", ".join(FACTS),
+            allowed=", ".join(SPECS),
             fix=or_in_place(config.model_type, refusal.instead),
         )
-    if config.model_type not in FACTS:
+    if config.model_type not in SPECS:
         raise ConversionError(
             f"A teacher of type {config.model_type} cannot become a stock hybrid student: "
             "its conversion is not known to be exact.",
             asked=f"model_type: {config.model_type}",
-            allowed=", ".join(FACTS),
+            allowed=", ".join(SPECS),
             fix="build a fresh student (student: {config: FOLDER}) and align it, which needs no conversion",
         )
     _refuse_window(config)
-    return FACTS[config.model_type](config)
+    return SPECS[config.model_type](config)
 
 
 def or_in_place(model_type: str, fix: str) -> str:
@@ -126,12 +126,12 @@ def _refuse_window(config: PreTrainedConfig) -> None:
     )
 
 
-def _llama_like(config: PreTrainedConfig) -> TeacherFacts:
+def _llama_like(config: PreTrainedConfig) -> TeacherSpec:
     """Facts under the names that Llama's config gave them; a family's own deviations are replaced afterwards."""
     values: Any = config
     head_dim = getattr(config, "head_dim", None) or values.hidden_size // values.num_attention_heads
     attention_bias = bool(getattr(config, "attention_bias", False))
-    return TeacherFacts(
+    return TeacherSpec(
         model_type=config.model_type,
         layers=values.num_hidden_layers,
         width=values.hidden_size,
@@ -152,30 +152,30 @@ def _llama_like(config: PreTrainedConfig) -> TeacherFacts:
     )
 
 
-def _full_rotary(config: PreTrainedConfig) -> TeacherFacts:
-    """Llama's facts for a family that ignores `partial_rotary_factor`, whatever its config says."""
-    facts = _llama_like(config)
-    return replace(facts, rope_parameters={**facts.rope_parameters, "partial_rotary_factor": 1.0})
+def _full_rotary(config: PreTrainedConfig) -> TeacherSpec:
+    """Llama's spec for a family that ignores `partial_rotary_factor`, whatever its config says."""
+    spec = _llama_like(config)
+    return replace(spec, rope_parameters={**spec.rope_parameters, "partial_rotary_factor": 1.0})
 
 
-def _mistral(config: PreTrainedConfig) -> TeacherFacts:
+def _mistral(config: PreTrainedConfig) -> TeacherSpec:
     return replace(_full_rotary(config), input_bias=False, output_bias=False, mlp_bias=False)
 
 
-def _qwen2(config: PreTrainedConfig) -> TeacherFacts:
+def _qwen2(config: PreTrainedConfig) -> TeacherSpec:
     return replace(_full_rotary(config), input_bias=True, output_bias=False, mlp_bias=False)
 
 
-def _phi3(config: PreTrainedConfig) -> TeacherFacts:
-    facts = replace(_llama_like(config), input_bias=False, output_bias=False, mlp_bias=False)
+def _phi3(config: PreTrainedConfig) -> TeacherSpec:
+    spec = replace(_llama_like(config), input_bias=False, output_bias=False, mlp_bias=False)
     original = getattr(config, "original_max_position_embeddings", None)
-    if facts.rope_parameters.get("rope_type") == "longrope" and original is not None:
-        rope = {"original_max_position_embeddings": original, **facts.rope_parameters}
-        return replace(facts, rope_parameters=rope)
-    return facts
+    if spec.rope_parameters.get("rope_type") == "longrope" and original is not None:
+        rope = {"original_max_position_embeddings": original, **spec.rope_parameters}
+        return replace(spec, rope_parameters=rope)
+    return spec
 
 
-def _granite(config: PreTrainedConfig) -> TeacherFacts:
+def _granite(config: PreTrainedConfig) -> TeacherSpec:
     values: Any = config
     return replace(
         _full_rotary(config),
@@ -186,25 +186,25 @@ def _granite(config: PreTrainedConfig) -> TeacherFacts:
     )
 
 
-def _smollm3(config: PreTrainedConfig) -> TeacherFacts:
+def _smollm3(config: PreTrainedConfig) -> TeacherSpec:
     values: Any = config
     return replace(_full_rotary(config), rotary_layers=tuple(bool(value) for value in values.no_rope_layers))
 
 
-def _gemma(config: PreTrainedConfig) -> TeacherFacts:
-    facts = _full_rotary(config)
-    return replace(facts, mlp_bias=False, norm_offset=1.0, embedding_scale=facts.width**0.5)
+def _gemma(config: PreTrainedConfig) -> TeacherSpec:
+    spec = _full_rotary(config)
+    return replace(spec, mlp_bias=False, norm_offset=1.0, embedding_scale=spec.width**0.5)
 
 
-def _qwen3(config: PreTrainedConfig) -> TeacherFacts:
+def _qwen3(config: PreTrainedConfig) -> TeacherSpec:
     return replace(_full_rotary(config), mlp_bias=False, query_key_norm="head")
 
 
-def _olmo2(config: PreTrainedConfig) -> TeacherFacts:
+def _olmo2(config: PreTrainedConfig) -> TeacherSpec:
     return replace(_full_rotary(config), mlp_bias=False, query_key_norm="width", norm_after=True)
 
 
-FACTS: dict[str, Callable[[PreTrainedConfig], TeacherFacts]] = {
+SPECS: dict[str, Callable[[PreTrainedConfig], TeacherSpec]] = {
     "llama": _full_rotary,
     "mistral": _mistral,
     "qwen2": _qwen2,

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import ConversionError, ModelError
-from xarch_kd.models.conversion.teacher_spec import TeacherFacts
+from xarch_kd.models.conversion.teacher_spec import TeacherSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Projection:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
-    """One attention: o(attention(q, k, v of norm(x))), or the norm of o(…) if the facts say so.
+    """One attention: o(attention(q, k, v of norm(x))), or the norm of o(…) if the spec say so.
 
     `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], `mixer_norm` [width]. The
     norms of queries and keys are [head_dim], or as wide as all their heads, or None.
@@ -62,15 +62,15 @@ class TeacherWeights:
     logit_scale. Where a multiplier is 1 the tensors are the teacher's own, not copies. Blocks are made on demand.
     """
 
-    def __init__(self, teacher: PreTrainedModel, facts: TeacherFacts) -> None:
-        self.facts = facts
+    def __init__(self, teacher: PreTrainedModel, spec: TeacherSpec) -> None:
+        self.spec = spec
         self._state: dict[str, Tensor] = teacher.state_dict()
         self._read: set[str] = set()
 
     @property
     def embedding(self) -> Tensor:
         """[vocabulary, width]."""
-        return _times(self._take("model.embed_tokens.weight"), self.facts.embedding_scale)
+        return _times(self._take("model.embed_tokens.weight"), self.spec.embedding_scale)
 
     @property
     def final_norm(self) -> Tensor:
@@ -80,36 +80,36 @@ class TeacherWeights:
     @property
     def head(self) -> Tensor:
         """[vocabulary, width]; the embedding's own rows if the teacher ties them."""
-        name = "model.embed_tokens.weight" if self.facts.tied else "lm_head.weight"
+        name = "model.embed_tokens.weight" if self.spec.tied else "lm_head.weight"
         self._read.add("lm_head.weight")
-        return _times(self._take(name), self.facts.logit_scale)
+        return _times(self._take(name), self.spec.logit_scale)
 
     def block(self, index: int) -> BlockWeights:
         """Return the weights of block `index`."""
-        facts, place = self.facts, f"model.layers.{index}"
-        if facts.model_type == "phi3":
-            size = facts.key_value_heads * facts.head_dim
-            query, key, value = self._split(f"{place}.self_attn.qkv_proj", (facts.heads * facts.head_dim, size, size))
-            gate, up = self._split(f"{place}.mlp.gate_up_proj", (facts.intermediate, facts.intermediate))
+        spec, place = self.spec, f"model.layers.{index}"
+        if spec.model_type == "phi3":
+            size = spec.key_value_heads * spec.head_dim
+            query, key, value = self._split(f"{place}.self_attn.qkv_proj", (spec.heads * spec.head_dim, size, size))
+            gate, up = self._split(f"{place}.mlp.gate_up_proj", (spec.intermediate, spec.intermediate))
         else:
             query, key, value = (self._projection(f"{place}.self_attn.{name}_proj") for name in ("q", "k", "v"))
             gate, up = (self._projection(f"{place}.mlp.{name}_proj") for name in ("gate", "up"))
         mixer_norm, mlp_norm = "input_layernorm", "post_attention_layernorm"
-        if facts.norm_after:
+        if spec.norm_after:
             mixer_norm, mlp_norm = "post_attention_layernorm", "post_feedforward_layernorm"
-        query_scale = facts.attention_scale / facts.head_dim**-0.5
+        query_scale = spec.attention_scale / spec.head_dim**-0.5
         return BlockWeights(
             query=query.scaled(query_scale),
             key=key,
             value=value,
-            output=self._projection(f"{place}.self_attn.o_proj").scaled(facts.residual_scale),
+            output=self._projection(f"{place}.self_attn.o_proj").scaled(spec.residual_scale),
             gate=gate,
             up=up,
-            down=self._projection(f"{place}.mlp.down_proj").scaled(facts.residual_scale),
+            down=self._projection(f"{place}.mlp.down_proj").scaled(spec.residual_scale),
             mixer_norm=self._norm(f"{place}.{mixer_norm}"),
             mlp_norm=self._norm(f"{place}.{mlp_norm}"),
-            query_norm=None if facts.query_key_norm is None else self._norm(f"{place}.self_attn.q_norm"),
-            key_norm=None if facts.query_key_norm is None else self._norm(f"{place}.self_attn.k_norm"),
+            query_norm=None if spec.query_key_norm is None else self._norm(f"{place}.self_attn.q_norm"),
+            key_norm=None if spec.query_key_norm is None else self._norm(f"{place}.self_attn.k_norm"),
         )
 
     def unread(self) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ class TeacherWeights:
     def _take(self, name: str) -> Tensor:
         if name not in self._state:
             raise ConversionError(
-                f"The {self.facts.model_type} teacher has no weight {name}.",
+                f"The {self.spec.model_type} teacher has no weight {name}.",
                 found=", ".join(sorted(self._state)[:4]) + ", …",
                 fix="load it as a causal language model, with load_model or AutoModelForCausalLM",
             )
@@ -135,7 +135,7 @@ class TeacherWeights:
 
     def _norm(self, place: str) -> Tensor:
         weight = self._take(f"{place}.weight")
-        return weight if self.facts.norm_offset == 0.0 else widened(weight) + self.facts.norm_offset
+        return weight if self.spec.norm_offset == 0.0 else widened(weight) + self.spec.norm_offset
 
 
 def widened(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.models.conversion.teacher_spec import AttentionFacts
+from xarch_kd.models.conversion.teacher_spec import AttentionSpec
 from xarch_kd.models.conversion.weights import AttentionWeights, Projection
 from xarch_kd.models.in_place.teachers import FAMILIES
 
@@ -24,12 +24,12 @@ def attention_of(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
     return ADAPTERS[family.attention](blocks[layer], teacher.config, family.norm_offset)
 
 
-def attention_sizes(config: PreTrainedConfig) -> AttentionFacts:
+def attention_sizes(config: PreTrainedConfig) -> AttentionSpec:
     """Return the sizes of the attention of a config of one of the families."""
     values: Any = config
     heads = values.num_attention_heads
     epsilons = (getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"))
-    return AttentionFacts(
+    return AttentionSpec(
         width=values.hidden_size,
         heads=heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or heads,

@@ -14,22 +14,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.errors import ConversionError, renamed_arguments
+from xarch_kd.errors import ConversionError
 from xarch_kd.models.conversion.bamba import mamba2_fields
-from xarch_kd.models.conversion.check import ROWS, TOKENS, logits_tolerance, runnable
+from xarch_kd.models.conversion.base import Conversion, Selection
+from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.layer_selection import kept_layers
 from xarch_kd.models.conversion.qwen3_5 import delta_fields
 from xarch_kd.models.conversion.targets import TARGETS
-from xarch_kd.models.conversion.teacher_spec import teacher_facts
-from xarch_kd.models.conversion.weights import check_finite
+from xarch_kd.models.conversion.teacher_spec import teacher_spec
 from xarch_kd.models.in_place.attention import attention_sizes
 from xarch_kd.models.in_place.classes import CLASSES, MIXERS, InPlaceClasses
 from xarch_kd.models.in_place.configs import PREFIX
@@ -46,58 +46,63 @@ ALL_RECURRENT = (
 )
 
 
-@renamed_arguments(initialisation="init")
-def convert_in_place(
-    teacher: PreTrainedModel,
+def plan_in_place(
+    teacher: PreTrainedConfig,
     *,
-    layers: str | Sequence[int],
     mixer: str = "mamba2",
-    init: Literal["attention", "random"] = "attention",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    check: bool = True,
-) -> PreTrainedModel:
-    """Return a copy of the teacher, of its own class, whose blocks `layers` have a new mixer instead of attention.
+    keep_attention: Selection = None,
+    replace: Selection = None,
+) -> InPlaceConversion:
+    """Return the conversion within the teacher's own class; arguments as in `convert`.
 
-    `layers` are indices or words as in `keep.py`, `mixer` is `mamba2` or `gated_delta`. The mixers start from the
-    attention they replace, or, seeded, at random. The teacher is not changed and shares no tensor with the student.
-    With `check` the class without any mixer is compared with the teacher's. Raises `UsageError` for layers that do not
-    fit, `ConversionError` for a teacher that is not in the table; warns if no attention is left.
-    """
-    if init not in ("attention", "random"):
-        raise ConversionError("There is no such init.", asked=init, allowed="attention, random")
-    config: Any = in_place_config(teacher.config, layers=layers, mixer=mixer)
-    if len(config.replaced_layers) == config.num_hidden_layers:
-        warnings.warn(ALL_RECURRENT, UserWarning, stacklevel=2)
-    if check:
-        check_in_place(teacher)
-    places = mixer_places(config)
-    kept = {name: value for name, value in teacher.state_dict().items() if not name.startswith(tuple(places.values()))}
-    state = _copied(kept, dtype)
-    made = new_mixers(teacher, config, seed=seed if init == "random" else None)
-    for layer, mixer_state in made.items():
-        state |= {f"{places[layer]}{name}": value.to(dtype) for name, value in mixer_state.items()}
-    check_finite(state, what="The converted student")
-    config.dtype = dtype
-    student = runnable(config, state, teacher.device).requires_grad_(True)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student
-
-
-def in_place_config(
-    teacher: PreTrainedConfig, *, layers: str | Sequence[int], mixer: str = "mamba2"
-) -> PreTrainedConfig:
-    """Return the config of the student that `convert_in_place` would build; no weights are needed.
-
-    Raises `UsageError` for layers that do not fit, `ConversionError` for a teacher or mixer that is not in the table.
+    Raises UsageError for a selection that does not fit, ConversionError for a teacher or mixer that is not in the
+    tables.
     """
     classes = _classes(teacher)
-    make: Any = classes.config
     if mixer not in MIXERS:
         raise ConversionError("There is no conversion to this mixer.", asked=mixer, allowed=", ".join(MIXERS))
-    sizes = attention_sizes(teacher)
     count: int = teacher.num_hidden_layers  # type: ignore[attr-defined]  # a field of every family's config
-    kept = kept_layers(count, replace=layers)
+    kept = kept_layers(count, keep_attention=keep_attention, replace=replace)
+    return InPlaceConversion(
+        teacher_config=teacher,
+        config=_student_config(teacher, classes, mixer, [index for index in range(count) if index not in kept]),
+        kept=kept,
+        warnings=(NEEDS_PACKAGE,) if kept else (NEEDS_PACKAGE, ALL_RECURRENT),
+        mixer=mixer,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceConversion(Conversion):
+    """A conversion within the teacher's own class. Students are exact by construction, up to the new mixers."""
+
+    all_recurrent: ClassVar[str] = ALL_RECURRENT
+
+    mixer: str
+
+    def state(self, teacher: PreTrainedModel, dtype: torch.dtype, *, seed: int | None) -> dict[str, Tensor]:
+        """See `Conversion`."""
+        places = mixer_places(self.config)
+        old = tuple(places.values())
+        state = _copied(
+            {name: value for name, value in teacher.state_dict().items() if not name.startswith(old)}, dtype
+        )
+        for layer, made in new_mixers(teacher, self.config, seed=seed).items():
+            state |= {f"{places[layer]}{name}": value.to(dtype) for name, value in made.items()}
+        return state
+
+    def all_attention_pair(self, teacher: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """See `Conversion`. Both are in the teacher's dtype; the same operations run in both, so logits are equal."""
+        state = teacher.state_dict()
+        twin = type(teacher.config).from_dict(teacher.config.to_dict())
+        config = _student_config(teacher.config, _classes(teacher.config), self.mixer, [])
+        return runnable(twin, state, teacher.device), runnable(config, state, teacher.device)
+
+
+def _student_config(
+    teacher: PreTrainedConfig, classes: InPlaceClasses, mixer: str, replaced: list[int]
+) -> PreTrainedConfig:
+    sizes = attention_sizes(teacher)
     settings = mamba2_fields(sizes) if mixer == "mamba2" else delta_fields(sizes)
     # The recipes of the first weights are for silu, whatever the teacher's MLP has.
     settings |= {"hidden_act": "silu", "rms_norm_eps": sizes.epsilon}
@@ -105,10 +110,11 @@ def in_place_config(
     names = {field.name for field in dataclasses.fields(teacher)} - common
     # Not a field of every class whose attention reads it.
     names |= {"head_dim"} if getattr(teacher, "head_dim", None) is not None else set()
+    make: Any = classes.config
     return make(
         **{name: copy.deepcopy(getattr(teacher, name)) for name in sorted(names)},
         architectures=[classes.model.__name__],
-        replaced_layers=[index for index in range(count) if index not in kept],
+        replaced_layers=replaced,
         mixer=mixer,
         mixer_settings=settings,
     )
@@ -120,33 +126,6 @@ def mixer_places(config: PreTrainedConfig) -> dict[int, str]:
     name = config.model_type.removeprefix(PREFIX)
     family, prefix = FAMILIES[name], CLASSES[name].model.base_model_prefix
     return {layer: f"{prefix}.{family.blocks}.{layer}.{family.mixer}." for layer in values.replaced_layers}
-
-
-def check_in_place(teacher: PreTrainedModel) -> float:
-    """Return the largest difference of logits between a teacher and its in-place class that keeps all attention.
-
-    Both borrow the teacher's tensors. Raises `ConversionError` above `logits_tolerance`; it is 0 where the same
-    operations run twice alike.
-    """
-    state = teacher.state_dict()
-    config: Any = in_place_config(teacher.config, layers=())
-    twin = runnable(type(teacher.config).from_dict(teacher.config.to_dict()), state, teacher.device)
-    student = runnable(config, state, teacher.device)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config.vocab_size, (ROWS, TOKENS), generator=generator).to(teacher.device)
-    with torch.no_grad():
-        expected = twin(tokens, use_cache=False).logits
-        difference = float((expected - student(tokens, use_cache=False).logits).abs().max())
-    tolerance = logits_tolerance(float(expected.abs().max()), config.num_hidden_layers, expected.dtype)
-    if not difference <= tolerance:
-        raise ConversionError(
-            "The conversion is not exact: with all attention kept, the student's logits are not the teacher's.",
-            asked=f"{teacher.config.model_type} to {config.model_type}",
-            found=f"largest difference {difference:.3g}",
-            allowed=f"{tolerance:.3g}",
-            fix="report it with the teacher's config.json: a field of it is not carried over",
-        )
-    return difference
 
 
 def _classes(teacher: PreTrainedConfig) -> InPlaceClasses:
@@ -179,10 +158,10 @@ def _classes(teacher: PreTrainedConfig) -> InPlaceClasses:
 def _stock(teacher: PreTrainedConfig) -> str | None:
     """Return what to write for the first stock class that holds a teacher, or None if there is none."""
     try:
-        facts = teacher_facts(teacher)
+        spec = teacher_spec(teacher)
     except ConversionError:
         return None
-    able = (target for target in TARGETS.values() if target.unsupported_reason(facts) is None)
+    able = (target for target in TARGETS.values() if target.unsupported_reason(spec) is None)
     return next((f"mixer: {target.mixer}, target: {target.name}" for target in able), None)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.models.conversion.activation_stats import block_moments
+from xarch_kd.models.conversion.activation_stats import activation_stats
 from xarch_kd.models.conversion.delta_mixers import delta_from_attention, random_delta
 from xarch_kd.models.conversion.mixers import MixerShape, mixer_from_attention, random_mixer
 from xarch_kd.models.conversion.qwen3_5 import qwen3_5_mixer
@@ -54,11 +54,11 @@ def _gated_delta(teacher: PreTrainedModel, config: Any, seed: int | None) -> dic
         convolution=settings["linear_conv_kernel_dim"],
     )
     drawn: dict[str, Any] = {"layers": config.num_hidden_layers, "spread": config.initializer_range}
-    moments = block_moments(teacher, config.replaced_layers) if seed is None else {}
+    stats = activation_stats(teacher, config.replaced_layers) if seed is None else {}
     state = {}
     for index in config.replaced_layers:
         if seed is None:
-            made = delta_from_attention(attention_of(teacher, index), sizes, shape, moments[index])
+            made = delta_from_attention(attention_of(teacher, index), sizes, shape, stats[index])
         else:
             made = random_delta(shape, seed=seed + index, device=teacher.device, **drawn)
         named = qwen3_5_mixer("", made)
