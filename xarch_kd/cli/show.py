@@ -88,7 +88,8 @@ def print_projectors(console: Console, run: Path) -> None:
 def generations(run: Path, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:
     """Return a table of what teacher and student write after each prompt."""
     quiet_libraries()
-    from xarch_kd.generation.continuation import continuation
+    from xarch_kd.generation.continuation import continuations
+    from xarch_kd.generation.sampling import Sampling
     from xarch_kd.mapping_file.load import load_mapping
     from xarch_kd.models.loading.load import load_model, load_tokenizer
 
@@ -96,15 +97,11 @@ def generations(run: Path, prompts: list[str], *, tokens: int, temperature: floa
     student_folder = str(run / "student")
     # The student's tokenizer is the teacher's, and it is read faster from its own folder than from a .gguf file.
     tokenizer = load_tokenizer(student_folder)
+    sampling = Sampling(max_new_tokens=tokens, temperature=temperature)
     written: list[list[str]] = []
     for reference, revision in ((mapping.teacher.model, mapping.teacher.revision), (student_folder, None)):
         model = load_model(reference, revision=revision)
-        written.append(
-            [
-                continuation(model, tokenizer, text, tokens=tokens, temperature=temperature, seed=seed)
-                for text in prompts
-            ]
-        )
+        written.append(continuations(model, tokenizer, prompts, sampling, seed=seed))
         del model
     table = Table(title="The same prompt, two models", title_justify="left", show_lines=True, expand=True)
     for heading in ("teacher", "student"):
