@@ -153,7 +153,7 @@ def can_use_cache(model: PreTrainedModel) -> bool:
     """
     if model.config.model_type in STATES_IN_MODULES:
         return False
-    limits = [module.time_step_limit for module in model.modules() if hasattr(module, "time_step_limit")]
+    limits: list[Any] = [module.time_step_limit for module in model.modules() if hasattr(module, "time_step_limit")]
     if any(low > 0 or high < math.inf for low, high in limits):
         return False
     kinds = getattr(model.config, "layer_types", None)
@@ -289,7 +289,8 @@ def _shares(prompt: Tensor, seed: int, sampling: Sampling) -> Tensor:
 def _check_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], sampling: Sampling) -> None:
     if not prompts:
         raise UsageError("There is no prompt to continue.", fix="give at least one list of token ids")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
         if prompt.ndim != 1 or len(prompt) == 0:

@@ -1,4 +1,4 @@
-"""Means, intervals and paired differences of recipes, against numbers by hand, and what the table says of them."""
+"""Means, intervals and paired differences of recipes against numbers by hand, and the table of strategies."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.recipe_statistics import Interval, mean_interval, paired
-from benchmarks.strategies_table import comparisons, shown, table, verdict
+from benchmarks.recipes.statistics import Interval, mean_interval, paired
+from benchmarks.recipes.tables import comparisons, shown, table, verdict
 
 
 def test_three_values_have_a_t_interval_of_two_degrees_of_freedom() -> None:
@@ -35,16 +35,16 @@ def test_differences_are_paired_by_seed_and_seeds_of_one_arm_are_left_out() -> N
 
 
 @pytest.mark.parametrize(
-    ("mean", "half", "said"),
+    ("mean", "half", "expected"),
     [
         (-0.2, 0.1, "better, beyond the interval"),
-        (-0.2, 0.3, "not to be told apart"),
+        (-0.2, 0.3, "no difference beyond the interval"),
         (0.2, 0.1, "worse, beyond the interval"),
         (-0.2, None, "one seed alone"),
     ],
 )
-def test_what_a_difference_says(mean: float, half: float | None, said: str) -> None:
-    assert verdict(Interval(mean=mean, half=half, count=3)) == said
+def test_the_verdict_on_a_difference(mean: float, half: float | None, expected: str) -> None:
+    assert verdict(Interval(mean=mean, half=half, count=3)) == expected
 
 
 def test_a_mean_is_shown_with_its_half_width() -> None:
@@ -104,7 +104,7 @@ def test_an_arm_is_compared_at_equal_tokens_and_with_the_longer_run_of_its_refer
     }
 
 
-def test_the_table_says_which_map_beats_the_control(result: dict[str, Any]) -> None:
+def test_the_table_has_a_verdict_on_each_map_against_the_control(result: dict[str, Any]) -> None:
     written = table(result)
     # -1.5 and -1.6: standard error 0.05.
     assert "- `uniform`: better, beyond the interval (-1.550 ± 0.635, 2 seeds)." in written

@@ -1,7 +1,7 @@
-"""How long a step of each arm takes: all of them in this process, one after another in every round.
+"""Step times of the arms: all of them in this process, one after another in every round.
 
-Wall times of whole runs on a shared machine differ by more than what the arms differ by, so that the steps an arm gets
-for equal wall time follow from these figures and not from the runs.
+Wall times of whole runs on a shared machine vary by more than the arms differ, so the number of steps at equal wall
+time follows from these figures and not from the runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.recipe_arms import Arm, seeded
+from benchmarks.recipes.arms import Arm, seeded
 from xarch_kd.data.rows import pack
 from xarch_kd.files import write_text
 from xarch_kd.job.models import load_models, load_run_tokenizer
@@ -30,7 +30,7 @@ ROUNDS = 5
 def probe(arms: Sequence[Arm], folder: Path) -> dict[str, list[dict[str, float]]]:
     """Return for each arm, stage by stage, the median seconds of the teacher's pass and of the student's step.
 
-    Only arms that stand for themselves (`costs_like`) are measured.
+    An arm whose step time is another's (`costs_like`) is not measured.
     """
     found: dict[str, list[dict[str, float]]] = {}
     for group in dict.fromkeys(arm.group for arm in arms):
@@ -44,7 +44,7 @@ def probe(arms: Sequence[Arm], folder: Path) -> dict[str, list[dict[str, float]]
         for turn in range(ROUNDS + 1):
             for key, step in steps.items():
                 taken = step()
-                # The first round draws memory and fills caches.
+                # The first round allocates memory and fills caches.
                 times[key] += [taken] if turn else []
         for (name, _), taken in times.items():
             teacher, student = (statistics.median(column) for column in zip(*taken, strict=True))
@@ -53,7 +53,7 @@ def probe(arms: Sequence[Arm], folder: Path) -> dict[str, list[dict[str, float]]
 
 
 def training_seconds(mapping: dict[str, Any], steps: Sequence[dict[str, float]]) -> float:
-    """Return what the stages of a mapping file take: the teacher's passes over distinct batches, and the steps."""
+    """Return the seconds of a mapping file's stages: the teacher's passes over distinct batches, and the steps."""
     return sum(
         min(stage.get("batches", stage["steps"]), stage["steps"]) * figures["teacher_seconds"]
         + stage["steps"] * figures["student_seconds"]
@@ -62,7 +62,7 @@ def training_seconds(mapping: dict[str, Any], steps: Sequence[dict[str, float]])
 
 
 def _steps(arm: Arm, folder: Path) -> list[Callable[[], tuple[float, float]]]:
-    """Return one function a stage, which makes a step and returns the teacher's and the student's seconds."""
+    """Return one function per stage, which runs a step and returns the teacher's and the student's seconds."""
     path = folder / f"probe-{arm.name}.yaml"
     write_text(path, yaml.safe_dump(seeded(arm.mapping, 0), sort_keys=False))
     plan = make_plan(path)
@@ -84,7 +84,7 @@ def _step(aligner: Aligner, rows: Tensor) -> Callable[[], tuple[float, float]]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def step() -> tuple[float, float]:
-        # Another stage of the same student may have frozen what this one trains.
+        # Another stage of the same student may have frozen parameters that this one trains.
         for name, parameter in aligner.named_parameters():
             parameter.requires_grad_(name in trained)
         began = time.perf_counter()

@@ -1,25 +1,18 @@
-"""What the demo's recipe reaches, beside what a user would do otherwise in the same wall time.
+"""The demo's recipe against distillation from logits alone in the same wall time.
 
-    python -m benchmarks.recipes [--runs runs/recipes] [--output benchmarks/results/recipes.json]
-    python -m benchmarks.recipes --table strategies [--plan | --stored] [--workers 2] [--seeds 0 1 2]
-
-The second form is another table, of layer maps and of conversions, and described in `strategies`. The first has
-
-two kinds of run, each a process of its own, one after another:
+Two kinds of run, each a process of its own, one after another:
 
 1. the demo's mapping file, as shipped;
-2. logit-only distillation of the same student from the same initialisation, in the wall time that the demo's training
-   took, once for each learning rate of `BASELINE_RATES`; the best of them is what the demo is compared with.
+2. distillation from logits alone of the same student with the same initialization, in the wall time of the demo's
+   training, once per learning rate of `BASELINE_RATES`; the demo is compared with the best of them.
 
-The steps that fit into the wall time follow from the demo's own last stage, whose steps are the same. Figures are NLL
-in nats a token, both models in float32, on the held-out part of the training corpus and on text of another kind; peak
-memory is the resident set of the training process. A run folder that is finished already is used as it is, so that the
-table can be resumed.
+The number of steps in that wall time follows from the demo's own last stage, whose steps are the same. Figures are NLL
+in nats per token, both models in float32, on the held-out part of the training corpus and on text of another kind; peak
+memory is the resident set of the training process. Finished run folders are reused, so that the table can be resumed.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
@@ -30,8 +23,6 @@ from typing import Any
 
 import yaml
 
-from benchmarks.recipe_arms import SEEDS
-from benchmarks.strategies import rewrite, run_strategies
 from xarch_kd._layout import folder
 from xarch_kd.evaluation.results import Evaluation, read_evaluation
 from xarch_kd.files import write_text
@@ -40,8 +31,6 @@ from xarch_kd.run.folder import environment, sha256_of
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
 # The best of 1e-3, 3e-3 and 6e-3 in earlier runs of about this length.
 BASELINE_RATES = (3e-3,)
-# By table, the folder of its runs and the file of its results.
-RESULTS = {"demo": ("recipes", "recipes.json"), "strategies": ("strategies", "strategies-cpu.json")}
 BOUNDS = {
     "held_out_gap": 0.06,
     "other_kind_gap": 0.10,
@@ -49,27 +38,6 @@ BOUNDS = {
     "peak_gib": 4.0,
     "share_of_baseline": 0.5,
 }
-
-
-def main() -> None:
-    """Run what is missing, write the results and their table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", choices=tuple(RESULTS), default="demo")
-    parser.add_argument("--runs", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--plan", action="store_true", help="strategies: show the runs and what they would take")
-    parser.add_argument("--stored", action="store_true", help="strategies: the table of stored results, nothing run")
-    parser.add_argument("--workers", type=int, default=1, help="strategies: runs at a time, of one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="strategies: of which runs")
-    arguments = parser.parse_args()
-    runs = arguments.runs or Path("runs") / RESULTS[arguments.table][0]
-    output = arguments.output or Path(__file__).parent / "results" / RESULTS[arguments.table][1]
-    if arguments.table == "demo":
-        demo_table(runs, output)
-    elif arguments.stored:
-        rewrite(output)
-    else:
-        run_strategies(runs, output, seeds=arguments.seeds, workers=arguments.workers, only_plan=arguments.plan)
 
 
 def demo_table(runs: Path, output: Path) -> None:
@@ -125,7 +93,7 @@ def events(output: Path) -> list[dict[str, Any]]:
 
 
 def logit_step(output: Path) -> float:
-    """Return the median seconds of a step of the run's last stage, which is what the baseline does all the time."""
+    """Return the median seconds of a step of the run's last stage, whose steps are those of the baseline."""
     steps = [event for event in events(output) if event["event"] == "step"]
     times = [event["time"] for event in steps if event["stage"] == steps[-1]["stage"]]
     return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
@@ -140,7 +108,7 @@ def logits_only(rate: float, steps: int, runs: Path) -> dict[str, Any]:
 
 
 def write_baseline(path: Path, *, steps: int, rate: float) -> None:
-    """Write the demo's mapping file with one stage, its last one's, of `steps` steps at `rate`."""
+    """Write the demo's mapping file with its last stage alone, of `steps` steps at learning rate `rate`."""
     mapping = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     stage = next(stage for stage in reversed(mapping["stages"]) if "tokens" in stage)
     stage |= {"steps": steps, "optimizer": {**stage.get("optimizer", {}), "lr": rate}}
@@ -158,7 +126,7 @@ def table(result: dict[str, Any]) -> str:
         f"Made by `python -m benchmarks.recipes` from `{result['mapping']['file']}` (SHA-256 "
         f"`{result['mapping']['sha256'][:12]}`), {machine['processors']} processors, {machine['threads']} threads, "
         f"torch {machine['torch']}, transformers {machine['transformers']}. Gaps are student - teacher NLL in nats a "
-        "token, with 95 % intervals.",
+        "per token, with 95 % intervals.",
         "",
         "| run | steps | training s | peak GiB | held-out gap | gap on text of another kind |",
         "|---|---|---|---|---|---|",
@@ -191,7 +159,3 @@ def interval(value: float, ends: list[float | None]) -> str:
     """Return a figure with its interval."""
     low, high = ends
     return f"{value:+.4f}" if low is None or high is None else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
-
-
-if __name__ == "__main__":
-    main()

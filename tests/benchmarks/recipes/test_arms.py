@@ -1,4 +1,4 @@
-"""Arms of the table of strategies: their mapping files are plans, and who is charged and compared with whom."""
+"""Arms of the table of strategies: mapping files, comparisons and costs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import strategies
-from benchmarks.recipe_arms import CONTROLS, HIDDEN_MAPS, Arm, arms, groups, longer, seeded
-from benchmarks.recipe_probe import training_seconds
-from benchmarks.recipe_runs import prepared_seconds, trained
+from benchmarks.recipes import strategies
+from benchmarks.recipes.arms import CONTROLS, HIDDEN_MAPS, Arm, arms, groups, longer, seeded
+from benchmarks.recipes.probe import training_seconds
+from benchmarks.recipes.runs import prepared_seconds, trained
 from xarch_kd.planning.cost import Rates
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
@@ -118,8 +118,8 @@ def test_tokens_are_those_of_all_steps() -> None:
 
 
 def test_what_would_run_is_told_with_and_without_a_probe() -> None:
-    told = strategies.planned(None, (0, 1))
-    assert told.count("2 runs") == len(ARMS) + len(strategies.CHEAPER) and "no probe yet" in told
+    text = strategies.planned(None, (0, 1))
+    assert text.count("2 runs") == len(ARMS) + len(strategies.CHEAPER) and "no probe yet" in text
     assert "minutes on one core" in strategies.planned(STEPS, (0, 1))
 
 

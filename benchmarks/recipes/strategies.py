@@ -2,10 +2,9 @@
 
     python -m benchmarks.recipes --table strategies [--plan | --stored] [--workers 2] [--seeds 0 1 2]
 
-Which arms there are is in `recipe_arms`. First a step of each arm is timed (`recipe_probe`); from that follows how many
-steps the cheaper arms get in the wall time of the dearest. Then the arms of equal tokens run, seed by seed, and last
-those of equal wall time, each run a process of its own. Results and table are written after every run, and a run that
-is finished already is used as it is.
+The arms are in `arms`. First a step of each arm is timed (`probe`), which gives the number of steps of a cheaper arm in
+the wall time of a dearer one. Then the arms of equal tokens run, seed by seed, then those of equal wall time, each run
+a process of its own. Results and table are written after every run, and finished runs are reused.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.machine import stamp
-from benchmarks.recipe_arms import MEASURED_TOKENS, SEEDS, Arm, arms, longer
-from benchmarks.recipe_probe import probe, training_seconds
-from benchmarks.recipe_runs import Runs
-from benchmarks.strategies_table import comparisons, table
+from benchmarks.recipes.arms import MEASURED_TOKENS, SEEDS, Arm, arms, longer
+from benchmarks.recipes.probe import probe, training_seconds
+from benchmarks.recipes.runs import Runs
+from benchmarks.recipes.tables import comparisons, table
 from xarch_kd.files import write_text
 
-# Seconds of a run beside its training: reading the teacher, saving, measuring. For the plan alone.
+# Seconds of a run besides its training (loading the teacher, saving, measuring), for the estimate of `--plan` only.
 AROUND: Final = 32.0
-# Arms that also run as long as the dearest arm they are compared with. Of a hybrid's, those from attention.
+# Arms that also run as long as the dearest arm they are compared with; of the hybrids', those from attention.
 CHEAPER: Final = {
     "fresh-logits": ("fresh-uniform", "fresh-cka", "fresh-monotone"),
     "replaced-4-attention-output": ("replaced-4-attention-both",),
@@ -37,7 +36,7 @@ CHEAPER: Final = {
 def run_strategies(
     folder: Path, output: Path, *, seeds: Sequence[int] = SEEDS, workers: int = 1, only_plan: bool = False
 ) -> None:
-    """Run what is missing and write the results and their table; with `only_plan` print what would run."""
+    """Run what is missing and write the results and their table; with `only_plan` print the missing runs."""
     runs = Runs(folder)
     if only_plan:
         print(planned(_kept_probe(folder), seeds))
@@ -68,7 +67,7 @@ def run_strategies(
 
 
 def rewrite(output: Path) -> None:
-    """Write the comparisons and the table of stored results again; nothing is measured."""
+    """Rewrite the comparisons and the table of stored results without measuring anything."""
     _write(output, json.loads(output.read_text(encoding="utf-8")))
 
 
@@ -78,18 +77,18 @@ def _write(output: Path, result: dict[str, Any]) -> None:
 
 
 def arm_seconds(arm: Arm, steps: Mapping[str, Sequence[dict[str, float]]], prepared: Mapping[str, float]) -> float:
-    """Return the wall time of an arm: what prepares it, the teacher's passes and the steps."""
+    """Return the seconds of an arm: its calibration, the teacher's passes and the steps."""
     return training_seconds(arm.mapping, steps[arm.costs_like]) + prepared.get(arm.name, 0.0)
 
 
 def preparations(figures: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return by arm the seconds of calibration and fitting, as its first seed measured them."""
+    """Return by arm the seconds of calibration and fitting in the run of its first seed."""
     first = min((row["seed"] for row in figures), default=0)
     return {row["arm"]: row["prepared_seconds"] for row in figures if row["seed"] == first}
 
 
 def arms_with_longer(steps: Mapping[str, Sequence[dict[str, float]]], prepared: Mapping[str, float]) -> tuple[Arm, ...]:
-    """Return all arms: those of equal tokens, then the cheaper ones in the wall time of the dearest they meet."""
+    """Return all arms: those of equal tokens, then the cheaper ones in the wall time of their dearest comparison."""
     known = {arm.name: arm for arm in arms()}
     further = []
     for name, dearer in CHEAPER.items():
@@ -101,7 +100,7 @@ def arms_with_longer(steps: Mapping[str, Sequence[dict[str, float]]], prepared: 
 
 
 def planned(steps: Mapping[str, Sequence[dict[str, float]]] | None, seeds: Sequence[int]) -> str:
-    """Return the runs and, once the probe is there, their estimated minutes."""
+    """Return the runs as text, with their estimated minutes once steps were timed."""
     if steps is None:
         lines = [f"{arm.name}: {len(seeds)} runs" for arm in arms()]
         return "\n".join([*lines, *(f"{name}-as-long: {len(seeds)} runs" for name in CHEAPER), "no probe yet"])
@@ -135,7 +134,7 @@ def _result(every: Sequence[Arm], steps: Any, figures: Sequence[dict[str, Any]])
 
 
 def tokens_of(mapping: dict[str, Any]) -> int:
-    """Return the tokens that a mapping file trains on, repeated ones counted each time."""
+    """Return the number of tokens that a mapping file trains on, with repetitions."""
     data = mapping["data"]
     return sum(
         stage["steps"] * stage.get("batch_size", data["batch_size"]) * data["sequence_length"]

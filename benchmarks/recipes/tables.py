@@ -1,12 +1,12 @@
-"""The comparisons of the table of strategies, and the table as Markdown, from stored runs alone."""
+"""Comparisons and Markdown of the table of strategies, from stored runs alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.recipe_arms import CALIBRATION_TOKENS, CONTROLS, FRESH_RATE, HIDDEN_MAPS, LENGTH, groups
-from benchmarks.recipe_statistics import Interval, mean_interval, paired
+from benchmarks.recipes.arms import CALIBRATION_TOKENS, CONTROLS, FRESH_RATE, HIDDEN_MAPS, LENGTH, groups
+from benchmarks.recipes.statistics import Interval, mean_interval, paired
 
 CONTROL = "fresh-random"
 
@@ -20,9 +20,9 @@ def gaps_of(result: dict[str, Any]) -> dict[str, dict[int, float]]:
 
 
 def comparisons(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return every difference of two arms that is asked for and measured, paired by seed, with its interval.
+    """Return every measured difference of an arm and a reference, paired by seed, with its interval.
 
-    Against an arm's references at equal tokens; against the longer run of a reference, where there is one, at equal
+    Arms are compared with their references at equal tokens and, if a reference has a longer run, with that at equal
     wall time.
     """
     gaps = gaps_of(result)
@@ -52,12 +52,12 @@ def shown(interval: Interval, digits: int = 3) -> str:
 
 
 def verdict(difference: Interval) -> str:
-    """Return what a difference of two gaps says: a gap is better when it is smaller."""
+    """Return the verdict on a difference of two gaps: a smaller gap is better."""
     if difference.half is None:
         return "one seed alone"
     if difference.is_below_zero:
         return "better, beyond the interval"
-    return "worse, beyond the interval" if difference.is_above_zero else "not to be told apart"
+    return "worse, beyond the interval" if difference.is_above_zero else "no difference beyond the interval"
 
 
 def _heading(result: dict[str, Any]) -> Iterator[str]:
@@ -71,15 +71,14 @@ def _heading(result: dict[str, Any]) -> Iterator[str]:
         f"{versions.get('torch')}, transformers {versions.get('transformers')}. Nothing is written by hand.",
         "",
         "Teacher: SmolLM2-135M-Instruct (GGUF, Q4_1), in bfloat16 while students train. Gaps are student - teacher NLL "
-        f"in nats a token, both in float32, on {result['measured_tokens']:,} tokens of held-out text; the seed draws "
-        "that text, the training text, the map at random and all weights that are not the teacher's. ± is half of a "
+        f"in nats per token, both in float32, on {result['measured_tokens']:,} tokens of held-out text; the seed draws "
+        "that text, the training text, the random layer map and all weights that are not the teacher's. ± is half of a "
         "95 % interval of Student's t over seeds (for three seeds 2 degrees of freedom, quantile 4.303); differences "
-        "are paired by seed. Seconds are those of one thread by the steps that were timed in turn, plus what preparing "
-        "took, because wall times of whole runs differ by what else the machine does; the runs' own are in the JSON "
-        "file.",
+        "are paired by seed. Seconds are those of one thread, from steps timed in turn plus calibration, because wall "
+        "times of whole runs depend on the machine's other load; the runs' own times are in the JSON file.",
         "",
-        f"The budget is small: these figures say what the first minute on one thread brings, with rows of {LENGTH} "
-        "tokens, and nothing about long training.",
+        f"The budget is small: these figures show the first minute on one thread, with rows of {LENGTH} tokens, and "
+        "nothing about long training.",
         "",
     )
 
@@ -108,29 +107,29 @@ def _groups(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _budget(group: str, result: dict[str, Any]) -> Iterator[str]:
-    """Say how a group was trained, from the mapping file of its first arm."""
+    """Yield the lines on how a group was trained, from the mapping file of its first arm."""
     stages = next(arm for arm in result["arms"] if arm["group"] == group)["mapping"]["stages"]
-    told = [
+    budgets = [
         f"{stage['name']}: {stage['steps']} steps of {stage['batch_size'] * LENGTH} tokens"
         f" at {stage['optimizer']['lr']:g}"
         + (f" over {stage['batches']} distinct batches" if "batches" in stage else "")
         for stage in stages
     ]
-    yield "Equal tokens: " + "; ".join(told) + "."
+    yield "Equal tokens: " + "; ".join(budgets) + "."
     if group == "fresh":
         yield (
             f"The rate {FRESH_RATE:g} is the best of 1e-3, 3e-3 and 8e-3 for logits alone, at a seed that is not used "
-            "here. Hidden states are matched by normalised_mse of weight 1 a block, through projectors that start from "
-            f"their closed form; calibration and that start read at most {CALIBRATION_TOKENS:,} tokens."
+            "here. Hidden states are matched by normalised_mse with weight 1 per layer, through projectors with "
+            f"closed-form initialization; it and calibration read at most {CALIBRATION_TOKENS:,} tokens."
         )
     yield ""
 
 
 def _verdicts(result: dict[str, Any]) -> Iterator[str]:
-    """Say of each strategy whether it beats the control at random."""
+    """Yield one verdict per layer map against the random control."""
     rows = {row["arm"]: row for row in comparisons(result) if row["reference"] == CONTROL}
     if rows:
-        yield from ("## Does a layer map beat one at random?", "")
+        yield from ("## Layer maps against a random one", "")
     for name in HIDDEN_MAPS:
         row = rows.get(f"fresh-{name}")
         if row is not None:
@@ -142,7 +141,7 @@ def _verdicts(result: dict[str, Any]) -> Iterator[str]:
 
 def _costs(result: dict[str, Any]) -> Iterator[str]:
     yield from (
-        "## What a step takes",
+        "## Time per step",
         "",
         "Median seconds on one thread, all arms of a group in turn in every round.",
         "",

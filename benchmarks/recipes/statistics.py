@@ -22,12 +22,12 @@ class Interval:
 
     @property
     def is_below_zero(self) -> bool:
-        """Whether the whole interval is."""
+        """True if the whole interval is."""
         return self.half is not None and self.mean + self.half < 0
 
     @property
     def is_above_zero(self) -> bool:
-        """Whether the whole interval is."""
+        """True if the whole interval is."""
         return self.half is not None and self.mean - self.half > 0
 
 
@@ -41,6 +41,6 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Interval | None:
-    """Return the interval of value - reference over the seeds that both have, or None without one."""
+    """Return the interval of value - reference over the seeds that both have, or None if there is no such seed."""
     seeds = sorted(values.keys() & reference.keys())
     return mean_interval([values[seed] - reference[seed] for seed in seeds]) if seeds else None

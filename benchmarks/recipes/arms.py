@@ -1,9 +1,9 @@
-"""The arms of the table of strategies on SmolLM2-135M: the mapping file of each, and whom it is compared with.
+"""Arms of the table of strategies on SmolLM2-135M: a mapping file each, and the arms it is compared with.
 
-`fresh`: a Mamba-2 student of 6 blocks, 256 wide, trained from random weights by the teacher's next-token distributions
-alone, or by these and the teacher's hidden states under a layer map. `replaced-4` and `replaced-15`: the teacher with
-so many of its 30 attention layers replaced by Mamba-2; the mixers first learn what the attention gave, or that and its
-token-mixing matrix, then next-token distributions.
+`fresh`: a Mamba-2 student of 6 layers with hidden size 256, trained from random weights on the teacher's next-token
+distributions alone, or on these and the teacher's hidden states under a layer map. `replaced-4` and `replaced-15`: the
+teacher with 4 or 15 of its 30 attention layers replaced by Mamba-2; the mixers are first matched to the attention's
+output, or to its output and its token-mixing matrix, then to next-token distributions.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SEEDS: Final = (0, 1, 2)
 HIDDEN_MAPS: Final = ("uniform", "cka", "monotone", "random", "reverse", "all_to_one")
 CONTROLS: Final = ("random", "reverse", "all_to_one")
 REPLACED: Final[dict[int, list[int]]] = {4: [6, 13, 20, 27], 15: list(range(1, 30, 2))}
-# Tokens of calibration, also of the projectors' closed form in every arm that has them, and of the held-out text on
-# which students are measured.
+# Tokens of calibration, and of the projectors' closed-form initialization in every arm that has them.
 CALIBRATION_TOKENS: Final = 3072
-# The best of 1e-3, 3e-3 and 8e-3 at seed 9 on logits alone (held-out NLL 6.66, 6.18 and 5.94), which no run here has.
+# The best of 1e-3, 3e-3 and 8e-3 on logits alone (held-out NLL 6.66, 6.18 and 5.94) at seed 9, which no run here uses.
 FRESH_RATE: Final = 8e-3
+# Tokens of the held-out text on which students are measured.
 MEASURED_TOKENS: Final = 2048
 
 FRESH: Final[dict[str, Any]] = {
@@ -91,10 +91,10 @@ MIXING: Final[dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One row of the table, run once for each seed.
+    """One row of the table, run once per seed.
 
     `mapping` is the mapping file without its seed. `references` are the arms that it is compared with, seed by seed.
-    `costs_like` is the arm whose measured step it is charged, and `as_long_as` the arm whose wall time it was given.
+    `costs_like` is the arm whose measured step time applies to it, and `as_long_as` the arm whose wall time it gets.
     """
 
     name: str
@@ -112,7 +112,7 @@ def arms() -> tuple[Arm, ...]:
 
 
 def groups() -> dict[str, str]:
-    """Return the groups' headings, in the order of the tables."""
+    """Return each group's heading, in the order of the tables."""
     return {
         "fresh": "A fresh Mamba-2 student, 6 blocks of 256",
         **{f"replaced-{count}": f"The hybrid with {count} of 30 layers replaced" for count in REPLACED},
@@ -120,7 +120,7 @@ def groups() -> dict[str, str]:
 
 
 def seeded(mapping: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return a mapping file with its seed, from which a map at random is drawn anew, too."""
+    """Return a mapping file with `seed`, which also draws its random layer maps."""
     drawn: dict[str, Any] = copy.deepcopy(mapping) | {"seed": seed}
     for stage in drawn["stages"]:
         for entry in stage.get("align", []):
@@ -130,7 +130,7 @@ def seeded(mapping: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def longer(arm: Arm, factor: float, dearest: str) -> Arm:
-    """Return `arm` with `factor` times its steps and its distinct batches: the wall time of the arm `dearest`."""
+    """Return `arm` with `factor` times its steps and distinct batches, to take as long as the arm `dearest`."""
     mapping = copy.deepcopy(arm.mapping)
     for stage in mapping["stages"]:
         for key in ("steps", "batches"):
@@ -185,7 +185,7 @@ def _arm(
 
 
 def _mapping(student: dict[str, Any], *stages: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping file. Checkpoints are written at the end of a stage alone, since a stage takes a minute."""
+    """Return a mapping file with checkpoints only at the end of each stage, because a stage takes a minute."""
     return copy.deepcopy(
         {
             "version": 1,

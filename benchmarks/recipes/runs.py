@@ -1,4 +1,4 @@
-"""Runs of the table of strategies: a process each, measured here and remembered in `figures.json` of its folder."""
+"""Runs of the table of strategies: a process each, measured here and stored in `figures.json` of its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.machine import ROOT
-from benchmarks.recipe_arms import MEASURED_TOKENS, Arm, seeded
+from benchmarks.recipes.arms import MEASURED_TOKENS, Arm, seeded
 from xarch_kd.data.rows import pack
 from xarch_kd.evaluation.likelihood import token_nll
 from xarch_kd.files import write_text
@@ -40,7 +40,7 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, arm: Arm, seed: int) -> Path:
-        """The run folder of an arm."""
+        """Return the run folder of an arm."""
         return self.folder / f"{arm.name}-seed-{seed}"
 
     def known(self, arm: Arm, seed: int) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ class Runs:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def figures(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """Train and measure an arm (or take the finished run, or go on with it) and return its figures."""
+        """Train and measure an arm and return its figures; a finished run is reused, an unfinished one resumed."""
         found = self.known(arm, seed)
         if found is not None:
             return found
@@ -79,7 +79,7 @@ class Runs:
         return figures
 
     def _measured(self, plan: Plan, run: Path) -> tuple[float, float]:
-        """Return the held-out NLL of teacher and student, in nats a token, both in float32."""
+        """Return the held-out NLL of teacher and student, in nats per token, both in float32."""
         tokenizer = load_run_tokenizer(plan)
         length = plan.mapping.data.sequence_length
         rows = pack(training_and_held_out(plan)[1], tokenizer, length, most=MEASURED_TOKENS // length)
@@ -94,7 +94,7 @@ def _nll(reference: str, rows: Tensor) -> float:
 
 
 def _train(mapping: Path, run: Path) -> None:
-    """Train in a process of its own, one thread, with this checkout's package."""
+    """Train in a process of its own with one thread and this checkout's package."""
     command = [sys.executable, "-m", "xarch_kd", "train", str(mapping.resolve()), "--output", str(run.resolve())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with run.with_suffix(".log").open("a", encoding="utf-8") as log:
@@ -109,7 +109,7 @@ def _train(mapping: Path, run: Path) -> None:
 
 
 def trained(run: Path) -> dict[str, Any]:
-    """Return what the events of a run say: steps, seconds, memory, and the last loss of each stage."""
+    """Return steps, seconds, memory and the last loss of each stage from the events of a run."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     saved = next(event for event in events if event["event"] == "saved")
     steps = [event for event in events if event["event"] == "step"]
@@ -122,6 +122,6 @@ def trained(run: Path) -> dict[str, Any]:
 
 
 def prepared_seconds(log: Path) -> float:
-    """Return the seconds that a run's log gives for calibration and for what was fitted before the first step."""
+    """Return the seconds in a run's log for calibration and for fits before the first step."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     return sum(float(seconds) for seconds in PREPARED.findall(text))
