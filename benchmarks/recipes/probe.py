@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from benchmarks.recipes.arms import Arm, seeded
+from xarch_kd.data.batches import Batch
 from xarch_kd.data.rows import pack
 from xarch_kd.files import write_text
 from xarch_kd.job.models import load_models, load_run_tokenizer
@@ -88,9 +89,10 @@ def _step(aligner: Aligner, rows: Tensor) -> Callable[[], tuple[float, float]]:
         for name, parameter in aligner.named_parameters():
             parameter.requires_grad_(name in trained)
         began = time.perf_counter()
-        features = aligner.reader.read(rows)
+        batch = Batch(input_ids=rows)
+        features = aligner.reader.read(batch)
         read = time.perf_counter()
-        aligner(input_ids=rows, features=features).loss.backward()
+        aligner(batch=batch, features=features).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,15 +1,16 @@
-"""Packing, and the order of batches as a pure function of its index."""
+"""Packing, and the source that draws a stage's batches from the rows."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
 import torch
 
 from xarch_kd.data.corpus import Corpus
-from xarch_kd.data.rows import BatchOrder, StageRows, collate, pack
-from xarch_kd.errors import DataError
+from xarch_kd.data.rows import BatchOrder, StageRows, pack
+from xarch_kd.errors import CheckpointError, DataError
 from xarch_kd.testing.tiny import tiny_tokenizer
 
 
@@ -63,12 +64,30 @@ def test_seed_and_stage_change_the_order() -> None:
     assert drawn(_order()) != drawn(_order(stage=1))
 
 
-def test_items_come_in_training_order_with_their_batch() -> None:
-    rows = torch.arange(10).unsqueeze(1).repeat(1, 8)
-    order = _order()
-    data = StageRows(rows, order, 9)
-    assert len(data) == 36
-    micro_batch = collate([data[index] for index in range(28, 32)])
-    batch = order.batch(7)
-    assert int(micro_batch["batch"]) == batch
-    assert micro_batch["input_ids"][:, 0].tolist() == [order.row(batch, place) for place in range(4)]
+def _source(order: BatchOrder | None = None, shift: int = 0) -> StageRows:
+    return StageRows(torch.arange(10).unsqueeze(1).repeat(1, 8) + shift, order or _order())
+
+
+def test_batches_come_in_training_order_with_their_number() -> None:
+    source, order = _source(), _order()
+    drawn = [source.draw() for _ in range(9)]
+    for index, batch in enumerate(drawn):
+        number = order.batch(index)
+        assert batch.origin == f"batch {number}"
+        assert batch.input_ids[:, 0].tolist() == [order.row(number, place) for place in range(4)]
+
+
+def test_a_restored_source_goes_on_with_the_same_batches() -> None:
+    first = _source()
+    for _ in range(5):
+        first.draw()
+    second = _source()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(9):
+        assert torch.equal(first.draw().input_ids, second.draw().input_ids)
+
+
+@pytest.mark.parametrize("other", [_source(shift=1), _source(_order(seed=1)), _source(_order(distinct=5))])
+def test_the_state_of_other_rows_or_another_order_is_refused(other: StageRows) -> None:
+    with pytest.raises(CheckpointError, match="other batches"):
+        _source().load_state_dict(other.state_dict())

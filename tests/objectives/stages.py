@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from xarch_kd.data.batches import Batch
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
@@ -46,6 +47,9 @@ def both(aligner: Aligner, teacher: PreTrainedModel, ids: Tensor, tap: str, pair
 PAIRS = ((0, 1), (1, 3))
 
 
-def rows(count: int) -> tuple[Tensor, ...]:
-    ids = torch.randint(2, 97, (count, 16), generator=torch.Generator().manual_seed(7))
-    return ids.split(2)
+def token_rows(count: int) -> Tensor:
+    return torch.randint(2, 97, (count, 16), generator=torch.Generator().manual_seed(7))
+
+
+def batches(count: int) -> tuple[Batch, ...]:
+    return tuple(Batch(input_ids=rows) for rows in token_rows(count).split(2))

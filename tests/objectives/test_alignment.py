@@ -107,10 +107,12 @@ def test_a_random_map_is_drawn_anew_every_so_many_steps(build: Build, input_ids:
     aligner = build(entry(layers={"strategy": "random", "seed": 3, "redraw": 4}))
     for step in range(10):
         drawn = random(2, 4, seed=3, draw=step // 4).pairs()
-        assert [site.layer for site in aligner.sites(step)] == list(dict.fromkeys(layer for _, layer, _ in drawn))
-    seen = {aligner.sites(step) for step in range(10)}
+        assert [site.layer for site in aligner.targets(step).sites] == list(
+            dict.fromkeys(layer for _, layer, _ in drawn)
+        )
+    seen = {aligner.targets(step).sites for step in range(10)}
     assert len(seen) > 1
-    differing = next(step for step in range(10) if aligner.sites(step) != aligner.sites(0))
+    differing = next(step for step in range(10) if aligner.targets(step).sites != aligner.targets(0).sites)
     first, later = (float(aligner(input_ids, step=step).loss.detach()) for step in (0, differing))
     assert first != later
 
@@ -133,7 +135,7 @@ def test_a_schedule_scales_an_entry_and_leaves_it_out(build: Build, input_ids: T
             torch.testing.assert_close(found, factor * plain[f"fading.{layer}"])
         assert ("late.0" in parts) == (step >= 5)
         # A factor of 0 is not computed, so the teacher is not read for it either.
-        assert any(site.tap == "hidden" for site in aligner.sites(step)) == (factor > 0)
+        assert any(site.tap == "hidden" for site in aligner.targets(step).sites) == (factor > 0)
         torch.testing.assert_close(parts["tokens"], (2 - step / 10) * plain["tokens"])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.objectives.stages import PAIRS, TOKENS, Build, both, entry, plan_of, rows
+from tests.objectives.stages import PAIRS, TOKENS, Build, batches, both, entry, plan_of, token_rows
 from xarch_kd.calibration.initialize import FIRST_TOKENS, prepare, tokens_to_prepare
 from xarch_kd.errors import UsageError
 from xarch_kd.losses import cka_loss
@@ -27,8 +27,8 @@ from xarch_kd.training.aligner import Aligner
 def test_projectors_start_as_the_ridge_regression_of_calibration_text(build: Build, teacher: PreTrainedModel) -> None:
     aligner = build(entry())
     assert tokens_to_prepare(aligner) >= 4 * 32
-    assert prepare(aligner, rows(24)) == []
-    ids = torch.cat(rows(24))
+    assert prepare(aligner, batches(24)) == []
+    ids = token_rows(24)
     for student, layer in PAIRS:
         own, target = (
             side[:, FIRST_TOKENS:].flatten(0, 1).double().detach()
@@ -43,19 +43,19 @@ def test_projectors_start_as_the_ridge_regression_of_calibration_text(build: Bui
 def test_too_little_text_leaves_auto_at_random_and_refuses_a_form_by_name(build: Build) -> None:
     aligner = build(entry())
     before = {name: tensor.clone() for name, tensor in aligner.projectors.state_dict().items()}
-    notices = prepare(aligner, rows(2))
+    notices = prepare(aligner, batches(2))
     assert "at random" in notices[0]
     assert "128" in notices[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in aligner.projectors.state_dict().items())
     with pytest.raises(UsageError, match=r"projector of e\.0: ridge") as error:
-        prepare(build(entry(projector={"kind": "linear", "init": "ridge"})), rows(2))
+        prepare(build(entry(projector={"kind": "linear", "init": "ridge"})), batches(2))
     assert "33" in str(error.value.allowed)
 
 
 def test_a_shared_projector_is_fitted_to_all_its_pairs(build: Build, teacher: PreTrainedModel) -> None:
     aligner = build(entry(projector={"kind": "orthogonal", "share": True, "init": "procrustes"}))
-    prepare(aligner, rows(24))
-    ids = torch.cat(rows(24))
+    prepare(aligner, batches(24))
+    ids = token_rows(24)
     cross = torch.zeros(64, 32, dtype=torch.float64)
     for pair in PAIRS:
         own, target = (
@@ -75,8 +75,8 @@ def test_standardised_features_use_the_teachers_statistics(
     aligner = build(entry(loss={"kind": "huber", "standardize": True}))
     with pytest.raises(UsageError, match="statistics of calibration text"):
         aligner(input_ids)
-    prepare(aligner, rows(24))
-    ids = torch.cat(rows(24))
+    prepare(aligner, batches(24))
+    ids = token_rows(24)
     expected = torch.zeros(())
     for pair in PAIRS:
         seen = both(aligner, teacher, ids, "hidden", pair)[1][:, FIRST_TOKENS:].flatten(0, 1).double()
@@ -93,7 +93,7 @@ def test_a_standardised_relative_error_is_divided_by_the_standardised_energy(
     build: Build, teacher: PreTrainedModel, input_ids: Tensor
 ) -> None:
     aligner = build(entry(layers=[{"student": 0, "teacher": 2}], loss={"kind": "relative_mse", "standardize": True}))
-    prepare(aligner, rows(24))
+    prepare(aligner, batches(24))
     constants = aligner.entries[0].matches[0].fitted
     standardizer = Standardizer(constants["mean"], constants["deviation"])
     own, target = both(aligner, teacher, input_ids, "hidden", (0, 2))
@@ -116,7 +116,7 @@ def test_heads_are_assigned_on_calibration_text(teacher: PreTrainedModel, folder
     align = entry("mixing", [{"student": 1, "teacher": 1}], loss={"kind": "mixing", "heads": "assignment"})
     plan = plan_of({**folders, "same": folders["teacher"]}, align, student="same")
     aligner = Aligner(plan, teacher=teacher, student=student)
-    prepare(aligner, rows(8))
+    prepare(aligner, batches(8))
     # Its block 0 permutes what block 1 sees, so only the matrices' likeness can tell.
     heads = aligner.entries[0].matches[0].fitted["heads"]
     assert heads.sum(1).tolist() == [1, 1, 1, 1]
@@ -157,7 +157,7 @@ def test_a_converted_student_shares_the_teachers_dimensions(
     }
     plan = make_plan(MappingFile.model_validate_json(json.dumps(mapping)))
     aligner = Aligner(plan, teacher=teacher, student=convert(teacher, replace=[1]))
-    prepare(aligner, rows(24))
+    prepare(aligner, batches(24))
     constants = aligner.entries[0].matches[0].fitted
     standardizer = Standardizer(constants["mean"], constants["deviation"])
     own, target = both(aligner, teacher, input_ids, "hidden", (2, 2))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.taps.readable import HYBRIDS, READABLE, padded
+from xarch_kd.data.batches import Batch
 from xarch_kd.errors import TapError, UsageError
 from xarch_kd.mixing import SoftmaxMixing
 from xarch_kd.taps import mixings
@@ -208,10 +209,11 @@ def test_a_teachers_values_come_back_from_a_cache_bit_for_bit(model_type, kind, 
     values = [Site("values", layer) for layer in range(len(layout.blocks))]
     cache = MemoryCache() if kind == "memory" else DiskCache(tmp_path)
     reader = TeacherFeatures(layout, [*values, Site("mixing", 0), Site("hidden", 1)], cache)
-    fresh = reader.read(input_ids, batch=3)
+    batch = Batch(input_ids=input_ids)
+    fresh = reader.read(batch)
     runs = []
     layout.blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
-    kept = reader.read(input_ids, batch=3)
+    kept = reader.read(batch)
     assert not runs and list(kept) == list(fresh)
     for site in values:
         expected, found = fresh[site], kept[site]

@@ -1,4 +1,4 @@
-"""What a stage is told by calibration text before its first step: closed-form projectors and fitted constants."""
+"""Calibrate a stage before training: closed-form projector initialization and feature statistics."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 import torch
-from torch import Tensor
 
+from xarch_kd.data.batches import Batch
 from xarch_kd.errors import UsageError
 from xarch_kd.objectives.base import PairObjective, ProjectedPair
 from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, initialize, resolve_start
 from xarch_kd.training.aligner import Aligner
 
-# Massive activations sit at the first tokens of a row, and would be all that a fit sees.
+# Attention sinks: massive activations at the first tokens of a row would dominate every fit.
 FIRST_TOKENS: Final = 4
-# Tokens that statistics of single dimensions, or of heads, are taken from.
+# Tokens of calibration text that statistics of single dimensions, or of heads, are taken from.
 STATISTICS_TOKENS: Final = 4096
 # Times as many tokens as a fit should have at least.
 AMPLE: Final = 2
@@ -34,8 +34,8 @@ def tokens_to_prepare(aligner: Aligner) -> int:
     return max(wanted, default=0)
 
 
-def prepare(aligner: Aligner, batches: Iterable[Tensor]) -> list[str]:
-    """Fit a stage's projectors and constants to `batches` of token ids [batch, time]; return what is worth a notice.
+def prepare(aligner: Aligner, batches: Iterable[Batch]) -> list[str]:
+    """Fit a stage's projectors and constants to `batches` of calibration text, and return notices to print.
 
     A projector with `init: auto` stays random where the tokens are too few for its closed form. Raises
     UsageError for a closed form that was asked for by name with too few tokens.
@@ -57,24 +57,29 @@ def prepare(aligner: Aligner, batches: Iterable[Tensor]) -> list[str]:
 
 @torch.no_grad()
 def observations(
-    aligner: Aligner, batches: Iterable[Tensor]
+    aligner: Aligner, batches: Iterable[Batch]
 ) -> Iterator[tuple[PairObjective, ProjectedPair | None, int]]:
-    """Show each match the features of each batch, and yield its projections, with how many first tokens to leave out.
+    """Pass each objective the features of each batch, and yield its projections and the number of first tokens to skip.
 
-    The student runs in eval mode, as it is. A match without a projector is yielded once a batch, with None.
+    The student runs in eval mode, as it is. An objective without a projector is yielded once per batch, with None.
     """
     was_training = aligner.student.training
     aligner.student.eval()
     device = next(aligner.student.parameters()).device
-    active_pairs = tuple(reading for entry in aligner.entries for reading in entry.active_pairs(0))
+    pairs = tuple(pair for entry in aligner.entries for pair in entry.active_pairs(0))
     try:
-        for batch in batches:
-            input_ids = batch.to(device)
-            skip = FIRST_TOKENS if input_ids.shape[1] > 2 * FIRST_TOKENS else 0
-            features = aligner.reader.read(input_ids, sites=aligner.sites_of(active_pairs))
-            sides, _ = aligner.paired_features(active_pairs, input_ids, None, features)
-            for reading in active_pairs:
-                match, (student, teacher) = reading.match, sides(reading)
+        for batch in (batch.to(device) for batch in batches):
+            if batch.attention_mask is not None:
+                raise UsageError(
+                    "calibration text is read in rows without padding",
+                    found=repr(batch),
+                    fix="pack the text, or cut the rows to one length",
+                )
+            skip = FIRST_TOKENS if batch.input_ids.shape[1] > 2 * FIRST_TOKENS else 0
+            features = aligner.reader.read(batch, sites=aligner.sites_of(pairs))
+            sides, _ = aligner.paired_features(pairs, batch, features)
+            for pair in pairs:
+                match, (student, teacher) = pair.match, sides(pair)
                 match.observe(student, teacher, skip)
                 found = tuple(match.projections(student, teacher))
                 for projection in found or (None,):

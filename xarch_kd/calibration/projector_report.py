@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.calibration.initialize import observations
+from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import write_text
 from xarch_kd.mapping_file.objectives import AttentionBridge
@@ -233,7 +234,8 @@ def _statistics(aligner: Aligner, rows: Tensor) -> dict[str, _Seen]:
     """Return the statistics of each projector that learns, by key, over rows of token ids [rows, time]."""
     found: dict[str, _Seen] = {}
     size = max(1, BATCH_TOKENS // rows.shape[1])
-    for match, projection, skip in observations(aligner, rows.split(size) if rows.shape[0] else ()):
+    batches = (Batch(input_ids=part, origin="calibration text") for part in (rows.split(size) if rows.shape[0] else ()))
+    for match, projection, skip in observations(aligner, batches):
         if projection is None or not _learns(projection.projector):
             continue
         seen = found.setdefault(

@@ -1,18 +1,20 @@
-"""Packing documents into rows of equal length, and the order in which a stage draws them."""
+"""Rows of equal length packed from documents, and the source that draws a stage's batches from them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import cast
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from typing import Any, cast
 
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from xarch_kd.data.batches import Batch
 from xarch_kd.data.corpus import Corpus
-from xarch_kd.errors import DataError
+from xarch_kd.errors import CheckpointError, DataError
 
 
 def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, *, most: int | None = None) -> torch.Tensor:
@@ -45,8 +47,7 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, *, mos
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOrder:
-    """Which rows make up each micro-batch of a stage: a pure function of (seed, stage, index), so a resumed run needs
-    no sampler state.
+    """Rows of each micro-batch of a stage, a pure function of (seed, stage, index).
 
     The stage draws `distinct` batches of `batch_size` rows from endlessly reshuffled rows; pass 0 goes over them in
     order and each later pass in a new order.
@@ -77,23 +78,40 @@ def _permutation(count: int, key: tuple[int, ...]) -> Sequence[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).tolist()
 
 
-class StageRows(Dataset[dict[str, torch.Tensor]]):
-    """The rows of a stage in the exact order of training: item `i` belongs to micro-batch `i // batch_size`."""
+class StageRows:
+    """Batch source of a stage: rows [rows, time] of token ids in the order of `order`.
 
-    def __init__(self, rows: torch.Tensor, order: BatchOrder, micro_batches: int) -> None:
+    Its state is the number of micro-batches drawn, with the order and a hash of the rows to recognize them by.
+    """
+
+    def __init__(self, rows: Tensor, order: BatchOrder) -> None:
         self.rows = rows
         self.order = order
-        self.micro_batches = micro_batches
+        self.drawn = 0
 
-    def __len__(self) -> int:
-        return self.micro_batches * self.order.batch_size
+    def draw(self) -> Batch:
+        """Return the next micro-batch of the stage."""
+        number = self.order.batch(self.drawn)
+        self.drawn += 1
+        rows = [self.order.row(number, place) for place in range(self.order.batch_size)]
+        return Batch(input_ids=torch.stack([self.rows[row] for row in rows]), origin=f"batch {number}")
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        micro_batch, place = divmod(index, self.order.batch_size)
-        batch = self.order.batch(micro_batch)
-        return {"input_ids": self.rows[self.order.row(batch, place)], "batch": torch.tensor(batch)}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON values."""
+        return {"drawn": self.drawn, **self._identity}
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the micro-batches that `state` counts. Raises CheckpointError for other rows or another order."""
+        for name, own in self._identity.items():
+            if state.get(name) != own:
+                raise CheckpointError(
+                    "the checkpoint was trained on other batches than this stage draws",
+                    asked=f"{name} {own}",
+                    found=state.get(name),
+                    fix="restore the text, the tokenizer and the mapping file of the run, or give another --output",
+                )
+        self.drawn = int(state["drawn"])
 
-def collate(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return one micro-batch: `input_ids` [rows, time] and the scalar `batch`, the number of the distinct batch."""
-    return {"input_ids": torch.stack([item["input_ids"] for item in items]), "batch": items[0]["batch"]}
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return {"order": asdict(self.order), "rows_sha256": hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xarch_kd.calibration.initialize import prepare, tokens_to_prepare
 from xarch_kd.calibration.layer_similarity import measure_similarities
+from xarch_kd.data.batches import Batch
 from xarch_kd.data.rows import pack
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import write_tensors
@@ -92,7 +93,8 @@ def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Tensor, 
         return
     began = time.perf_counter()
     chosen = calibration_rows(rows, wanted, seed=plan.mapping.seed)
-    for notice in prepare(aligner, chosen.split(stage.batch_size)):
+    batches = (Batch(input_ids=part, origin="calibration text") for part in chosen.split(stage.batch_size))
+    for notice in prepare(aligner, batches):
         say(f"stage {stage.stage.name}: {notice}")
     write_tensors(start, aligner.trained_state(student=False))
     say(f"stage {stage.stage.name}: fitted to {chosen.numel():,} tokens in {time.perf_counter() - began:.1f} s")

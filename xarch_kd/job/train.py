@@ -155,7 +155,9 @@ class _Job:
             prepare_stage(self.plan, stage, aligner, rows, path, self._say)
             check.before()
         cache, cache_folder = _cache_of(stage, path)
-        reader = TeacherFeatures(layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.sites(), cache)
+        reader = TeacherFeatures(
+            layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.targets().sites, cache
+        )
         trainer = self._trainer(stage, aligner, reader, rows)
         progress = StageProgress(
             self.folder, self.console, stage=stage.stage.name, steps=stage.stage.steps, first_step=first_step
@@ -192,7 +194,7 @@ class _Job:
         return StageTrainer(
             aligner,
             reader,
-            StageRows(rows, order, stage.stage.steps * stage.stage.gradient_accumulation),
+            StageRows(rows, order),
             stage,
             folder=self.folder.stage(stage.folder),
             seed=mapping.seed,

@@ -1,4 +1,4 @@
-"""What the sums of a training step are divided by."""
+"""Loss normalizers of one optimizer step, over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LossNormalizers:
-    """What the sums of a step are divided by, over all its micro-batches and ranks.
+    """Divisors of the sums of a step, over all of its micro-batches and ranks.
 
-    `tokens` are unmasked positions, `predictions` positions whose next token counts, `energies` Σ‖teacher‖² by pair.
+    `tokens` are unmasked positions, `predictions` positions whose next token counts, `teacher_sq_norms` Σ‖teacher‖² by
+    pair. Objectives return sums over one micro-batch divided by these, so that the micro-batches of a step add up to
+    the loss of one large batch.
     """
 
     tokens: Tensor | float = 0.0
@@ -35,12 +37,17 @@ class LossNormalizers:
             teacher_sq_norms=teacher_sq_norms,
         )
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> LossNormalizers:
-        """Return the counts with `function` applied to each of them as a tensor."""
+    def reduced(self, over_ranks: Callable[[Tensor], Tensor]) -> LossNormalizers:
+        """Return the sums over all ranks; `over_ranks` sums a float64 vector over them, in one call for all numbers.
+
+        Every rank must hold the same pairs, which the plan they share sees to.
+        """
+        parts = [self.tokens, self.predictions, *self.teacher_sq_norms.values()]
+        device = next((part.device for part in parts if isinstance(part, Tensor)), None)
+        vector = torch.stack([torch.as_tensor(part, dtype=torch.float64, device=device) for part in parts])
+        tokens, predictions, *norms = over_ranks(vector).unbind()
         return LossNormalizers(
-            tokens=function(torch.as_tensor(self.tokens)),
-            predictions=function(torch.as_tensor(self.predictions)),
-            teacher_sq_norms={
-                name: function(teacher_sq_norm) for name, teacher_sq_norm in self.teacher_sq_norms.items()
-            },
+            tokens=tokens,
+            predictions=predictions,
+            teacher_sq_norms=dict(zip(self.teacher_sq_norms, norms, strict=True)),
         )

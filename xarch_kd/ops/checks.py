@@ -1,11 +1,126 @@
-"""Checks of tensors that several operations share; each error says what was found and what is allowed."""
+"""Checks of tensors that several operations share, and the one read of the device that settles all of a step.
+
+A check of values has to read a scalar of the device and so waits for it. Operations hand such checks to `require`: it
+reads at once, or, inside `DeferredChecks.collecting`, leaves the check to the collector, which reads all of them in one
+go. Nothing that depends on the outcome may follow a deferred check but numbers that are thrown away if it fails.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import UsageError, XarchError
+
+Rename = Callable[[XarchError], XarchError]
+
+
+class _Check(NamedTuple):
+    ok: Tensor
+    error: Callable[[], XarchError]
+    renames: tuple[Rename, ...]
+
+
+class DeferredChecks:
+    """Checks of values that one read of the device settles, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self._checks: list[_Check] = []
+        self._indices: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._depth = 0
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect the checks made inside."""
+        self._depth = len(_renames.get())
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def add(self, ok: Tensor, error: Callable[[], XarchError]) -> None:
+        """Take in a check: `ok` is a boolean scalar, `error` makes the error if it is false."""
+        self._checks.append(_Check(ok.detach(), error, _renames.get()[self._depth :]))
+
+    def set_indices(self, of: Tensor, indices: Tensor | None) -> None:
+        """Make known which positions count by the mask or labels `of`: flat indices [k], None for all."""
+        self._indices[id(of)] = (of, indices)
+
+    def indices(self, of: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return (of, indices) where they are known."""
+        return self._indices.get(id(of))
+
+    def settle(self) -> None:
+        """Read all checks at once, forget them, and raise the error of the first that failed."""
+        made, self._checks, self._indices = self._checks, [], {}
+        if not made:
+            return
+        device = next((check.ok.device for check in made if check.ok.device.type != "cpu"), made[0].ok.device)
+        passed = torch.stack([check.ok.to(device) for check in made]).tolist()
+        for check, ok in zip(made, passed, strict=True):
+            if not ok:
+                error = check.error()
+                for rename in reversed(check.renames):
+                    error = rename(error)
+                raise error
+
+
+_active: ContextVar[DeferredChecks | None] = ContextVar("deferred_checks", default=None)
+_renames: ContextVar[tuple[Rename, ...]] = ContextVar("renames", default=())
+
+
+def require(ok: Tensor, error: Callable[[], XarchError]) -> None:
+    """Raise `error()` unless the boolean scalar `ok` is true: now, or when a collector settles."""
+    collector = _active.get()
+    if collector is not None:
+        collector.add(ok, error)
+    elif not bool(ok):
+        raise error()
+
+
+def all_finite(*tensors: Tensor | None) -> Tensor:
+    """Return a boolean scalar, true where every number of the given tensors is finite."""
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors if tensor is not None]).all()
+
+
+@contextmanager
+def settled_at_end(known: Callable[[DeferredChecks], None] | None = None) -> Iterator[None]:
+    """Settle the checks made inside with one read at the end, or leave them to a collector that is active already.
+
+    `known` makes indices known to the collector.
+    """
+    outer = _active.get()
+    collector = DeferredChecks() if outer is None else outer
+    if known is not None:
+        known(collector)
+    if outer is not None:
+        yield
+        return
+    with collector.collecting():
+        yield
+    collector.settle()
+
+
+@contextmanager
+def renaming_errors(rename: Rename) -> Iterator[None]:
+    """Pass errors raised inside, at once or by a check that is settled later, through `rename`."""
+    token = _renames.set((*_renames.get(), rename))
+    try:
+        yield
+    except XarchError as error:
+        renamed = rename(error)
+        if renamed is error:
+            raise
+        raise renamed from error
+    finally:
+        _renames.reset(token)
+
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -60,12 +175,23 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def counted_tokens(count: int, keep: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return the indices [k] of the tokens that count, or None when all `count` of them do."""
+def counted_tokens(count: int, keep: Tensor | None, device: torch.device, *, of: Tensor | None = None) -> Tensor | None:
+    """Return the indices [k] of the tokens that count, or None when all `count` of them do.
+
+    Finding them reads the device once per mask: a collector keeps them, by the mask or by the labels `of` it came from.
+    """
     if keep is None:
         return None
+    collector = _active.get()
+    source = keep if of is None else of
+    known = None if collector is None else collector.indices(source)
+    if known is not None:
+        return known[1]
     indices = keep.reshape(-1).nonzero().squeeze(1).to(device)
-    return None if indices.numel() == count else indices
+    found = None if indices.numel() == count else indices
+    if collector is not None:
+        collector.set_indices(source, found)
+    return found
 
 
 def refuse_mean_of_nothing() -> UsageError:

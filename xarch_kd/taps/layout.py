@@ -143,15 +143,37 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
     )
 
 
-def run_base(layout: Layout, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def run_base(
+    layout: Layout, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> Tensor:
     """Run the model without its head on `input_ids` [batch, time] and return the final-normed hidden states.
 
-    Raises TapError for a mask that the model cannot heed.
+    `position_ids` [batch, time] are those of rows that pack several documents, which are then kept apart.
+
+    Raises TapError for a mask that the model cannot heed, and for packed rows that it would mix.
     """
+    if position_ids is not None:
+        _check_keeps_apart(layout, attention_mask)
+        return layout.base(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]
     if is_mamba_ssm_model(layout.model):
         check_mask(attention_mask)
         return layout.base(input_ids)
     return layout.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+
+def _check_keeps_apart(layout: Layout, attention_mask: Tensor | None) -> None:
+    """Raise TapError unless the model keeps the documents of a packed row apart."""
+    recurrent = sorted(set(layout.mixer_kinds) - {"attention"})
+    if recurrent or attention_mask is not None:
+        raise TapError(
+            "The documents of a packed row would be mixed.",
+            asked="position_ids that begin again within a row",
+            found=f"mixers of kind {', '.join(recurrent)}, whose state runs through the whole row"
+            if recurrent
+            else "an attention_mask beside them, with which models of transformers do not look for documents",
+            allowed="models of attention alone, and rows without padding",
+            fix="give each document a row of its own, padded on the right",
+        )
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:

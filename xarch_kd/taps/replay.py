@@ -40,6 +40,7 @@ def block_calls(
     attention_mask: Tensor | None = None,
     *,
     paths: Mapping[str, str | None] | object | None = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[BlockCall, ...]:
     """Record what each block is called with for `input_ids` [batch, time], one BlockCall a block.
 
@@ -64,7 +65,7 @@ def block_calls(
         return (hidden, None, None) if form == "triple" else (hidden, None)
 
     with torch.no_grad(), _stand_ins(layout, stand_in):
-        run_base(layout, input_ids, attention_mask)
+        run_base(layout, input_ids, attention_mask, position_ids)
     return tuple(calls[index] for index in range(len(layout.blocks)))
 
 

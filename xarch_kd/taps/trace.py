@@ -78,13 +78,15 @@ def trace(
     taps: Sequence[str] | Mapping[str, Sequence[int] | None],
     layers: Sequence[int] | None = None,
     paths: Mapping[str, str | None] | object | None = None,
+    position_ids: Tensor | None = None,
 ) -> Trace:
     """Run the base model once on `input_ids` [batch, time] and return what is at `taps`.
 
     `taps` are names read at `layers` (None: every block), or a mapping of name → layers. The head never runs, and the
     pass stops as soon as all is read, unless `head_input` is asked for. Gradients flow if they are enabled.
     Non-reentrant gradient checkpointing works; of compiled blocks the taps outside the block can be read. A mixing
-    counts the tokens that `attention_mask` [batch, time] counts, and is free of attention dropout.
+    counts the tokens that `attention_mask` [batch, time] counts, and is free of attention dropout. `position_ids`
+    [batch, time] are those of rows that pack several documents.
 
     Raises UsageError for an unknown tap or a layer out of range, TapError for a tap that the model lacks, one that
     reentrant checkpointing or compilation would make silently wrong, and a mixing under a mask with holes.
@@ -96,7 +98,7 @@ def trace(
     refuse_unreadable(layout, sites)
     head_site = Site("head_input", None)
     with recording(layout, sites, attention_mask=attention_mask, stops=head_site not in sites) as values:
-        head_input = run_base(layout, input_ids, attention_mask)
+        head_input = run_base(layout, input_ids, attention_mask, position_ids)
         if head_site in sites:
             values[head_site] = head_input
         del head_input

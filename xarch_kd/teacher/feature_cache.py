@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,37 +38,42 @@ MIXINGS = {
 
 
 class FeatureCache(Protocol):
-    """Features by batch number, in the dtype the teacher gave them, so that a hit equals a fresh pass bit for bit."""
+    """Features by key (`feature_key`), in the dtype of the teacher, so that a hit equals a fresh pass bit for bit."""
 
-    def get(self, batch: int) -> Features | None: ...
-    def put(self, batch: int, features: Features) -> None: ...
+    def get(self, key: str) -> Features | None: ...
+    def put(self, key: str, features: Features) -> None: ...
+
+
+def feature_key(batch: str, teacher: str) -> str:
+    """Return the key of features, from the fingerprints of the batch and of the teacher that they were read from."""
+    return hashlib.sha256(f"{batch} {teacher}".encode()).hexdigest()
 
 
 class MemoryCache:
     """Features kept in main memory, whatever device the teacher runs on."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, Features] = {}
+        self._kept: dict[str, Features] = {}
 
-    def get(self, batch: int) -> Features | None:
-        """Return the features of `batch`, or None."""
-        return self._kept.get(batch)
+    def get(self, key: str) -> Features | None:
+        """Return the features of `key`, or None."""
+        return self._kept.get(key)
 
-    def put(self, batch: int, features: Features) -> None:
-        """Keep the features of `batch`."""
-        self._kept[batch] = {site: _moved(feature, "cpu") for site, feature in features.items()}
+    def put(self, key: str, features: Features) -> None:
+        """Keep the features under `key`."""
+        self._kept[key] = {site: moved(feature, "cpu") for site, feature in features.items()}
 
 
 class DiskCache:
-    """Features in one safetensors file a batch; a file that is not whole is read again from the teacher."""
+    """Features in one safetensors file per batch, named by its key; an incomplete file counts as none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, batch: int) -> Features | None:
-        """Return the features of `batch`, or None when they are not there or not readable."""
-        path = self._path(batch)
+    def get(self, key: str) -> Features | None:
+        """Return the features of `key`, or None when they are not there or not readable."""
+        path = self._path(key)
         if not path.exists():
             return None
         try:
@@ -78,11 +84,11 @@ class DiskCache:
             return None
         return _unpacked(stored, plain)
 
-    def put(self, batch: int, features: Features) -> None:
-        """Keep the features of `batch`. Raises CheckpointError when the disk is full."""
+    def put(self, key: str, features: Features) -> None:
+        """Keep the features under `key`. Raises CheckpointError when the disk is full."""
         tensors, plain = _packed(features)
         try:
-            write_tensors(self._path(batch), tensors, {"mixings": json.dumps(plain)})
+            write_tensors(self._path(key), tensors, {"mixings": json.dumps(plain)})
         except CheckpointError as error:
             raise CheckpointError(
                 "the teacher's features cannot be kept on disk",
@@ -91,11 +97,11 @@ class DiskCache:
                 fix="free some space, or set the stage's cache to memory or off, then run again with --resume",
             ) from error
 
-    def _path(self, batch: int) -> Path:
-        return self.folder / f"batch-{batch:06d}.safetensors"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
 
 
-def _moved(feature: Feature, device: torch.device | str) -> Feature:
+def moved(feature: Feature, device: torch.device | str) -> Feature:
     """Return a feature without its graph on `device`."""
     if isinstance(feature, Tensor):
         return feature.detach().to(device)
@@ -108,16 +114,16 @@ def _fields(mixing: Mixing) -> dict[str, Any]:
 
 
 def _packed(features: Features) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Return features as named tensors, and what else their mixing matrices are made of."""
+    """Return features as named tensors, and the other fields of their mixing matrices."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for site, feature in features.items():
-        moved = _moved(feature, "cpu")
-        if isinstance(moved, Tensor):
-            tensors[_name(site)] = moved.contiguous()
+        held = moved(feature, "cpu")
+        if isinstance(held, Tensor):
+            tensors[_name(site)] = held.contiguous()
             continue
-        plain[_name(site)] = {"kind": moved.kind}
-        for name, value in _fields(moved).items():
+        plain[_name(site)] = {"kind": held.kind}
+        for name, value in _fields(held).items():
             if isinstance(value, Tensor):
                 # A factor may be an expanded view of fewer numbers, or share them with another.
                 tensors[f"{_name(site)}/{name}"] = value.clone(memory_format=torch.contiguous_format)

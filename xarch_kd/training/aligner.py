@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.balance import observed_loss
 from xarch_kd.losses.schedules import WeightSchedule
-from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
+from xarch_kd.losses.tokens import Head, TokenLoss, token_loss
 from xarch_kd.models.conversion.frozen_parameters import frozen_names
 from xarch_kd.models.mamba_ssm.weights import own_names
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
 from xarch_kd.objectives.base import tensor
 from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.ops import checks
 from xarch_kd.planning.plan import PairPlan, Plan, StagePlan
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
@@ -38,6 +40,16 @@ class AlignerOutput:
 
     loss: Tensor
     parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTargets:
+    """Active pairs of one step, and the teacher's sites that they read. `progress` is the share of steps done."""
+
+    step: int
+    progress: float
+    pairs: tuple[ActivePair, ...]
+    sites: tuple[Site, ...]
 
 
 class Aligner(nn.Module):
@@ -67,8 +79,9 @@ class Aligner(nn.Module):
         plain = settings is None or settings.schedule is None
         self._token_schedule = WeightSchedule() if plain else settings.schedule.schedule  # type: ignore[union-attr]
         self.balance = balance_of(self.stage)
+        self._targets: StepTargets | None = None
         # In a tuple, so that the teacher is no child: it is neither trained, saved nor moved with the student.
-        self._outside = (student_layout, TeacherFeatures(teacher_layout, self.sites()))
+        self._outside = (student_layout, TeacherFeatures(teacher_layout, self.targets().sites))
         self._freeze()
         _set_checkpointing(self.student, self.stage.stage.gradient_checkpointing)
 
@@ -103,29 +116,30 @@ class Aligner(nn.Module):
 
     @property
     def needs_full_step_features(self) -> bool:
-        """Whether a step of several micro-batches needs the teacher's features of all before the first: the divisor of
-        `relative_mse` is the teacher's energy over the whole step."""
+        """Whether a step of several micro-batches needs the teacher's features of all of them before the first.
+
+        The divisor of `relative_mse` is the teacher's squared norm over the whole step.
+        """
         return any(pair.loss == "relative_mse" for pair in self.stage.pairs)
 
     def progress(self, step: int) -> float:
         """Return the share of the stage's steps that are done before step `step`, which counts from 0."""
         return min(max(step / self.stage.stage.steps, 0.0), 1.0)
 
-    def active_pairs(self, step: int = 0) -> tuple[ActivePair, ...]:
-        """Return what is matched at a step: entries whose weight is 0 then are not computed."""
-        progress = self.progress(step)
-        active = (entry for entry in self.entries if entry.schedule.factor(progress) > 0)
-        return tuple(reading for entry in active for reading in entry.active_pairs(step))
+    def targets(self, step: int = 0) -> StepTargets:
+        """Return the active pairs of a step and the teacher's sites that they need; worked out once per step."""
+        if self._targets is None or self._targets.step != step:
+            progress = self.progress(step)
+            active = (entry for entry in self.entries if entry.schedule.factor(progress) > 0)
+            pairs = tuple(pair for entry in active for pair in entry.active_pairs(step))
+            self._targets = StepTargets(step=step, progress=progress, pairs=pairs, sites=self.sites_of(pairs))
+        return self._targets
 
-    def sites(self, step: int = 0) -> tuple[Site, ...]:
-        """The teacher's sites that this stage reads at a step: targets, and what the student's blocks are fed."""
-        return self.sites_of(self.active_pairs(step))
-
-    def sites_of(self, active_pairs: tuple[ActivePair, ...]) -> tuple[Site, ...]:
-        """The teacher's sites that these readings need."""
-        found = [reading.site for reading in active_pairs]
+    def sites_of(self, pairs: tuple[ActivePair, ...]) -> tuple[Site, ...]:
+        """Return the teacher's sites that these pairs need: their targets, and the inputs of the student's blocks."""
+        found = [pair.site for pair in pairs]
         if self.stage.stage.inputs == "teacher":
-            found += [block_input_site(self.stage.stage, active_pairs, reading) for reading in active_pairs]
+            found += [block_input_site(self.stage.stage, pairs, pair) for pair in pairs]
         if self.stage.stage.tokens is not None:
             found.append(HEAD_INPUT)
         return tuple(dict.fromkeys(found))
@@ -144,74 +158,83 @@ class Aligner(nn.Module):
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in wanted)
 
-    def normalizers(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        features: Features | None = None,
-        *,
-        step: int = 0,
-    ) -> LossNormalizers:
-        """Return what this micro-batch adds to the step's counts; energies need the teacher's `features`."""
-        mask = None if attention_mask is None else attention_mask.bool()
-        tokens = torch.tensor(input_ids.numel(), dtype=torch.float64) if mask is None else mask.sum().double()
+    def normalizers(self, batch: Batch, features: Features | None = None, *, step: int = 0) -> LossNormalizers:
+        """Return what this micro-batch adds to the step's normalizers; squared norms need the teacher's `features`."""
         teacher_sq_norms = {}
-        for match, site in self.active_pairs(step) if features is not None and self.needs_full_step_features else ():
-            teacher_sq_norm = match.teacher_sq_norm(features[site], mask) if features is not None else None
-            if teacher_sq_norm is not None:
-                teacher_sq_norms[match.pair.name] = teacher_sq_norm
-        predictions = label_count(next_token_labels(input_ids, attention_mask, labels=labels))
-        return LossNormalizers(
-            tokens=tokens.to(input_ids.device), predictions=predictions, teacher_sq_norms=teacher_sq_norms
+        if features is not None and self.needs_full_step_features:
+            for pair in self.targets(step).pairs:
+                norm = pair.match.teacher_sq_norm(features[pair.site], batch.attention_mask)
+                if norm is not None:
+                    teacher_sq_norms[pair.match.pair.name] = norm
+        tokens, predictions = (
+            torch.full((), count, dtype=torch.float64, device=batch.device)
+            for count in (batch.tokens, batch.predictions)
         )
+        return LossNormalizers(tokens=tokens, predictions=predictions, teacher_sq_norms=teacher_sq_norms)
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        batch: Batch | None = None,
         features: Features | None = None,
         normalizers: LossNormalizers | None = None,
         step: int = 0,
     ) -> AlignerOutput:
-        """Return the loss of one micro-batch `input_ids` [batch, time].
+        """Return the loss of one micro-batch, given as a `batch` or as the tensors of one, each [batch, time].
 
-        `attention_mask` is true where a token counts (right-padded or packed); `labels`, unshifted, narrow the token
-        objective with -100. `features` are the teacher's (read here when not given), `counts` the step's divisors
-        (this batch's own when not given), and `step` counts the optimiser steps of the stage from 0: schedules, layer
-        maps that are redrawn and temperatures follow it. Raises NonFiniteLoss, which names the objective, and
-        UsageError for left-padded rows.
+        `attention_mask` is 1 or true where a token counts; `labels`, unshifted, are -100 where the token objective
+        leaves a token out. `features` are the teacher's (read here when not given), `normalizers` the step's divisors
+        (those of this batch alone when not given), and `step` counts the optimizer steps of the stage from 0, which
+        schedules, redrawn layer maps and temperatures follow.
+
+        Raises NonFiniteLoss, which names the objective, and UsageError as `Batch` does. All checks of values are
+        settled by one read of the device at the end, or by a collector of `ops.checks` that is active.
         """
-        _check_padding(attention_mask)
-        active_pairs = self.active_pairs(step)
-        if features is None:
-            features = self.reader.read(input_ids, attention_mask, sites=self.sites(step))
-        if normalizers is None:
-            normalizers = self.normalizers(input_ids, attention_mask, labels, features, step=step)
-        sides, head_input = self.paired_features(active_pairs, input_ids, attention_mask, features)
-        mask = None if attention_mask is None else attention_mask.bool()
-        terms: dict[str, dict[str, Tensor]] = {}
-        maps: dict[str, Tensor] = {}
-        for entry in self.entries:
-            own = [reading for reading in active_pairs if reading.match.entry is entry.align]
-            if own:
-                found, auxiliary_parameters = entry.terms(own, sides, mask, normalizers, self.progress(step))
-                terms[entry.align.name], maps = found, maps | auxiliary_parameters
-        if head_input is not None:
-            token = name_nonfinite(
-                TOKENS,
-                lambda: self._tokens(
-                    input_ids, attention_mask, labels, tensor(head_input), features, normalizers, self.progress(step)
-                ),
+        batch = self._batch(batch, input_ids, attention_mask, labels)
+        with checks.settled_at_end(lambda collector: _make_indices_known(collector, batch)):
+            targets = self.targets(step)
+            if features is None:
+                features = self.reader.read(batch, sites=targets.sites)
+            if normalizers is None:
+                normalizers = self.normalizers(batch, features, step=step)
+            sides, head_input = self.paired_features(targets.pairs, batch, features)
+            terms: dict[str, dict[str, Tensor]] = {}
+            maps: dict[str, Tensor] = {}
+            for entry in self.entries:
+                own = [pair for pair in targets.pairs if pair.match.entry is entry.align]
+                if own:
+                    found, auxiliary = entry.terms(own, sides, batch.attention_mask, normalizers, targets.progress)
+                    terms[entry.align.name], maps = found, maps | auxiliary
+            if head_input is not None:
+                token = name_nonfinite(
+                    TOKENS,
+                    lambda: self._tokens(batch, tensor(head_input), features, normalizers, targets.progress),
+                )
+                terms[TOKENS] = {TOKENS: token.total}
+            return self._output(terms, maps)
+
+    def _batch(
+        self, batch: Batch | None, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> Batch:
+        """Return the batch that `forward` was given, in whichever of its two forms."""
+        if (batch is None) == (input_ids is None) or (batch is not None and (attention_mask, labels) != (None, None)):
+            raise UsageError(
+                "a micro-batch is given as batch=, or as input_ids with attention_mask and labels",
+                found="neither" if batch is None else "both",
+                fix="aligner(input_ids=ids, attention_mask=mask, labels=labels)",
             )
-            terms[TOKENS] = {TOKENS: token.total}
-        return self._output(terms, maps)
+        if batch is not None:
+            return batch
+        assert input_ids is not None
+        mask = None if attention_mask is None else attention_mask.bool()
+        return Batch(input_ids=input_ids, attention_mask=mask, labels=labels)
 
     def _output(self, terms: Mapping[str, Mapping[str, Tensor]], maps: Mapping[str, Tensor]) -> AlignerOutput:
         """Return the sum of all terms, balanced, and each of them."""
-        _check_finite({name: part for entry in terms.values() for name, part in entry.items()} | dict(maps))
+        _require_finite({name: part for entry in terms.values() for name, part in entry.items()} | dict(maps))
         sums = {name: torch.stack(list(entry.values())).sum() for name, entry in terms.items()} | dict(maps)
         if self.balance is not None and not self.balance.done and torch.is_grad_enabled():
             student = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
@@ -231,22 +254,25 @@ class Aligner(nn.Module):
         return [*self.projectors.parameters(), *self.maps.parameters()]
 
     def paired_features(
-        self, active_pairs: tuple[ActivePair, ...], input_ids: Tensor, attention_mask: Tensor | None, features: Features
+        self, pairs: tuple[ActivePair, ...], batch: Batch, features: Features
     ) -> tuple[Callable[[ActivePair], tuple[Feature, Feature]], Feature | None]:
-        """Run the student; return what gives (student, teacher) of a reading, and the student's head input, if used."""
+        """Run the student; return a function from a pair to its (student, teacher) features, and the head input.
+
+        The head input is None where the stage has no token objective.
+        """
         stage = self.stage.stage
-        with self._autocast(input_ids.device):
+        with self._autocast(batch.device):
             if stage.inputs == "student":
-                read = traced(self.layout, stage, active_pairs, input_ids, attention_mask)
+                read = traced(self.layout, stage, pairs, batch)
                 return (
-                    lambda reading: (read[Site(reading.site.tap, reading.student_layer)], features[reading.site]),
+                    lambda pair: (read[Site(pair.site.tap, pair.student_layer)], features[pair.site]),
                     read.get(HEAD_INPUT),
                 )
-            alone = replayed(self.layout, stage, active_pairs, input_ids, attention_mask, features)
+            alone = replayed(self.layout, stage, pairs, batch, features)
 
-        def sides(reading: ActivePair) -> tuple[Feature, Feature]:
-            site = Site(reading.site.tap, reading.student_layer)
-            return alone[site, block_input_site(stage, active_pairs, reading)], features[reading.site]
+        def sides(pair: ActivePair) -> tuple[Feature, Feature]:
+            site = Site(pair.site.tap, pair.student_layer)
+            return alone[site, block_input_site(stage, pairs, pair)], features[pair.site]
 
         return sides, None
 
@@ -257,9 +283,7 @@ class Aligner(nn.Module):
 
     def _tokens(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
+        batch: Batch,
         student_hidden: Tensor,
         features: Features,
         normalizers: LossNormalizers,
@@ -275,7 +299,7 @@ class Aligner(nn.Module):
             student_head,
             tensor(features[HEAD_INPUT]),
             teacher_head,
-            next_token_labels(input_ids, attention_mask, labels=labels),
+            batch.next_tokens,
             normalizer=normalizers.predictions,
             divergence=settings.divergence
             if isinstance(settings.divergence, str)
@@ -335,28 +359,22 @@ class Aligner(nn.Module):
             self.balance = read_balance(self.balance, path)
 
 
-def _check_padding(attention_mask: Tensor | None) -> None:
-    """Raise UsageError for a row that begins with padding and has tokens after it.
-
-    Fused Mamba-2 training kernels take no mask: the convolution's bias then leaks from padding into the tokens, which
-    nothing would show.
-    """
-    if attention_mask is None:
-        return
-    counted = attention_mask.bool()
-    if bool((~counted[:, 0] & counted.any(1)).any()):
-        raise UsageError(
-            "rows are padded on the left, where recurrent mixers carry padding into the tokens when they train",
-            found="an attention_mask whose rows begin with 0",
-            allowed="packed or right-padded rows",
-            fix='tokenizer.padding_side = "right"',
-        )
+def _make_indices_known(collector: checks.DeferredChecks, batch: Batch) -> None:
+    """Make known which tokens of a batch count, so that no operation has to read it from the device."""
+    if batch.attention_mask is not None:
+        collector.set_indices(batch.attention_mask, batch.valid)
+    collector.set_indices(batch.next_tokens, batch.predicted)
 
 
-def _check_finite(parts: Mapping[str, Tensor]) -> None:
-    bad = [name for name, part in parts.items() if not bool(torch.isfinite(part))]
-    if bad:
-        raise NonFiniteLoss("the loss is not finite", asked=f"objective {', '.join(bad)}")
+def _require_finite(parts: Mapping[str, Tensor]) -> None:
+    found = {name: part.detach() for name, part in parts.items()}
+
+    def error() -> NonFiniteLoss:
+        bad = [name for name, part in found.items() if not bool(torch.isfinite(part))]
+        return NonFiniteLoss("the loss is not finite", asked=f"objective {', '.join(bad)}")
+
+    if found:
+        checks.require(checks.all_finite(*found.values()), error)
 
 
 def _check_keys(path: Path, own: Iterable[str], stored: Iterable[str]) -> None:

@@ -1,12 +1,11 @@
-"""What the student gives for each match of a stage: in one pass, or block by block on what the teacher's were fed."""
+"""Student features of a stage's pairs: from one pass, or block by block on the inputs of the teacher's blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from torch import Tensor
-
+from xarch_kd.data.batches import Batch
 from xarch_kd.mapping_file.objectives import MIXER_TAPS
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.objectives.alignment import ActivePair
@@ -21,58 +20,51 @@ HEAD_INPUT: Final = Site("head_input", None)
 StudentFeatures = Mapping[Site, Feature]
 
 
-def block_input_site(stage: Stage, active_pairs: Sequence[ActivePair], reading: ActivePair) -> Site:
-    """Return the teacher's site that the student's block of a reading is fed with `inputs: teacher`."""
-    layer = reading.site.layer or 0
-    if _mixer_alone(stage, active_pairs, reading.student_layer):
+def block_input_site(stage: Stage, active_pairs: Sequence[ActivePair], pair: ActivePair) -> Site:
+    """Return the teacher's site whose feature is the input of a pair's student block under `inputs: teacher`."""
+    layer = pair.site.layer or 0
+    if _mixer_alone(stage, active_pairs, pair.student_layer):
         return Site("mixer_input", layer)
     return Site("hidden", layer - 1) if layer else Site("embedding", None)
 
 
 def _mixer_alone(stage: Stage, active_pairs: Sequence[ActivePair], student_layer: int | None) -> bool:
     """Whether running the mixer is enough: nothing but its output is matched and nothing around it learns."""
-    taps = {reading.site.tap for reading in active_pairs if reading.student_layer == student_layer}
+    taps = {pair.site.tap for pair in active_pairs if pair.student_layer == student_layer}
     return taps <= MIXER_TAPS and set(stage.train) == {"mixers"}
 
 
-def traced(
-    layout: Layout, stage: Stage, active_pairs: Sequence[ActivePair], input_ids: Tensor, attention_mask: Tensor | None
-) -> StudentFeatures:
-    """Return what one pass of the student gives at the sites of the readings, and its head input for the tokens."""
+def traced(layout: Layout, stage: Stage, active_pairs: Sequence[ActivePair], batch: Batch) -> StudentFeatures:
+    """Return the features of one pass of the student at the sites of the pairs, and its head input for the tokens."""
     taps: dict[str, list[int]] = {}
-    for reading in active_pairs:
-        layer = reading.student_layer
-        taps.setdefault(reading.site.tap, []).extend([] if layer is None else [layer])
+    for pair in active_pairs:
+        layer = pair.student_layer
+        taps.setdefault(pair.site.tap, []).extend([] if layer is None else [layer])
     if stage.tokens is not None:
         taps.setdefault(HEAD_INPUT.tap, [])
-    found = trace(layout, input_ids, attention_mask, taps=taps)
-    sites = [Site(reading.site.tap, reading.student_layer) for reading in active_pairs]
+    found = trace(layout, batch.input_ids, batch.model_mask, taps=taps, position_ids=batch.position_ids)
+    sites = [Site(pair.site.tap, pair.student_layer) for pair in active_pairs]
     sites += [HEAD_INPUT] if stage.tokens is not None else []
     return {site: found.at(*site) for site in sites}
 
 
 def replayed(
-    layout: Layout,
-    stage: Stage,
-    active_pairs: Sequence[ActivePair],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    features: Features,
+    layout: Layout, stage: Stage, active_pairs: Sequence[ActivePair], batch: Batch, features: Features
 ) -> Mapping[tuple[Site, Site], Feature]:
-    """Return what each student block, or its mixer alone, gives on what the teacher's was fed.
+    """Return the features of each student block, or of its mixer alone, run on the input of the teacher's block.
 
-    By (the student's site, the teacher's site that fed it).
+    Keys are (the student's site, the teacher's site that was its input).
     """
-    calls = block_calls(layout, input_ids, attention_mask)
+    calls = block_calls(layout, batch.input_ids, batch.model_mask, position_ids=batch.position_ids)
     groups: dict[tuple[int, Site], set[str]] = {}
-    for reading in active_pairs:
-        if reading.student_layer is not None:
-            feed = block_input_site(stage, active_pairs, reading)
-            groups.setdefault((reading.student_layer, feed), set()).add(reading.site.tap)
+    for pair in active_pairs:
+        if pair.student_layer is not None:
+            source = block_input_site(stage, active_pairs, pair)
+            groups.setdefault((pair.student_layer, source), set()).add(pair.site.tap)
     found: dict[tuple[Site, Site], Feature] = {}
-    for (layer, feed), taps in groups.items():
-        fed = tensor(features[feed]).to(next(layout.blocks[layer].parameters()).dtype)
-        run = read_mixer if feed.tap == "mixer_input" else read_block
-        read = run(layout, layer, fed, calls, sorted(taps))
-        found.update({(Site(tap, layer), feed): feature for tap, feature in read.items()})
+    for (layer, source), taps in groups.items():
+        block_input = tensor(features[source]).to(next(layout.blocks[layer].parameters()).dtype)
+        run = read_mixer if source.tap == "mixer_input" else read_block
+        read = run(layout, layer, block_input, calls, sorted(taps))
+        found.update({(Site(tap, layer), source): feature for tap, feature in read.items()})
     return found

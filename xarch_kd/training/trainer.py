@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from xarch_kd.data.rows import StageRows, collate
-from xarch_kd.errors import CheckpointError, NonFiniteLoss
-from xarch_kd.files import cannot_write, write_tensors
+from xarch_kd.data.batches import Batch, BatchSource
+from xarch_kd.errors import CheckpointError, NonFiniteLoss, XarchError
+from xarch_kd.files import cannot_write, write_tensors, write_text
 from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.ops import checks
 from xarch_kd.planning.plan import StagePlan
 from xarch_kd.run.progress import StageProgress, StepFigures
 from xarch_kd.run.signals import StopSignals
-from xarch_kd.teacher.feature_cache import Features
+from xarch_kd.taps.sites import Site
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner, AlignerOutput
 from xarch_kd.training.loss_balancing import write_balance
 from xarch_kd.training.optimizer import parameter_groups
 
 STATE_FILE = "trained.safetensors"
+# State of the batch source, beside it.
+SOURCE_FILE = "source.json"
 KEPT_CHECKPOINTS = 2
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class StageTrainer(Trainer):
-    """Trains what the stage's plan names, in `folder`, showing its steps through `progress`."""
+    """Trains what the stage's plan names on the batches of `source`, in `folder`; steps are shown by `progress`.
+
+    All checks of values of a step are settled by one read of the device, before the optimizer steps.
+    """
 
     def __init__(
         self,
         aligner: Aligner,
         reader: TeacherFeatures,
-        rows: StageRows,
+        source: BatchSource,
         plan: StagePlan,
         *,
         folder: Path,
@@ -52,20 +59,19 @@ class StageTrainer(Trainer):
         self.aligner = aligner
         self.reader = reader
         self.plan = plan
-        self.rows = rows
+        self.source = source
         self.progress: StageProgress | None = None
-        self._counts = LossNormalizers()
+        self._normalizers = LossNormalizers()
         self._figures: dict[str, Tensor] = {}
+        self._checks = checks.DeferredChecks()
         super().__init__(
             model=aligner,
             args=_arguments(plan, folder=folder, seed=seed, cpu=cpu, tracking=tracking),
-            train_dataset=rows,
-            data_collator=collate,
         )
-        # `compute_loss` divides sums by the whole step's counts, so the Trainer must not divide again.
+        # `compute_loss` divides sums by the whole step's normalizers, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Guard(self, signals))
+        self.add_callback(_Guard(signals))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over student matrices, student vectors (no weight decay), projectors and maps (own rate and decay)."""
@@ -83,43 +89,47 @@ class StageTrainer(Trainer):
             )
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        """The rows come in the order of training already."""
-        return SequentialSampler(self.rows)
+    def get_train_dataloader(self) -> Any:
+        """Return the stage's micro-batches, drawn only when they are needed, so that a saved state is exact."""
+        return _Stream(self.source, self.plan.stage.steps * self.plan.stage.gradient_accumulation)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Draw the micro-batches of one step and count what its sums are divided by, over all of them and all ranks."""
-        batches = [batch for batch in (next(epoch_iterator, None) for _ in range(num_batches)) if batch is not None]
-        ahead = self.aligner.needs_full_step_features and len(batches) > 1
+        """Draw the micro-batches of one step and work out its normalizers, over all of them and all ranks."""
+        ranks = self.accelerator.num_processes
+        drawn = [next(epoch_iterator).shard(self.accelerator.process_index, ranks) for _ in range(num_batches)]
+        ahead = self.aligner.needs_full_step_features or num_batches == 1
+        self._checks = checks.DeferredChecks()
         normalizers = LossNormalizers()
-        for batch in batches:
-            number = int(batch.pop("batch"))
-            input_ids = batch["input_ids"].to(device)
-            batch["features"] = self._read(input_ids, number) if ahead or len(batches) == 1 else None
-            batch["number"] = number
-            normalizers = normalizers + self.aligner.normalizers(
-                input_ids, None, None, batch["features"], step=self._step
-            )
-        if self.accelerator.num_processes > 1:
-            normalizers = normalizers.map(self._summed_over_ranks)
-        self._counts = normalizers
+        samples: list[dict[str, Any]] = []
+        for batch in (batch.to(device) for batch in drawn):
+            with self._checks.collecting(), checks.renaming_errors(partial(self._named, batch=batch)):
+                features = self.reader.read(batch, sites=self._sites) if ahead else None
+                normalizers = normalizers + self.aligner.normalizers(batch, features, step=self._step)
+            samples.append({"batch": batch, "features": features})
+        self._normalizers = normalizers if ranks == 1 else normalizers.reduced(self._summed_over_ranks)
         self._figures = {}
-        return batches, None
+        return samples, None
 
     @property
     def _step(self) -> int:
-        """Optimiser steps that are done."""
+        """Optimizer steps that are done."""
         return int(self.state.global_step)
 
-    def _read(self, input_ids: Tensor, batch: int) -> Features:
-        return self.reader.read(input_ids, batch=batch, sites=self.aligner.sites(self._step))
+    @property
+    def _sites(self) -> tuple[Site, ...]:
+        return self.aligner.targets(self._step).sites
 
-    def _summed_over_ranks(self, count: Tensor) -> Tensor:
-        total = self.accelerator.reduce(count, reduction="sum")
+    def _summed_over_ranks(self, values: Tensor) -> Tensor:
+        total = self.accelerator.reduce(values, reduction="sum")
         assert isinstance(total, Tensor)
         return total
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one micro-batch forward and backward, leaving the checks of its values to the end of the step."""
+        with self._checks.collecting():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -128,29 +138,55 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the micro-batch's share of the step's loss. Raises NonFiniteLoss before any gradient is taken."""
-        number, features = inputs["number"], inputs["features"]
-        if features is None:
-            features = self._read(inputs["input_ids"], number)
+        """Return the micro-batch's share of the step's loss."""
+        batch, features = inputs["batch"], inputs["features"]
         waiting = self._is_balancing()
-        try:
+        with checks.renaming_errors(partial(self._named, batch=batch)):
+            if features is None:
+                features = self.reader.read(batch, sites=self._sites)
             output: AlignerOutput = model(
-                input_ids=inputs["input_ids"], features=features, normalizers=self._counts, step=self._step
+                batch=batch, features=features, normalizers=self._normalizers, step=self._step
             )
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(
-                f"the loss of stage '{self.plan.stage.name}' is not finite at step {self.state.global_step + 1}",
-                asked=f"{error.asked} on batch {number}",
-                found=error.found or error.message,
-                fix=self._where_to_go_on(),
-            ) from error
         if waiting and not self._is_balancing() and self.progress is not None and self.aligner.balance is not None:
             self.progress.balanced(self.aligner.balance.state())
         for name, part in output.parts.items():
             self._figures[name] = self._figures.get(name, part.new_zeros(())) + part
-        # Data-parallel gradients are averaged over ranks; the sums here are already divided by the global counts.
+        # Data-parallel gradients are averaged over ranks; the sums here are already divided by the global normalizers.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _named(self, error: XarchError, batch: Batch) -> XarchError:
+        """Return the error of a loss that is not finite with the stage, the step and the batch it belongs to."""
+        if not isinstance(error, NonFiniteLoss):
+            return error
+        return NonFiniteLoss(
+            f"the loss of stage '{self.plan.stage.name}' is not finite at step {self._step + 1}",
+            asked=f"{error.asked} on {batch.origin}",
+            found=error.found or error.message,
+            fix=self._where_to_go_on(),
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of all gradients, and settle the checks of the step, of which its finiteness is the last.
+
+        Raises NonFiniteLoss before the optimizer has stepped.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._checks.add(torch.isfinite(torch.as_tensor(norm)), self._gradient_error)
+        self._checks.settle()
+        return norm
+
+    def _gradient_error(self) -> NonFiniteLoss:
+        bad = (
+            name
+            for name, parameter in self.aligner.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        )
+        return NonFiniteLoss(
+            f"a gradient of stage '{self.plan.stage.name}' is not finite at step {self._step + 1}",
+            found=f"parameter {next(bad, 'unknown: every gradient is finite, but their norm is not')}",
+            fix=self._where_to_go_on(),
+        )
 
     def _is_balancing(self) -> bool:
         return self.aligner.balance is not None and not self.aligner.balance.done
@@ -158,14 +194,16 @@ class StageTrainer(Trainer):
     def _where_to_go_on(self) -> str:
         kept = latest_checkpoint(Path(str(self.args.output_dir)))
         state = f"the last good checkpoint is {kept.name}" if kept else "no step of this stage was saved yet"
-        return f"{state}; lower the stage's optimizer.lr or look at that batch's text. No optimiser step was taken."
+        return f"{state}; lower the stage's optimizer.lr or look at that batch's text. No optimizer step was taken."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss parts to what the Trainer logs, and show the step."""
         if "loss" not in logs:
             super().log(logs, start_time)
             return
-        parts = {name: float(part) for name, part in self._figures.items()}
+        # Copied from the device at once rather than part by part.
+        values = torch.stack([part.double() for part in self._figures.values()]).tolist() if self._figures else []
+        parts = dict(zip(self._figures, values, strict=True))
         loss = sum(parts.values())
         gradient_norm = logs.get("grad_norm")
         if self.progress is not None:
@@ -184,10 +222,14 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save only what this stage trains: the rest comes back from the student's source and earlier stages."""
-        write_state(self.aligner, Path(output_dir or str(self.args.output_dir)) / STATE_FILE)
+        folder = Path(output_dir or str(self.args.output_dir))
+        write_state(self.aligner, folder / STATE_FILE)
+        write_text(folder / SOURCE_FILE, json.dumps(self.source.state_dict(), indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.aligner.load_trained_state(Path(resume_from_checkpoint) / STATE_FILE)
+        folder = Path(resume_from_checkpoint)
+        self.aligner.load_trained_state(folder / STATE_FILE)
+        self.source.load_state_dict(_read_source_state(folder / SOURCE_FILE))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging())
@@ -215,6 +257,37 @@ class StageTrainer(Trainer):
             shutil.rmtree(old)
 
 
+class _Stream:
+    """Micro-batches of a source as the Trainer iterates over them; its length is that of the whole stage.
+
+    Nothing is drawn ahead, which a source that samples from the student could not do, and a resumed iteration begins
+    where the source's state was restored to.
+    """
+
+    def __init__(self, source: BatchSource, micro_batches: int) -> None:
+        self.source = source
+        self.micro_batches = micro_batches
+
+    def __len__(self) -> int:
+        return self.micro_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.source.draw()
+
+
+def _read_source_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path}", found=str(error), fix="delete the checkpoint and run again with --resume"
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} does not hold the state of a batch source", found=type(state).__name__)
+    return state
+
+
 def write_state(aligner: Aligner, path: Path) -> None:
     """Write what a stage trained, whole or not at all. Raises CheckpointError if it can't."""
     if aligner.balance is not None:
@@ -235,12 +308,12 @@ def checkpoints(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a stage, if there is one.
 
-    Raises CheckpointError when it lacks a part, which only somebody else's hand can bring about.
+    Raises CheckpointError when it lacks a part (files were removed or only partly copied).
     """
     found = checkpoints(folder)
     if not found:
         return None
-    for name in (STATE_FILE, "trainer_state.json", "optimizer.pt"):
+    for name in (STATE_FILE, SOURCE_FILE, "trainer_state.json", "optimizer.pt"):
         if not (found[-1] / name).is_file():
             raise CheckpointError(
                 f"the checkpoint {found[-1]} lacks {name}", fix=f"delete {found[-1]} and resume from the one before"
@@ -249,23 +322,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 class _Guard(TrainerCallback):
-    """Looks before each optimiser step for gradients that are not finite, and after it for a request to stop."""
+    """Stops the training after the step in which a signal requested it."""
 
-    def __init__(self, trainer: StageTrainer, signals: StopSignals) -> None:
-        self.trainer = trainer
+    def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for name, parameter in self.trainer.aligner.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                stage = self.trainer.plan.stage.name
-                raise NonFiniteLoss(
-                    f"a gradient of stage '{stage}' is not finite at step {state.global_step + 1}",
-                    found=f"parameter {name}",
-                    fix=self.trainer._where_to_go_on(),
-                )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signals.requested is not None:
@@ -292,5 +352,8 @@ def _arguments(plan: StagePlan, *, folder: Path, seed: int, cpu: bool, tracking:
         report_to=list(tracking) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=not cpu,
+        # The source's own state says where a resumed stage goes on.
+        ignore_data_skip=True,
+        # `StageTrainer` refuses losses that are not finite; this filter would read each loss from the device.
+        logging_nan_inf_filter=False,
     )
