@@ -19,18 +19,17 @@ from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.balance import observed_loss
 from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.losses.tokens import Head, TokenLoss, token_loss
-from xarch_kd.models.conversion.frozen_parameters import frozen_names
-from xarch_kd.models.mamba_ssm.weights import own_names
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
 from xarch_kd.objectives.base import tensor
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
-from xarch_kd.planning.plan import PairPlan, Plan, StagePlan
+from xarch_kd.planning.plan import PairPlan, Plan
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
 from xarch_kd.teacher.feature_cache import Feature, Features
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.loss_balancing import TOKENS, balance_of, read_balance
+from xarch_kd.training.stage_setup import freeze_others, set_checkpointing, stage_of
 from xarch_kd.training.student_features import HEAD_INPUT, block_input_site, replayed, traced
 
 
@@ -64,7 +63,7 @@ class Aligner(nn.Module):
         self, plan: Plan, *, teacher: PreTrainedModel | Layout, student: PreTrainedModel | Layout, stage: int | str = 0
     ) -> None:
         super().__init__()
-        self.stage = _stage_of(plan, stage)
+        self.stage = stage_of(plan, stage)
         student_layout = layout_of(student, plan.mapping.student.paths)
         teacher_layout = layout_of(teacher, plan.mapping.teacher.paths)
         self.student: PreTrainedModel = student_layout.model
@@ -82,8 +81,8 @@ class Aligner(nn.Module):
         self._targets: StepTargets | None = None
         # In a tuple, so that the teacher is no child: it is neither trained, saved nor moved with the student.
         self._outside = (student_layout, TeacherFeatures(teacher_layout, self.targets().sites))
-        self._freeze()
-        _set_checkpointing(self.student, self.stage.stage.gradient_checkpointing)
+        freeze_others(self.student, self.stage.trainable)
+        set_checkpointing(self.student, self.stage.stage.gradient_checkpointing)
 
     def _names(self) -> Iterable[str]:
         return dict.fromkeys(pair.align for pair in self.stage.pairs)
@@ -143,20 +142,6 @@ class Aligner(nn.Module):
         if self.stage.stage.tokens is not None:
             found.append(HEAD_INPUT)
         return tuple(dict.fromkeys(found))
-
-    def _freeze(self) -> None:
-        wanted = set(own_names(self.student, self.stage.trainable))
-        unknown = wanted - {name for name, _ in self.student.named_parameters()}
-        if unknown:
-            raise UsageError(
-                "the student is not the one that was planned: parameters to train are missing",
-                asked=", ".join(sorted(unknown)[:3]),
-                found=type(self.student).__name__,
-            )
-        # A student that was converted earlier and is trained further carries no plan that knows of these.
-        wanted -= set(frozen_names(self.student))
-        for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(name in wanted)
 
     def normalizers(self, batch: Batch, features: Features | None = None, *, step: int = 0) -> LossNormalizers:
         """Return what this micro-batch adds to the step's normalizers; squared norms need the teacher's `features`."""
@@ -385,27 +370,6 @@ def _check_keys(path: Path, own: Iterable[str], stored: Iterable[str]) -> None:
             found=f"{len(different)} names differ, e.g. {different[0]}",
             fix="it belongs to another version of this run; give another --output",
         )
-
-
-def _stage_of(plan: Plan, stage: int | str) -> StagePlan:
-    for candidate in plan.stages:
-        if stage in (candidate.index, candidate.stage.name):
-            return candidate
-    names = ", ".join(f"{candidate.index} ({candidate.stage.name})" for candidate in plan.stages)
-    raise UsageError("the plan has no such stage", asked=stage, allowed=names)
-
-
-def _set_checkpointing(student: PreTrainedModel, wanted: bool) -> None:
-    # transformers renamed the pair of methods in its fifth major version; releases that we allow have one or the other.
-    word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
-    if not hasattr(student, f"{word}_checkpointing_enable"):
-        if wanted:
-            raise UsageError(f"{type(student).__name__} has no gradient checkpointing", fix="set it to false")
-        return
-    if wanted:
-        getattr(student, f"{word}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(student, f"{word}_checkpointing_disable")()
 
 
 def _head(layout: Layout) -> Head:

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from xarch_kd.data.batches import Batch, BatchSource
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, XarchError
-from xarch_kd.files import cannot_write, write_tensors, write_text
+from xarch_kd.files import cannot_write, write_json, write_tensors
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
 from xarch_kd.planning.plan import StagePlan
@@ -224,7 +224,7 @@ class StageTrainer(Trainer):
         """Save only what this stage trains: the rest comes back from the student's source and earlier stages."""
         folder = Path(output_dir or str(self.args.output_dir))
         write_state(self.aligner, folder / STATE_FILE)
-        write_text(folder / SOURCE_FILE, json.dumps(self.source.state_dict(), indent=2) + "\n")
+        write_json(folder / SOURCE_FILE, self.source.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
