@@ -1,0 +1,54 @@
+"""Setup of a student for one stage: which stage of the plan, what trains, gradient checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from xarch_kd.errors import UsageError
+from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.mamba_ssm.weights import own_names
+from xarch_kd.planning.plan import Plan, StagePlan
+
+
+def freeze_others(student: PreTrainedModel, trainable: Iterable[str]) -> None:
+    """Let the parameters `trainable` of a student train and freeze all others.
+
+    Raises UsageError for a student that lacks one of them.
+    """
+    wanted = set(own_names(student, trainable))
+    unknown = wanted - {name for name, _ in student.named_parameters()}
+    if unknown:
+        raise UsageError(
+            "the student is not the one that was planned: parameters to train are missing",
+            asked=", ".join(sorted(unknown)[:3]),
+            found=type(student).__name__,
+        )
+    # A student that was converted earlier and is trained further carries no plan that lists these.
+    wanted -= set(frozen_names(student))
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in wanted)
+
+
+def stage_of(plan: Plan, stage: int | str) -> StagePlan:
+    """Return the stage of a plan by index or name. Raises UsageError when there is none."""
+    for candidate in plan.stages:
+        if stage in (candidate.index, candidate.stage.name):
+            return candidate
+    names = ", ".join(f"{candidate.index} ({candidate.stage.name})" for candidate in plan.stages)
+    raise UsageError("the plan has no such stage", asked=stage, allowed=names)
+
+
+def set_checkpointing(student: PreTrainedModel, wanted: bool) -> None:
+    """Turn non-reentrant gradient checkpointing on or off. Raises UsageError for a student without it."""
+    # transformers renamed the pair of methods in its fifth major version; releases that we allow have one or the other.
+    word = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if not hasattr(student, f"{word}_checkpointing_enable"):
+        if wanted:
+            raise UsageError(f"{type(student).__name__} has no gradient checkpointing", fix="set it to false")
+        return
+    if wanted:
+        getattr(student, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(student, f"{word}_checkpointing_disable")()
