@@ -64,10 +64,12 @@ def paired(student: Tensor, teacher: Tensor, mask: Tensor | None, axes: str) -> 
 
 def finite(total: Tensor, name: str) -> Tensor:
     """Return the value of the objective `name`, or raise NonFiniteLoss."""
-    if not bool(torch.isfinite(total)):
-        raise NonFiniteLoss(
+    checks.require(
+        checks.all_finite(total),
+        lambda: NonFiniteLoss(
             f"The objective '{name}' is not finite.",
             found="a NaN or infinite feature, or one too large",
             allowed="finite features at every token that counts",
-        )
+        ),
+    )
     return total

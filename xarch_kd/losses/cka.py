@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -63,7 +64,10 @@ def cka_loss(
     checks.check_mask(mask)
     checks.check_device(student=student, teacher=teacher, mask=mask)
     dtype = checks.accumulation_dtype(student, teacher)
-    x, y = (features.flatten(0, -2) if mask is None else features[mask] for features in (student, teacher.detach()))
+    kept = checks.counted_tokens(math.prod(leading), mask, student.device)
+    x, y = (features.flatten(0, -2) for features in (student, teacher.detach()))
+    if kept is not None:
+        x, y = x.index_select(0, kept), y.index_select(0, kept)
     tokens = x.shape[0]
     with torch.autocast(student.device.type, enabled=False):
         x, y = standardised(x.to(dtype), y.to(dtype), standardizer, shared_basis)

@@ -39,10 +39,14 @@ class Standardizer:
         if self.mean.dim() != 1:
             raise UsageError("mean does not fit.", found=list(self.mean.shape), allowed="[dim]")
         checks.check_shape("deviation", self.deviation, tuple(self.mean.shape), "[dim]")
-        if not bool(torch.isfinite(self.mean).all() and torch.isfinite(self.deviation).all()):
-            raise UsageError("Statistics of the teacher must be finite.", found="NaN or infinity")
-        if not bool((self.deviation > 0).all()):
-            raise UsageError("A deviation must be above 0.", found=self.deviation.min().item(), allowed="> 0")
+        checks.require(
+            checks.all_finite(self.mean, self.deviation),
+            lambda: UsageError("Statistics of the teacher must be finite.", found="NaN or infinity"),
+        )
+        checks.require(
+            (self.deviation > 0).all(),
+            lambda: UsageError("A deviation must be above 0.", found=self.deviation.min().item(), allowed="> 0"),
+        )
 
     @property
     def dim(self) -> int:

@@ -7,6 +7,7 @@ go. Nothing that depends on the outcome may follow a deferred check but numbers 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,8 +22,10 @@ Rename = Callable[[XarchError], XarchError]
 
 
 class _Check(NamedTuple):
+    """A boolean scalar, and what to do if it is false: make an error to raise, or warn and return None."""
+
     ok: Tensor
-    error: Callable[[], XarchError]
+    failed: Callable[[], XarchError | None]
     renames: tuple[Rename, ...]
 
 
@@ -44,9 +47,9 @@ class DeferredChecks:
         finally:
             _active.reset(token)
 
-    def add(self, ok: Tensor, error: Callable[[], XarchError]) -> None:
-        """Take in a check: `ok` is a boolean scalar, `error` makes the error if it is false."""
-        self._checks.append(_Check(ok.detach(), error, _renames.get()[self._depth :]))
+    def add(self, ok: Tensor, failed: Callable[[], XarchError | None]) -> None:
+        """Take in a check: `ok` is a boolean scalar; if it is false `failed` makes the error, or warns."""
+        self._checks.append(_Check(ok.detach(), failed, _renames.get()[self._depth :]))
 
     def set_indices(self, of: Tensor, indices: Tensor | None) -> None:
         """Make known which positions count by the mask or labels `of`: flat indices [k], None for all."""
@@ -64,8 +67,8 @@ class DeferredChecks:
         device = next((check.ok.device for check in made if check.ok.device.type != "cpu"), made[0].ok.device)
         passed = torch.stack([check.ok.to(device) for check in made]).tolist()
         for check, ok in zip(made, passed, strict=True):
-            if not ok:
-                error = check.error()
+            error = None if ok else check.failed()
+            if error is not None:
                 for rename in reversed(check.renames):
                     error = rename(error)
                 raise error
@@ -82,6 +85,15 @@ def require(ok: Tensor, error: Callable[[], XarchError]) -> None:
         collector.add(ok, error)
     elif not bool(ok):
         raise error()
+
+
+def warn_unless(ok: Tensor, message: Callable[[], str], *, stacklevel: int) -> None:
+    """Warn with `message()` unless the boolean scalar `ok` is true: now, or when a collector settles."""
+    collector = _active.get()
+    if collector is not None:
+        collector.add(ok, lambda: warnings.warn(message(), stacklevel=stacklevel))
+    elif not bool(ok):
+        warnings.warn(message(), stacklevel=stacklevel)
 
 
 def all_finite(*tensors: Tensor | None) -> Tensor:

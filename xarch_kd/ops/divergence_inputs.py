@@ -77,11 +77,14 @@ def check_side(name: str, hidden: Tensor, side: Side) -> None:
     rows = side.weight.shape[0]
     checks.check_shape(f"{name}_weight", side.weight, (rows, hidden.shape[-1]), f"[vocabulary, width of {name}_hidden]")
     checks.check_shape(f"{name}_bias", side.bias, (rows,), f"[rows of {name}_weight]")
-    if side.bias is not None and not bool(torch.isfinite(side.bias).all()):
-        raise UsageError(
-            f"{name}_bias must be finite.",
-            found="an infinite or NaN entry",
-            fix="leave padded entries of the vocabulary out with vocabulary=",
+    if side.bias is not None:
+        checks.require(
+            checks.all_finite(side.bias),
+            lambda: UsageError(
+                f"{name}_bias must be finite.",
+                found="an infinite or NaN entry",
+                fix="leave padded entries of the vocabulary out with vocabulary=",
+            ),
         )
     if side.softcap is not None and not side.softcap > 0:
         raise UsageError(f"{name}_softcap must be positive.", found=side.softcap, allowed="> 0, or None for no softcap")
@@ -147,12 +150,14 @@ def check_labels(labels: Tensor, vocabulary: int) -> None:
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise UsageError("labels must be integers.", found=labels.dtype, allowed="an integer dtype")
     wrong = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= vocabulary))
-    if bool(wrong.any()):
-        raise UsageError(
+    checks.require(
+        ~wrong.any(),
+        lambda: UsageError(
             "A label is outside the vocabulary that is compared.",
             found=int(labels[wrong][0]),
             allowed=f"0 to {vocabulary - 1}, or {IGNORED_LABEL} to leave the token out",
-        )
+        ),
+    )
 
 
 def token_keep(labels: Tensor | None, mask: Tensor | None, token_weights: Tensor | None) -> Tensor | None:
@@ -160,8 +165,11 @@ def token_keep(labels: Tensor | None, mask: Tensor | None, token_weights: Tensor
 
     A token counts when the mask is true there, its label is not ignored and its weight is not 0.
     """
-    if token_weights is not None and bool((~(token_weights >= 0) | torch.isinf(token_weights)).any()):
-        raise UsageError("token_weights must be finite and not negative.", allowed=">= 0")
+    if token_weights is not None:
+        checks.require(
+            ((token_weights >= 0) & ~torch.isinf(token_weights)).all(),
+            lambda: UsageError("token_weights must be finite and not negative.", allowed=">= 0"),
+        )
     parts = [] if mask is None else [mask]
     if labels is not None:
         parts.append(labels != IGNORED_LABEL)
@@ -205,7 +213,8 @@ def check_inputs(
     if labels is not None:
         check_labels(labels, shared)
     device, count, dtype = student.hidden.device, math.prod(leading), checks.accumulation_dtype(*given.values())
-    kept = checks.counted_tokens(count, token_keep(labels, mask, token_weights), device)
+    alone = labels if mask is None and token_weights is None else None
+    kept = checks.counted_tokens(count, token_keep(labels, mask, token_weights), device, of=alone)
     return DivergenceInputs(
         student=_flat(student),
         teacher=_read_teacher(teacher, leading, kept, shared),
@@ -214,7 +223,8 @@ def check_inputs(
         divergence_weight=divergence_weight,
         cross_entropy_weight=cross_entropy,
         vocabulary=shared,
-        labels=None if labels is None else pick(labels.reshape(-1).long(), kept),
+        # A label out of range is refused when its check is settled, which may be after it was used as an index.
+        labels=None if labels is None else pick(labels.reshape(-1).long(), kept).clamp(0, shared - 1),
         kept=kept,
         weights=_weights(token_weights, kept, count, dtype, device),
         shape=leading,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -207,12 +207,18 @@ def _swept(
 
 
 def _warn_saturated(inputs: DivergenceInputs, result: ForwardBackward) -> None:
-    if result.saturated is not None and 2 * int(result.saturated) > inputs.tokens:
-        warnings.warn(
-            f"{inputs.divergence.kind} is saturated: {int(result.saturated)} of {inputs.tokens} tokens are far from "
-            "the teacher and have almost no gradient. Start with forward_kl, or raise the temperature.",
-            stacklevel=4,
-        )
+    saturated = result.saturated
+    if saturated is None:
+        return
+    checks.warn_unless(
+        torch.as_tensor(2 * saturated <= inputs.tokens),
+        lambda: (
+            f"{inputs.divergence.kind} is saturated: {int(saturated)} of {inputs.tokens} tokens are far from "
+            "the teacher and have almost no gradient. Start with forward_kl, or raise the temperature."
+        ),
+        # The caller of `linear_divergence`.
+        stacklevel=5,
+    )
 
 
 def _gradients(result: ForwardBackward, inputs: DivergenceInputs) -> Gradients:
@@ -235,9 +241,13 @@ def _reduce(rows: Tensor, inputs: DivergenceInputs, reduction: str) -> Tensor:
 
 def _check_finite(divergence: Tensor | None, cross_entropy: Tensor | None) -> None:
     for name, part in (("divergence", divergence), ("cross-entropy", cross_entropy)):
-        if part is not None and not bool(torch.isfinite(part).all()):
-            raise NonFiniteLoss(
-                f"The {name} is not finite.",
-                found="a NaN or infinite value in the hidden states or heads, or logits too far apart",
-                allowed="finite logits at every token that counts",
-            )
+        if part is not None:
+            checks.require(checks.all_finite(part), partial(_not_finite, name))
+
+
+def _not_finite(name: str) -> NonFiniteLoss:
+    return NonFiniteLoss(
+        f"The {name} is not finite.",
+        found="a NaN or infinite value in the hidden states or heads, or logits too far apart",
+        allowed="finite logits at every token that counts",
+    )

@@ -142,9 +142,11 @@ def _swept(
 
 
 def _check_finite(total: Tensor, distance: str) -> None:
-    if not bool(torch.isfinite(total).all()):
-        raise NonFiniteLoss(
+    checks.require(
+        checks.all_finite(total),
+        lambda: NonFiniteLoss(
             f"The distance '{distance}' is not finite.",
             found="a NaN or infinite value in the factors of a mixing, or entries too large",
             allowed="finite factors at every token that counts",
-        )
+        ),
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -125,25 +127,32 @@ def _check_sizes(teacher: Mixing, student: Mixing, head_map: Tensor | None, mask
 
 def _check_head_map(head_map: Tensor, distance: str) -> None:
     checks.check_floating(head_map=head_map)
-    if not bool(torch.isfinite(head_map).all()) or bool((head_map < 0).any()):
-        raise UsageError(
+    checks.require(
+        (torch.isfinite(head_map) & (head_map >= 0)).all(),
+        lambda: UsageError(
             "head_map must be finite and not negative.", found=f"a smallest weight of {float(head_map.min())}"
-        )
+        ),
+    )
     sums = head_map.double().sum(-1)
-    if bool((sums == 0).any()):
-        raise UsageError(
+    checks.require(
+        (sums != 0).all(),
+        lambda: UsageError(
             "head_map leaves a student head without a teacher.",
             found=f"row {int((sums == 0).nonzero()[0])} is zero",
             allowed="a positive weight in every row",
-        )
-    wrong = (sums - 1).abs() > SUM_TOLERANCE
-    if distance == "kl" and bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise UsageError(
-            "kl compares distributions: each row of head_map must sum to 1.",
-            found=f"row {row} sums to {float(sums[row]):.4g}",
-            fix="divide each row by its sum, or use distance='cross_entropy'",
-        )
+        ),
+    )
+    if distance == "kl":
+        wrong = (sums - 1).abs() > SUM_TOLERANCE
+        checks.require(~wrong.any(), lambda: _not_a_distribution(sums, int(wrong.nonzero()[0])))
+
+
+def _not_a_distribution(sums: Tensor, row: int) -> UsageError:
+    return UsageError(
+        "kl compares distributions: each row of head_map must sum to 1.",
+        found=f"row {row} sums to {float(sums[row]):.4g}",
+        fix="divide each row by its sum, or use distance='cross_entropy'",
+    )
 
 
 def _check_support(teacher: Mixing, student: Mixing, distance: str, keep: Tensor) -> None:
@@ -159,28 +168,35 @@ def _check_support(teacher: Mixing, student: Mixing, distance: str, keep: Tensor
             "kl compares distributions, and the rows of a teacher with sinks do not sum to 1.",
             fix="use distance='cross_entropy', whose gradient is the same, or 'cosine'",
         )
-    hidden = _hidden_from(teacher, student, keep)
-    if hidden is not None:
-        raise UsageError(
-            f"{distance} is infinite: the student does not see all that the teacher attends to.",
-            found=hidden,
-            allowed="a student that sees at least as far",
-            fix="narrow the teacher's mixing, or use distance='cosine'",
-        )
+    for found, sees_it in _sees_all(teacher, student, keep):
+        error = partial(_hidden, distance, found)
+        if isinstance(sees_it, Tensor):
+            checks.require(sees_it, error)
+        elif not sees_it:
+            raise error()
 
 
-def _hidden_from(teacher: SoftmaxMixing, student: SoftmaxMixing, keep: Tensor) -> str | None:
-    """Say what the teacher sees and the student does not, if anything."""
-    if student.causal and not teacher.causal:
-        return "a causal student and a teacher that is not"
-    if student.window is not None and student.window < min(teacher.window or teacher.time, teacher.time):
-        return f"a window of {student.window} in the student, of {teacher.window or 'any length'} in the teacher"
+def _hidden(distance: str, found: str) -> UsageError:
+    return UsageError(
+        f"{distance} is infinite: the student does not see all that the teacher attends to.",
+        found=found,
+        allowed="a student that sees at least as far",
+        fix="narrow the teacher's mixing, or use distance='cosine'",
+    )
+
+
+def _sees_all(teacher: SoftmaxMixing, student: SoftmaxMixing, keep: Tensor) -> Iterator[tuple[str, bool | Tensor]]:
+    """Yield what the student may fail to see, and true (a boolean, or a boolean scalar) if it sees it."""
+    yield "a causal student and a teacher that is not", teacher.causal or not student.causal
+    window = min(teacher.window or teacher.time, teacher.time)
+    yield (
+        f"a window of {student.window} in the student, of {teacher.window or 'any length'} in the teacher",
+        student.window is None or student.window >= window,
+    )
     used = keep.any(1)
-    if student.start is not None and bool(
-        ((student.start > (0 if teacher.start is None else teacher.start)) & used).any()
-    ):
-        return "a sequence that starts later for the student"
-    end = teacher.time if teacher.stop is None else teacher.stop
-    if not teacher.causal and student.stop is not None and bool(((student.stop < end) & used).any()):
-        return "a sequence that stops earlier for the student"
-    return None
+    if student.start is not None:
+        start = 0 if teacher.start is None else teacher.start
+        yield "a sequence that starts later for the student", ~((student.start > start) & used).any()
+    if not teacher.causal and student.stop is not None:
+        end = teacher.time if teacher.stop is None else teacher.stop
+        yield "a sequence that stops earlier for the student", ~((student.stop < end) & used).any()

@@ -69,12 +69,14 @@ def projected_distance(
     else:
         run = fused.forward_backward if implementation == "fused" else forward_backward
         result = _swept(run, inputs, reduction, divisor, chunk)
-    if not bool(torch.isfinite(result).all()):
-        raise NonFiniteLoss(
+    checks.require(
+        checks.all_finite(result),
+        lambda: NonFiniteLoss(
             f"The distance '{distance}' is not finite.",
             found="a NaN or infinite value in the features or the projector",
             allowed="finite features at every token that counts",
-        )
+        ),
+    )
     return result
 
 

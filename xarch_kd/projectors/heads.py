@@ -97,9 +97,10 @@ def head_products(student: Tensor, teacher: Tensor, mask: Tensor | None = None) 
     checks.check_shape("teacher", teacher, (batch, time, teacher.shape[2], dim), "[batch, time, teacher heads, dim]")
     checks.check_shape("mask", mask, (batch, time), "[batch, time]")
     checks.check_mask(mask)
+    kept = checks.counted_tokens(batch * time, mask, student.device)
     own, other = (
-        (heads.flatten(0, 1) if mask is None else heads[mask]).transpose(0, 1).flatten(1).double()
-        for heads in (student, teacher)
+        (rows if kept is None else rows.index_select(0, kept)).transpose(0, 1).flatten(1).double()
+        for rows in (student.flatten(0, 1), teacher.flatten(0, 1))
     )
     return own @ other.T, own.square().sum(1), other @ other.T
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from xarch_kd.errors import TapError
+from xarch_kd.ops import checks
 from xarch_kd.taps.families import Family
 
 PACKAGE: Final = "mamba_ssm"
@@ -45,9 +46,12 @@ def mamba_ssm_family(model: Any) -> Family:
 
 def check_mask(attention_mask: Tensor | None) -> None:
     """Raise `TapError` for a mask that such a model, which is given none, would have to heed: padding on the left."""
-    if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-        raise TapError(
-            "mamba_ssm's models take no attention mask, so padding on the left would be read as text.",
-            found="padding before the first token of a sequence",
-            fix="pad on the right, or pack the rows",
+    if attention_mask is not None:
+        checks.require(
+            attention_mask[:, 0].bool().all(),
+            lambda: TapError(
+                "mamba_ssm's models take no attention mask, so padding on the left would be read as text.",
+                found="padding before the first token of a sequence",
+                fix="pad on the right, or pack the rows",
+            ),
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.softmax import SoftmaxMixing
+from xarch_kd.ops import checks
 from xarch_kd.taps.span import span_of
 
 # Arguments by which a family changes the scores in a way that a SoftmaxMixing does not hold.
@@ -110,14 +111,17 @@ class AttentionCall:
             2, rows[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])
         )
         is_empty = ~mixing.counted().any(1)
-        if not bool(((found == expected[:, None]) | is_empty[:, None, None, None]).all()):
-            raise TapError(
-                f"{type(self.module).__name__} masks in a way that a softmax mixing does not hold.",
+        name = type(self.module).__name__
+        checks.require(
+            ((found == expected[:, None]) | is_empty[:, None, None, None]).all(),
+            lambda: TapError(
+                f"{name} masks in a way that a softmax mixing does not hold.",
                 asked="mixing",
                 found="a mask with other entries than causality, the window and the padding give",
                 allowed="causal attention, one sliding window, padding at the ends of a sequence",
-                fix="give one sequence a row, without packing, chunks or a prefix that is seen from before it",
-            )
+                fix="give one sequence per row, without packing, chunks or a prefix that is seen from before it",
+            ),
+        )
 
 
 def _three_rows(mixing: SoftmaxMixing) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import TapError
+from xarch_kd.ops import checks
 
 
 def span_of(attention_mask: Tensor | None, device: torch.device | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -28,12 +29,16 @@ def span_of(attention_mask: Tensor | None, device: torch.device | None = None) -
     number = counted.sum(1)
     start = counted.int().argmax(1)
     stop = torch.where(number > 0, counted.shape[1] - counted.flip(1).int().argmax(1), 0)
-    with_holes = (stop - start != number).nonzero().flatten().tolist()
-    if with_holes:
-        raise TapError(
-            "An attention mask has padding between tokens; a mixing matrix is read of one run of tokens a sequence.",
-            found=f"sequence {with_holes[0]} counts {int(number[with_holes[0]])} tokens that are not one run",
+    with_holes = stop - start != number
+
+    def error() -> TapError:
+        sequence = int(with_holes.nonzero()[0])
+        return TapError(
+            "An attention mask has padding between tokens; a mixing matrix is read of one run of tokens per sequence.",
+            found=f"sequence {sequence} counts {int(number[sequence])} tokens that are not one run",
             allowed="padding on the left, on the right, or on both sides",
             fix="move the padding of each sequence to its ends",
         )
+
+    checks.require(~with_holes.any(), error)
     return start.to(device), stop.to(device)

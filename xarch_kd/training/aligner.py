@@ -17,6 +17,7 @@ from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.balance import observed_loss
+from xarch_kd.losses.features import divisor
 from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.losses.tokens import Head, TokenLoss, token_loss
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
@@ -199,7 +200,7 @@ class Aligner(nn.Module):
                     lambda: self._tokens(batch, tensor(head_input), features, normalizers, targets.progress),
                 )
                 terms[TOKENS] = {TOKENS: token.total}
-            return self._output(terms, maps)
+            return self._output(terms, _shares(maps, batch, normalizers))
 
     def _batch(
         self, batch: Batch | None, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
@@ -342,6 +343,15 @@ class Aligner(nn.Module):
                 tensor_.copy_(stored[name])
         if self.balance is not None:
             self.balance = read_balance(self.balance, path)
+
+
+def _shares(maps: Mapping[str, Tensor], batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
+    """Return the objectives of learned maps, weighted by the share of the step's tokens that this micro-batch has.
+
+    They are ratios of sums, so that micro-batches add up to the mean of their own values and not to the value of one
+    large batch.
+    """
+    return {name: term * (batch.tokens / divisor(normalizers.tokens, term)) for name, term in maps.items()}
 
 
 def _make_indices_known(collector: checks.DeferredChecks, batch: Batch) -> None:

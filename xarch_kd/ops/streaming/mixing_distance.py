@@ -93,11 +93,16 @@ def forward_backward(
 
 
 def _blocks(keep: Tensor, chunk: int) -> Iterator[slice]:
-    """Return the blocks from the first to the last row that counts in any sequence."""
-    rows = keep.any(0).nonzero()
-    if not rows.numel():
-        return
-    first, end = int(rows[0]), int(rows[-1]) + 1
+    """Return the blocks from the first to the last row that counts in any sequence; on a device, all blocks.
+
+    Reading which rows count would wait for the device; blocks without such a row are multiplied by 0.
+    """
+    first, end = 0, keep.shape[1]
+    if keep.device.type == "cpu":
+        rows = keep.any(0).nonzero()
+        if not rows.numel():
+            return
+        first, end = int(rows[0]), int(rows[-1]) + 1
     for start in range(first, end, chunk):
         yield slice(start, min(start + chunk, end))
 

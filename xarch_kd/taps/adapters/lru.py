@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.ssd import SSDMixing
+from xarch_kd.ops import checks
 from xarch_kd.taps.adapters.base import MixerAdapter
 from xarch_kd.taps.adapters.parts import accumulated, short_convolution
 from xarch_kd.taps.span import span_of
@@ -23,12 +24,15 @@ from xarch_kd.taps.span import span_of
 
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> SSDMixing:
     start, stop = span_of(attention_mask, projected["linear_x"].device)
-    if start is not None and bool((start > 0).any()):
-        raise TapError(
-            "This mixer takes padding for tokens, so what it mixes after padding on the left is no matrix of tokens.",
-            asked=f"the mixing matrix of {type(mixer).__name__}",
-            found=f"{int(start.max())} padding tokens at the start of a sequence",
-            fix="pad on the right, or pack the rows",
+    if start is not None:
+        checks.require(
+            ~(start > 0).any(),
+            lambda: TapError(
+                "This mixer takes padding for tokens: after padding on the left its output is no matrix of tokens.",
+                asked=f"the mixing matrix of {type(mixer).__name__}",
+                found=f"{int(start.max())} padding tokens at the start of a sequence",
+                fix="pad on the right, or pack the rows",
+            ),
         )
     unit = mixer.rg_lru
     values = _convolved(mixer, projected)
