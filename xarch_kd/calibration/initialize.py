@@ -23,7 +23,7 @@ AMPLE: Final = 2
 
 
 def tokens_to_prepare(aligner: Aligner) -> int:
-    """Return how many tokens of calibration text the stage can use, 0 when there is nothing to fit."""
+    """Return the number of tokens of calibration text that the stage can use, 0 when there is nothing to fit."""
     wanted = [STATISTICS_TOKENS for match in _matches(aligner) if match.to_fit]
     wanted += [
         AMPLE * enough_tokens(projector.student_dim)
@@ -89,7 +89,7 @@ def observations(
 
 
 def _start(match: PairObjective, projector: Projector, statistics: PairStatistics) -> str | None:
-    """Make a projector the closed form that its entry asks for; return what is worth a notice."""
+    """Initialize a projector by the closed form of its entry, and return a notice to print, if any."""
     how = match.entry.projector_part.init
     form = resolve_start(how, projector.kind)
     if form == "random":

@@ -1,7 +1,7 @@
-"""Whether a stage's projectors learned in the student's place: measured before and after it, kept in its folder.
+"""Report on a stage's projectors: whether they, rather than the student, fit the teacher.
 
-Both times on the same calibration text, of which one half is what a projector alone is fitted to, the other what it and
-the trained projector are measured on.
+Measured before and after the stage on the same calibration text: a projector alone is fitted to one half of it, and
+that projector and the trained one are measured on the other half. Both results are kept in the stage's folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPORT_FILE: Final = "projectors.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorReport:
-    """What one projector of a stage is after training, measured on `tokens`; `note` says what limits the figures.
+    """Figures of one projector after training, measured on `tokens` tokens; `note` names what limits them.
 
     `pairs` are the names of the pairs that share it.
     """
@@ -70,7 +70,7 @@ class ProjectorReport:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """It in one line, and one for the note and each warning."""
+        """One line with the figures, and one for the note and for each warning."""
         note = () if self.note is None else (f"  {self.note}",)
         return (self._line, *note, *(f"  warning: {warning}" for warning in self.diagnosis.warnings))
 
@@ -85,10 +85,10 @@ class ProjectorReport:
 
 
 class ProjectorCheck:
-    """The projectors of one stage, before and after. Costs nothing in a stage that has none.
+    """Measurement of the projectors of one stage, before and after it; nothing is run where there are none.
 
-    `folder` is the stage's, where both results are kept, so that a resumed run neither loses them nor takes a trained
-    student for one at its start. `rows` [rows, time] are training text.
+    Both results are kept in `folder`, the stage's, so that a resumed run neither loses them nor measures a trained
+    student as if it were an initial one. `rows` [rows, time] are training text.
     """
 
     def __init__(self, plan: Plan, aligner: Aligner, rows: Tensor, folder: Path) -> None:
@@ -101,9 +101,9 @@ class ProjectorCheck:
         return any(_learns(module) for module in self.aligner.projectors.values())
 
     def before(self) -> None:
-        """Measure what a projector alone reaches with the student as it is, if this was not done before.
+        """Measure the fit of a projector alone to the untrained student, if this was not done before.
 
-        Called after `prepare`, whose statistics are not to see this text twice.
+        Called after `prepare`, which is fitted to other text.
         """
         path = self.folder / ALONE_FILE
         if self.needed and not path.exists():

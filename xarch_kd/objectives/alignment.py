@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from xarch_kd.errors import NonFiniteLoss
+from xarch_kd.errors import NonFiniteLoss, XarchError
 from xarch_kd.layer_mapping import LearnedMap, build_layer_map
 from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.schedules import WeightSchedule
@@ -16,6 +16,7 @@ from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.objectives.base import PairObjective
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.objectives.registry import build_objective
+from xarch_kd.ops import checks
 from xarch_kd.planning.layer_maps import is_learned, redraw_period, strategy_of
 from xarch_kd.planning.plan import PairPlan
 from xarch_kd.taps.sites import Site
@@ -116,8 +117,12 @@ class Alignment:
 
 
 def name_nonfinite(name: str, compute: Callable[[], Value]) -> Value:
-    """Return what `compute` gives; a NonFiniteLoss that it raises names the objective."""
-    try:
+    """Return the value of `compute`; a NonFiniteLoss of it, raised at once or by a deferred check, names the objective."""
+
+    def named(error: XarchError) -> XarchError:
+        if not isinstance(error, NonFiniteLoss):
+            return error
+        return NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found)
+
+    with checks.renaming_errors(named):
         return compute()
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(error.message, asked=f"objective {name}", found=error.found) from error

@@ -102,7 +102,7 @@ class DiskCache:
 
 
 def moved(feature: Feature, device: torch.device | str) -> Feature:
-    """Return a feature without its graph on `device`."""
+    """Return a feature on `device`, without its graph."""
     if isinstance(feature, Tensor):
         return feature.detach().to(device)
     tensors = {name: value.detach().to(device) for name, value in _fields(feature).items() if isinstance(value, Tensor)}

@@ -1,1 +1,1 @@
-"""Stages: the aligner that owns student and projectors, the trainer that runs it, the run folder that keeps it."""
+"""Training of one stage: the aligner that owns student and projectors, and the trainer that runs it."""

@@ -1,4 +1,4 @@
-"""The module that a stage trains: student and projectors, and the objectives between student and teacher."""
+"""Module that a stage trains: student, projectors, and the objectives between student and teacher."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Aligner(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """Where the student's parts are."""
+        """Layout of the student."""
         return self._outside[0]
 
     @property
@@ -145,7 +145,7 @@ class Aligner(nn.Module):
         return tuple(dict.fromkeys(found))
 
     def normalizers(self, batch: Batch, features: Features | None = None, *, step: int = 0) -> LossNormalizers:
-        """Return what this micro-batch adds to the step's normalizers; squared norms need the teacher's `features`."""
+        """Return this micro-batch's share of the step's normalizers; squared norms need the teacher's `features`."""
         teacher_sq_norms = {}
         if features is not None and self.needs_full_step_features:
             for pair in self.targets(step).pairs:
@@ -219,7 +219,7 @@ class Aligner(nn.Module):
         return Batch(input_ids=input_ids, attention_mask=mask, labels=labels)
 
     def _output(self, terms: Mapping[str, Mapping[str, Tensor]], maps: Mapping[str, Tensor]) -> AlignerOutput:
-        """Return the sum of all terms, balanced, and each of them."""
+        """Return the sum of all terms, balanced, and each term by name."""
         _require_finite({name: part for entry in terms.values() for name, part in entry.items()} | dict(maps))
         sums = {name: torch.stack(list(entry.values())).sum() for name, entry in terms.items()} | dict(maps)
         if self.balance is not None and not self.balance.done and torch.is_grad_enabled():
@@ -236,7 +236,7 @@ class Aligner(nn.Module):
         return 1.0 if self.balance is None else self.balance.scale(entry)
 
     def auxiliary_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that train beside the student's."""
+        """Return the trained parameters outside the student: projectors and maps."""
         return [*self.projectors.parameters(), *self.maps.parameters()]
 
     def paired_features(
@@ -299,12 +299,12 @@ class Aligner(nn.Module):
         )
 
     def layer_maps(self, step: int) -> dict[str, LayerMap]:
-        """Return the learned layer maps as they are at a step, by entry."""
+        """Return the learned layer maps at a step, by entry."""
         found = {entry.align.name: entry.layer_map(self.progress(step)) for entry in self.entries}
         return {name: layer_map for name, layer_map in found.items() if layer_map is not None}
 
     def trained_state(self, *, student: bool = True) -> dict[str, Tensor]:
-        """Return what this stage trains and what it was fitted to, as they are (not copies).
+        """Return the trained tensors and fitted constants of this stage (not copies).
 
         `student.…` parameters (left out on request), `projectors.…`, `maps.…`, and constants `fitted.<pair>.…`.
         """
@@ -355,7 +355,7 @@ def _shares(maps: Mapping[str, Tensor], batch: Batch, normalizers: LossNormalize
 
 
 def _make_indices_known(collector: checks.DeferredChecks, batch: Batch) -> None:
-    """Make known which tokens of a batch count, so that no operation has to read it from the device."""
+    """Give a collector the indices of the tokens that count, so that no operation reads them from the device."""
     if batch.attention_mask is not None:
         collector.set_indices(batch.attention_mask, batch.valid)
     collector.set_indices(batch.next_tokens, batch.predicted)

@@ -1,4 +1,4 @@
-"""The balanced weights of a stage: which entries are balanced against what, and how that is kept."""
+"""Balanced weights (`weight: auto`) of a stage: the entries, the objective they are balanced against, their file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What AdamW trains of the student, in groups: matrices decay, vectors do not, mixers may have their own rate."""
+"""Parameter groups of AdamW: matrices decay, vectors do not, and mixers may have a learning rate of their own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from xarch_kd.mapping_file.schema import Optimizer
 
 
 def parameter_groups(student: nn.Module, settings: Optimizer, mixers: Collection[str]) -> list[dict[str, Any]]:
-    """Return the parameters of `student` that train as groups of `torch.optim.AdamW`; `mixers` are names of mixers'.
+    """Return the trainable parameters of `student` as groups of `torch.optim.AdamW`; `mixers` names those of mixers.
 
-    Without `mixer_lr` there are two groups, which take the optimiser's own rate. With it there are four.
+    Without `mixer_lr` there are two groups, at the learning rate of the optimizer. With it there are four.
     """
     trained = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
     if settings.mixer_lr is None:

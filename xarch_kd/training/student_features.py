@@ -29,7 +29,7 @@ def block_input_site(stage: Stage, active_pairs: Sequence[ActivePair], pair: Act
 
 
 def _mixer_alone(stage: Stage, active_pairs: Sequence[ActivePair], student_layer: int | None) -> bool:
-    """Whether running the mixer is enough: nothing but its output is matched and nothing around it learns."""
+    """Return whether the mixer alone need run: only its own taps are matched and nothing around it trains."""
     taps = {pair.site.tap for pair in active_pairs if pair.student_layer == student_layer}
     return taps <= MIXER_TAPS and set(stage.train) == {"mixers"}
 

@@ -38,7 +38,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class StageTrainer(Trainer):
-    """Trains what the stage's plan names on the batches of `source`, in `folder`; steps are shown by `progress`.
+    """Trainer of one stage on the batches of `source`, in `folder`; steps are shown by `progress`.
 
     All checks of values of a step are settled by one read of the device, before the optimizer steps.
     """
@@ -68,13 +68,13 @@ class StageTrainer(Trainer):
             model=aligner,
             args=_arguments(plan, folder=folder, seed=seed, cpu=cpu, tracking=tracking),
         )
-        # `compute_loss` divides sums by the whole step's normalizers, so the Trainer must not divide again.
+        # `compute_loss` divides sums by the normalizers of the whole step, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.add_callback(_Guard(signals))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over student matrices, student vectors (no weight decay), projectors and maps (own rate and decay)."""
+        """Return AdamW over student matrices, student vectors (no decay), projectors and maps (own rate and decay)."""
         if self.optimizer is None:
             settings = self.plan.stage.optimizer
             projector_lr = settings.lr if settings.projector_lr is None else settings.projector_lr
@@ -114,7 +114,7 @@ class StageTrainer(Trainer):
 
     @property
     def _step(self) -> int:
-        """Optimizer steps that are done."""
+        """Number of optimizer steps that are done."""
         return int(self.state.global_step)
 
     @property
@@ -221,7 +221,7 @@ class StageTrainer(Trainer):
         super().log({**logs, "loss": loss, **named}, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save only what this stage trains: the rest comes back from the student's source and earlier stages."""
+        """Save the tensors that this stage trains and its source's state; the rest is restored from earlier stages."""
         folder = Path(output_dir or str(self.args.output_dir))
         write_state(self.aligner, folder / STATE_FILE)
         write_json(folder / SOURCE_FILE, self.source.state_dict())
@@ -238,7 +238,7 @@ class StageTrainer(Trainer):
         return Path(str(self.args.output_dir)) / "saving"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint beside its final name and move it there when it is whole."""
+        """Write the checkpoint beside its final name and rename it when it is complete."""
         folder = Path(str(self.args.output_dir))
         final = folder / f"checkpoint-{self.state.global_step}"
         if final.exists():
@@ -289,7 +289,7 @@ def _read_source_state(path: Path) -> dict[str, Any]:
 
 
 def write_state(aligner: Aligner, path: Path) -> None:
-    """Write what a stage trained, whole or not at all. Raises CheckpointError if it can't."""
+    """Write the trained tensors of a stage, whole or not at all. Raises CheckpointError if they cannot be written."""
     if aligner.balance is not None:
         write_balance(aligner.balance, path)
     write_tensors(path, aligner.trained_state())
@@ -322,7 +322,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 class _Guard(TrainerCallback):
-    """Stops the training after the step in which a signal requested it."""
+    """Callback that stops training after the step in which a signal requested it."""
 
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
