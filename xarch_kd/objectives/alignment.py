@@ -117,7 +117,7 @@ class Alignment:
 
 
 def name_nonfinite(name: str, compute: Callable[[], Value]) -> Value:
-    """Return the value of `compute`; a NonFiniteLoss of it, raised at once or by a deferred check, names the objective."""
+    """Return the value of `compute`; a NonFiniteLoss, of a deferred check too, names the objective."""
 
     def named(error: XarchError) -> XarchError:
         if not isinstance(error, NonFiniteLoss):
