@@ -94,6 +94,16 @@ def test_a_moved_batch_is_the_same_without_a_second_look_at_its_values() -> None
     assert moved.next_tokens.device.type == "meta" and repr(moved) == repr(batch)
 
 
+def test_rows_without_their_padding_come_in_batches_of_one_length() -> None:
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6, [1, 1, 1, 0, 0, 0], [0] * 6], dtype=torch.bool)
+    ids = torch.arange(24).view(4, 6)
+    short, long = Batch(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(~mask, -100)).unpadded()
+    assert torch.equal(short.input_ids, ids[[0, 2], :3]) and torch.equal(long.input_ids, ids[1:2])
+    assert (short.tokens, short.predictions, long.tokens) == (6, 4, 6)
+    with pytest.raises(UsageError, match="between tokens"):
+        list(Batch(input_ids=ids[:1], attention_mask=torch.tensor([[1, 0, 1, 0, 0, 0]], dtype=torch.bool)).unpadded())
+
+
 def test_ranks_share_the_rows_of_a_batch() -> None:
     batch = Batch(input_ids=IDS, attention_mask=MASK, labels=_labels())
     shards = [batch.shard(rank, 2) for rank in range(2)]

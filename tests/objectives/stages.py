@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from xarch_kd.data.batches import Batch
@@ -51,5 +52,8 @@ def token_rows(count: int) -> Tensor:
     return torch.randint(2, 97, (count, 16), generator=torch.Generator().manual_seed(7))
 
 
-def batches(count: int) -> tuple[Batch, ...]:
-    return tuple(Batch(input_ids=rows) for rows in token_rows(count).split(2))
+def batches(count: int, *, padding: int = 0) -> tuple[Batch, ...]:
+    ids = functional.pad(token_rows(count), (0, padding), value=1)
+    mask = torch.arange(ids.shape[1]).expand_as(ids) < ids.shape[1] - padding
+    parts = zip(ids.split(2), mask.split(2), strict=True)
+    return tuple(Batch(input_ids=rows, attention_mask=own) for rows, own in parts)

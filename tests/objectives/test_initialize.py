@@ -24,10 +24,13 @@ from xarch_kd.testing.tiny import tiny_model
 from xarch_kd.training.aligner import Aligner
 
 
-def test_projectors_start_as_the_ridge_regression_of_calibration_text(build: Build, teacher: PreTrainedModel) -> None:
+@pytest.mark.parametrize("padding", [0, 5])
+def test_projectors_start_as_the_ridge_regression_of_calibration_text(
+    build: Build, teacher: PreTrainedModel, padding: int
+) -> None:
     aligner = build(entry())
     assert tokens_to_prepare(aligner) >= 4 * 32
-    assert prepare(aligner, batches(24)) == []
+    assert prepare(aligner, batches(24, padding=padding)) == []
     ids = token_rows(24)
     for student, layer in PAIRS:
         own, target = (

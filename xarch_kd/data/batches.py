@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -152,7 +152,27 @@ class Batch:
                 allowed=f"batch_size >= {ranks}",
                 fix=f"raise the stage's batch_size to {ranks}, or start fewer processes",
             )
-        own = {name: None if value is None else value[rank::ranks] for name, value in self._tensors().items()}
+        return self._rows(slice(rank, None, ranks), self.input_ids.shape[1])
+
+    def unpadded(self) -> Iterator[Batch]:
+        """Yield the rows without their padding, as one batch per length; rows without a token are left out.
+
+        Raises UsageError for a mask with padding between tokens.
+        """
+        if self.attention_mask is None:
+            yield self
+            return
+        mask = self.attention_mask.cpu()
+        lengths = mask.sum(1)
+        if bool((mask != (torch.arange(mask.shape[1]) < lengths[:, None])).any()):
+            raise UsageError("attention_mask has padding between tokens", allowed="padding after the last token alone")
+        for length in lengths.unique().tolist():
+            if length > 0:
+                yield self._rows((lengths == length).nonzero().squeeze(1).to(self.device), length)
+
+    def _rows(self, rows: slice | Tensor, time: int) -> Batch:
+        """Return the first `time` tokens of some rows."""
+        own = {name: None if value is None else value[rows, :time] for name, value in self._tensors().items()}
         return Batch(**own, origin=self.origin)  # type: ignore[arg-type]
 
 
