@@ -80,7 +80,7 @@ def trainer_of(folder: Path, teacher: PreTrainedModel, batches: list[Batch], lay
     others = [
         {"name": name, "tap": tap, "layers": pairs, "loss": loss}
         for name, tap, loss in (
-            ("m", "mixing", {"kind": "mixing", "distance": "kl", "heads": "mean"}),
+            ("m", "mixing", {"kind": "mixing", "distance": "kl", "heads": "learned"}),
             ("v", "values", {"kind": "relation"}),
             ("c", "hidden", {"kind": "cka"}),
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -71,7 +72,7 @@ class StageTrainer(Trainer):
         # `compute_loss` divides sums by the normalizers of the whole step, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Guard(signals))
+        self.add_callback(_Guard(self, signals))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return AdamW over student matrices, student vectors (no decay), projectors and maps (own rate and decay)."""
@@ -166,15 +167,28 @@ class StageTrainer(Trainer):
             fix=self._where_to_go_on(),
         )
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm of all gradients, and settle the checks of the step, of which its finiteness is the last.
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip gradients as the Trainer does, but let a norm that is NaN zero the finite ones instead of spoiling them.
 
-        Raises NonFiniteLoss before the optimizer has stepped.
+        Those that are not finite can then still be named.
         """
+        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU):
+            return super()._clip_grad_norm(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        bound = torch.where(norm.isnan(), torch.full_like(norm, math.inf), norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, bound)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of all gradients, whose finiteness is the last check of the step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._checks.add(torch.isfinite(torch.as_tensor(norm)), self._gradient_error)
-        self._checks.settle()
         return norm
+
+    def settle(self) -> None:
+        """Settle the checks of the step. Raises NonFiniteLoss, before the optimizer has stepped."""
+        self._checks.settle()
 
     def _gradient_error(self) -> NonFiniteLoss:
         bad = (
@@ -322,10 +336,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 class _Guard(TrainerCallback):
-    """Callback that stops training after the step in which a signal requested it."""
+    """Callback that settles the checks of a step before the optimizer steps, and stops after a signal requested it."""
 
-    def __init__(self, signals: StopSignals) -> None:
+    def __init__(self, trainer: StageTrainer, signals: StopSignals) -> None:
+        self.trainer = trainer
         self.signals = signals
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.settle()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signals.requested is not None:
