@@ -35,6 +35,8 @@ STATE_FILE = "trained.safetensors"
 # State of the batch source, beside it.
 SOURCE_FILE = "source.json"
 KEPT_CHECKPOINTS = 2
+# Every process holds all parameters and, once they are reduced, all gradients.
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -162,7 +164,7 @@ class StageTrainer(Trainer):
             return error
         return NonFiniteLoss(
             f"the loss of stage '{self.plan.stage.name}' is not finite at step {self._step + 1}",
-            asked=f"{error.asked} on {batch.origin}",
+            asked=batch.origin if error.asked is None else f"{error.asked} on {batch.origin}",
             found=error.found or error.message,
             fix=self._where_to_go_on(),
         )
@@ -172,7 +174,7 @@ class StageTrainer(Trainer):
 
         Those that are not finite can then still be named.
         """
-        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU):
+        if self.accelerator.distributed_type not in REPLICATED:
             return super()._clip_grad_norm(model)
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
