@@ -130,7 +130,7 @@ def test_a_run_keeps_what_it_measured(mapping: Any, tmp_path: Path, monkeypatch:
     kept = load_file(run / "calibration.safetensors")
     assert kept["0.stream"].shape == (2, DEPTH)
     plan = json.loads((run / "plan.json").read_text())
-    assert plan["stages"][0]["pictures"]["stream"].startswith("monotone:")
+    assert plan["stages"][0]["layer_map_plots"]["stream"].startswith("monotone:")
     torch.testing.assert_close(torch.tensor(plan["similarities"]["one.stream"]).double(), kept["0.stream"])
     assert not any("stands in" in warning for warning in plan["warnings"])
     # An unfinished run goes on without measuring again.

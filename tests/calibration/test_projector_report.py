@@ -174,7 +174,7 @@ def test_only_the_cosine_is_read_at_its_best_size(kind, teacher, teacher_folder)
     with torch.no_grad():
         for projector in aligner.projectors.values():
             assert isinstance(projector, Projector)
-            projector.become(3.0 * torch.eye(64).double())
+            projector.set_linear_map(3.0 * torch.eye(64).double())
     # Block 0 is the teacher's own.
     (first, *_) = reports(aligner, rows(16), {})
     assert (first.diagnosis.explained > 0.999) == (kind == "cosine")

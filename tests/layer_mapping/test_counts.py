@@ -28,7 +28,7 @@ from xarch_kd.layer_mapping.counts import (
 
 
 def chosen(layer_map: LayerMap) -> list[int]:
-    """The one teacher block of each student block, all of weight 1."""
+    """The one teacher layer of each student layer, all of weight 1."""
     pairs = layer_map.pairs()
     assert [student for student, _, _ in pairs] == list(range(layer_map.weights.shape[0]))
     assert all(weight == 1 for _, _, weight in pairs)
@@ -99,18 +99,18 @@ def test_uniform_stays_in_range_never_goes_back_and_ends_together(student: int, 
         assert len(set(found)) == student
 
 
-def test_replaced_pairs_only_the_replaced_blocks() -> None:
+def test_replaced_pairs_only_the_replaced_layers() -> None:
     assert replaced(30, 30, replaced_layers=(27, 6)).pairs() == ((6, 6, 1.0), (27, 27, 1.0))
 
 
-def test_every_takes_the_end_of_each_k_blocks() -> None:
+def test_every_takes_the_end_of_each_k_layers() -> None:
     assert chosen(every(3, 12, k=2)) == [1, 3, 5]
     assert chosen(every(3, 12, k=1)) == [0, 1, 2]
     assert chosen(every(3, 12, k=4)) == chosen(uniform(3, 12))
 
 
 def test_block_average_is_the_mean_of_spans_that_cut_the_teacher_up() -> None:
-    # The spans end where `uniform` points: 16 of 28 blocks end at 2, 4, 6, 7, …
+    # The spans end where `uniform` points: 16 of 28 layers end at 2, 4, 6, 7, …
     weights = block_average(16, 28).weights
     assert weights[0, :2].tolist() == [0.5, 0.5] and weights[3, 6].item() == 1
     assert torch.equal((weights > 0).sum(0), torch.ones(28, dtype=torch.int64))
@@ -132,11 +132,11 @@ def test_random_is_without_replacement_and_reproducible() -> None:
     assert chosen(random(6, 12, seed=3, ordered=True)) == sorted(found)
 
 
-def test_random_draws_of_one_seed_use_all_blocks_equally() -> None:
+def test_random_draws_of_one_seed_use_all_layers_equally() -> None:
     counts = torch.zeros(8)
     for draw in range(400):
         counts[chosen(random(2, 8, draw=draw))] += 1
-    # 800 draws of 8 blocks: 100 each, standard deviation sqrt(400 · 1/4 · 3/4) = 8.7, of which 5 are allowed.
+    # 800 draws of 8 layers: 100 each, standard deviation sqrt(400 · 1/4 · 3/4) = 8.7, of which 5 are allowed.
     assert bool(((counts - 100).abs() < 44).all())
 
 
@@ -148,22 +148,22 @@ def test_random_of_a_deeper_student_uses_each_block_before_any_again() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: same(3, 4), r"3 student blocks, 4 teacher blocks[\s\S]*layers: uniform"),
-        (lambda: replaced(3, 4, replaced_layers=[0]), r"as many student blocks[\s\S]*3 student blocks, 4 teacher"),
+        (lambda: same(3, 4), r"3 student layers, 4 teacher layers[\s\S]*layers: uniform"),
+        (lambda: replaced(3, 4, replaced_layers=[0]), r"as many student layers[\s\S]*3 student layers, 4 teacher"),
         (lambda: replaced(4, 4, replaced_layers=()), "no mixer of the student was replaced"),
         (lambda: replaced(4, 4, replaced_layers=[4]), r"student layer out of range: 4[\s\S]*0 to 3"),
-        (lambda: uniform(0, 4), r"at least one block[\s\S]*0 student blocks"),
-        (lambda: uniform_endpoints(4, 0), "at least one block"),
-        (lambda: uniform_begin(0, 4), "at least one block"),
-        (lambda: reverse(0, 4), "at least one block"),
-        (lambda: random(2, 0), "at least one block"),
-        (lambda: all_to_one(2, 0), "at least one block"),
-        (lambda: same(0, 0), "at least one block"),
-        (lambda: first(5, 4), r"first cannot place[\s\S]*5 student blocks, 4 teacher[\s\S]*up to 4[\s\S]*uniform"),
+        (lambda: uniform(0, 4), r"at least one layer[\s\S]*0 student layers"),
+        (lambda: uniform_endpoints(4, 0), "at least one layer"),
+        (lambda: uniform_begin(0, 4), "at least one layer"),
+        (lambda: reverse(0, 4), "at least one layer"),
+        (lambda: random(2, 0), "at least one layer"),
+        (lambda: all_to_one(2, 0), "at least one layer"),
+        (lambda: same(0, 0), "at least one layer"),
+        (lambda: first(5, 4), r"first cannot place[\s\S]*5 student layers, 4 teacher[\s\S]*up to 4[\s\S]*uniform"),
         (lambda: last(5, 4), "last cannot place"),
         (lambda: block_average(5, 4), "block_average cannot place"),
-        (lambda: every(5, 4, k=1), "every cannot place more student blocks"),
-        (lambda: every(3, 12, k=5), r"k teacher blocks apart[\s\S]*k: 5[\s\S]*1 to 4"),
+        (lambda: every(5, 4, k=1), "every cannot place more student layers"),
+        (lambda: every(3, 12, k=5), r"k teacher layers apart[\s\S]*k: 5[\s\S]*1 to 4"),
         (lambda: every(3, 12, k=0), r"asked: +k: 0"),
         (lambda: every(3, 5, k=2), r"allowed: +1$"),
         (lambda: every(3, 12, k=True), "k: True"),

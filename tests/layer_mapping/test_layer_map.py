@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from xarch_kd.errors import UsageError
-from xarch_kd.layer_mapping import LayerMap, explicit, similarity_picture
+from xarch_kd.layer_mapping import LayerMap, explicit, similarity_text_plot
 from xarch_kd.layer_mapping.counts import all_to_one, block_average, random, reverse, uniform
 
 
@@ -34,9 +34,9 @@ def test_what_is_no_map_is_refused(weights: list[list[float]], message: str) -> 
         LayerMap("given", torch.tensor(weights, dtype=torch.float64))
 
 
-def test_a_picture_of_a_small_map() -> None:
+def test_a_text_plot_of_a_small_map() -> None:
     layer_map = explicit([(0, 0), (1, 1), (1, 2), (2, 2, 1.0), (2, 3, 3.0), (2, 5, 6.0)], 4, 7)
-    assert layer_map.picture().splitlines() == [
+    assert layer_map.text_plot().splitlines() == [
         "explicit: student layers down, teacher layers across",
         "   0    5",
         " 0 █······",
@@ -50,24 +50,24 @@ def test_shades_do_not_show_rounding() -> None:
     weights = torch.tensor(
         [[0.25 + 1e-12, 0.25, 0.5 - 1e-12, 0.0], [1e-10, 0.75 + 1e-12, 0.0, 0.25 - 1e-10]], dtype=torch.float64
     )
-    rows = LayerMap("given", weights).picture().splitlines()[2:]
+    rows = LayerMap("given", weights).text_plot().splitlines()[2:]
     assert rows == [" 0 ░░▒·", " 1 ·▓·░"]
 
 
 def test_three_thirds_in_one_column_are_a_whole() -> None:
     layer_map = block_average(100, 300)
     assert (
-        layer_map.picture().splitlines()[0]
+        layer_map.text_plot().splitlines()[0]
         == "block_average: student layers down, teacher layers across, 4 to a column"
     )
     # Layers 0 to 2 are in the first column; 3 to 5 begin there.
-    rows = layer_map.picture().splitlines()[2:]
+    rows = layer_map.text_plot().splitlines()[2:]
     assert rows[0].startswith(" 0 █··") and rows[1].startswith(" 1 ▒▓··") and rows[99].endswith("█")
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(1, 1), (12, 76), (12, 77), (12, 78), (120, 1000), (3, 12345)])
-def test_a_picture_fits_80_columns_and_shows_every_student_layer(student: int, teacher: int) -> None:
-    lines = uniform(student, teacher).picture().splitlines()
+def test_a_text_plot_fits_80_columns_and_shows_every_student_layer(student: int, teacher: int) -> None:
+    lines = uniform(student, teacher).text_plot().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) == student + 2
     assert all(line.count("█") == 1 for line in lines[2:])
@@ -75,7 +75,7 @@ def test_a_picture_fits_80_columns_and_shows_every_student_layer(student: int, t
 
 
 def test_a_ruler_says_where_columns_start() -> None:
-    ruler = uniform(2, 200).picture().splitlines()[1]
+    ruler = uniform(2, 200).text_plot().splitlines()[1]
     # 77 columns are free, so 3 layers share one: 67 columns, and the fifth starts at layer 15.
     assert ruler.split() == [str(15 * step) for step in range(14)]
     assert ruler.index("15") == 3 + 5 and ruler.index("150") == 3 + 50
@@ -125,7 +125,7 @@ def test_unmatched_layers_do_not_count_as_collapsed() -> None:
 
 def test_a_similarity_is_drawn_with_the_best_of_each_row() -> None:
     matrix = torch.tensor([[0.1, 0.5, 0.9], [0.9, 0.3, 0.1]])
-    assert similarity_picture("seen", matrix).splitlines() == [
+    assert similarity_text_plot("seen", matrix).splitlines() == [
         "seen, 0.10 · to 0.90 █: student layers down, teacher layers across",
         "   0",
         " 0 ·▒█   0.90 at 2",
@@ -136,7 +136,7 @@ def test_a_similarity_is_drawn_with_the_best_of_each_row() -> None:
 @pytest.mark.parametrize("teacher", [1, 60, 64, 80, 300])
 def test_a_similarity_fits_80_columns(teacher: int) -> None:
     matrix = torch.rand(12, teacher, generator=torch.Generator().manual_seed(0))
-    lines = similarity_picture("seen", matrix).splitlines()
+    lines = similarity_text_plot("seen", matrix).splitlines()
     assert len(lines) == 14
     assert max(len(line) for line in lines[1:]) <= 80
     # A layer that shares its column shows as the greatest there.
@@ -144,4 +144,4 @@ def test_a_similarity_fits_80_columns(teacher: int) -> None:
 
 
 def test_a_similarity_without_a_spread_is_drawn() -> None:
-    assert " 0 ··   0.50 at 0" in similarity_picture("flat", torch.full((1, 2), 0.5))
+    assert " 0 ··   0.50 at 0" in similarity_text_plot("flat", torch.full((1, 2), 0.5))

@@ -20,7 +20,7 @@ def trained(learned: LearnedMap, losses: Tensor, steps: int = 150) -> LayerMap:
     optimiser = torch.optim.Adam(learned.parameters(), lr=0.1)
     for step in range(steps):
         optimiser.zero_grad()
-        learned(losses, step / steps).objective.backward()
+        learned(losses, step / steps).map.backward()
         optimiser.step()
     return learned.layer_map(1.0)
 
@@ -47,7 +47,7 @@ def test_the_student_and_the_map_have_gradients_of_their_own() -> None:
 
 def test_the_match_is_the_weighted_sum_of_losses() -> None:
     learned = LearnedMap(2, 2, initial=explicit([(0, 0), (0, 1), (1, 1)], 2, 2))
-    match = learned(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), 0.0).match
+    match = learned(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), 0.0).student
     # A start from a given map leaves a tenth to all layers: (0.5, 0.5) and (0.05, 0.95).
     torch.testing.assert_close(match, torch.tensor([2.0, 0.05 * 5 + 0.95 * 7]))
 
@@ -85,7 +85,7 @@ def test_the_floor_of_entropy_holds_a_collapsed_map_up() -> None:
     assert free.layer_map(0.0).collapsed() is not None
     # All losses alike: only the floor speaks. The rows are (0.9 + 0.1/6, 0.1/6 × 5).
     entropy = -((0.9 + 0.1 / 6) * math.log(0.9 + 0.1 / 6) + 5 * 0.1 / 6 * math.log(0.1 / 6))
-    difference = held(flat, 0.0).objective - free(flat, 0.0).objective
+    difference = held(flat, 0.0).map - free(flat, 0.0).map
     # Weights are float32, of about 24 terms.
     assert difference.item() == pytest.approx(0.5 * math.log(4) - entropy, abs=1e-5)
     assert trained(free, flat, steps=60).collapsed() is not None
@@ -97,13 +97,13 @@ def test_gradients_are_finite_when_rows_are_one_hot_to_the_last_digit() -> None:
     with torch.no_grad():
         learned.logits[:, 1] = 5.0
     assert learned.weights(0.0)[0].tolist() == [0.0, 1.0, 0.0, 0.0]
-    learned(random_losses(3, 4).float(), 0.0).objective.backward()
+    learned(random_losses(3, 4).float(), 0.0).map.backward()
     assert learned.logits.grad is not None and bool(torch.isfinite(learned.logits.grad).all())
 
 
 def test_losses_of_zero_have_finite_gradients() -> None:
     learned = LearnedMap(2, 2)
-    learned(torch.zeros(2, 2), 0.0).objective.backward()
+    learned(torch.zeros(2, 2), 0.0).map.backward()
     assert learned.logits.grad is not None and bool(torch.isfinite(learned.logits.grad).all())
 
 

@@ -89,7 +89,7 @@ BAD = torch.tensor([[0.0, 1.0], [float("nan"), 0.5]])
     ("similarity", "message"),
     [
         (torch.zeros(3), r"a matrix of layers[\s\S]*\[3\]"),
-        (torch.zeros(0, 3), "at least one block"),
+        (torch.zeros(0, 3), "at least one layer"),
         (BAD, "not finite[\\s\\S]*nan of student layer 1 and teacher layer 0"),
         (-BAD / 0, "not finite"),
     ],
@@ -102,7 +102,7 @@ def test_what_is_no_similarity_is_refused(
 
 
 def test_monotone_refuses_what_it_cannot_place() -> None:
-    with pytest.raises(UsageError, match=r"monotone cannot place[\s\S]*5 student blocks[\s\S]*fix: +strict: false"):
+    with pytest.raises(UsageError, match=r"monotone cannot place[\s\S]*5 student layers[\s\S]*fix: +strict: false"):
         monotone(torch.zeros(5, 4))
     with pytest.raises(UsageError, match=r"no map within the band[\s\S]*band: 0.1[\s\S]*wider"):
         monotone(torch.zeros(2, 3), band=0.1)

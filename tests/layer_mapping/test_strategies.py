@@ -45,7 +45,7 @@ def test_every_strategy_makes_a_map_of_its_name_from_what_is_known(name: str) ->
     assert layer_map.strategy == name
     assert layer_map.weights.shape == (2, 4)
     assert layer_map.weights.sum(1).tolist() == pytest.approx([1, 1])
-    assert layer_map.picture().startswith(name)
+    assert layer_map.text_plot().startswith(name)
 
 
 def test_options_and_what_is_known_reach_the_strategy() -> None:
@@ -71,7 +71,7 @@ def test_options_and_what_is_known_reach_the_strategy() -> None:
         ("uniform", {"options": {"k": 2}}, r"allowed: +none"),
         ("random", {"options": {"sed": 2}}, r"Did you mean 'seed'\?"),
         ("every", {}, "every needs the option k"),
-        ("replaced", {}, r"as many student blocks as teacher blocks"),
+        ("replaced", {}, r"as many student layers as teacher layers"),
         ("type_aware", {}, "needs the kinds of the mixers"),
         ("cka", {}, r"needs a similarity[\s\S]*calibration pass"),
         ("optimal_transport", {}, "needs a similarity"),

@@ -111,7 +111,7 @@ def test_an_order_term_keeps_depths_together() -> None:
     cost = 0.01 * random_cost(5, 5)
     assert optimal_transport(cost=cost).weights.diagonal().sum() < 5
     assert optimal_transport(cost=cost, order=1.0).weights.diagonal().tolist() == [1.0] * 5
-    # The term is of the ends of blocks: λ ((i + 1)/S - (j + 1)/T)².
+    # The term is of the ends of layers: λ ((i + 1)/S - (j + 1)/T)².
     own, other = torch.arange(1, 4).double()[:, None] / 3, torch.arange(1, 8).double() / 7
     cost = random_cost(3, 7)
     expected = transport_plan(cost + 0.7 * (own - other) ** 2, entropy=0.1)

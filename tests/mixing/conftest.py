@@ -106,14 +106,14 @@ def decay_of(make: Make, kind: str) -> Tensor | None:
     return make.decay(*shapes[kind]) if kind in shapes else None
 
 
-def linear(make: Make, decay: str = "none", key_heads: int = HEADS, normalised: bool = False, **options: Any) -> Mixing:
-    # Feature maps of normalised linear attention are positive: its rows have a sum to divide by.
-    features = make.positive if normalised else make.token
+def linear(make: Make, decay: str = "none", key_heads: int = HEADS, normalized: bool = False, **options: Any) -> Mixing:
+    # Feature maps of normalized linear attention are positive: its rows have a sum to divide by.
+    features = make.positive if normalized else make.token
     return LinearMixing(
         query=features(HEADS, WIDTH),
         key=features(key_heads, WIDTH),
         log_decay=decay_of(make, decay),
-        normalised=normalised,
+        normalized=normalized,
         **{"scale": 0.7, **options},
     )
 
@@ -152,11 +152,11 @@ CASES: dict[str, tuple[Build, dict[str, Any]]] = {
     "selective": (selective, {}),
     "selective-groups": (selective, {"groups": 2, "skip": False}),
     "linear": (linear, {"key_heads": 2}),
-    "linear-normalised": (linear, {"normalised": True}),
+    "linear-normalized": (linear, {"normalized": True}),
     "linear-head-decay": (linear, {"decay": "head", "key_heads": 2}),
-    "linear-head-decay-normalised": (linear, {"decay": "head", "normalised": True, "key_heads": 1}),
+    "linear-head-decay-normalized": (linear, {"decay": "head", "normalized": True, "key_heads": 1}),
     "linear-channel-decay": (linear, {"decay": "channel", "key_heads": 2}),
-    "linear-channel-decay-normalised": (linear, {"decay": "channel", "normalised": True}),
+    "linear-channel-decay-normalized": (linear, {"decay": "channel", "normalized": True}),
     "delta": (delta, {}),
     "delta-head-decay": (delta, {"decay": "head"}),
     "delta-channel-decay": (delta, {"decay": "channel"}),
@@ -273,7 +273,7 @@ def entries_of(mixing: Mixing, part: dict[str, Tensor], time: int) -> Tensor:
     if isinstance(mixing, LinearMixing):
         query, key = part["query"], spread(part["key"], mixing.heads)
         entries = mixing.scale * recurrent(query, key, kept(part.get("log_decay"), query), identity)
-        return entries / entries.sum(-1, keepdim=True) if mixing.normalised else entries
+        return entries / entries.sum(-1, keepdim=True) if mixing.normalized else entries
     assert isinstance(mixing, SSDMixing | SelectiveMixing)
     read, write, dt = part["C"], part["B"], part["dt"][..., None]
     read, write = (spread(side if side.dim() == 3 else side[:, None], mixing.heads) for side in (read, write))

@@ -25,7 +25,7 @@ DECAYED = [
     "selective",
     "linear-head-decay",
     "linear-channel-decay",
-    "linear-channel-decay-normalised",
+    "linear-channel-decay-normalized",
     "delta-head-decay",
     "delta-channel-decay",
 ]
@@ -262,15 +262,15 @@ def test_detach_keeps_everything_but_the_graph(build: Build, case: str) -> None:
 def test_softmax_parts(build: Build, formula: Formula) -> None:
     mixing: Any = build("softmax-all", bounds="both")
     rows = slice(30, 83)
-    normalizer = mixing.log_normaliser(rows)
+    normalizer = mixing.log_normalizer(rows)
     entries = (mixing.logits(rows, slice(0, 83)) - normalizer[..., None]).exp()
     close(entries, formula(mixing)[:, :, rows])
     seen = mixing.visible(rows, slice(0, 83)).expand_as(entries)
     assert torch.equal(seen, formula(mixing)[:, :, rows] > 0)
-    dead = mixing.log_normaliser(slice(0, 2))
+    dead = mixing.log_normalizer(slice(0, 2))
     close(dead[0], mixing.sinks[:, None].expand(-1, 2))
     without: Any = build("softmax", bounds="both")
-    assert (without.log_normaliser(slice(0, 2))[0] == float("inf")).all()
+    assert (without.log_normalizer(slice(0, 2))[0] == float("inf")).all()
 
 
 def test_softmax_by_blocks_passes_the_gradient_check(build: Build, small_pieces: None) -> None:
@@ -282,13 +282,13 @@ def test_softmax_by_blocks_passes_the_gradient_check(build: Build, small_pieces:
         given = iter(factors)
         return mixing.map_factors(lambda _: next(given)).apply(values)
 
-    def normalised(*factors: Tensor) -> Tensor:
+    def normalized(*factors: Tensor) -> Tensor:
         given = iter(factors)
-        return mixing.map_factors(lambda _: next(given)).log_normaliser(slice(3, 17))
+        return mixing.map_factors(lambda _: next(given)).log_normalizer(slice(3, 17))
 
     leaves = [mixing.factors[name] for name in names]
     assert torch.autograd.gradcheck(applied, (values, *leaves), fast_mode=True)
-    assert torch.autograd.gradcheck(normalised, tuple(leaves), fast_mode=True)
+    assert torch.autograd.gradcheck(normalized, tuple(leaves), fast_mode=True)
 
 
 def test_softmax_by_blocks_has_no_second_derivative(build: Build) -> None:

@@ -20,7 +20,7 @@ LINEAR = [
     "recurrent-unit",
     "selective",
     "linear",
-    "linear-normalised",
+    "linear-normalized",
     "linear-head-decay",
     "linear-channel-decay",
     "delta",
@@ -32,7 +32,7 @@ LINEAR = [
 ]
 SCANNED = ["ssd", "selective", "linear-channel-decay", "delta-head-decay", "delta-channel-decay"]
 # One decay a head and a small state: chunks of 16.
-SHORT_CHUNKS = ["ssd-small-state", "recurrent-unit", "linear", "linear-normalised", "linear-head-decay"]
+SHORT_CHUNKS = ["ssd-small-state", "recurrent-unit", "linear", "linear-normalized", "linear-head-decay"]
 QUADRATIC = ["softmax-grouped", "softmax-capped", "softmax-sinks", "softmax-bidirectional"]
 
 

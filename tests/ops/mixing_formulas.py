@@ -195,7 +195,7 @@ def other_student(name: str, dtype: torch.dtype) -> Mixing:
         return built(LinearMixing, {"query": query, "key": key[:, :, :1]}, dtype, True, scale=0.4, **PADDED)
     if name == "linear, normalised":
         factors = {"query": query.abs(), "key": key.abs(), "log_decay": decay[..., 0]}
-        return built(LinearMixing, factors, dtype, True, normalised=True)
+        return built(LinearMixing, factors, dtype, True, normalized=True)
     if name == "gated linear":
         return built(LinearMixing, {"query": query, "key": key, "log_decay": decay}, dtype, True)
     if name == "banded":

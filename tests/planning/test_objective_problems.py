@@ -62,12 +62,12 @@ PROBLEMS: list[tuple[dict[str, object], str, tuple[str, ...]]] = [
     ({"rest": "layers: [{student: 1, teacher: 4}]"}, "layers[0].teacher", ("4 is out of range", "0 to 3")),
     ({"rest": "layers: [{student: 1, teacher: 1}, {student: 1, teacher: 1}]"}, "layers", ("twice: (1, 1)",)),
     ({"rest": "layers: []"}, "layers", ("empty",)),
-    ({"rest": "layers: same"}, "layers", ("2 student blocks, 4 teacher blocks", "uniform")),
-    ({"rest": "layers: replaced"}, "layers", ("2 student blocks, 4 teacher blocks",)),
-    ({"rest": "layers: first", "student": "deep"}, "layers", ("6 student blocks", "up to 4")),
-    ({"rest": "layers: last", "student": "deep"}, "layers", ("6 student blocks", "up to 4")),
+    ({"rest": "layers: same"}, "layers", ("2 student layers, 4 teacher layers", "uniform")),
+    ({"rest": "layers: replaced"}, "layers", ("2 student layers, 4 teacher layers",)),
+    ({"rest": "layers: first", "student": "deep"}, "layers", ("6 student layers", "up to 4")),
+    ({"rest": "layers: last", "student": "deep"}, "layers", ("6 student layers", "up to 4")),
     ({"rest": "layers: {strategy: every, k: 3}"}, "layers", ("every",)),
-    ({"rest": "layers: monotone", "student": "deep"}, "layers", ("up to 4 student blocks", "strict: false")),
+    ({"rest": "layers: monotone", "student": "deep"}, "layers", ("up to 4 student layers", "strict: false")),
     ({"rest": "layers: {strategy: learned, seed: 3}"}, "layers.seed", ("unknown key", "final_temperature")),
     ({"rest": "layers: {strategy: random, redraw: 0}"}, "layers.redraw", ("at least 1",)),
     ({"rest": "layers: learned", "inputs": "teacher", "student": "same"}, "layers", ("inputs: student",)),
@@ -163,7 +163,7 @@ def test_a_map_that_is_drawn_anew_outgrows_a_cache(plan_of: PlanOf, content: Cal
     assert any(words in warning for warning in plan_of(cached).warnings)
 
 
-def test_weights_and_schedules_are_in_the_plans_picture(plan_of: PlanOf, content: Callable[..., str]) -> None:
+def test_weights_and_schedules_are_in_the_printed_plan(plan_of: PlanOf, content: Callable[..., str]) -> None:
     from rich.console import Console
 
     plan = plan_of(

@@ -20,7 +20,7 @@ from xarch_kd.projectors import (
     initialize,
     pca,
     procrustes,
-    resolve_start,
+    resolve_init,
     ridge,
 )
 
@@ -158,9 +158,9 @@ def test_merged_parts_are_the_whole_and_masked_tokens_are_left_out() -> None:
     parts.merge(empty)
     empty.merge(parts)
     assert whole.tokens == parts.tokens == empty.tokens == TOKENS and whole.dims == (5, 7)
-    for centred in (True, False):
+    for centered in (True, False):
         for merged in (parts, empty, PairStatistics.from_state(parts.state())):
-            for one, other in zip(whole.moments(centred=centred), merged.moments(centred=centred), strict=True):
+            for one, other in zip(whole.moments(centered=centered), merged.moments(centered=centered), strict=True):
                 # Products of about 1e8 in the sums about 0; about the means the offset costs 4 of 16 digits.
                 torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-9)
     for one, dense in zip(
@@ -169,7 +169,7 @@ def test_merged_parts_are_the_whole_and_masked_tokens_are_left_out() -> None:
         strict=False,
     ):
         torch.testing.assert_close(one, dense, rtol=0, atol=1e-9)
-    torch.testing.assert_close(whole.moments(centred=False).cross, x.T @ y / TOKENS, rtol=1e-12, atol=0)
+    torch.testing.assert_close(whole.moments(centered=False).cross, x.T @ y / TOKENS, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_what_a_start_leaves_alone() -> None:
     assert linear is not None and identity is not None
     assert initialize(linear, of(x, y), "random") is None and torch.equal(linear.matrix(), torch.eye(6))
     assert initialize(identity, of(x, y)) is None
-    assert resolve_start("auto", "orthogonal") == "procrustes" and resolve_start("auto", "mlp") == "ridge"
+    assert resolve_init("auto", "orthogonal") == "procrustes" and resolve_init("auto", "mlp") == "ridge"
 
 
 @pytest.mark.parametrize(

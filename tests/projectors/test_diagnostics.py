@@ -76,7 +76,7 @@ def test_a_student_that_learned_is_fine(kind: str, options: dict[str, int]) -> N
 def test_a_projector_of_rank_one_is_narrow() -> None:
     projector = built()
     x, y = layers(1)
-    projector.become(torch.outer(normal(TEACHER, seed=3), normal(STUDENT, seed=4)))
+    projector.set_linear_map(torch.outer(normal(TEACHER, seed=3), normal(STUDENT, seed=4)))
     found = diagnose(projector, trained_on(projector, x, y))
     assert found.rank == 1 and found.possible_rank == STUDENT and found.condition > 1e6
     assert [warning.split(":")[0] for warning in found.warnings][-1] == "narrow"
@@ -91,7 +91,7 @@ def test_a_projector_through_which_nothing_matches_is_useless() -> None:
     initialize(projector, of(x, y))
     found = diagnose(projector, trained_on(projector, normal(TOKENS, STUDENT, seed=3), y), alone=0.5)
     assert len(found.warnings) == 1 and found.warnings[0].startswith("useless: ")
-    projector.become(torch.zeros(TEACHER, STUDENT))
+    projector.set_linear_map(torch.zeros(TEACHER, STUDENT))
     found = diagnose(projector, of(x, y))
     assert found.rank == 0 and math.isinf(found.condition) and found.ceiling == 0 and len(found.warnings) == 2
 
@@ -102,7 +102,7 @@ def test_an_ill_conditioned_projector_is_named() -> None:
     initialize(projector, of(x, y))
     left, values, right = torch.linalg.svd(projector.matrix(), full_matrices=False)
     values[-1] = values[0] / 3e4
-    projector.become(left * values @ right)
+    projector.set_linear_map(left * values @ right)
     found = diagnose(projector, of(x, y))
     assert found.condition == pytest.approx(3e4, rel=0.05) and found.rank == STUDENT - 1
     assert len(found.warnings) == 1 and found.warnings[0].startswith("ill-conditioned: ")

@@ -157,10 +157,10 @@ def test_orthogonal_takes_any_semi_orthogonal_weight_and_no_other() -> None:
     assert projector is not None
     # A reflection: its QR factor has a sign to be put right.
     reflection = torch.eye(4)[[1, 0, 3, 2]] * torch.tensor([1.0, -1.0, -1.0, -1.0])
-    projector.become(reflection)
+    projector.set_linear_map(reflection)
     torch.testing.assert_close(projector.matrix(), reflection, rtol=0, atol=ROUNDING)
     with pytest.raises(UsageError, match="semi-orthogonal weight"):
-        projector.become(2 * torch.eye(4))
+        projector.set_linear_map(2 * torch.eye(4))
 
 
 @pytest.mark.parametrize(

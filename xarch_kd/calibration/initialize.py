@@ -11,7 +11,7 @@ import torch
 from xarch_kd.data.batches import Batch
 from xarch_kd.errors import UsageError
 from xarch_kd.objectives.base import PairObjective, ProjectedPair
-from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, initialize, resolve_start
+from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, initialize, resolve_init
 from xarch_kd.training.aligner import Aligner
 
 # Attention sinks: massive activations at the first tokens of a row would dominate every fit.
@@ -85,7 +85,7 @@ def observations(
 def _start(match: PairObjective, projector: Projector, statistics: PairStatistics) -> str | None:
     """Initialize a projector by the closed form of its entry, and return a notice to print, if any."""
     how = match.entry.projector_part.init
-    form = resolve_start(how, projector.kind)
+    form = resolve_init(how, projector.kind)
     if form == "random":
         return None
     name = match.entry.name

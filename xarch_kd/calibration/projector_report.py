@@ -24,7 +24,7 @@ from xarch_kd.files import write_text
 from xarch_kd.mapping_file.objectives import AttentionBridge
 from xarch_kd.objectives.base import PairObjective
 from xarch_kd.planning.plan import Plan
-from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, resolve_start
+from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, resolve_init
 from xarch_kd.projectors.closed_form import FORMS
 from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
 from xarch_kd.training.aligner import Aligner
@@ -143,7 +143,7 @@ def alone(aligner: Aligner, fitted: Tensor, held_out: Tensor) -> dict[str, dict[
         explained, note = None, "one row of calibration text is too little to measure a projector alone"
         if key in before:
             note = _too_few(seen.projector, before[key].own.tokens)
-            form = FORMS[resolve_start("auto", seen.projector.kind)]
+            form = FORMS[resolve_init("auto", seen.projector.kind)]
             if before[key].own.tokens > form.dimensions(seen.projector):
                 explained = explained_alone(seen.projector, before[key].own, seen.own)
         found[key] = {"explained": explained, "note": note}
@@ -179,7 +179,7 @@ def at_best_scale(projector: Projector, statistics: PairStatistics) -> PairStati
     parameter = next(projector.parameters())
     _, weight, bias = projector.split(parameter.new_zeros(1, projector.student_dim))
     assert weight is not None
-    moments, weight = statistics.moments(centred=False), weight.double()
+    moments, weight = statistics.moments(centered=False), weight.double()
     product = (weight * moments.cross.T).sum()
     teacher_sq_norm = (weight @ moments.student * weight).sum()
     if bias is not None:
@@ -270,7 +270,7 @@ def _is_scale_free(match: PairObjective) -> bool:
 
 
 def _too_few(projector: Projector, tokens: int) -> str | None:
-    form = resolve_start("auto", projector.kind)
+    form = resolve_init("auto", projector.kind)
     dimensions = FORMS[form].dimensions(projector)
     if tokens <= dimensions:
         return (

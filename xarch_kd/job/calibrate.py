@@ -112,6 +112,6 @@ def tell_maps(stage: StagePlan, aligner: Aligner, folder: RunFolder, say: Say) -
         warning = layer_map.collapsed()
         weights = [[round(weight, 4) for weight in row] for row in layer_map.weights.tolist()]
         folder.event("layer-map", stage=stage.stage.name, entry=name, weights=weights, warning=warning)
-        say(layer_map.picture())
+        say(layer_map.text_plot())
         if warning is not None:
             say(f"warning: stage {stage.stage.name}, {name}: {warning}")

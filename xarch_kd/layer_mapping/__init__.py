@@ -1,10 +1,10 @@
-"""Layer maps: how much each student block learns from each teacher block."""
+"""Layer maps: the weight of each teacher layer in the loss of each student layer."""
 
 from __future__ import annotations
 
 from xarch_kd.layer_mapping.explicit import explicit
-from xarch_kd.layer_mapping.layer_map import LayerMap, Pairs, similarity_picture
-from xarch_kd.layer_mapping.learned import LearnedMap, LearnedMatch
+from xarch_kd.layer_mapping.layer_map import LayerMap, Pairs, similarity_text_plot
+from xarch_kd.layer_mapping.learned import LearnedMap, LearnedMapLosses
 from xarch_kd.layer_mapping.strategies import STRATEGIES, Strategy, build_layer_map, strategy_named
 from xarch_kd.layer_mapping.transport import transport_plan
 
@@ -12,12 +12,12 @@ __all__ = [
     "STRATEGIES",
     "LayerMap",
     "LearnedMap",
-    "LearnedMatch",
+    "LearnedMapLosses",
     "Pairs",
     "Strategy",
     "build_layer_map",
     "explicit",
-    "similarity_picture",
+    "similarity_text_plot",
     "strategy_named",
     "transport_plan",
 ]

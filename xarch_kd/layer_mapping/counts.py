@@ -1,6 +1,6 @@
-"""Layer maps that the depths alone decide. S and T are the student's and the teacher's blocks, counted from 0.
+"""Layer maps that follow from the two depths alone: S student layers and T teacher layers, counted from 0.
 
-All arithmetic is of integers: rounding of floating-point fractions would move blocks by one for some depths.
+All arithmetic is on integers: rounding floating-point fractions would shift some layers by one for some depths.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ OTHERWISE: Final = "layers: uniform, or a list of {student, teacher} pairs"
 
 
 def same(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return block i to block i. Raises UsageError when the depths differ."""
+    """Map layer i to layer i. Raises UsageError if the depths differ."""
     _equal_depth("same", student_layers, teacher_layers)
     return LayerMap.from_targets("same", range(student_layers), teacher_layers)
 
 
 def replaced(student_layers: int, teacher_layers: int, *, replaced_layers: Sequence[int]) -> LayerMap:
-    """Return block i to block i for the blocks whose mixer was replaced; the others have no match.
+    """Map layer i to layer i for the layers whose mixer was replaced; the other layers are not matched.
 
-    Raises UsageError when the depths differ, no mixer was replaced, or a block is out of range.
+    Raises UsageError if the depths differ, no mixer was replaced, or a layer is out of range.
     """
     _equal_depth("replaced", student_layers, teacher_layers)
     if not replaced_layers:
         raise UsageError(
-            "layers: replaced pairs nothing, because no mixer of the student was replaced",
+            "layers: replaced gives no pairs, because no mixer of the student was replaced",
             allowed="same | uniform | a list of {student, teacher} pairs",
         )
     check_range("student", replaced_layers, student_layers)
@@ -46,19 +46,19 @@ def uniform_targets(student_layers: int, teacher_layers: int) -> tuple[int, ...]
 
 
 def uniform(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return student block i to teacher block ⌈(i + 1) T / S⌉ - 1: evenly spaced, the ends aligned.
+    """Map student layer i to teacher layer ⌈(i + 1) T / S⌉ - 1: evenly spaced, last layers aligned.
 
-    The last student block learns from the last teacher block, and the map never goes back. For S dividing T this is
-    the map g(i) = i·T/S of TinyBERT (Jiao et al. 2020, section 4.3), counted from 0.
+    The map is monotone, and the last student layer learns from the last teacher layer. If S divides T this is the
+    map g(i) = i·T/S of TinyBERT (Jiao et al. 2020, section 4.3), counted from 0.
     """
     check_depths("uniform", student_layers, teacher_layers)
     return LayerMap.from_targets("uniform", uniform_targets(student_layers, teacher_layers), teacher_layers)
 
 
 def uniform_endpoints(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return student block i to the teacher block nearest to i (T - 1) / (S - 1), halves up: both ends aligned.
+    """Map student layer i to the teacher layer nearest to i (T - 1) / (S - 1), halves up: both ends aligned.
 
-    The symmetric uniform map of DistillKit. A single student block learns from the last teacher block.
+    The symmetric uniform map of DistillKit. A single student layer learns from the last teacher layer.
     """
     check_depths("uniform_endpoints", student_layers, teacher_layers)
     steps = student_layers - 1
@@ -67,10 +67,10 @@ def uniform_endpoints(student_layers: int, teacher_layers: int) -> LayerMap:
 
 
 def uniform_begin(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return student block i to teacher block ⌊i T / S⌋: evenly spaced, the beginnings aligned.
+    """Map student layer i to teacher layer ⌊i T / S⌋: evenly spaced, first layers aligned.
 
-    The last teacher block is never used, unless S >= T. For S dividing T this is the usual i·(T // S); elsewhere that
-    would leave out the teacher's upper blocks.
+    The last teacher layer is not used unless S >= T. If S divides T this is the common i·(T // S), which would skip
+    the teacher's upper layers for other depths.
     """
     check_depths("uniform_begin", student_layers, teacher_layers)
     targets = [layer * teacher_layers // student_layers for layer in range(student_layers)]
@@ -78,19 +78,19 @@ def uniform_begin(student_layers: int, teacher_layers: int) -> LayerMap:
 
 
 def first(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return block i to block i, the teacher's upper blocks left out. Raises UsageError for S > T."""
+    """Map layer i to layer i and leave out the teacher's upper layers. Raises UsageError for S > T."""
     check_placeable("first", student_layers, teacher_layers)
     return LayerMap.from_targets("first", range(student_layers), teacher_layers)
 
 
 def last(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return student block i to teacher block T - S + i, the teacher's lower blocks left out. Raises for S > T."""
+    """Map student layer i to teacher layer T - S + i. Raises UsageError for S > T."""
     check_placeable("last", student_layers, teacher_layers)
     return LayerMap.from_targets("last", range(teacher_layers - student_layers, teacher_layers), teacher_layers)
 
 
 def every(student_layers: int, teacher_layers: int, *, k: int) -> LayerMap:
-    """Return student block i to teacher block (i + 1) k - 1: the end of each k teacher blocks.
+    """Map student layer i to teacher layer (i + 1) k - 1: every k-th teacher layer.
 
     Raises UsageError unless 1 <= k <= T // S.
     """
@@ -98,9 +98,9 @@ def every(student_layers: int, teacher_layers: int, *, k: int) -> LayerMap:
     most = teacher_layers // student_layers
     if not _whole(k) or not 1 <= k <= most:
         raise UsageError(
-            "layers: every cannot place all student blocks k teacher blocks apart",
+            "layers: every cannot place all student layers k teacher layers apart",
             asked=f"k: {k}",
-            found=f"{student_layers} student blocks, {teacher_layers} teacher blocks",
+            found=f"{student_layers} student layers, {teacher_layers} teacher layers",
             allowed=f"1 to {most}" if most > 1 else "1",
         )
     targets = [(layer + 1) * k - 1 for layer in range(student_layers)]
@@ -108,12 +108,13 @@ def every(student_layers: int, teacher_layers: int, *, k: int) -> LayerMap:
 
 
 def block_average(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return student block i to the mean of the teacher blocks after the target of i - 1, up to its own in `uniform`.
+    """Map student layer i to the mean of the teacher layers between the `uniform` targets of i - 1 (excluded) and i.
 
-    For states that blocks add to (`hidden`), the mean is a smoothed end of that span. Of outputs that are added (those
-    of mixers and MLPs), a student block stands for the sum of its span: scale its target by the number of blocks.
+    For the residual stream (`hidden`) the mean is a smoothed end of that range. For outputs that are added to the
+    stream (of mixers and MLPs) a student layer replaces the sum over its range: scale its target by the number of
+    layers.
 
-    Raises UsageError for S > T, where some span would be empty.
+    Raises UsageError for S > T, where some range would be empty.
     """
     check_placeable("block_average", student_layers, teacher_layers)
     weights = torch.zeros(student_layers, teacher_layers, dtype=torch.float64)
@@ -125,15 +126,15 @@ def block_average(student_layers: int, teacher_layers: int) -> LayerMap:
 
 
 def reverse(student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return the targets of `uniform` in reverse order: a control that no order of depth can explain."""
+    """Map layers to the targets of `uniform` in reverse order, as a control."""
     check_depths("reverse", student_layers, teacher_layers)
     return LayerMap.from_targets("reverse", uniform_targets(student_layers, teacher_layers)[::-1], teacher_layers)
 
 
 def all_to_one(student_layers: int, teacher_layers: int, *, teacher_layer: int | None = None) -> LayerMap:
-    """Return every student block to `teacher_layer`, by default the last: a control.
+    """Map every student layer to `teacher_layer`, by default the last, as a control.
 
-    Raises UsageError for a block that the teacher lacks.
+    Raises UsageError for a layer that the teacher does not have.
     """
     check_depths("all_to_one", student_layers, teacher_layers)
     target = teacher_layers - 1 if teacher_layer is None else teacher_layer
@@ -144,11 +145,11 @@ def all_to_one(student_layers: int, teacher_layers: int, *, teacher_layer: int |
 def random(
     student_layers: int, teacher_layers: int, *, seed: int = 0, draw: int = 0, ordered: bool = False
 ) -> LayerMap:
-    """Return each student block to a teacher block drawn without replacement: a control.
+    """Map each student layer to a teacher layer drawn without replacement, as a control.
 
-    A student with more blocks gets all teacher blocks once before one is drawn again. Another `draw` of the same seed
-    is another map, so a map that changes every n steps is draw = step // n. `ordered` sorts the targets, as RAIL-KD
-    does (Haidar et al. 2022): random blocks in the right order.
+    If S > T, each teacher layer is drawn once before any is drawn again. Each `draw` of a seed is a different map, so
+    a map that is redrawn every n steps passes draw = step // n. `ordered` sorts the targets, as in RAIL-KD (Haidar et
+    al. 2022).
     """
     check_depths("random", student_layers, teacher_layers)
     source = Random(f"{seed} {draw}")
@@ -159,24 +160,24 @@ def random(
 
 
 def check_range(side: str, layers: Sequence[int], count: int) -> None:
-    """Raise UsageError unless all `layers` are blocks of a model with `count` of them."""
+    """Raise UsageError unless all `layers` exist in a model with `count` layers."""
     outside = sorted({layer for layer in layers if not 0 <= layer < count})
     if outside:
         raise UsageError(
             f"{side} layer out of range: {', '.join(map(str, outside))}",
-            found=f"a {side} of {count} blocks",
+            found=f"a {side} of {count} layers",
             allowed=f"0 to {count - 1}",
         )
 
 
 def check_placeable(strategy: str, student_layers: int, teacher_layers: int, fix: str = OTHERWISE) -> None:
-    """Raise UsageError when `strategy`, which uses a teacher block once, has more student blocks than that."""
+    """Raise UsageError if `strategy`, which uses each teacher layer at most once, has more student layers than that."""
     check_depths(strategy, student_layers, teacher_layers)
     if student_layers > teacher_layers:
         raise UsageError(
-            f"layers: {strategy} cannot place more student blocks than there are teacher blocks",
-            found=f"{student_layers} student blocks, {teacher_layers} teacher blocks",
-            allowed=f"up to {teacher_layers} student blocks",
+            f"layers: {strategy} cannot place more student layers than there are teacher layers",
+            found=f"{student_layers} student layers, {teacher_layers} teacher layers",
+            allowed=f"up to {teacher_layers} student layers",
             fix=fix,
         )
 
@@ -189,7 +190,7 @@ def _equal_depth(strategy: str, student_layers: int, teacher_layers: int) -> Non
     check_depths(strategy, student_layers, teacher_layers)
     if student_layers != teacher_layers:
         raise UsageError(
-            f"layers: {strategy} needs as many student blocks as teacher blocks",
-            found=f"{student_layers} student blocks, {teacher_layers} teacher blocks",
+            f"layers: {strategy} needs as many student layers as teacher layers",
+            found=f"{student_layers} student layers, {teacher_layers} teacher layers",
             fix=OTHERWISE,
         )

@@ -1,4 +1,4 @@
-"""The layer map that a person wrote down."""
+"""Layer map given as an explicit list of pairs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Pair = tuple[int, int] | tuple[int, int, float]
 
 
 def explicit(pairs: Sequence[Pair], student_layers: int, teacher_layers: int) -> LayerMap:
-    """Return the map of `pairs` (student, teacher) or (student, teacher, weight), blocks counted from 0.
+    """Return the map of `pairs` (student, teacher) or (student, teacher, weight), layers counted from 0.
 
-    A student block may have many teacher blocks: their weights, 1 where none is given, are divided by their sum. Many
-    student blocks may share a teacher block. Blocks in no pair have no match.
+    A student layer may have several teacher layers: their weights (1 by default) are divided by their sum. Several
+    student layers may share a teacher layer. Layers that are in no pair are not matched.
 
-    Raises UsageError for no pairs, a block out of range, a pair given twice, or a weight that is not above 0.
+    Raises UsageError for an empty list, a layer out of range, a duplicate pair, or a weight that is not positive.
     """
     check_depths("explicit pairs", student_layers, teacher_layers)
     if not pairs:
         raise UsageError("layers: the list of pairs is empty, so nothing would be matched")
     check_range("student", [pair[0] for pair in pairs], student_layers)
     check_range("teacher", [pair[1] for pair in pairs], teacher_layers)
-    blocks = [(pair[0], pair[1]) for pair in pairs]
-    twice = sorted({pair for pair in blocks if blocks.count(pair) > 1})
+    layers = [(pair[0], pair[1]) for pair in pairs]
+    twice = sorted({pair for pair in layers if layers.count(pair) > 1})
     if twice:
         raise UsageError(f"layer pairs (student, teacher) given twice: {', '.join(map(str, twice))}")
     weights = torch.zeros(student_layers, teacher_layers, dtype=torch.float64)

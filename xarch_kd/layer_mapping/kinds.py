@@ -1,4 +1,4 @@
-"""Layer maps that the kinds of the mixers decide."""
+"""Layer map by kind of mixer: attention, recurrent, or neither."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping.counts import OTHERWISE, uniform_targets
 from xarch_kd.layer_mapping.layer_map import LayerMap, check_depths
 
-# A block that mixes no tokens, e.g. one that is an MLP alone.
+# A layer without a token mixer, e.g. an MLP layer.
 UNMIXED: Final = "other"
 
 
 def type_aware(student_kinds: Sequence[str], teacher_kinds: Sequence[str]) -> LayerMap:
-    """Return attention to attention, and each recurrent block to the nearest in depth, by the kinds of both's mixers.
+    """Map attention layers to attention layers, and each recurrent layer to the nearest recurrent one.
 
-    The a-th attention block learns from the teacher's attention block at the same fraction of those there are, as
-    `uniform` would pair them. A recurrent block (any kind but `attention` and `other`) learns from the teacher's
-    recurrent block that is nearest in depth, (i + 1) / S against (j + 1) / T, the later of two; of a teacher without
-    recurrent blocks, from the nearest attention block. Blocks that mix no tokens (`other`) learn from the nearest such
-    block, if there is one, else they have no match.
+    Attention layers are paired among themselves as by `uniform`. A recurrent layer (any kind but `attention` and
+    `other`) is mapped to the teacher's recurrent layer of nearest relative depth, (i + 1) / S against (j + 1) / T,
+    ties to the later one; if the teacher has no recurrent layer, to the nearest attention layer. Layers without a
+    token mixer (`other`) are mapped to the nearest such layer, or are not matched if there is none.
 
-    Raises UsageError for attention in the student alone, and for a teacher with no block that mixes tokens when the
-    student has one.
+    Raises UsageError if only the student has attention, or only the student has token mixers.
     """
     check_depths("type_aware", len(student_kinds), len(teacher_kinds))
     roles = [_role(kind) for kind in teacher_kinds]
@@ -60,14 +58,14 @@ def _nearest(layer: int, student_layers: int, among: Sequence[int], teacher_laye
 
 
 def _refuse(layer: int, student_kinds: Sequence[str], teacher_kinds: Sequence[str]) -> None:
-    student, teacher = (_told(kinds) for kinds in (student_kinds, teacher_kinds))
+    student, teacher = (_counted(kinds) for kinds in (student_kinds, teacher_kinds))
     raise UsageError(
-        f"layers: type_aware has no teacher block for student block {layer} ({student_kinds[layer]})",
-        found=f"a student with blocks of {student}; a teacher with blocks of {teacher}",
-        allowed="a teacher with attention for a student with attention, with any mixer of tokens for recurrent blocks",
+        f"layers: type_aware has no teacher layer for student layer {layer} ({student_kinds[layer]})",
+        found=f"a student with layers of {student}; a teacher with layers of {teacher}",
+        allowed="a teacher with attention for a student with attention, with any mixer of tokens for recurrent layers",
         fix=OTHERWISE,
     )
 
 
-def _told(kinds: Sequence[str]) -> str:
+def _counted(kinds: Sequence[str]) -> str:
     return ", ".join(f"{kind} ({count})" for kind, count in Counter(kinds).items())

@@ -1,4 +1,4 @@
-"""What every strategy yields: how much each student block learns from each teacher block."""
+"""Layer map: the weight of each teacher layer in the loss of each student layer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from xarch_kd.errors import UsageError
 
 Pairs = tuple[tuple[int, int, float], ...]
 
-# Rows are made by division in float64; this is far above its rounding and far below any weight that matters.
+# Rows are divided by their sum in float64: far above its rounding error, far below any weight that matters.
 ROW_TOLERANCE: Final = 1e-9
-# Of the teacher blocks that could be used, beyond the first one.
+# Fraction of the usable teacher layers beyond the first one.
 COLLAPSED_SHARE: Final = 0.25
-PICTURE_WIDTH: Final = 80
+PLOT_WIDTH: Final = 80
 SHADES: Final = "░▒▓█"
 BESIDE: Final = "  {:5.2f} at {}"
 
@@ -26,10 +26,10 @@ BESIDE: Final = "  {:5.2f} at {}"
 class LayerMap:
     """Weights [student layers, teacher layers], float64 on the CPU: non-negative, rows that sum to 1 or are 0.
 
-    The match of student layer i is Σ_j weights[i, j] · loss(student i, teacher j); a row of zeros is a layer without
-    a match. For squared errors this has the gradient of a match with the weighted mean of the teacher layers.
+    The loss of student layer i is Σ_j weights[i, j] · loss(student i, teacher j); a row of zeros is a layer that is
+    not matched. For squared errors its gradient equals that of a loss against the weighted mean of the teacher layers.
 
-    Raises UsageError for weights that are not such a map.
+    Raises UsageError for negative weights, or rows with another sum.
     """
 
     strategy: str
@@ -39,7 +39,7 @@ class LayerMap:
         weights = self.weights.detach().to("cpu", torch.float64, copy=True)
         if weights.dim() != 2 or 0 in weights.shape:
             raise UsageError(
-                f"layers: {self.strategy} needs at least one block on both sides",
+                f"layers: {self.strategy} needs at least one layer on both sides",
                 found=list(weights.shape),
                 allowed="[student layers, teacher layers]",
             )
@@ -56,7 +56,7 @@ class LayerMap:
 
     @classmethod
     def from_targets(cls, strategy: str, targets: Sequence[int | None], teacher_layers: int) -> LayerMap:
-        """Return the map of student layer i to teacher layer `targets[i]`, None for no match."""
+        """Return the map from student layer i to teacher layer `targets[i]`; None leaves the layer unmatched."""
         weights = torch.zeros(len(targets), teacher_layers, dtype=torch.float64)
         for student, teacher in enumerate(targets):
             if teacher is not None:
@@ -73,10 +73,10 @@ class LayerMap:
         )
 
     def collapsed(self) -> str | None:
-        """Return a warning when the student layers share very few teacher layers, else None.
+        """Return a warning if the student layers share very few teacher layers, else None.
 
-        The teacher layers in use are counted as exp(entropy) of the mean row: n rows on n layers of their own count n,
-        n rows on one layer count 1. Of `most`, what there could be, fewer than 1 + (most - 1) / 4 is a collapse.
+        The effective number of teacher layers is exp(entropy) of the mean row: n for n rows on n different layers, 1
+        for n rows on one layer. A map has collapsed below 1 + (most - 1) / 4, `most` being the largest possible number.
         """
         rows = self.weights[self.weights.sum(1) > 0]
         most = min(rows.shape)
@@ -86,35 +86,35 @@ class LayerMap:
         if used >= 1 + (most - 1) * COLLAPSED_SHARE:
             return None
         usage = rows.mean(0)
-        favourite = int(usage.argmax())
+        most_used = int(usage.argmax())
         return (
             f"the layer map collapsed: {rows.shape[0]} student layers learn from {used:.1f} teacher layers "
-            f"(up to {most} are possible), {usage[favourite].item():.0%} from layer {favourite}"
+            f"(up to {most} are possible), {usage[most_used].item():.0%} from layer {most_used}"
         )
 
-    def picture(self) -> str:
-        """Return the map drawn in at most 80 columns: a line a student layer, a column a teacher layer.
+    def text_plot(self) -> str:
+        """Return the map as text of at most 80 columns: one line per student layer, one column per teacher layer.
 
-        `·` is no weight, `░ ▒ ▓ █` are weights up to 1/4, 1/2, 3/4 and 1. Of a teacher with more layers than columns,
-        neighbours share a column, which shows their sum.
+        `·` is weight 0, `░ ▒ ▓ █` are weights up to 1/4, 1/2, 3/4 and 1. If the teacher has more layers than fit,
+        neighbouring layers share a column, which shows the sum of their weights.
         """
-        columns = _columns(self.weights, PICTURE_WIDTH)
+        columns = _columns(self.weights, PLOT_WIDTH)
         sums = torch.stack([part.sum(1) for part in columns], dim=1)
-        return _drawn(self.strategy, self.weights, sums, PICTURE_WIDTH, [""] * len(sums))
+        return _drawn(self.strategy, self.weights, sums, PLOT_WIDTH, [""] * len(sums))
 
 
-def similarity_picture(name: str, similarity: Tensor) -> str:
-    """Return a similarity [student layers, teacher layers] drawn in at most 80 columns, as a layer map is.
+def similarity_text_plot(name: str, similarity: Tensor) -> str:
+    """Return a similarity [student layers, teacher layers] as text of at most 80 columns.
 
-    From `·`, the least, to `█`, the greatest, in equal steps; of neighbours that share a column the greatest. Beside
-    each row are its greatest value and the teacher layer that has it.
+    Shades go from `·`, the smallest value, to `█`, the largest, in equal steps; layers that share a column show their
+    maximum. Each row ends with its maximum and the teacher layer that has it.
     """
     matrix = similarity.detach().to("cpu", torch.float64)
     least, most = float(matrix.min()), float(matrix.max())
     best = matrix.max(1)
-    width = PICTURE_WIDTH - len(BESIDE.format(0.0, matrix.shape[1] - 1))
+    width = PLOT_WIDTH - len(BESIDE.format(0.0, matrix.shape[1] - 1))
     highest = torch.stack([part.amax(1) for part in _columns(matrix, width)], dim=1)
-    # Without a spread all are the least.
+    # If all values are equal, all are drawn as the smallest.
     shares = (highest - least) / (most - least) if most > least else torch.zeros_like(highest)
     beside = [
         BESIDE.format(value, layer) for value, layer in zip(best.values.tolist(), best.indices.tolist(), strict=True)
@@ -123,7 +123,7 @@ def similarity_picture(name: str, similarity: Tensor) -> str:
 
 
 def _columns(matrix: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Return the columns of a picture, each one or more neighbouring columns of the matrix."""
+    """Return the columns of a plot, each one or more neighbouring columns of the matrix."""
     return matrix.split(-(-matrix.shape[1] // (width - _margin(matrix))), dim=1)
 
 
@@ -132,7 +132,7 @@ def _margin(matrix: Tensor) -> int:
 
 
 def _drawn(name: str, matrix: Tensor, shares: Tensor, width: int, beside: Sequence[str]) -> str:
-    """Return a picture of `shares` [student layers, columns], each 0 to 1, with what stands beside each row."""
+    """Return the plot of `shares` [student layers, columns], each 0 to 1, with the text `beside` after each row."""
     margin, group = _margin(matrix), -(-matrix.shape[1] // (width - _margin(matrix)))
     title = f"{name}: student layers down, teacher layers across" + (f", {group} to a column" if group > 1 else "")
     lines = [title, " " * margin + _ruler(range(0, matrix.shape[1], group), width - margin)]
@@ -142,28 +142,28 @@ def _drawn(name: str, matrix: Tensor, shares: Tensor, width: int, beside: Sequen
 
 
 def usage_entropy(weights: Tensor) -> Tensor:
-    """Return the entropy, in nats, of how rows that sum to 1 use the columns on average: a scalar with a gradient."""
+    """Return the entropy (nats) of the mean of rows that sum to 1: a scalar with a gradient."""
     usage = weights.mean(0)
-    # The slope of log at 0 is infinite, and rows that are nearly one-hot underflow to 0.
+    # The derivative of log at 0 is infinite, and rows that are nearly one-hot underflow to 0.
     return -(usage * usage.clamp_min(torch.finfo(usage.dtype).tiny).log()).sum()
 
 
 def check_depths(strategy: str, student_layers: int, teacher_layers: int) -> None:
-    """Raise UsageError unless both models have a block."""
+    """Raise UsageError unless both models have a layer."""
     if student_layers < 1 or teacher_layers < 1:
         raise UsageError(
-            f"layers: {strategy} needs at least one block on both sides",
-            found=f"{student_layers} student blocks, {teacher_layers} teacher blocks",
+            f"layers: {strategy} needs at least one layer on both sides",
+            found=f"{student_layers} student layers, {teacher_layers} teacher layers",
         )
 
 
 def _shade(weight: float) -> str:
-    # Rounded, so that three weights of a third, summed, are not above 1.
+    # Rounded, so that three weights of 1/3 do not sum to more than 1.
     return SHADES[min(int(-(-round(weight * 4, 6) // 1)), 4) - 1] if weight > 5e-7 else "·"
 
 
 def _ruler(starts: range, width: int) -> str:
-    """Return the layer at which each fifth column starts, where there is room for its number."""
+    """Return the ruler line: the first layer of every fifth column, where its number fits."""
     line = ""
     for column in range(0, len(starts), 5):
         label = str(starts[column])

@@ -1,4 +1,4 @@
-"""A layer map that is trained with the student: attention over the teacher's layers."""
+"""Layer map that is trained with the student: attention over the teacher's layers."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping.layer_map import LayerMap, check_depths, usage_entropy
 
-# A start from a given map leaves this much to all teacher layers, so that no weight is 0 and can grow.
+# Total weight that an initial map leaves to all teacher layers: a weight of 0 could not grow.
 SPREAD: Final = 0.1
-# Keeps a teacher layer that is matched perfectly from dividing by 0.
+# Avoids division by 0 for a teacher layer that is matched perfectly.
 TINY: Final = 1e-12
 
 
-class LearnedMatch(NamedTuple):
-    """`match` [student layers] trains the student and the scalar `objective` trains the map; add both to the loss."""
+class LearnedMapLosses(NamedTuple):
+    """Losses for the student, `student` [student layers], and for the map itself, `map` (scalar): add both."""
 
-    match: Tensor
-    objective: Tensor
+    student: Tensor
+    map: Tensor
 
 
 class LearnedMap(nn.Module):
     """Weights softmax(logits / τ) [student layers, teacher layers], trained with the student.
 
-    τ goes from `temperature` to `final_temperature` geometrically over the training, so the rows end near one-hot; with
-    None it stays. Where training stands is `progress`, from 0 to 1, told by the caller: the logits are all the state.
-    `initial` is the map to start from; without one, and in rows of 0, all weights are equal.
+    τ changes geometrically from `temperature` to `final_temperature` over training, so that rows end near one-hot;
+    with None it is constant. The caller passes the fraction of training done as `progress`, 0 to 1: the logits are
+    the only state. `initial` is the initial map; without one, and in rows of 0, all weights are equal.
 
-    Such a map would collapse onto the teacher layer that is easiest to match. Three things hold against it: the student
-    sees fixed weights and cannot move them to layers it already matches; the map sees losses without the student's
-    gradient, each divided by the mean of its teacher layer over the student layers, so a layer is chosen by those that
-    match it better than others do; and the entropy of the layers in use is kept above `usage_floor` × its maximum.
-    `LayerMap.collapsed` tells when this was not enough.
+    Such a map tends to collapse onto the teacher layer that is easiest to match. Three measures prevent that: the
+    student's loss uses detached weights; the map's loss uses detached layer losses, each divided by the mean of its
+    teacher layer over the student layers, so that a layer is chosen by the student layers that match it better than
+    others do; and the entropy of the mean row is kept above `usage_floor` × its maximum. `LayerMap.collapsed` reports
+    a map that collapsed all the same.
 
     Raises UsageError for options out of range.
     """
@@ -73,10 +73,10 @@ class LearnedMap(nn.Module):
         """Return the weights [student layers, teacher layers], with a gradient to the logits."""
         return torch.softmax(self.logits / self.temperature(progress), dim=1)
 
-    def forward(self, losses: Tensor, progress: float) -> LearnedMatch:
-        """Return the match of each student layer, and the map's own objective.
+    def forward(self, losses: Tensor, progress: float) -> LearnedMapLosses:
+        """Return the loss of each student layer, and the loss of the map itself.
 
-        `losses` are those of each pair, [student layers, teacher layers], non-negative and not yet weighted.
+        `losses` [student layers, teacher layers] are those of each pair: non-negative, not yet weighted.
 
         Raises UsageError for losses that do not fit.
         """
@@ -89,16 +89,16 @@ class LearnedMap(nn.Module):
         weights = self.weights(progress).to(losses.dtype)
         fixed = losses.detach()
         relative = fixed / fixed.mean(0, keepdim=True).clamp_min(TINY)
-        objective = (weights * relative).sum(1).mean() + self._shortfall(weights)
-        return LearnedMatch((weights.detach() * losses).sum(1), objective)
+        map_loss = (weights * relative).sum(1).mean() + self._shortfall(weights)
+        return LearnedMapLosses((weights.detach() * losses).sum(1), map_loss)
 
     def layer_map(self, progress: float) -> LayerMap:
-        """Return the map as it is now, without a gradient."""
+        """Return the current map, without a gradient."""
         logits = self.logits.detach().to("cpu", torch.float64)
         return LayerMap("learned", torch.softmax(logits / self.temperature(progress), dim=1))
 
     def _shortfall(self, weights: Tensor) -> Tensor:
-        """Return how far the entropy of the layers in use is below its floor, in nats."""
+        """Return the amount (nats) by which the entropy of the mean row is below its floor."""
         floor = self.usage_floor * math.log(min(weights.shape))
         return (floor - usage_entropy(weights)).clamp_min(0)
 

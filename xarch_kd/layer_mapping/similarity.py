@@ -1,4 +1,4 @@
-"""Layer maps read off a similarity of every student layer with every teacher layer, e.g. of `ops.LayerSimilarity`."""
+"""Layer maps from the similarity of all student and teacher layers, e.g. from `ops.LayerSimilarity`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from xarch_kd.layer_mapping.layer_map import LayerMap, check_depths
 
 
 def cka(similarity: Tensor) -> LayerMap:
-    """Return each student layer to the teacher layer most similar to it, the first of equals.
+    """Map each student layer to the most similar teacher layer, ties to the first.
 
-    `similarity` is [student layers, teacher layers]. Nothing keeps the order of depth or the student layers apart:
-    look at the picture, and at `collapsed`.
+    `similarity` is [student layers, teacher layers]. The map need not be monotone, and several student layers may
+    share a teacher layer: check `text_plot` and `collapsed`.
 
     Raises UsageError for a matrix that is empty or not finite.
     """
@@ -28,26 +28,26 @@ def cka(similarity: Tensor) -> LayerMap:
 def monotone(
     similarity: Tensor, *, strict: bool = True, band: float | None = None, last_to_last: bool = True
 ) -> LayerMap:
-    """Return the map of greatest total similarity among those that never go back.
+    """Return the monotone map of greatest total similarity, by dynamic programming.
 
-    V_i(j) = similarity[i, j] + max_{k < j} V_{i-1}(k), for `strict`, which uses no teacher layer twice; k <= j
-    otherwise. `band` w allows layer i the teacher layers with |(j + 1) - (i + 1) T/S| <= w alone (Sakoe and Chiba
-    1978). `last_to_last` pairs the last layers of both, which a match of logits needs. `similarity` is [student
-    layers, teacher layers].
+    V_i(j) = similarity[i, j] + max_{k < j} V_{i-1}(k) if `strict`, which uses no teacher layer twice; k <= j
+    otherwise. `band` w restricts layer i to teacher layers with |(j + 1) - (i + 1) T/S| <= w (Sakoe and Chiba 1978).
+    `last_to_last` pairs the two last layers, which a loss on logits needs. `similarity` is [student layers, teacher
+    layers].
 
     Raises UsageError for a matrix that is empty or not finite, for `strict` with S > T, and for a band without a map.
     """
     gains = checked_matrix("monotone", similarity)
     students, teachers = gains.shape
     if strict:
-        check_placeable("monotone", students, teachers, fix="strict: false, which may use a teacher block again")
+        check_placeable("monotone", students, teachers, fix="strict: false, which may use a teacher layer again")
     best = _best_totals(_banded(gains, band), strict)
     layer = teachers - 1 if last_to_last else int(best[-1].argmax())
     if best[-1, layer] == -math.inf:
         raise UsageError(
             "layers: monotone has no map within the band",
             asked=f"band: {band}",
-            found=f"{students} student blocks, {teachers} teacher blocks",
+            found=f"{students} student layers, {teachers} teacher layers",
             fix="a wider band: one of 1 or more always leaves a map",
         )
     targets = [layer]
@@ -85,14 +85,14 @@ def _banded(gains: numpy.ndarray, band: float | None) -> numpy.ndarray:
     if band is None:
         return gains
     if not band >= 0:
-        raise UsageError("layers: the band of monotone is a number of teacher blocks", found=band, allowed=">= 0")
+        raise UsageError("layers: the band of monotone is a number of teacher layers", found=band, allowed=">= 0")
     students, teachers = gains.shape
     own, other = numpy.arange(1, students + 1)[:, None], numpy.arange(1, teachers + 1)[None]
     return numpy.where(numpy.abs(other * students - own * teachers) <= band * students, gains, -math.inf)
 
 
 def _best_totals(gains: numpy.ndarray, strict: bool) -> numpy.ndarray:
-    """Return V_i(j), the greatest total of layers 0 to i when i learns from j; -inf where there is no map."""
+    """Return V_i(j), the greatest total of layers 0 to i if i is mapped to j; -inf if there is no such map."""
     best = numpy.empty_like(gains)
     best[0] = gains[0]
     for layer in range(1, len(gains)):

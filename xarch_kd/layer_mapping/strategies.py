@@ -1,4 +1,4 @@
-"""The strategies by name, what each needs to know, and the one call that makes a layer map from a name."""
+"""Registry of layer-map strategies, and the function that builds a map from a strategy's name."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Needs = Literal["counts", "types", "similarity", "training"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to make a layer map, by what it needs before its options, which are keyword arguments.
+    """Function that builds a layer map, and its positional arguments; its options are keyword arguments.
 
     `counts`: the depths (student layers, teacher layers); `types`: the kinds of both models' mixers; `similarity`: a
-    matrix [student layers, teacher layers] of a calibration pass; `training`: the depths, for a module that is trained.
+    matrix [student layers, teacher layers] from a calibration pass; `training`: the depths, for a trained module.
     """
 
     function: Callable[..., LayerMap | LearnedMap]

@@ -1,4 +1,4 @@
-"""Layer maps by optimal transport: each student layer learns from the teacher layers that its share is moved to."""
+"""Layer maps by optimal transport: rows of the cheapest plan from student to teacher layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.layer_mapping.similarity import checked_matrix
 
-# Of the shares, which sum to 1. The entropic plan's columns are off by less; what is below it in an exact plan is the
-# slack of the linear programme.
+# Relative to marginals that sum to 1: the largest error of an entropic plan's columns, and the smallest entry of an
+# exact plan that is not slack of the linear program.
 TOLERANCE: Final = 1e-9
 SWEEPS: Final = 50
 NEWTON_STEPS: Final = 100
@@ -34,14 +34,14 @@ def optimal_transport(
     """Return the rows of the cheapest transport plan (BERT-EMD, Li et al. 2020), each divided by its sum.
 
     The cost is 1 - `similarity`, or `cost`, both [student layers, teacher layers]; options as in `transport_plan`. A
-    student layer of weight 0 has no match; other weights decide the plan, and are not in the rows.
+    student layer of weight 0 is not matched; other weights affect the plan only, since rows are normalized.
 
-    Raises UsageError as `transport_plan` does, and unless one of `similarity` and `cost` is given.
+    Raises UsageError as `transport_plan` does, and unless exactly one of `similarity` and `cost` is given.
     """
     if (similarity is None) == (cost is None):
         raise UsageError("layers: optimal_transport needs a similarity or a cost, and not both")
     if similarity is not None:
-        # Before 1 - similarity, which would show another number than was given.
+        # Checked before 1 - similarity, so that messages show the number that was given.
         cost = 1 - torch.from_numpy(checked_matrix("optimal_transport", similarity))
     assert cost is not None
     plan = transport_plan(
@@ -61,14 +61,14 @@ def transport_plan(
 ) -> Tensor:
     """Return the plan F >= 0 [student layers, teacher layers], float64, of least Σ F · C with the given marginals.
 
-    C = `cost` + `order` · ((i + 1) / S - (j + 1) / T)², which keeps depths together. Rows of F sum to
-    `student_weights`, columns to `teacher_weights`; both are divided by their sum, and are equal by default. With
-    `entropy` 0 the plan is exact, a linear programme; above 0 it minimises Σ F · C - ε H(F), with ε = `entropy` ×
-    median |C|, by Sinkhorn's sweeps in the log domain (Cuturi 2013). 0.05 is a good first choice: at 1 every student
-    layer learns from nearly all teacher layers.
+    C = `cost` + `order` · ((i + 1) / S - (j + 1) / T)², which favours equal depths. Rows of F sum to
+    `student_weights`, columns to `teacher_weights`; both are divided by their sum, and are uniform by default. With
+    `entropy` 0 the plan is the exact solution of the linear program; above 0 it minimizes Σ F · C - ε H(F), with ε =
+    `entropy` × median |C|, by Sinkhorn iterations in the log domain (Cuturi 2013). 0.05 is a good first choice: at 1
+    every student layer learns from nearly all teacher layers.
 
     Raises UsageError for a cost that is empty or not finite, weights that do not fit, a negative entropy or order, and
-    an entropy so small that the sweeps do not converge.
+    an entropy so small that the iterations do not converge.
     """
     costs = checked_matrix("optimal_transport", cost)
     for name, value in (("entropy", entropy), ("order", order)):
@@ -98,7 +98,7 @@ def _exact(costs: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray) ->
             kron(numpy.ones((1, students)), eye_array(teachers)),
         ]
     )
-    # The simplex gives a corner: at most S + T - 1 entries, and no mixture of plans that cost the same.
+    # The simplex method returns a vertex: at most S + T - 1 entries, not a mixture of plans of equal cost.
     found = linprog(costs.ravel(), A_eq=sums, b_eq=numpy.concatenate([rows, columns]), method="highs-ds")
     assert found.success, found.message
     plan = found.x.reshape(students, teachers)
@@ -108,8 +108,8 @@ def _exact(costs: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray) ->
 def _entropic(costs: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray, entropy: float) -> numpy.ndarray:
     """Return F = exp((f_i + g_j - C_ij) / ε) with the given sums.
 
-    Sinkhorn's sweeps start from a large ε, which is halved. Where groups of layers nearly split off from each other
-    they alone would take for ever, so Newton steps end what they began.
+    Sinkhorn iterations start at a large ε, which is halved. They converge very slowly if groups of layers nearly
+    separate, so Newton steps finish the solution.
     """
     costs = costs / (float(numpy.median(numpy.abs(costs))) or 1.0)
     potentials = numpy.zeros_like(columns)
@@ -132,7 +132,7 @@ def _entropic(costs: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray,
 def _newton(
     costs: numpy.ndarray, potentials: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray, epsilon: float
 ) -> tuple[numpy.ndarray, float]:
-    """Return the plan and how far its columns are off, in sum, after steps that each brought them nearer."""
+    """Return the plan and the total error of its columns after Newton steps with backtracking."""
 
     def reached(potentials: numpy.ndarray) -> tuple[numpy.ndarray, float]:
         plan = numpy.exp(_log_plan(costs, potentials, rows, epsilon))
@@ -142,7 +142,7 @@ def _newton(
     for _ in range(NEWTON_STEPS):
         if error <= TOLERANCE:
             break
-        # Of the columns' sums with respect to g / ε. It has no inverse: adding a constant to g changes nothing.
+        # Jacobian of the column sums with respect to g / ε; singular, since adding a constant to g changes nothing.
         slopes = numpy.diag(plan.sum(0)) - plan.T @ (plan / rows[:, None])
         step = epsilon * numpy.linalg.lstsq(slopes, columns - plan.sum(0), rcond=None)[0]
         lengths = (0.5**halving for halving in range(HALVINGS))
@@ -155,7 +155,7 @@ def _newton(
 
 
 def _log_plan(costs: numpy.ndarray, potentials: numpy.ndarray, rows: numpy.ndarray, epsilon: float) -> numpy.ndarray:
-    """Return log F for g = `potentials`, and the f with which the rows have their sums."""
+    """Return log F for g = `potentials` and the f that gives the rows their sums."""
     scores = (potentials[None] - costs) / epsilon
     return scores + (numpy.log(rows) - _logsumexp(scores, 1))[:, None]
 
@@ -166,7 +166,7 @@ def _logsumexp(values: numpy.ndarray, axis: int) -> numpy.ndarray:
 
 
 def _shares(name: str, weights: Sequence[float] | None, count: int) -> numpy.ndarray:
-    """Return `weights` divided by their sum, or equal shares."""
+    """Return `weights` divided by their sum, or uniform ones."""
     if weights is None:
         return numpy.full(count, 1 / count)
     found = numpy.asarray(weights, dtype=numpy.float64)

@@ -1,4 +1,4 @@
-"""Floor 1: token-mixing matrices held as factors, never as tokens × tokens."""
+"""Token-mixing matrices, stored as factors and never as time × time tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixing of a causal short convolution, gated or not: one banded matrix a channel."""
+"""Mixing of a causal short convolution, gated or not: one banded matrix per channel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from xarch_kd.mixing.checks import check_bounds, check_factors, check_rank, chec
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BandedMixing(Mixing):
-    """M_ij = row_scale_i taps_{i−j} column_scale_j of each channel for 0 <= i − j < width, else 0.
+    """M_ij = row_scale_i taps_{i−j} column_scale_j per channel for 0 <= i − j < kernel size, else 0.
 
-    taps [channels, width], taps[c, m] multiplying the value m tokens back (a convolution's weight holds them in the
-    opposite order); row_scale and column_scale [batch, time, channels] or None (at least one of them says how many
-    sequences and tokens there are). Heads are channels.
+    taps [channels, kernel size]: taps[c, m] multiplies the value m tokens back (the reverse order of a convolution's
+    weight); row_scale and column_scale [batch, time, channels], one of which may be None. Heads are channels.
 
     Raises UsageError for factors that do not fit each other.
     """
@@ -31,13 +30,13 @@ class BandedMixing(Mixing):
     column_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_rank(self.kind, "taps", self.taps, "channels, width")
+        check_rank(self.kind, "taps", self.taps, "channels, kernel size")
         scale = self._scale
         check_rank(self.kind, "row_scale or column_scale", scale, "batch, time, channels")
         sizes = (self.batch, self.time, self.heads)
         check_factors(self.kind, self.factors, sizes)
         if not self.taps.shape[1]:
-            raise UsageError("A banded mixing has at least one tap.", found=list(self.taps.shape))
+            raise UsageError("A banded mixing needs at least one tap.", found=list(self.taps.shape))
         for name in ("row_scale", "column_scale"):
             if name in self.factors:
                 check_shape(self.kind, name, self.factors[name], "batch, time, channels", sizes)
@@ -48,7 +47,7 @@ class BandedMixing(Mixing):
         scale = self.row_scale if self.row_scale is not None else self.column_scale
         if scale is None:
             raise UsageError(
-                "A banded mixing does not know how many sequences and tokens there are.",
+                "The number of sequences and tokens of a banded mixing is undefined.",
                 found="neither row_scale nor column_scale",
                 fix="pass row_scale=torch.ones(1, 1, 1).expand(batch, time, channels) for an ungated convolution",
             )
@@ -56,17 +55,17 @@ class BandedMixing(Mixing):
 
     @property
     def batch(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return self._scale.shape[0]
 
     @property
     def time(self) -> int:
-        """How many tokens a sequence has."""
+        """Sequence length in tokens."""
         return self._scale.shape[1]
 
     @property
     def heads(self) -> int:
-        """How many channels."""
+        """Number of channels."""
         return self.taps.shape[0]
 
     @property
@@ -90,11 +89,11 @@ class BandedMixing(Mixing):
         return result
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
-        width = self.taps.shape[1]
+        kernel_size = self.taps.shape[1]
         row = torch.arange(rows.start, rows.stop, device=self.device)
         back = row[:, None] - torch.arange(columns.start, columns.stop, device=self.device)
-        inside = (back >= 0) & (back < width)
-        entries = self.taps.to(self.dtype)[:, back.clamp(0, width - 1)].masked_fill(~inside, 0)
+        inside = (back >= 0) & (back < kernel_size)
+        entries = self.taps.to(self.dtype)[:, back.clamp(0, kernel_size - 1)].masked_fill(~inside, 0)
         entries = entries.expand(self.batch, *entries.shape)
         if self.row_scale is not None:
             entries = entries * self._kept(self.row_scale)[:, rows].to(self.dtype).transpose(1, 2)[..., None]

@@ -1,4 +1,4 @@
-"""What every token-mixing matrix can do: apply itself to values, give a block of its entries, sum its rows."""
+"""Base class of token-mixing matrices: application to values, blocks of entries, row sums."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from xarch_kd.errors import UsageError
 
-# Entries of a dense map, all sequences and heads, above which `dense()` must be asked for twice: 256 MiB of float32.
+# Entries, over all sequences and heads, above which `dense()` needs an explicit limit: 256 MiB in float32.
 DENSE_LIMIT: Final = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mixing(ABC):
-    """A causal token-mixing matrix M of each sequence and head, y = M v, held as the factors it is made of.
+    """Token-mixing matrices M, one per sequence and head, y = M v, stored as factors.
 
     `start` and `stop` [batch] (int64) bound the tokens of each sequence that count, start <= t < stop; None means 0 and
     the whole length. Every entry whose row or column does not count is 0, whatever the factors hold there.
 
-    Factors keep their dtype and their graph: gradients flow from all four verbs to them.
+    Factors keep their dtype and their graph: `apply`, `block`, `row_sums` and `dense` are differentiable.
     """
 
     kind: ClassVar[str]
@@ -35,27 +35,27 @@ class Mixing(ABC):
     @property
     @abstractmethod
     def batch(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
 
     @property
     @abstractmethod
     def time(self) -> int:
-        """How many tokens a sequence has."""
+        """Sequence length in tokens."""
 
     @property
     @abstractmethod
     def heads(self) -> int:
-        """How many matrices a sequence has: attention heads, or channels where each channel mixes by itself."""
+        """Number of matrices per sequence: attention heads, or channels if each channel has its own matrix."""
 
     @property
     @abstractmethod
     def factors(self) -> dict[str, Tensor]:
-        """The floating point tensors that the matrix is made of, by field name; those that are None are left out."""
+        """The floating-point factors of the matrix by field name, without those that are None."""
 
     def apply(self, values: Tensor) -> Tensor:
         """Return M v [batch, time, heads, dim] for values of that shape, in their dtype, without forming M.
 
-        Raises UsageError when the values do not fit.
+        Raises UsageError if the values do not fit.
         """
         self._check_values(values)
         with torch.autocast(self.device.type, enabled=False):
@@ -76,11 +76,11 @@ class Mixing(ABC):
 
     @abstractmethod
     def _apply(self, values: Tensor) -> Tensor:
-        """Return M v for checked values that are 0 where tokens do not count; those rows may hold anything finite."""
+        """Return M v for checked values, 0 at tokens that do not count; those rows of the result are ignored."""
 
     @abstractmethod
     def _block(self, rows: slice, columns: slice) -> Tensor:
-        """Return entries for slices with bounds inside the sequence; those that do not count may hold anything."""
+        """Return entries for slices inside the sequence; entries of tokens that do not count are ignored."""
 
     def row_sums(self) -> Tensor:
         """Return Σ_j M_ij [batch, time, heads]."""
@@ -90,12 +90,12 @@ class Mixing(ABC):
     def dense(self, *, limit: int | None = DENSE_LIMIT) -> Tensor:
         """Return M [batch, heads, time, time], for tests and plots.
 
-        Raises UsageError when it has more than `limit` entries (None: no limit).
+        Raises UsageError if it has more than `limit` entries (None: no limit).
         """
         entries = self.batch * self.heads * self.time**2
         if limit is not None and entries > limit:
             raise UsageError(
-                "The dense matrix is too large to be made without being asked for.",
+                "The dense matrix is too large to be built by default.",
                 asked=f"{self.batch} sequences × {self.heads} heads × {self.time}² = {entries:,} entries",
                 allowed=f"at most {limit:,}",
                 fix="take block(rows, columns) of it, apply it to values, or pass limit=None",
@@ -105,13 +105,13 @@ class Mixing(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that entries are computed in: float64 when any factor is, else float32."""
+        """The accumulation dtype: float64 if any factor is, else float32."""
         wide = any(factor.dtype == torch.float64 for factor in self.factors.values())
         return torch.float64 if wide else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where the factors are."""
+        """Device of the factors."""
         return next(iter(self.factors.values())).device
 
     def counted(self) -> Tensor:
@@ -142,7 +142,7 @@ class Mixing(ABC):
         start, stop, step = part.indices(self.time)
         if step != 1:
             raise UsageError(
-                "A block of a mixing matrix has neighbouring rows and columns.", asked=part, allowed="step 1"
+                "A block of a mixing matrix has contiguous rows and columns.", asked=part, allowed="step 1"
             )
         return slice(start, max(start, stop))
 
@@ -155,6 +155,6 @@ class Mixing(ABC):
                 allowed=f"[batch, time, heads, dim] = {[*expected, 'dim']}",
             )
         if not values.is_floating_point():
-            raise UsageError("Values are floating point numbers.", found=values.dtype)
+            raise UsageError("Values must be floating point.", found=values.dtype)
         if values.device != self.device:
-            raise UsageError("Values and factors are on one device.", found=values.device, allowed=self.device)
+            raise UsageError("Values and factors must be on one device.", found=values.device, allowed=self.device)

@@ -1,4 +1,4 @@
-"""Checks of the factors that mixings are made of."""
+"""Checks of the factors of mixings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_shape(kind: str, name: str, tensor: Tensor, axes: str, sizes: tuple[in
     """Raise UsageError unless the factor `name`, with these axes, has these sizes."""
     if tuple(tensor.shape) != sizes:
         raise UsageError(
-            f"The factor '{name}' of a {kind} mixing has another shape.",
+            f"The factor '{name}' of a {kind} mixing has the wrong shape.",
             found=list(tensor.shape),
             allowed=f"[{axes}] = {list(sizes)}",
         )
@@ -26,14 +26,14 @@ def check_rank(kind: str, name: str, tensor: Tensor, *axes: str) -> None:
     ranks = [text.count(",") + 1 for text in axes]
     if tensor.dim() not in ranks:
         raise UsageError(
-            f"The factor '{name}' of a {kind} mixing has another number of axes.",
+            f"The factor '{name}' of a {kind} mixing has the wrong number of axes.",
             found=list(tensor.shape),
             allowed=" | ".join(f"[{text}]" for text in axes),
         )
 
 
 def check_decay(kind: str, log_decay: Tensor, query: tuple[int, ...]) -> None:
-    """Raise UsageError unless `log_decay` has one number a head, or one a channel of the queries of that shape."""
+    """Raise UsageError unless `log_decay` has one value per head, or one per channel of queries of that shape."""
     check_rank(kind, "log_decay", log_decay, "batch, time, heads", "batch, time, heads, dim")
     per_channel = log_decay.dim() == 4
     axes = "batch, time, heads, dim" if per_channel else "batch, time, heads"
@@ -44,7 +44,7 @@ def check_divides(kind: str, groups: int, heads: int, what: str) -> None:
     """Raise UsageError unless `groups` divides `heads`."""
     if groups < 1 or heads % groups:
         raise UsageError(
-            f"The {what} of a {kind} mixing do not share out evenly.",
+            f"The {what} of a {kind} mixing do not divide evenly.",
             found=f"{groups} for {heads}",
             allowed=f"a divisor of {heads}",
         )
@@ -53,19 +53,21 @@ def check_divides(kind: str, groups: int, heads: int, what: str) -> None:
 def check_scale(kind: str, scale: float) -> None:
     """Raise UsageError unless the scale is finite."""
     if not math.isfinite(scale):
-        raise UsageError(f"The scale of a {kind} mixing is finite.", asked=scale)
+        raise UsageError(f"The scale of a {kind} mixing must be finite.", asked=scale)
 
 
 def check_factors(kind: str, factors: Mapping[str, Tensor], sizes: tuple[int, int, int]) -> None:
     """Raise UsageError unless factors are floating point and on one device, and batch, time and heads at least 1."""
     if min(sizes) < 1:
         raise UsageError(
-            f"A {kind} mixing has sequences, tokens and heads.", found=f"batch, time, heads = {sizes}", allowed="≥ 1"
+            f"A {kind} mixing needs sequences, tokens and heads.", found=f"batch, time, heads = {sizes}", allowed="≥ 1"
         )
     first = next(iter(factors))
     for name, factor in factors.items():
         if not factor.is_floating_point():
-            raise UsageError(f"The factor '{name}' of a {kind} mixing is no floating point tensor.", found=factor.dtype)
+            raise UsageError(
+                f"The factor '{name}' of a {kind} mixing is not a floating-point tensor.", found=factor.dtype
+            )
         if factor.device != factors[first].device:
             raise UsageError(
                 f"The factors of a {kind} mixing are on several devices.",
@@ -76,7 +78,7 @@ def check_factors(kind: str, factors: Mapping[str, Tensor], sizes: tuple[int, in
 def check_bounds(kind: str, start: Tensor | None, stop: Tensor | None, batch: int, time: int, device: object) -> None:
     """Raise UsageError unless start and stop are int64 [batch] on the device.
 
-    On a CPU also unless 0 <= start <= stop <= time; elsewhere reading them would wait for the device.
+    On a CPU also unless 0 <= start <= stop <= time; elsewhere reading them would synchronize with the device.
     """
     for name, bound in (("start", start), ("stop", stop)):
         if bound is None:
@@ -103,9 +105,9 @@ def check_bounds(kind: str, start: Tensor | None, stop: Tensor | None, batch: in
 
 
 def check_sign(kind: str, name: str, tensor: Tensor, *, negative: bool) -> None:
-    """Raise UsageError when a number has the wrong sign.
+    """Raise UsageError if a value has the wrong sign.
 
-    Only on a CPU: elsewhere reading the numbers would wait for the device.
+    Only on a CPU: elsewhere reading the values would synchronize with the device.
     """
     if tensor.device.type != "cpu":
         return

@@ -1,8 +1,8 @@
-"""Products of decays between tokens: exact at any strength, in float32 too.
+"""Products of decays between tokens, accurate for any strength of decay, in float32 too.
 
-A decay over tokens j < k <= i is exp(c_i − c_j), c the running sum of log decays. The running sum is kept in float64
-and the difference is taken there: in float32 a long sum loses the small differences. Exponents that are used are never
-above 0, so nothing overflows; those of pairs that are not used are masked before the exponential.
+The decay over tokens j < k <= i is exp(c_i − c_j), c the running sum of log decays. The running sum is kept in float64
+and the difference is taken there: in float32 a long sum loses small differences. Exponents are never positive, so
+nothing overflows; those of unused pairs are masked before the exponential.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# exp(−1000) is 0 in float64 too; the bound keeps −∞, a decay to 0, out of differences.
+# exp(−1000) is 0 in float64 too; the bound keeps −∞ (a decay to 0) out of differences.
 FLOOR: Final = -1000.0
-# Tokens of a tile where each channel decays by itself.
+# Tokens per tile if each channel has its own decay.
 TILE: Final = 16
 SMALL: Final = 2
 
@@ -29,7 +29,7 @@ def grouped_product(left: Tensor, right: Tensor, heads: int) -> Tensor:
     """Return left·rightᵀ [batch, heads, rows, columns].
 
     left [batch, left groups, rows, dim] and right [batch, right groups, columns, dim]: head h has group
-    h // (heads / groups) of each. The product is made once a group where left and right have the same.
+    h // (heads / groups) of each. The product is computed once per group if left and right share groups.
     """
     groups = max(left.shape[1], right.shape[1])
     product = spread(left, groups) @ spread(right, groups).transpose(-1, -2)
@@ -41,19 +41,19 @@ def spread(tensor: Tensor, heads: int) -> Tensor:
     groups = tensor.shape[1]
     if groups == heads:
         return tensor
-    # A view where there is one group.
+    # A view if there is one group.
     return tensor.unsqueeze(2).expand(-1, -1, heads // groups, *[-1] * (tensor.dim() - 2)).flatten(1, 2)
 
 
 def causal_pairs(rows: slice, columns: slice, device: torch.device) -> Tensor:
-    """Return which pairs have column <= row, bool [rows, columns]."""
+    """Return the mask of pairs with column <= row, bool [rows, columns]."""
     row = torch.arange(rows.start, rows.stop, device=device)
     column = torch.arange(columns.start, columns.stop, device=device)
     return column <= row[:, None]
 
 
 def same_pairs(rows: slice, columns: slice, device: torch.device) -> Tensor:
-    """Return which pairs are of one token, bool [rows, columns]."""
+    """Return the mask of pairs with column = row, bool [rows, columns]."""
     row = torch.arange(rows.start, rows.stop, device=device)
     return torch.arange(columns.start, columns.stop, device=device) == row[:, None]
 
@@ -80,8 +80,8 @@ def tile(left: Tensor, right: Tensor, sums: Tensor, rate: Tensor | None = None) 
     """Return Σ_n left_in right_jn exp((c_in − c_jn) rate_n) for j <= i, else 0, [batch, heads, ..., size, size].
 
     left and right [batch, groups, ..., size, n], float64 sums [batch, heads, ..., size, n or 1], rate [heads, n] or
-    None. With one sum for all n and no rate there is one exponent a pair. Else the size is a power of 2 and blocks of
-    1, 2, 4 … tokens are joined: the later block's rows and the earlier one's columns decay to where they meet.
+    None. With one sum for all n and no rate there is one exponent per pair. Otherwise the size is a power of 2 and
+    blocks of 1, 2, 4 … tokens are joined: the later block's rows and the earlier one's columns decay to their boundary.
     """
     size, heads = left.shape[-2], sums.shape[1]
     if sums.shape[-1] == 1 and rate is None:
@@ -103,7 +103,7 @@ def tile(left: Tensor, right: Tensor, sums: Tensor, rate: Tensor | None = None) 
 
 
 def _products(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows·columnsᵀ; very small ones elementwise, where a batch of matrix products is slow."""
+    """Return rows·columnsᵀ; elementwise if very small, where batched matrix products are slow."""
     if rows.shape[-2] > SMALL:
         return rows @ columns.transpose(-1, -2)
     return (rows.unsqueeze(-2) * columns.unsqueeze(-3)).sum(-1)
@@ -118,12 +118,12 @@ def decayed_entries(
     columns: slice,
     rate: Tensor | None = None,
 ) -> Tensor:
-    """Return Σ_n left_in right_jn exp((c_in − c_jn) rate_n) for j <= i, else 0, without a [rows, columns, n].
+    """Return Σ_n left_in right_jn exp((c_in − c_jn) rate_n) for j <= i, else 0, without a [rows, columns, n] tensor.
 
     The result is [batch, heads, rows, columns]; left [batch, heads, rows, n] and right [batch, heads, columns, n] hold
     the tokens of the slices, left_sums and right_sums [batch, heads, tokens, n or 1] are in float64, rate is [heads, n]
-    or None. Where all columns lie before the rows, both sides decay to the first row: two exponents of at most 0 and
-    one product. Other blocks are split until that holds or they are tiles small enough for all exponents.
+    or None. If all columns precede the rows, both sides decay to the first row: two exponents <= 0, one product.
+    Other blocks are split until that holds or they are tiles small enough for all exponents.
     """
     height, width = rows.stop - rows.start, columns.stop - columns.start
     if not height or not width or columns.start >= rows.stop:
@@ -146,12 +146,12 @@ def _split(
     columns: slice,
     rate: Tensor | None,
 ) -> Tensor:
-    """Cut a block at a bound that only one side has, else both sides in halves."""
+    """Split a block at a bound that only one side has, else both sides in halves."""
     candidates = (rows.start, rows.stop, columns.start, columns.stop)
     row_cut = next((cut for cut in candidates if rows.start < cut < rows.stop), None)
     column_cut = next((cut for cut in candidates if columns.start < cut < columns.stop), None)
     if row_cut is None and column_cut is None:
-        # A power of 2, so that halves come down to tiles.
+        # A power of 2, so that halving ends at tiles.
         row_cut = column_cut = rows.start + (1 << (rows.stop - rows.start - 1).bit_length() - 1)
     row_cut, column_cut = row_cut or rows.stop, column_cut or columns.stop
     parts = []

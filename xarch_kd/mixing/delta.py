@@ -1,4 +1,4 @@
-"""Mixing of the gated delta rule, with one decay a head or one a key channel."""
+"""Mixing of the gated delta rule, with one decay per head or per key channel."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from xarch_kd.mixing.scan import CHUNK, in_segments
 class DeltaMixing(QueryKeyMixing):
     """M of S_t = (I − beta_t k_t k_tᵀ) e^{g_t} S_{t−1} + beta_t k_t v_tᵀ, o_t = scale S_tᵀ q_t (arXiv:2412.06464).
 
-    query and key [batch, time, heads, dim] as the mixer uses them (L2-normalised if it does), beta [batch, time,
-    heads], log_decay g (natural log, at most 0) None, [batch, time, heads] or [batch, time, heads, dim]: one a key
-    channel, e^{g} then scaling the rows of S before the delta step (Kimi delta attention, arXiv:2510.26692).
+    query and key [batch, time, heads, dim] as used by the mixer (L2-normalized if it does so), beta [batch, time,
+    heads], log_decay g (natural log, at most 0) None, [batch, time, heads] or [batch, time, heads, dim]: one per
+    key channel, where e^{g} scales the rows of S before the delta step (Kimi delta attention, arXiv:2510.26692).
 
-    Raises UsageError for factors that do not fit each other, and on a CPU for a log decay above 0.
+    Raises UsageError for factors that do not fit each other, and (on a CPU) for a positive log decay.
     """
 
     kind: ClassVar[str] = "delta"

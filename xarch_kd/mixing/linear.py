@@ -1,4 +1,4 @@
-"""Mixing of linear attention: without decay, with one a head, with one a key channel; normalised or not."""
+"""Mixing of linear attention: without decay, with one per head or per key channel; normalized or not."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class LinearMixing(QueryKeyMixing):
     """M_ij = scale Σ_n query_in key_jn exp(Σ_{j<k<=i} log_decay_kn) for j <= i (GLA, arXiv:2312.06635).
 
     query [batch, time, heads, dim], key [batch, time, key heads, dim] (head h has key head h // (heads / key
-    heads)), as the mixer uses them, feature maps included. log_decay (natural log, at most 0) is None, [batch, time,
-    heads], or [batch, time, heads, dim] with one decay a key channel. `normalised` divides each row by its sum; a row
+    heads)), as used by the mixer, feature maps applied. log_decay (natural log, at most 0) is None, [batch, time,
+    heads], or [batch, time, heads, dim] with one decay per key channel. `normalized` divides each row by its sum; a row
     whose sum is 0 is 0.
 
-    Raises UsageError for factors that do not fit each other, and on a CPU for a log decay above 0.
+    Raises UsageError for factors that do not fit each other, and (on a CPU) for a positive log decay.
     """
 
     kind: ClassVar[str] = "linear"
 
     scale: float = 1.0
     log_decay: Tensor | None = None
-    normalised: bool = False
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         check_rank(self.kind, "query", self.query, "batch, time, heads, dim")
@@ -72,13 +72,13 @@ class LinearMixing(QueryKeyMixing):
         return {name: factor for name, factor in named.items() if factor is not None}
 
     def _apply(self, values: Tensor) -> Tensor:
-        if not self.normalised:
+        if not self.normalized:
             return self._plain_apply(values)
         result = self._plain_apply(torch.cat([values, torch.ones_like(values[..., :1])], -1))
         return result[..., :-1] / _divisor(result[..., -1:])
 
     def _plain_apply(self, values: Tensor) -> Tensor:
-        """Return the rows before normalisation applied to values."""
+        """Return the unnormalized rows applied to values."""
         dtype = torch.promote_types(self.dtype, values.dtype)
         query, key = (self._kept(factor).to(dtype).transpose(1, 2) for factor in (self.query, self.key))
         if self.log_decay is None:
@@ -91,7 +91,7 @@ class LinearMixing(QueryKeyMixing):
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
         entries = self._plain_block(rows, columns)
-        if not self.normalised:
+        if not self.normalized:
             return entries
         if columns.start == 0 and columns.stop >= rows.stop:
             return entries / _divisor(entries.sum(-1, keepdim=True))
@@ -111,5 +111,5 @@ class LinearMixing(QueryKeyMixing):
 
 
 def _divisor(sums: Tensor) -> Tensor:
-    """Return sums of rows to divide by; rows without a sum come out 0."""
+    """Return row sums to divide by; rows whose sum is 0 give 0."""
     return sums.masked_fill(sums == 0, float("inf"))

@@ -1,4 +1,4 @@
-"""What mixings have in common whose sizes are those of their queries."""
+"""Base class of mixings with queries and keys."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from xarch_kd.mixing.base import Mixing
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QueryKeyMixing(Mixing):
-    """A mixing of queries [batch, time, heads, dim] and keys, whose heads may be fewer where a class says so."""
+    """Mixing with queries [batch, time, heads, dim] and keys, which have fewer heads in some subclasses."""
 
     query: Tensor
     key: Tensor
 
     @property
     def batch(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return self.query.shape[0]
 
     @property
     def time(self) -> int:
-        """How many tokens a sequence has."""
+        """Sequence length in tokens."""
         return self.query.shape[1]
 
     @property
     def heads(self) -> int:
-        """How many query heads."""
+        """Number of query heads."""
         return self.query.shape[2]

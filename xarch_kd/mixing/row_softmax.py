@@ -1,4 +1,4 @@
-"""Softmax of blocks of rows, applied to values, with gradients computed anew block by block: no map is kept."""
+"""Softmax attention by blocks of rows, recomputed in the backward pass: no time × time tensor is stored."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.decay import grouped_product, spread
 
-# Entries of a block of rows, all sequences and heads.
+# Entries per block of rows, over all sequences and heads.
 BLOCK_ELEMENTS: Final = {"cpu": 1 << 21, "other": 1 << 26}
 SMALLEST_BLOCK: Final = 16
 SMALLEST_WINDOW: Final = 64
 
 
 class RowSoftmax(NamedTuple):
-    """Σ_j M_ij v_j [batch, heads, rows, dim] where values were given, and log Σ_j exp(z_ij) [batch, heads, rows]."""
+    """Σ_j M_ij v_j [batch, heads, rows, dim] and the log normalizer log Σ_j exp(z_ij) [batch, heads, rows]."""
 
     values: Tensor
-    log_normaliser: Tensor
+    log_normalizer: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
     """Logits and visibility of softmax attention for rows from `first` on, among `time` columns (see SoftmaxMixing).
 
-    `counted` [batch, time] bool says which tokens count; None means all.
+    `counted` [batch, time] is true for tokens that count; None means all.
     """
 
     first: int
@@ -40,7 +40,7 @@ class Pattern:
     counted: Tensor | None
 
     def visible(self, rows: slice, columns: slice, device: torch.device) -> Tensor:
-        """Return which entries are part of a softmax, bool [batch or 1, 1, rows, columns]."""
+        """Return the mask of visible entries, bool [batch or 1, 1, rows, columns]."""
         here = slice(self.first + rows.start, self.first + rows.stop)
         row = torch.arange(here.start, here.stop, device=device)[:, None]
         column = torch.arange(columns.start, columns.stop, device=device)
@@ -52,16 +52,16 @@ class Pattern:
         return seen & self.counted[:, None, here, None] & self.counted[:, None, None, columns]
 
     def reach(self, rows: slice) -> slice:
-        """Return the columns that any of these rows may see."""
+        """Return the range of columns that are visible to any of these rows."""
         start = 0 if self.window is None else max(0, self.first + rows.start - self.window + 1)
         return slice(start, self.first + rows.stop if self.causal else self.time)
 
     def blocks(self, rows: int, maps: int, device: torch.device) -> list[slice]:
-        """Return rows cut into blocks of about BLOCK_ELEMENTS entries in `maps` maps."""
+        """Return rows split into blocks of about BLOCK_ELEMENTS entries in `maps` matrices."""
         budget = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // maps
         size = max(SMALLEST_BLOCK, budget // self.time)
         if self.causal and self.window is not None:
-            # As many rows as the window has columns: at most twice the entries that are needed.
+            # As many rows as the window has columns: at most twice the necessary entries.
             window = max(self.window, SMALLEST_WINDOW)
             size = max(size, min(window, budget // (2 * window)))
             size = min(size, window)
@@ -74,8 +74,8 @@ def row_softmax(query: Tensor, key: Tensor, values: Tensor, sinks: Tensor | None
     It is applied to values [batch, heads, time, value dim], of dimension 0 if only the normalizer is needed. Rows that
     see nothing have values 0 and a log normaliser of +∞. `sinks` [heads] are logits of a dropped column.
     """
-    result, log_normaliser = _RowSoftmax.apply(query, key, values, sinks, pattern)
-    return RowSoftmax(result, log_normaliser)
+    result, log_normalizer = _RowSoftmax.apply(query, key, values, sinks, pattern)
+    return RowSoftmax(result, log_normalizer)
 
 
 class _RowSoftmax(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _RowSoftmax(torch.autograd.Function):
         for block in pattern.blocks(rows, batch * heads, query.device):
             columns = pattern.reach(block)
             logits, _ = _logits(query[:, :, block], key[:, :, columns], pattern, block, columns)
-            normalizer[:, :, block] = _log_normaliser(logits, sinks)
+            normalizer[:, :, block] = _log_normalizer(logits, sinks)
             if values.shape[-1]:
                 result[:, :, block] = logits.sub_(normalizer[:, :, block, None]).exp_() @ values[:, :, columns]
         ctx.save_for_backward(query, key, values, sinks, normalizer)
@@ -97,7 +97,7 @@ class _RowSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Autograd enables gradients here only to differentiate once more (create_graph=True).
+        # Autograd enables gradients here only for create_graph=True.
         if torch.is_grad_enabled():
             raise UsageError(
                 "Softmax by blocks of rows has no second derivative.",
@@ -112,13 +112,13 @@ class _RowSoftmax(torch.autograd.Function):
                 _add_gradients(into, _Rows(*of_rows), key, values, ctx.pattern, block)
             of_sinks = None
             if sinks is not None:
-                # A dropped column has no values of its own: its gradient is its weight times the rows' common part.
+                # A sink column has no values: its gradient is its weight times the term shared by the row's logits.
                 of_sinks = ((sinks[:, None] - normalizer).exp() * into.common).sum((0, 2)).to(sinks.dtype)
         return into.query, into.key, into.values, of_sinks, None
 
 
 class _Gradients(NamedTuple):
-    """Sums of gradients, and per row dL/d log normaliser − Σ_j M_ij dL/dM_ij, which all logits of a row share."""
+    """Sums of gradients, and per row the term shared by its logits, dL/d log normalizer − Σ_j M_ij dL/dM_ij."""
 
     query: Tensor
     key: Tensor
@@ -127,20 +127,20 @@ class _Gradients(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What is given for a block of rows: its queries, normalisers and the gradients of both results."""
+    """Inputs of the backward pass for a block of rows: queries, log normalizers, gradients of both results."""
 
     query: Tensor
     normalizer: Tensor
     of_values: Tensor
-    of_normaliser: Tensor
+    of_normalizer: Tensor
 
 
 def _add_gradients(into: _Gradients, rows: _Rows, key: Tensor, values: Tensor, pattern: Pattern, block: slice) -> None:
-    """Add a block's part: dL/dz = M ∘ (dL/dM − Σ_j M dL/dM + dL/d log normaliser)."""
+    """Add the gradients of a block: dL/dz = M ∘ (dL/dM − Σ_j M dL/dM + dL/d log normalizer)."""
     columns = pattern.reach(block)
     logits, slope = _logits(rows.query, key[:, :, columns], pattern, block, columns)
     weights = logits.sub_(rows.normalizer[..., None]).exp_()
-    common = rows.of_normaliser
+    common = rows.of_normalizer
     if values.shape[-1]:
         outer = rows.of_values @ values[:, :, columns].transpose(-1, -2)
         into.values[:, :, columns] += weights.transpose(-1, -2) @ rows.of_values
@@ -158,7 +158,7 @@ def _add_gradients(into: _Gradients, rows: _Rows, key: Tensor, values: Tensor, p
 
 
 def _logits(query: Tensor, key: Tensor, pattern: Pattern, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
-    """Return masked logits, and the slope 1 − tanh² of the cap where there is one."""
+    """Return masked logits, and the derivative 1 − tanh² of the softcap if there is one."""
     logits = grouped_product(query * pattern.scale, key, query.shape[1])
     slope = None
     if pattern.softcap is not None:
@@ -167,7 +167,7 @@ def _logits(query: Tensor, key: Tensor, pattern: Pattern, rows: slice, columns: 
     return logits.masked_fill(~pattern.visible(rows, columns, query.device), float("-inf")), slope
 
 
-def _log_normaliser(logits: Tensor, sinks: Tensor | None) -> Tensor:
+def _log_normalizer(logits: Tensor, sinks: Tensor | None) -> Tensor:
     total = torch.logsumexp(logits, -1)
     if sinks is not None:
         total = torch.logaddexp(total, sinks.to(logits.dtype)[:, None])

@@ -1,7 +1,7 @@
-"""Decayed sums over earlier tokens by chunks: time and memory linear in the number of tokens.
+"""Chunked scan: decayed sums over earlier tokens, with time and memory linear in the sequence length.
 
-Inside a chunk every pair of tokens is taken; between chunks a state is carried. Tokens are gone through in segments
-that are computed anew for their gradients, so that the pairs of one segment at a time are in memory.
+Within a chunk all pairs of tokens are computed; between chunks a state is carried. Tokens are processed in segments
+that are recomputed in the backward pass, so that only the pairs of one segment are in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xarch_kd.mixing.decay import remaining, running_sum, spread, tile
 
-# Exponents that a segment may hold.
+# Maximum number of exponents per segment.
 SEGMENT_ELEMENTS: Final = {"cpu": 1 << 20, "other": 1 << 26}
 CHUNK: Final = 64
 SMALL_CHUNK: Final = 16
@@ -26,7 +26,7 @@ Segment = Callable[..., tuple[Tensor, Tensor]]
 
 
 def chunk_size(state: int) -> int:
-    """Return how many tokens a chunk has where the carried state has that many numbers and decay is one number."""
+    """Return the number of tokens per chunk for a state of `numbers` elements and scalar decay."""
     return CHUNK if state > CHUNK else SMALL_CHUNK
 
 
@@ -36,7 +36,7 @@ def scan(
     """Return y_i = Σ_{j<=i} Σ_n left_in right_jn exp(c_in − c_jn) v_j [batch, heads, time, dim].
 
     left and right [batch, groups, time, n], values [batch, heads, time, dim]; c is the running sum of log_decay
-    [batch, heads, time] or [batch, heads, time, n], times rate [heads, n] where given. `size` tokens make a chunk.
+    [batch, heads, time] or [batch, heads, time, n], times rate [heads, n] if given. A chunk has `size` tokens.
     """
     heads, states = values.shape[1], left.shape[-1]
     per_pair = 1 if rate is None and log_decay.dim() == 3 else states
@@ -49,16 +49,16 @@ def scan(
 
 
 def in_segments(segment: Segment, inputs: tuple[Tensor, ...], state: Tensor, *, size: int, per_pair: int) -> Tensor:
-    """Return the outputs [batch, heads, time, dim] of `segment` over tokens in order, a state being carried.
+    """Run `segment` over consecutive segments with a carried state; return the outputs [batch, heads, time, dim].
 
-    `segment` takes its part of each input [batch, groups, time, ...] cut into chunks, [batch, groups, chunks, size,
-    ...], and the state; it returns outputs cut the same way and the next state. Missing tokens of the last chunk are 0.
-    `size` is a power of 2; `per_pair` says how many exponents a pair of tokens of a chunk has.
+    `segment` takes its part of each input [batch, groups, time, ...], split into chunks [batch, groups, chunks, size,
+    ...], and the state; it returns outputs in the same layout and the next state. The last chunk is zero-padded.
+    `size` is a power of 2; `per_pair` is the number of exponents per pair of tokens of a chunk.
     """
     time = inputs[0].shape[2]
     size = min(size, 1 << (time - 1).bit_length())
     padding = -time % size
-    # Splitting, not slicing: the gradient of a slice is as long as the sequence.
+    # Split, not sliced: the gradient of a slice is as long as the sequence.
     chunked = [padded(tensor, padding).unflatten(2, (-1, size)) for tensor in inputs]
     exponents = state.shape[0] * state.shape[1] * size**2 * per_pair
     step = max(1, SEGMENT_ELEMENTS["cpu" if state.device.type == "cpu" else "other"] // exponents)
@@ -72,7 +72,7 @@ def in_segments(segment: Segment, inputs: tuple[Tensor, ...], state: Tensor, *, 
 
 
 def recomputed(function: Callable[..., Result], *tensors: Tensor) -> Result:
-    """Return function(*tensors), whose intermediates are computed anew for the gradients instead of being kept."""
+    """Return function(*tensors) with its intermediates recomputed in the backward pass instead of stored."""
     if not torch.is_grad_enabled():
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
@@ -83,7 +83,7 @@ def _call(function: Callable[..., Result], *tensors: Tensor) -> Result:
 
 
 def chunk_sums(log_decay: Tensor) -> Tensor:
-    """Return the float64 running sums in each chunk [batch, heads, chunks, size, n or 1] of decays cut into chunks."""
+    """Return the float64 running sums in each chunk [batch, heads, chunks, size, n or 1] of chunked decays."""
     sums = running_sum(log_decay, 3)
     return sums.unsqueeze(-1) if sums.dim() == 4 else sums
 

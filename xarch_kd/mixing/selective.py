@@ -1,4 +1,4 @@
-"""Mixing of Mamba-1's selective scan: one matrix a channel."""
+"""Mixing of Mamba-1's selective scan: one matrix per channel."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from xarch_kd.mixing.scan import scan
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SelectiveMixing(Mixing):
-    """M_ij = Σ_n C_in B_jn exp(A_n Σ_{j<k<=i} dt_k) dt_j + D δ_ij of each channel, j <= i (Mamba, arXiv:2312.00752, 2).
+    """M_ij = Σ_n C_in B_jn exp(A_n Σ_{j<k<=i} dt_k) dt_j + D δ_ij per channel, j <= i (Mamba, arXiv:2312.00752, 2).
 
     C and B [batch, time, state] (or [batch, time, groups, state], channel c having group c // (channels / groups)),
     dt [batch, time, channels] (at least 0), A [channels, state] (at most 0), D [channels] or None. Heads are channels.
 
-    Raises UsageError for factors that do not fit each other, and on a CPU for a dt below or an A above 0.
+    Raises UsageError for factors that do not fit each other, and (on a CPU) for a negative dt or positive A.
     """
 
     kind: ClassVar[str] = "selective"
@@ -51,17 +51,17 @@ class SelectiveMixing(Mixing):
 
     @property
     def batch(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return self.dt.shape[0]
 
     @property
     def time(self) -> int:
-        """How many tokens a sequence has."""
+        """Sequence length in tokens."""
         return self.dt.shape[1]
 
     @property
     def heads(self) -> int:
-        """How many channels."""
+        """Number of channels."""
         return self.dt.shape[2]
 
     @property

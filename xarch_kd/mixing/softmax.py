@@ -1,4 +1,4 @@
-"""Mixing of softmax attention: causal or not, windowed, capped, with sinks, with grouped heads."""
+"""Mixing of softmax attention: causal or not, with windows, softcap, sinks, grouped key heads."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SoftmaxMixing(QueryKeyMixing):
     """M_ij = softmax over visible j of z_ij, z = scale query_i·key_j, capped to softcap·tanh(z / softcap).
 
     query [batch, time, heads, dim], key [batch, time, key heads, dim]: head h has key head h // (heads / key
-    heads). Token j is visible to i when it counts, j <= i (if causal) and i − j < window (if windowed). `sinks` [heads]
-    are logits of one more column that is dropped after the softmax: rows then sum to less than 1.
+    heads). Token j is visible to i if it counts, j <= i (if causal) and i − j < window (if given). `sinks` [heads] are
+    the logits of an extra column that is dropped after the softmax: rows then sum to less than 1.
 
-    Raises UsageError for factors that do not fit each other, a window below 1 and a softcap of at most 0.
+    Raises UsageError for factors that do not fit each other, a window below 1, or a softcap that is not positive.
     """
 
     kind: ClassVar[str] = "softmax"
@@ -47,9 +47,9 @@ class SoftmaxMixing(QueryKeyMixing):
         if self.sinks is not None:
             check_shape(self.kind, "sinks", self.sinks, "heads", sizes[2:])
         if self.window is not None and self.window < 1:
-            raise UsageError("A window holds at least the token itself.", asked=self.window, allowed=">= 1")
+            raise UsageError("A window must contain at least the token itself.", asked=self.window, allowed=">= 1")
         if self.softcap is not None and not self.softcap > 0:
-            raise UsageError("A softcap is above 0.", asked=self.softcap, allowed="> 0, or None for no cap")
+            raise UsageError("A softcap must be positive.", asked=self.softcap, allowed="> 0, or None for no cap")
         check_scale(self.kind, self.scale)
         check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
 
@@ -60,11 +60,11 @@ class SoftmaxMixing(QueryKeyMixing):
         return {name: factor for name, factor in named.items() if factor is not None}
 
     def visible(self, rows: slice, columns: slice) -> Tensor:
-        """Return which entries are part of a softmax, bool [batch or 1, 1, rows, columns]."""
+        """Return the mask of visible entries, bool [batch or 1, 1, rows, columns]."""
         return self._pattern(rows).visible(slice(0, rows.stop - rows.start), columns, self.device)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """Return z [batch, heads, rows, columns], capped; −∞ where a token is not visible."""
+        """Return z [batch, heads, rows, columns], capped; −∞ for tokens that are not visible."""
         query = self._kept(self.query)[:, rows].to(self.dtype).transpose(1, 2)
         key = self._kept(self.key)[:, columns].to(self.dtype).transpose(1, 2)
         logits = grouped_product(query * self.scale, key, self.heads)
@@ -72,18 +72,18 @@ class SoftmaxMixing(QueryKeyMixing):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.masked_fill(~self.visible(rows, columns), float("-inf"))
 
-    def log_normaliser(self, rows: slice) -> Tensor:
-        """Return log Σ_j exp(z_ij), sinks included, [batch, heads, rows]; +∞ for rows that see no token and no sink.
+    def log_normalizer(self, rows: slice) -> Tensor:
+        """Return log Σ_j exp(z_ij), sinks included, [batch, heads, rows]; +∞ for rows without a visible token or sink.
 
-        With it M_ij = exp(z_ij − log_normaliser_i) holds for every row, and is 0 where nothing is visible.
+        M_ij = exp(z_ij − log_normalizer_i) then holds for every row, and is 0 if nothing is visible.
         """
         rows = self._bounds(rows)
         query, key = self._head_first(self.dtype)
         nothing = query.new_empty(self.batch, self.heads, self.time, 0)
-        return row_softmax(query[:, :, rows], key, nothing, self.sinks, self._pattern(rows)).log_normaliser
+        return row_softmax(query[:, :, rows], key, nothing, self.sinks, self._pattern(rows)).log_normalizer
 
     def _head_first(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return query and key [batch, heads, time, dim], 0 where tokens do not count."""
+        """Return query and key [batch, heads, time, dim], 0 at tokens that do not count."""
         return self._kept(self.query).to(dtype).transpose(1, 2), self._kept(self.key).to(dtype).transpose(1, 2)
 
     def _pattern(self, rows: slice) -> Pattern:
@@ -108,10 +108,10 @@ class SoftmaxMixing(QueryKeyMixing):
         return row_softmax(query, key, values, self.sinks, self._pattern(slice(0, self.time))).values.transpose(1, 2)
 
     def _plain(self, dtype: torch.dtype) -> bool:
-        """Whether PyTorch's attention computes this without a mask and without a map."""
+        """Return True if PyTorch's attention computes this without a mask or a time × time tensor."""
         bounded = self.start is not None or self.stop is not None
         windowed = self.window is not None and self.window < self.time
-        # GPUs have no attention kernel for float64.
+        # There is no GPU attention kernel for float64.
         fast = self.device.type == "cpu" or dtype != torch.float64
         extras = self.softcap is not None or self.sinks is not None
         return fast and not extras and not windowed and (self.causal or not bounded)
@@ -119,14 +119,14 @@ class SoftmaxMixing(QueryKeyMixing):
     def _by_sdpa(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         query, key = self._kept(self.query).to(dtype), self._kept(self.key).to(dtype)
         if self.start is not None:
-            # Tokens before the start go behind the others, where no counted token sees them.
+            # Tokens before the start are rolled to the end, where no counted token attends to them.
             query, key, values = (_rolled(tensor, self.start) for tensor in (query, key, values))
         key = spread(key.transpose(1, 2), self.heads)
-        # The kernels want one width, on GPUs a multiple of 8; another would fall back to a map.
+        # Kernels need equal head dims, on GPUs a multiple of 8; otherwise PyTorch builds a time × time tensor.
         step = 1 if self.device.type == "cpu" else 8
-        width = -(-max(query.shape[-1], values.shape[-1]) // step) * step
+        head_dim = -(-max(query.shape[-1], values.shape[-1]) // step) * step
         query, key, padded = (
-            functional.pad(tensor, (0, width - tensor.shape[-1]))
+            functional.pad(tensor, (0, head_dim - tensor.shape[-1]))
             for tensor in (query.transpose(1, 2), key, values.transpose(1, 2))
         )
         result = functional.scaled_dot_product_attention(query, key, padded, is_causal=self.causal, scale=self.scale)
@@ -134,7 +134,7 @@ class SoftmaxMixing(QueryKeyMixing):
         return result if self.start is None else _rolled(result, -self.start)
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
-        return (self.logits(rows, columns) - self.log_normaliser(rows)[..., None]).exp()
+        return (self.logits(rows, columns) - self.log_normalizer(rows)[..., None]).exp()
 
 
 def _rolled(tensor: Tensor, by: Tensor) -> Tensor:

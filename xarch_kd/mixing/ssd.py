@@ -1,4 +1,4 @@
-"""Mixing of a state-space model with one scalar decay a head: Mamba-2, and RG-LRU with a head a channel."""
+"""Mixing of a state-space model with a scalar decay per head: Mamba-2, and RG-LRU with one channel per head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SSDMixing(Mixing):
     dt [batch, time, heads], D [heads] or None; head h has group h // (heads / groups). RG-LRU is this with one state
     and one group, its channels as heads and its input gate as dt.
 
-    Raises UsageError for factors that do not fit each other, and on a CPU for a log decay above 0.
+    Raises UsageError for factors that do not fit each other, and (on a CPU) for a positive log decay.
     """
 
     kind: ClassVar[str] = "ssd"
@@ -49,17 +49,17 @@ class SSDMixing(Mixing):
 
     @property
     def batch(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return self.log_decay.shape[0]
 
     @property
     def time(self) -> int:
-        """How many tokens a sequence has."""
+        """Sequence length in tokens."""
         return self.log_decay.shape[1]
 
     @property
     def heads(self) -> int:
-        """How many heads."""
+        """Number of heads."""
         return self.log_decay.shape[2]
 
     @property

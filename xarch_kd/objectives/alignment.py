@@ -107,9 +107,9 @@ class Alignment:
             shares = {match.pair.name: match.pair.weight / self.align.weight for match in self.matches}
             return {name: factor * shares[name] * loss for name, loss in losses.items()}, own
         matched = self.map(torch.stack(list(losses.values())).view(len(self.students), -1), progress)
-        own[f"{self.align.name}-map"] = matched.objective
+        own[f"{self.align.name}-map"] = matched.map
         names = (f"{self.align.name}.{layer}" for layer in self.students)
-        return {name: factor * loss for name, loss in zip(names, matched.match, strict=True)}, own
+        return {name: factor * loss for name, loss in zip(names, matched.student, strict=True)}, own
 
     def layer_map(self, progress: float) -> LayerMap | None:
         """Return the learned layer map as it is now, None for one that is fixed."""

@@ -77,7 +77,7 @@ class _Target:
         self.inputs = inputs
         self.normalizer: Tensor | None = None
         if isinstance(inputs.teacher, SoftmaxMixing):
-            self.normalizer = inputs.teacher.log_normaliser(slice(0, inputs.teacher.time))
+            self.normalizer = inputs.teacher.log_normalizer(slice(0, inputs.teacher.time))
 
     def panel(self, columns: slice, identity: Tensor) -> Tensor:
         """Return the columns [batch, time, student heads, width]; whoever gets them may write over them."""

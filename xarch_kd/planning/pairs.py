@@ -16,7 +16,7 @@ from xarch_kd.planning.mixing_sizes import MixingSize, mixing_size
 from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.plan import PairPlan
 from xarch_kd.planning.problems import Diagnostics, one_line
-from xarch_kd.projectors import enough_tokens, parameter_count, resolve_start
+from xarch_kd.projectors import enough_tokens, parameter_count, resolve_init
 from xarch_kd.projectors.heads import head_map
 from xarch_kd.taps.sites import sites_of
 
@@ -148,7 +148,7 @@ class _Source:
     def _check_start(self, kind: str, student_dim: int) -> None:
         """Note when the calibration pass has too few tokens for a closed form that was asked for by name."""
         how = self.align.projector_part.init
-        form = resolve_start(how, kind)
+        form = resolve_init(how, kind)
         if how in ("auto", "random") or form == "random":
             return
         tokens, enough = self.models.calibration, enough_tokens(student_dim)

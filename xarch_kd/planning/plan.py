@@ -68,7 +68,7 @@ class PairPlan:
 class StagePlan:
     """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `estimate.py` for their derivation.
 
-    `pictures` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` with
+    `layer_map_plots` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` with
     `mixer_lr` as their rate.
     """
 

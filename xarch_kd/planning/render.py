@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from xarch_kd.layer_mapping import similarity_picture
+from xarch_kd.layer_mapping import similarity_text_plot
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.planning.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
 
@@ -39,11 +39,11 @@ def render_plan(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_models(plan), Text(""), _blocks(plan), Text(""), _stages(plan), Text("")]
     if any(stage.pairs for stage in plan.stages):
         parts += [_pairs(plan), Text("")]
-    drawn = dict.fromkeys(picture for stage in plan.stages for _, picture in stage.layer_map_plots)
-    if any(not picture.startswith(("same:", "replaced:")) for picture in drawn):
-        parts += [part for picture in drawn for part in (Text(picture), Text(""))]
+    drawn = dict.fromkeys(plot for stage in plan.stages for _, plot in stage.layer_map_plots)
+    if any(not plot.startswith(("same:", "replaced:")) for plot in drawn):
+        parts += [part for plot in drawn for part in (Text(plot), Text(""))]
     for name, matrix in plan.similarities.items():
-        parts += [Text(similarity_picture(f"similarity (CKA) for {name}", torch.tensor(matrix))), Text("")]
+        parts += [Text(similarity_text_plot(f"similarity (CKA) for {name}", torch.tensor(matrix))), Text("")]
     parts.append(Text(f"Time: {plan.timing_assumptions}.", style="dim"))
     parts += [Text(f"notice: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*parts)
@@ -227,6 +227,6 @@ def _stage_as_dict(stage: StagePlan) -> dict[str, Any]:
         "folder": stage.folder,
         "stage": stage.stage.model_dump(mode="json"),
         "pairs": [dataclasses.asdict(pair) for pair in stage.pairs],
-        "pictures": dict(stage.layer_map_plots),
+        "layer_map_plots": dict(stage.layer_map_plots),
         "trainable": list(stage.trainable),
     }

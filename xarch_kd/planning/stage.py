@@ -55,7 +55,7 @@ def stage_plan(
         length=data.sequence_length,
         pairs=pairs,
         trainable=trainable,
-        layer_map_plots=tuple((name, found.picture()) for name, (_, found) in entries.items() if found is not None),
+        layer_map_plots=tuple((name, found.text_plot()) for name, (_, found) in entries.items() if found is not None),
     )
     return _measured(resolved, models, rates, diagnostics)
 

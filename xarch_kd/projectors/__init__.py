@@ -1,11 +1,11 @@
-"""Floor 3: what bridges unequal models: maps of widths that are learned, kept beside the student, and maps of heads."""
+"""Projectors between student and teacher features, kept outside the student, and maps between their heads."""
 
 from __future__ import annotations
 
 from xarch_kd.projectors.base import Projector, Split
 from xarch_kd.projectors.build import KINDS, build_projector, parameter_count, resolve_kind
 from xarch_kd.projectors.closed_form import (
-    STARTS,
+    INITS,
     LinearMap,
     ceiling,
     enough_tokens,
@@ -13,7 +13,7 @@ from xarch_kd.projectors.closed_form import (
     initialize,
     pca,
     procrustes,
-    resolve_start,
+    resolve_init,
     ridge,
 )
 from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
@@ -24,8 +24,8 @@ from xarch_kd.projectors.mlp import MLPProjector
 from xarch_kd.projectors.statistics import PairStatistics
 
 __all__ = [
+    "INITS",
     "KINDS",
-    "STARTS",
     "Diagnosis",
     "HeadMap",
     "IdentityProjector",
@@ -50,7 +50,7 @@ __all__ = [
     "parameter_count",
     "pca",
     "procrustes",
+    "resolve_init",
     "resolve_kind",
-    "resolve_start",
     "ridge",
 ]

@@ -1,4 +1,4 @@
-"""What every projector is: a map of features whose last part is linear."""
+"""Base class of projectors: a map of features whose last layer is linear."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional
 
 
 class Split(NamedTuple):
-    """A projection before its last product: features [..., dim], weight [teacher dim, dim], bias [teacher dim].
+    """Inputs of a projector's last layer: features [..., dim], weight [teacher dim, dim], bias [teacher dim].
 
-    Without a weight the features are the projection.
+    If the weight is None the features are the result.
     """
 
     features: Tensor
@@ -22,10 +22,10 @@ class Split(NamedTuple):
 
 
 class Projector(nn.Module, ABC):
-    """Student features [..., student dim] → [..., teacher dim].
+    """Map from student features [..., student dim] to teacher features [..., teacher dim].
 
-    Objectives read `split`, whose parts `projected_distance` multiplies a few tokens at a time; the projected features
-    are never kept. `rank` is the greatest rank of a linear map that it can be.
+    Objectives use `split`: `projected_distance` multiplies its parts block by block, so that the projected features
+    are never stored. `rank` is the largest rank of a linear map that the projector can represent.
     """
 
     kind: ClassVar[str]
@@ -36,22 +36,22 @@ class Projector(nn.Module, ABC):
 
     @property
     def has_bias(self) -> bool:
-        """Whether an offset is added."""
+        """True if an offset is added."""
         return getattr(self, "bias", None) is not None
 
     @abstractmethod
     def split(self, student: Tensor) -> Split:
-        """Return what the projection is the product of, with its graph."""
+        """Return the inputs of the last layer, with their graph."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """Return the linear map that it is, [teacher dim, student dim], without a gradient."""
+        """Return the linear map [teacher dim, student dim], without a gradient."""
 
     @abstractmethod
-    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """Become the linear map `weight` [teacher dim, student dim], of at most its own rank, plus `offset`.
+    def set_linear_map(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Set the parameters to the linear map `weight` [teacher dim, student dim], truncated to `rank`, plus `offset`.
 
-        A projector without a bias leaves the offset out.
+        A projector without a bias ignores the offset.
         """
 
     def forward(self, student: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Projector(nn.Module, ABC):
 def isometry(
     rows: int, columns: int, *, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the identity, or a random semi-orthogonal matrix [rows, columns] where the two differ."""
+    """Return the identity, or a random semi-orthogonal matrix [rows, columns] if the two differ."""
     matrix = torch.empty(rows, columns, dtype=dtype)
     if rows == columns:
         return nn.init.eye_(matrix)
@@ -80,7 +80,7 @@ def isometry(
 
 
 def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return up [rows, rank] and down [rank, columns] of equal size whose product is nearest to weight, in float64."""
+    """Return up [rows, rank] and down [rank, columns], of equal norm, with product nearest to weight, in float64."""
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     root = values[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]

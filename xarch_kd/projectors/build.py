@@ -1,4 +1,4 @@
-"""Projectors by name."""
+"""Construction of projectors by kind."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from xarch_kd.projectors.linear import (
 )
 from xarch_kd.projectors.mlp import MLPProjector, default_hidden
 
-# Kind -> what it is.
+# Kind -> description.
 KINDS: Final = {
-    "auto": "none where the dimensions are equal, else linear",
-    "none": "nothing between student and teacher",
-    "identity": "the same, as a module",
+    "auto": "none if the dimensions are equal, else linear",
+    "none": "no projector",
+    "identity": "no projector, as a module",
     "linear": "one matrix",
     "low_rank": "the product of two thin matrices",
     "mlp": "one hidden layer",
@@ -32,7 +32,7 @@ KINDS: Final = {
 def resolve_kind(kind: str, student_dim: int, teacher_dim: int) -> str:
     """Return the kind that `auto` stands for, or the kind itself.
 
-    Raises UsageError for an unknown kind, and for `none` or `identity` where the dimensions differ.
+    Raises UsageError for an unknown kind, and for `none` or `identity` if the dimensions differ.
     """
     if kind not in KINDS:
         raise UsageError(f"There is no such projector.{suggest(kind, KINDS)}", asked=kind, allowed=" | ".join(KINDS))
@@ -63,8 +63,8 @@ def build_projector(
     `rank` is for low_rank, `hidden` (number of hidden units) for mlp, `bias` for every kind but identity.
 
     Raises:
-        UsageError: an unknown kind, `none` or `identity` where dimensions differ, an option that the kind lacks or
-            that is out of range.
+        UsageError: an unknown kind, `none` or `identity` if dimensions differ, an option that is out of range or
+            that the kind does not have.
     """
     kind = resolve_kind(kind, student_dim, teacher_dim)
     _check_options(kind, rank, hidden, bias)
@@ -89,7 +89,7 @@ def parameter_count(
     hidden: int | None = None,
     bias: bool = False,
 ) -> int:
-    """Return how many parameters `build_projector` of the same arguments has, without building it; raises the same."""
+    """Return the number of parameters of `build_projector` with the same arguments; raises the same errors."""
     kind = resolve_kind(kind, student_dim, teacher_dim)
     _check_options(kind, rank, hidden, bias)
     if kind in ("none", "identity"):
@@ -109,7 +109,7 @@ def _check_options(kind: str, rank: int | None, hidden: int | None, bias: bool) 
         ("bias", bias, ("linear", "low_rank", "mlp", "orthogonal")),
     )
     for option, asked, kinds in given:
-        # Without a projector an offset has nowhere to go and nothing to mend: `auto` may turn out to be none.
+        # `bias` is ignored without a projector, because `auto` may resolve to none.
         if asked and kind not in kinds and not (option == "bias" and kind == "none"):
             raise UsageError(
                 f"This projector has no {option}.", asked=f"{option} of projector: {kind}", allowed=" | ".join(kinds)

@@ -1,7 +1,7 @@
-"""Projectors in closed form, from the statistics of a calibration pass.
+"""Closed-form solutions for projectors, from the statistics of a calibration pass.
 
-x, y are a student's and a teacher's features, C their second moments: about their means where the projector has a bias,
-which then is mean(y) - weight mean(x), else about 0. Every form takes a greatest `rank`.
+x and y are the student's and the teacher's features, C their second moments: central if the projector has a bias,
+which then is mean(y) - weight mean(x), else about 0. Every form takes a maximum `rank`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from xarch_kd.projectors.base import Projector
 from xarch_kd.projectors.statistics import PairStatistics, SecondMoments
 
 PENALTY: Final = 1e-3
-# Tokens for each dimension, below which a fit says more of the tokens than of the layers.
+# Tokens per dimension below which a fit overfits the calibration tokens.
 ENOUGH: Final = 4
 
 
 class LinearMap(NamedTuple):
-    """y = x weightᵀ + offset: weight [teacher dim, student dim], offset [teacher dim] or None, in float64."""
+    """Map y = x weightᵀ + offset: weight [teacher dim, student dim], offset [teacher dim] or None, in float64."""
 
     weight: Tensor
     offset: Tensor | None
@@ -32,20 +32,20 @@ class LinearMap(NamedTuple):
 def ridge(
     statistics: PairStatistics, *, bias: bool = True, rank: int | None = None, penalty: float = PENALTY
 ) -> LinearMap:
-    """Return the ridge regression of teacher on student, the best one of its rank.
+    """Return the ridge regression of teacher on student, at most of the given rank.
 
-    Minimises mean |weight x + offset - y|² + λ |weight|², λ = penalty · mean eigenvalue of the student's C. Of a lower
+    Minimizes mean |weight x + offset - y|² + λ |weight|², λ = penalty · mean eigenvalue of the student's C. For a lower
     rank it is E Eᵀ weight with E the leading eigenvectors of weight (C + λ) weightᵀ (reduced-rank regression, Izenman
-    1975). Raises UsageError for a penalty of at most 0.
+    1975). Raises UsageError unless the penalty is positive.
     """
     if not penalty > 0:
-        raise UsageError("A ridge needs a penalty.", found=penalty, allowed="> 0")
-    moments = statistics.moments(centred=bias)
+        raise UsageError("A ridge regression needs a positive penalty.", found=penalty, allowed="> 0")
+    moments = statistics.moments(centered=bias)
     scale = moments.student.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    regularised = moments.student + penalty * scale * torch.eye(len(moments.student)).to(moments.student)
-    weight = torch.linalg.solve(regularised, moments.cross).T
+    regularized = moments.student + penalty * scale * torch.eye(len(moments.student)).to(moments.student)
+    weight = torch.linalg.solve(regularized, moments.cross).T
     if rank is not None and rank < min(weight.shape):
-        leading = _leading(weight @ regularised @ weight.T, rank)
+        leading = _leading(weight @ regularized @ weight.T, rank)
         weight = leading @ (leading.T @ weight)
     return _with_offset(weight, moments, bias)
 
@@ -53,12 +53,12 @@ def ridge(
 def procrustes(
     statistics: PairStatistics, *, bias: bool = True, rank: int | None = None, scaled: bool = True
 ) -> LinearMap:
-    """Return the (scaled) semi-orthogonal map of greatest product with the teacher (Schönemann 1966).
+    """Return the (scaled) semi-orthogonal map with the largest inner product with the teacher (Schönemann 1966).
 
-    With C(y, x) = U S Vᵀ it is U Vᵀ of the leading `rank` singular vectors, times tr S / tr Vᵀ C(x) V if `scaled`. For
-    students that are not wider than the teacher, and full rank, no such map is nearer to the teacher.
+    With C(y, x) = U S Vᵀ it is U Vᵀ of the leading `rank` singular vectors, times tr S / tr Vᵀ C(x) V if `scaled`. At
+    full rank and student dim <= teacher dim it is also the nearest such map to the teacher.
     """
-    moments = statistics.moments(centred=bias)
+    moments = statistics.moments(centered=bias)
     left, values, right = torch.linalg.svd(moments.cross.T, full_matrices=False)
     left, values, right = left[:, :rank], values[:rank], right[:rank]
     weight = left @ right
@@ -71,10 +71,10 @@ def procrustes(
 def pca(statistics: PairStatistics, *, bias: bool = True, rank: int | None = None) -> LinearMap:
     """Return the semi-orthogonal map onto the teacher's leading principal components.
 
-    No map of this rank can explain more of the teacher. Which directions of the student they are is the rotation that
-    fits the student best; nothing else is taken from the student, so it suits one that knows nothing yet.
+    No map of this rank can explain more of the teacher's variance. The rotation within the components is the one that
+    fits the student best; nothing else depends on the student, so this suits an untrained student.
     """
-    moments = statistics.moments(centred=bias)
+    moments = statistics.moments(centered=bias)
     rank = min(moments.cross.shape) if rank is None else rank
     leading = _leading(moments.teacher, rank)
     left, _, right = torch.linalg.svd(leading.T @ moments.cross.T, full_matrices=False)
@@ -82,7 +82,7 @@ def pca(statistics: PairStatistics, *, bias: bool = True, rank: int | None = Non
 
 
 class Form(NamedTuple):
-    """A closed form: `fit(projector, statistics)`, and the dimensions that it needs as many tokens as."""
+    """Closed form: `fit(projector, statistics)`, and the number of tokens that it needs at least, `dimensions`."""
 
     fit: Callable[[Projector, PairStatistics], LinearMap]
     dimensions: Callable[[Projector], int]
@@ -106,16 +106,16 @@ FORMS: Final = {
     "procrustes": Form(_procrustes, lambda projector: min(projector.student_dim, projector.teacher_dim)),
     "pca": Form(_pca, lambda projector: projector.rank),
 }
-STARTS: Final = ("auto", "random", *FORMS)
+INITS: Final = ("auto", "random", *FORMS)
 
 
-def resolve_start(how: str, kind: str) -> str:
+def resolve_init(how: str, kind: str) -> str:
     """Return the form that `auto` stands for in a projector of `kind`: procrustes for orthogonal, else ridge.
 
-    Raises UsageError for an unknown form, or one that the kind cannot be.
+    Raises UsageError for an unknown form, or one that the kind cannot represent.
     """
-    if how not in STARTS:
-        raise UsageError(f"There is no such start.{suggest(how, STARTS)}", asked=how, allowed=" | ".join(STARTS))
+    if how not in INITS:
+        raise UsageError(f"There is no such initialization.{suggest(how, INITS)}", asked=how, allowed=" | ".join(INITS))
     if kind in ("none", "identity"):
         if how in FORMS:
             raise UsageError(f"A projector '{kind}' has nothing to fit.", asked=how, allowed="auto | random")
@@ -130,34 +130,34 @@ def resolve_start(how: str, kind: str) -> str:
 
 
 def enough_tokens(dimensions: int) -> int:
-    """Return how many tokens a fit in so many dimensions should have; with fewer it is warned of."""
+    """Return the number of tokens that a fit in `dimensions` should have; with fewer a warning is given."""
     return ENOUGH * dimensions
 
 
 def initialize(projector: Projector, statistics: PairStatistics, how: str = "auto") -> LinearMap | None:
     """Make a projector the closed form `how` of these statistics, and return that; `random` leaves it as it was built.
 
-    Warns below 4 tokens a dimension.
+    Warns below 4 tokens per dimension.
 
     Raises:
-        UsageError: an unknown form, one that the projector cannot be, other sizes, or fewer tokens than dimensions.
+        UsageError: an unknown form, one that the projector cannot represent, other dimensions, or too few tokens.
     """
-    how = resolve_start(how, projector.kind)
+    how = resolve_init(how, projector.kind)
     if how == "random":
         return None
     form = FORMS[how]
     check_dims(projector, statistics)
     _check_tokens(how, statistics.tokens, form.dimensions(projector))
     fitted = form.fit(projector, statistics)
-    projector.become(*fitted)
+    projector.set_linear_map(*fitted)
     return fitted
 
 
 def explained_variance(statistics: PairStatistics, weight: Tensor | None, offset: Tensor | None = None) -> float:
-    """Return 1 - mean |weight x + offset - y|² / mean |y - mean(y)|², at most 1; without a weight x is compared itself.
+    """Return 1 - mean |weight x + offset - y|² / mean |y - mean(y)|², at most 1; x itself if weight is None.
 
-    Of tokens that the map was fitted to it is too high: with as many dimensions as tokens it is 1 for noise. 0 for a
-    teacher that does not vary.
+    On the tokens that the map was fitted to it is biased upwards: with as many dimensions as tokens it is 1 for noise.
+    It is 0 if the teacher is constant.
     """
     moments = statistics.moments()
     if weight is None:
@@ -174,14 +174,14 @@ def explained_variance(statistics: PairStatistics, weight: Tensor | None, offset
 
 
 def ceiling(statistics: PairStatistics, rank: int) -> float:
-    """Return the share of the teacher's variance in its leading `rank` components: what no map of it exceeds."""
+    """Return the share of the teacher's variance in its leading `rank` components: the bound for that rank."""
     values = torch.linalg.eigvalsh(statistics.moments().teacher).clamp(min=0)
     total = float(values.sum())
     return float(values[max(len(values) - rank, 0) :].sum()) / total if total > 0 else 0.0
 
 
 def check_dims(projector: Projector, statistics: PairStatistics, features: int | None = None) -> None:
-    """Raise UsageError unless statistics are of `features` (None: student dim) and the teacher's of a projector."""
+    """Raise UsageError unless the statistics fit a projector; `features` is by default its student dim."""
     allowed = (projector.student_dim if features is None else features, projector.teacher_dim)
     if statistics.dims is not None and statistics.dims != allowed:
         raise UsageError(
@@ -190,7 +190,7 @@ def check_dims(projector: Projector, statistics: PairStatistics, features: int |
 
 
 def _leading(symmetric: Tensor, rank: int) -> Tensor:
-    """Return the eigenvectors [dim, rank] of the greatest eigenvalues, greatest first."""
+    """Return the eigenvectors [dim, rank] of the largest eigenvalues, in descending order."""
     return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
 
 

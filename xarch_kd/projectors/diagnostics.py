@@ -1,4 +1,4 @@
-"""Whether a projector lets the student learn or learns in its place."""
+"""Diagnosis of trained projectors: does the student fit the teacher, or the projector in its place?"""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Final
 import torch
 
 from xarch_kd.projectors.base import Projector
-from xarch_kd.projectors.closed_form import FORMS, ceiling, check_dims, explained_variance, resolve_start
+from xarch_kd.projectors.closed_form import FORMS, ceiling, check_dims, explained_variance, resolve_init
 from xarch_kd.projectors.statistics import PairStatistics
 
-# Of the greatest singular value: a direction below it does not count as one.
+# Relative to the largest singular value: directions below it do not count towards the rank.
 LEAST_DIRECTION: Final = 1e-3
 # Of what a warning is given for.
 USELESS: Final = 0.05
@@ -23,12 +23,12 @@ ITS_OWN_WORK: Final = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What a trained projector is. Explained variances are of the teacher's, at most 1, on tokens not fitted to.
+    """Diagnosis of a trained projector. Variances are shares of the teacher's variance on held-out tokens, at most 1.
 
-    `rank` counts the singular values above a thousandth of the greatest, of at most `possible_rank`; `condition` is the
-    greatest over the least (infinity for a map that loses directions). `explained` is the trained student's through the
-    projector, `ceiling` what no map of this rank exceeds, `alone` what a projector alone reached with the student
-    frozen at its initialisation, and `share` that of `explained`. `warnings` say what is wrong, in sentences.
+    `rank` counts the singular values above 1/1000 of the largest, out of `possible_rank`; `condition` is the largest
+    over the smallest (infinity for a singular map). `explained` is reached by the trained student and projector,
+    `ceiling` is the upper bound for this rank, `alone` is reached by a projector alone with the student frozen at its
+    initialization, and `share` is `alone` relative to `explained`. `warnings` are full sentences.
     """
 
     kind: str
@@ -42,12 +42,12 @@ class Diagnosis:
 
     @property
     def share(self) -> float | None:
-        """Which part of the match a projector alone reaches, 0 to 1; None where not measured, or nothing matches."""
+        """Share of `explained` that a projector alone reaches, 0 to 1; None if not measured or nothing is explained."""
         return _share(self.explained, self.alone)
 
     @property
     def verdict(self) -> str:
-        """The warnings, or that there are none, as text of a line each."""
+        """The warnings, one per line, or a line that reports none."""
         if self.warnings:
             return "\n".join(self.warnings)
         found = f"ok: the student explains {self.explained:.0%} of the teacher's variance through it"
@@ -55,32 +55,32 @@ class Diagnosis:
 
 
 def explained_alone(projector: Projector, fitted: PairStatistics, held_out: PairStatistics) -> float:
-    """Return the teacher's variance that a projector of this kind explains with the student as it is, untrained.
+    """Return the share of the teacher's variance that a projector of this kind explains with the student untrained.
 
-    It is fitted in closed form to `fitted` and measured on `held_out`: statistics of the student's own features, at
-    initialisation, of different tokens. Measured on the tokens it was fitted to, it would explain noise. An MLP is
-    fitted as the linear map it starts as, so its figure is a lower bound.
+    It is fitted in closed form to `fitted` and measured on `held_out`: statistics of the untrained student's features
+    on disjoint tokens. On the tokens of the fit it would explain noise too. An MLP is fitted as its linear
+    initialization, so its value is a lower bound.
 
     Raises UsageError for statistics of other dimensions.
     """
     for statistics in (fitted, held_out):
         check_dims(projector, statistics)
-    how = resolve_start("auto", projector.kind)
+    how = resolve_init("auto", projector.kind)
     if how == "random":
         return explained_variance(held_out, None)
     return explained_variance(held_out, *FORMS[how].fit(projector, fitted))
 
 
 def diagnose(projector: Projector, trained: PairStatistics, *, alone: float | None = None) -> Diagnosis:
-    """Return the diagnosis of a trained projector.
+    """Diagnose a trained projector.
 
-    `trained` are statistics of `projector.split(student).features` (for all but low_rank and mlp, the student's own)
-    and the teacher's, with the student trained; `alone` is `explained_alone` from before training.
+    `trained` are statistics of `projector.split(student).features` (the student's own features unless low_rank or mlp)
+    and of the teacher's, with the trained student; `alone` is `explained_alone` from before training.
 
-    Raises UsageError for statistics that are not of these features.
+    Raises UsageError for statistics of other dimensions.
     """
     with torch.no_grad():
-        # Its shapes alone matter: what the weights are of.
+        # Only the shapes of the split are used.
         parameter = next(projector.parameters(), torch.zeros(()))
         features, weight, bias = projector.split(parameter.new_zeros(1, projector.student_dim))
         matrix = projector.matrix().double()

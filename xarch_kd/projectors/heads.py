@@ -1,4 +1,4 @@
-"""Which teacher heads a student head learns from, where mixing matrices are compared and the counts differ."""
+"""Maps from teacher heads to student heads, for losses on token-mixing matrices of unequal head counts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from xarch_kd.errors import UsageError, suggest
 from xarch_kd.ops import checks
 
 RULES: Final = ("auto", "mean", "repeat")
-# Of the sum of a row of weights that a person wrote down, e.g. three times 0.333.
+# Error of a row's sum in weights given by a user, e.g. three times 0.333.
 SUM_TOLERANCE: Final = 5e-3
 
 
 def head_map(rule: str | Sequence[Sequence[float]], student_heads: int, teacher_heads: int) -> Tensor | None:
-    """Return weights [student heads, teacher heads] whose rows sum to 1, or None for one head to one head.
+    """Return weights [student heads, teacher heads] whose rows sum to 1, or None for a one-to-one map in order.
 
-    `mean`: each student head learns from the mean of a group of neighbouring teacher heads; `repeat`: each teacher head
-    teaches a group of neighbouring student heads; `auto`: one to one where the counts are equal, else whichever fits;
-    or the weights themselves.
+    `mean`: each student head learns from the mean of a group of neighbouring teacher heads; `repeat`: each teacher
+    head is the target of a group of neighbouring student heads; `auto`: one to one if the counts are equal, else
+    `mean` or `repeat`. The weights themselves are accepted too.
 
-    Raises UsageError when the counts do not allow the rule, or the weights do not fit.
+    Raises UsageError if the counts do not allow the rule, or the weights do not fit.
     """
     if not isinstance(rule, str):
         return _given(rule, student_heads, teacher_heads)
@@ -50,12 +50,12 @@ def head_map(rule: str | Sequence[Sequence[float]], student_heads: int, teacher_
 def assignment(costs: Tensor, *, every_teacher: bool = False) -> Tensor:
     """Return weights [student heads, teacher heads] of the cheapest assignment, from costs of the same shape.
 
-    Each student head learns from one teacher head. With more student heads every teacher head teaches as many of them,
-    or one more or less; with fewer, no teacher head teaches two, and some teach none, or with `every_teacher` all are
-    taught: each teacher head has one student head, which learns from the mean of its own, as many as any other or one
-    more or less. A cost of infinity forbids a pair. Exact (scipy's linear_sum_assignment).
+    Each student head learns from one teacher head. With more student heads than teacher heads, teacher heads are
+    shared evenly (counts differ by at most one). With fewer, each teacher head is used at most once; with
+    `every_teacher` each is used exactly once, and a student head learns from the mean of its teacher heads, again
+    shared evenly. A cost of infinity forbids a pair. The solution is exact (scipy's linear_sum_assignment).
 
-    Raises UsageError for costs that are not numbers, or forbid every assignment.
+    Raises UsageError for NaN costs, or costs that forbid every assignment.
     """
     if costs.dim() != 2 or 0 in costs.shape or bool(torch.isnan(costs).any()):
         raise UsageError(
@@ -76,9 +76,9 @@ def assignment(costs: Tensor, *, every_teacher: bool = False) -> Tensor:
 def head_costs(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return 1 - cosine of each student head's output with each teacher head's, float64 [student heads, teacher heads].
 
-    `student` [batch, time, student heads, dim] and `teacher` [batch, time, teacher heads, dim] are what the mixing
-    matrices of both make of the same values, e.g. random ones: the cosine then estimates that of the matrices. `mask`
-    [batch, time] is true where a token counts. A head of zeros costs 1 everywhere.
+    `student` [batch, time, student heads, dim] and `teacher` [batch, time, teacher heads, dim] are the two mixing
+    matrices applied to the same values, e.g. random ones, so that the cosine estimates that of the matrices. `mask`
+    [batch, time] is true for tokens that count. A head whose output is 0 has cost 1 everywhere.
     """
     cross, own, gram = head_products(student, teacher, mask)
     lengths = torch.outer(own, gram.diagonal()).sqrt()
@@ -87,9 +87,10 @@ def head_costs(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
 
 @torch.no_grad()
 def head_products(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums over tokens and dim, in float64: of student heads with teacher heads [student heads, teacher
-    heads], of student heads with themselves [student heads], and of teacher heads with each other [teacher heads,
-    teacher heads]. Arguments as of `head_costs`.
+    """Return inner products over tokens and dim, in float64, from the arguments of `head_costs`.
+
+    They are of student with teacher heads [student heads, teacher heads], of each student head with itself [student
+    heads], and of teacher heads with each other [teacher heads, teacher heads].
 
     Raises UsageError for tensors that do not fit.
     """
@@ -108,16 +109,17 @@ def head_products(student: Tensor, teacher: Tensor, mask: Tensor | None = None) 
 def _grouped(costs: numpy.ndarray) -> Tensor:
     """Return the column [rows] of each row in the cheapest assignment.
 
-    No column is taken twice while there are enough; else each is taken rows / columns times, rounded down or up.
+    With at least as many columns as rows no column is used twice; else each is used rows / columns times, rounded down
+    or up.
     """
-    # Here, because reading a mapping file needs no scipy.
+    # Imported here because reading a mapping file does not need scipy.
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = costs.shape
     copies = -(-rows // columns)
     wide = numpy.tile(costs, (1, copies))
     if copies > 1:
-        # Rows that stand for nobody fill what is left of the last copy, so the other copies are taken in full.
+        # Dummy rows fill the rest of the last copy, so that the other copies are used in full.
         fill = numpy.full((columns * copies - rows, columns * copies), numpy.inf)
         fill[:, columns * (copies - 1) :] = 0
         wide = numpy.concatenate((wide, fill))

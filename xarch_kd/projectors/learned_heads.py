@@ -1,4 +1,4 @@
-"""A map of heads that is learned: each student head is taught by a mixture of teacher heads."""
+"""Learned head map: each student head learns from a trained mixture of teacher heads."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from xarch_kd.errors import UsageError
 from xarch_kd.ops import checks
 from xarch_kd.projectors.heads import head_products
 
-# A start from a given map leaves this much to all teacher heads, so that no weight is 0 and can grow.
+# Total weight that an initial map leaves to all teacher heads: a weight of 0 could not grow.
 SPREAD: Final = 0.1
 
 
 class HeadMap(nn.Module):
-    """Weights softmax(logits) [student heads, teacher heads]: not negative, and rows sum to 1.
+    """Weights softmax(logits) [student heads, teacher heads]: non-negative, rows sum to 1.
 
-    Distances of mixing matrices give no gradient to such weights, and should not: a target that learns comes to meet
-    the student. `forward` is the map's own objective, which changes nothing but the map.
+    Distances of mixing matrices give no gradient to these weights: a trainable target would move towards the student.
+    `forward` is the loss of the map itself and has no gradient with respect to anything else.
 
-    `initial` [student heads, teacher heads], as of `head_map` or `assignment`, is where it starts; by default all
-    weights are equal. Raises UsageError where it does not fit.
+    `initial` [student heads, teacher heads], e.g. from `head_map` or `assignment`, is the initial value; by default
+    all weights are equal. Raises UsageError if it does not fit.
     """
 
     def __init__(self, student_heads: int, teacher_heads: int, *, initial: Tensor | None = None) -> None:
@@ -37,13 +37,13 @@ class HeadMap(nn.Module):
                 self.logits.copy_(((1 - SPREAD) * initial / totals + SPREAD / teacher_heads).log())
 
     def weights(self) -> Tensor:
-        """Return the weights [student heads, teacher heads], with a gradient to the logits; detached as a head map."""
+        """Return the weights [student heads, teacher heads], with a gradient to the logits; detach to use as a map."""
         return torch.softmax(self.logits, dim=1)
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the mean over student heads of 1 - cosine of its output with its mixture of the teacher's, a scalar.
 
-        Arguments as of `head_costs`; only the logits get a gradient. A head of zeros is at a distance of 1.
+        Arguments as in `head_costs`; only the logits get a gradient. A head whose output is 0 is at distance 1.
         """
         cross, own, gram = head_products(student, teacher, mask)
         weights = self.weights().to(cross)

@@ -1,4 +1,4 @@
-"""Projectors that are linear: full, of low rank, semi-orthogonal, and none at all."""
+"""Linear projectors: full, low-rank, semi-orthogonal, identity."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from xarch_kd.errors import UsageError
 from xarch_kd.projectors.base import Projector, Split, factors, isometry
 
-# Of a weight that is to be an orthogonal projector's: largest entry of weightᵀ weight - 1, from float32 factors.
+# Largest entry of |weightᵀ weight - 1| in a semi-orthogonal weight computed from float32 factors.
 ORTHOGONALITY: Final = 1e-3
 
 
 class IdentityProjector(Projector):
-    """y = student: no freedom, no parameters; for equal dimensions. Raises UsageError where they differ."""
+    """Projector y = student, without parameters. Raises UsageError if the dimensions differ."""
 
     kind = "identity"
 
@@ -30,22 +30,22 @@ class IdentityProjector(Projector):
         super().__init__(student_dim, teacher_dim, student_dim)
 
     def split(self, student: Tensor) -> Split:
-        """Return the student alone."""
+        """Return the student's features without a weight."""
         return Split(student, None, None)
 
     def matrix(self) -> Tensor:
         """Return the identity."""
         return torch.eye(self.teacher_dim)
 
-    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """Raise UsageError: it is the identity and nothing else."""
+    def set_linear_map(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Raise UsageError: an identity has no parameters to set."""
         raise UsageError("An identity has nothing to set.", fix="projector: linear, or init: random")
 
 
 class LinearProjector(Projector):
-    """y = student weightᵀ (+ bias); weight is [teacher dim, student dim].
+    """Projector y = student weightᵀ (+ bias); weight is [teacher dim, student dim].
 
-    It starts as an isometry: the identity for equal dimensions, else a random semi-orthogonal matrix, drawn from
+    Initialized as an isometry: the identity for equal dimensions, else a random semi-orthogonal matrix from
     `generator`.
     """
 
@@ -72,16 +72,16 @@ class LinearProjector(Projector):
         return self.weight.detach()
 
     @torch.no_grad()
-    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """Take the weight over as it is."""
+    def set_linear_map(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Copy the weight."""
         self.weight.copy_(weight)
         self._set_bias(offset)
 
 
 class LowRankProjector(Projector):
-    """y = (student downᵀ) upᵀ (+ bias); down is [rank, student dim], up [teacher dim, rank].
+    """Projector y = (student downᵀ) upᵀ (+ bias); down is [rank, student dim], up [teacher dim, rank].
 
-    Both start semi-orthogonal, drawn from `generator`. `rank` is by default a quarter of the smaller dimension.
+    Both are initialized as semi-orthogonal matrices from `generator`. `rank` defaults to 1/4 of the smaller dimension.
     """
 
     kind = "low_rank"
@@ -109,8 +109,8 @@ class LowRankProjector(Projector):
         return self.up.detach() @ self.down.detach()
 
     @torch.no_grad()
-    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """Take over the factors of the nearest weight of its rank; both are equally large."""
+    def set_linear_map(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Set the factors, of equal norm, to those of the nearest weight of this rank."""
         up, down = factors(weight, self.rank)
         self.up.copy_(up)
         self.down.copy_(down)
@@ -118,11 +118,11 @@ class LowRankProjector(Projector):
 
 
 class OrthogonalProjector(Projector):
-    """y = student weightᵀ (+ bias) whose weight [teacher dim, student dim] is semi-orthogonal throughout training.
+    """Projector y = student weightᵀ (+ bias) whose weight [teacher dim, student dim] stays semi-orthogonal in training.
 
-    It keeps lengths and angles of a student that is not wider than its teacher, so it can't do the student's work.
+    If student dim <= teacher dim it preserves norms and angles, so it cannot fit the teacher without the student.
     The weight is the orthogonal factor of the QR decomposition, with a positive diagonal of R, of the parameter `basis`
-    [larger dim, smaller dim]: any basis gives one, and a semi-orthogonal basis gives itself.
+    [larger dim, smaller dim]: a semi-orthogonal basis is its own factor.
     """
 
     kind = "orthogonal"
@@ -158,8 +158,8 @@ class OrthogonalProjector(Projector):
         return self.weight.detach()
 
     @torch.no_grad()
-    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """Take a semi-orthogonal weight over. Raises UsageError for another."""
+    def set_linear_map(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Copy a semi-orthogonal weight. Raises UsageError for any other."""
         basis = weight.T if self.wide else weight
         error = float((basis.T @ basis - torch.eye(self.rank, dtype=basis.dtype, device=basis.device)).abs().max())
         if not error <= ORTHOGONALITY:
@@ -173,7 +173,7 @@ class OrthogonalProjector(Projector):
 
 
 def default_rank(student_dim: int, teacher_dim: int, rank: int | None) -> int:
-    """Return the rank of a low-rank projector. Raises UsageError for one that the dimensions do not have."""
+    """Return the rank of a low-rank projector. Raises UsageError if it is out of range."""
     smaller = min(student_dim, teacher_dim)
     if rank is None:
         return max(1, smaller // 4)

@@ -1,4 +1,4 @@
-"""A projector with one hidden layer."""
+"""Projector with one hidden layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from xarch_kd.projectors.base import Projector, Split, factors, isometry
 
 
 class MLPProjector(Projector):
-    """y = silu(student inᵀ + in_bias) outᵀ (+ bias); inner is [hidden, student dim], outer [teacher dim, hidden].
+    """Projector y = silu(student innerᵀ + inner_bias) outerᵀ (+ bias).
+
+    `inner` is [hidden, student dim], `outer` [teacher dim, hidden].
 
     An MLP can fit the teacher without the student's help: prefer a linear projector. It is initialized, and fitted, as
     a linear map of rank `hidden` / 2: silu(z) - silu(-z) = z, so two hidden units of opposite sign are one linear unit.
@@ -39,7 +41,7 @@ class MLPProjector(Projector):
         self.outer = nn.Parameter(torch.empty(teacher_dim, self.hidden))
         self.bias = nn.Parameter(torch.zeros(teacher_dim)) if bias else None
         nn.init.normal_(self.inner, std=student_dim**-0.5, generator=generator)
-        self.become(isometry(teacher_dim, student_dim, generator=generator))
+        self.set_linear_map(isometry(teacher_dim, student_dim, generator=generator))
 
     def split(self, student: Tensor) -> Split:
         """Return the hidden units [..., hidden], the outer weight and bias."""
@@ -47,14 +49,14 @@ class MLPProjector(Projector):
         return Split(units, self.outer, self.bias)
 
     def matrix(self) -> Tensor:
-        """Return the derivative at a student of 0, [teacher dim, student dim]; the map itself is not linear."""
+        """Return the Jacobian at a student of 0, [teacher dim, student dim]; the map itself is not linear."""
         at = self.inner_bias.detach()
         slope = at.sigmoid() * (1 + at * (1 - at.sigmoid()))
         return (self.outer.detach() * slope) @ self.inner.detach()
 
     @torch.no_grad()
-    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """Take over the nearest linear map of its rank, in pairs of hidden units; other units do not contribute."""
+    def set_linear_map(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """Set pairs of hidden units to the nearest linear map of this rank; other units get zero outgoing weights."""
         up, down = factors(weight, self.rank)
         paired = 2 * self.rank
         self.inner[:paired] = torch.cat((down, -down)).to(self.inner)
@@ -65,9 +67,9 @@ class MLPProjector(Projector):
 
 
 def default_hidden(student_dim: int, teacher_dim: int, hidden: int | None) -> int:
-    """Return how many hidden units an MLP has. Raises UsageError for fewer than 2."""
+    """Return the number of hidden units of an MLP. Raises UsageError for fewer than 2."""
     if hidden is None:
         return 2 * min(student_dim, teacher_dim)
     if hidden < 2:
-        raise UsageError("An MLP starts as pairs of hidden units.", asked=f"hidden: {hidden}", allowed=">= 2")
+        raise UsageError("An MLP is initialized as pairs of hidden units.", asked=f"hidden: {hidden}", allowed=">= 2")
     return hidden

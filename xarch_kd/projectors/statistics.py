@@ -1,4 +1,4 @@
-"""What closed forms need to know of a student's and a teacher's features: means and products, streamed in float64."""
+"""Streaming statistics of student and teacher features, in float64: means and second moments for closed forms."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
 
-# Tokens that are converted to float64 at a time.
+# Tokens converted to float64 at a time.
 CHUNK: Final = 4096
 
 
 class SecondMoments(NamedTuple):
-    """Means over tokens of products of features x [student dim] and y [teacher dim], all float64.
+    """Second moments of features x [student dim] and y [teacher dim], means over tokens, all float64.
 
-    student [student dim, student dim], cross [student dim, teacher dim] is of x yᵀ, teacher [teacher dim,
-    teacher dim]. About the means `student_mean` and `teacher_mean`, which are 0 for moments about 0.
+    `student` [student dim, student dim], `cross` [student dim, teacher dim] of x yᵀ, `teacher` [teacher dim, teacher
+    dim], about `student_mean` and `teacher_mean`, which are 0 for moments about 0.
     """
 
     student: Tensor
@@ -30,10 +30,10 @@ class SecondMoments(NamedTuple):
 
 
 class PairStatistics:
-    """Token count, means and products of the features of one pair of layers, over all tokens ever taken in.
+    """Token count, means and products of the features of one pair of layers, over all tokens seen.
 
-    Products are kept about the means (Chan, Golub & LeVeque 1979), so features with a large offset keep their digits.
-    Statistics of parts of the tokens can be merged: the result is that of the whole.
+    Products are stored about the means (Chan, Golub & LeVeque 1979), so that features with a large offset lose no
+    digits. Statistics of disjoint sets of tokens can be merged: the result is that of their union.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,10 @@ class PairStatistics:
 
     @torch.no_grad()
     def update(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> None:
-        """Take in features [..., dim] of the same tokens; `mask` has their leading axes, true where a token counts.
+        """Add features [..., dim] of the same tokens; `mask` has their leading axes and is true for tokens that count.
 
         Raises:
-            UsageError: tensors that do not fit each other, or what was taken in before.
+            UsageError: tensors that do not fit each other, or the earlier ones.
             NonFiniteLoss: a feature of a counted token is NaN or infinite.
         """
         checks.check_floating(student=student, teacher=teacher)
@@ -72,21 +72,21 @@ class PairStatistics:
                     self._add(first.shape[0], _about_means(first.double(), second.double()))
 
     def merge(self, other: PairStatistics) -> None:
-        """Add the tokens that `other` took in, e.g. of another pair that shares a projector.
+        """Add the tokens of `other`, e.g. of another pair that shares the projector.
 
-        Raises UsageError where its dimensions differ.
+        Raises UsageError if the dimensions differ.
         """
         if other._sums:
             self._add(other.tokens, {name: tensor.clone() for name, tensor in other._sums.items()})
 
-    def moments(self, *, centred: bool = True) -> SecondMoments:
-        """Return the means of products, about the means or about 0. Raises UsageError before the first token."""
+    def moments(self, *, centered: bool = True) -> SecondMoments:
+        """Return the second moments, central or about 0. Raises UsageError before the first token."""
         if not self._sums:
-            raise UsageError("There are no statistics of no tokens.", found=0, allowed=">= 1 token")
+            raise UsageError("Statistics of no tokens have no moments.", found=0, allowed=">= 1 token")
         sums = self._sums
         x, y = sums["student_mean"], sums["teacher_mean"]
         student, cross, teacher = (sums[name] / self.tokens for name in ("student", "cross", "teacher"))
-        if centred:
+        if centered:
             return SecondMoments(student, cross, teacher, x, y)
         return SecondMoments(
             student + torch.outer(x, x),
@@ -97,12 +97,12 @@ class PairStatistics:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Return its tensors by name, for a file; not copies."""
+        """Return the tensors by name, not copied, for a checkpoint."""
         return {"tokens": torch.tensor(self.tokens), **self._sums}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> PairStatistics:
-        """Return the statistics that `state` came from."""
+        """Return the statistics of a `state()`."""
         found = cls()
         found.tokens = int(state["tokens"])
         found._sums = {name: tensor.clone() for name, tensor in state.items() if name != "tokens"}

@@ -36,5 +36,5 @@ def _log_matrix(mixing: Mixing, attended: Tensor, inputs: MixingDistanceInputs) 
     assert isinstance(mixing, SoftmaxMixing)
     everything = slice(0, mixing.time)
     logits = mixing.logits(everything, everything)
-    normalizer = mixing.log_normaliser(everything)[..., None]
+    normalizer = mixing.log_normalizer(everything)[..., None]
     return torch.where(attended & inputs.keep[:, None, :, None], logits - normalizer, 0)

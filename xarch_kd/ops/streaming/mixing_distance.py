@@ -130,12 +130,12 @@ def _logarithms(
     assert isinstance(teacher, SoftmaxRows) and isinstance(student, SoftmaxRows)
     teacher_logits, logits = teacher.logits(rows, columns), student.logits(rows, columns)
     target, entries = teacher.probabilities(teacher_logits), student.probabilities(logits)
-    normalizer = student.log_normaliser(logits, entries)
+    normalizer = student.log_normalizer(logits, entries)
     one_to_one = inputs.distance == "kl" and inputs.head_map is None
     total = torch.ones_like(normalizer)
     if one_to_one:
         # As Σ P = 1, this is Σ P (log P - log M) without a logarithm of each entry.
-        normalizer = normalizer - teacher.log_normaliser(teacher_logits, target)
+        normalizer = normalizer - teacher.log_normalizer(teacher_logits, target)
         values = normalizer + teacher_logits.sub_(logits).mul_(target).sum(-1)
     else:
         target = inputs.mixed(target)

@@ -62,7 +62,7 @@ class SoftmaxRows:
         self._sink_entries = torch.exp(self.sinks[:, None] - normalizer) if self.gradients else None
         return torch.exp(logits - normalizer[..., None])
 
-    def log_normaliser(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+    def log_normalizer(self, logits: Tensor, probabilities: Tensor) -> Tensor:
         """Return log of the sum of each row's exponentials, so that log P = logits - it."""
         if self.sinks is not None:
             return self._with_sinks(logits)
