@@ -25,8 +25,8 @@ def test_weights_are_float64_and_ones_own_copy() -> None:
         ([[1.5, -0.5]], "non-negative"),
         ([[float("nan"), 1.0]], "rows that sum to nan"),
         ([[float("inf"), 0.0]], "rows that sum to inf"),
-        ([1.0], "at least one block"),
-        ([[], []], "at least one block"),
+        ([1.0], "at least one layer"),
+        ([[], []], "at least one layer"),
     ],
 )
 def test_what_is_no_map_is_refused(weights: list[list[float]], message: str) -> None:

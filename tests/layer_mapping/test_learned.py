@@ -121,7 +121,7 @@ def test_a_start_from_a_map_keeps_it_at_any_temperature() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LearnedMap(0, 3), "at least one block"),
+        (lambda: LearnedMap(0, 3), "at least one layer"),
         (lambda: LearnedMap(2, 3, temperature=0.0), r"temperature of learned[\s\S]*> 0"),
         (lambda: LearnedMap(2, 3, final_temperature=-1.0), "final_temperature of learned"),
         (lambda: LearnedMap(2, 3, usage_floor=1.5), r"usage_floor[\s\S]*0 to 1"),
