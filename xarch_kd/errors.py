@@ -1,6 +1,6 @@
-"""Errors that say what was asked, what was found, what is allowed and how to mend it.
+"""Errors with what was asked, what was found, what is allowed and how to fix it.
 
-Only the standard library is imported here, so that every floor and the command line can raise them cheaply.
+Only the standard library is imported here, so that every package and the command line can raise them cheaply.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 
 
 class XarchError(Exception):
-    """Parent of every error that `xarch_kd` raises on purpose.
+    """Base class of all errors that `xarch_kd` raises.
 
-    `exit_code` is what the command line returns for it: 1 a gate failed, 2 usage or mapping file, 3 data or model,
+    `exit_code` is the exit code of the command line: 1 a gate failed, 2 usage or mapping file, 3 data or model,
     130 interrupted and resumable.
     """
 
@@ -64,11 +64,11 @@ class ModelError(XarchError):
 
 
 class ConversionError(ModelError):
-    """A teacher that no stock student class holds exactly, or a conversion whose check failed."""
+    """A teacher that no stock student class represents exactly, or a conversion whose check failed."""
 
 
 class TapError(ModelError):
-    """A tap that a family lacks, or a model whose inner modules are not known."""
+    """A tap that a model family does not have, or a model whose modules are not known."""
 
 
 class DataError(XarchError):
@@ -76,7 +76,7 @@ class DataError(XarchError):
 
 
 class NonFiniteLoss(XarchError):
-    """A loss or gradient that is NaN or infinite; raised before the optimiser step."""
+    """A loss or gradient that is NaN or infinite; raised before the optimizer step."""
 
 
 class CheckpointError(XarchError):
@@ -96,7 +96,7 @@ class GateFailed(XarchError):
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the option nearest to `word`, or an empty string."""
+    """Return ` Did you mean 'x'?` for the option closest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 

@@ -1,1 +1,1 @@
-"""Tiny models and input factories; nothing imports this but tests and benchmarks."""
+"""Tiny models and input factories for tests and benchmarks, the only importers."""

@@ -1,4 +1,4 @@
-"""The sizes of all tensors that PyTorch makes while something runs."""
+"""Sizes of all tensors that PyTorch creates while code runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class AllocationWatch(TorchDispatchMode):
-    """While entered, records (operation, shape) of every result, views included, that `is_too_large` says so of.
+    """Context that records (operation, shape) of every result for which `is_too_large` is true.
 
-    A view of something large is as telling as the thing itself: an expanded mask is one.
+    Views count too: a view of a large tensor, e.g. an expanded mask, would be a large tensor if copied.
     """
 
     def __init__(self, is_too_large: Callable[[torch.Size], bool]) -> None:
@@ -24,7 +24,7 @@ class AllocationWatch(TorchDispatchMode):
         self.seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at what it returned."""
+        """Run the operation and check its results."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -35,7 +35,7 @@ class AllocationWatch(TorchDispatchMode):
 
 
 def square_or_vocabulary(time: int, vocabulary: int, tokens: int) -> Callable[[torch.Size], bool]:
-    """Return a test for tensors of the size time × time, in two axes or flattened, or of tokens × vocabulary."""
+    """Return a predicate for tensors of size time × time, as two axes or flattened, or tokens × vocabulary."""
 
     def is_too_large(shape: torch.Size) -> bool:
         numbers = shape.numel()

@@ -1,6 +1,6 @@
-"""What every model type is served with, found by asking the code: the rows of the page docs/families.md.
+"""Support for every model type, determined by running the code: the rows of docs/families.md.
 
-A row is a tiny model. A cell says what works, or the reason that the code gives when it is asked for what does not.
+A row is a tiny model. A cell has what works, or the message of the error for what does not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from xarch_kd.taps.trace import trace
 from xarch_kd.testing import recurrent, tiny
 
 LENGTH = 13
-# The class of students whose network mamba_ssm has too.
+# The student class that mamba_ssm has too.
 EXPORTED = "bamba"
 CONVERSIONS: dict[str, tuple[str, ...]] = {
     mixer: (*(name for name, target in TARGETS.items() if target.mixer == mixer), IN_PLACE)
@@ -39,20 +39,20 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Specimen:
-    """The tiny model of a row; `overrides` are fields of its config that make it a case of its own."""
+    """Tiny model of a row; `overrides` are the config fields that distinguish it from others of its type."""
 
     model_type: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    # Fields that only make the model tiny, and are no part of the row's name.
+    # Fields that only make the model tiny; not part of the row's name.
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The type, and what sets it apart, e.g. `mistral, sliding_window: 8`."""
+        """The type and its overrides, e.g. `mistral, sliding_window: 8`."""
         return ", ".join([self.model_type, *(f"{key}: {_short(value)}" for key, value in self.overrides.items())])
 
     def model(self) -> PreTrainedModel:
-        """A new model, the same each time."""
+        """Return a new model, equal in each call."""
         overrides = {**self.sizes, **self.overrides}
         teacher = self.model_type.removeprefix(IN_PLACE_PREFIX)
         if teacher != self.model_type:
@@ -62,7 +62,7 @@ class Specimen:
 
 
 def _short(value: object) -> str:
-    """A field's value; of rotary parameters only what is not as everywhere."""
+    """Return a field's value as text; of rotary parameters only those that are not the default."""
     if not isinstance(value, Mapping):
         return str(value).lower() if isinstance(value, bool) else str(value)
     kind, share = value["rope_type"], value.get("partial_rotary_factor", 1.0)
@@ -81,7 +81,7 @@ VARIANTS = (
     Specimen(model_type="gpt_neox", overrides={"use_parallel_residual": False}),
     Specimen(model_type="granite", overrides={"tie_word_embeddings": True}),
 )
-# What a tiny model needs to have a mixer of each kind of its family.
+# Sizes that give a tiny model a mixer of each kind of its family.
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["mamba", "mlp", "attention"], "num_hidden_layers": 3}
 }
@@ -100,11 +100,10 @@ SPECIMENS: dict[str, Specimen] = {specimen.name: specimen for specimen in _speci
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """Whether a teacher becomes a student of one class, and how near it then is to it.
+    """Conversion of a teacher to one student class, and its exactness.
 
-    `fit` is None where it does not, for `reason`. `notes` are what the code tells of a conversion that works;
-    `chosen` says that it is the class that `target: auto` takes. `all_kept` is why not all of the attention can be
-    kept, where it can not.
+    `fit` is None if the conversion is refused, with `reason`. `notes` are its warnings; `chosen` is true for the class
+    that `target: auto` selects. `all_kept` is the reason if not all of the attention can be kept.
     """
 
     fit: Fit | None
@@ -116,9 +115,9 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Whether a model, or the Bamba that it converts to, can be written in mamba_ssm's format; if not, `reason`.
+    """Export of a model, or of the Bamba that it converts to, to mamba_ssm; `reason` if it is refused.
 
-    `rescaled` is why its norms must be given another epsilon before anything else, where they must.
+    `rescaled` is the reason if its norms need another epsilon first.
     """
 
     by_way_of: str | None = None
@@ -128,10 +127,10 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a specimen is served with.
+    """Support for one specimen.
 
-    `missing` has the reason for each tap that it lacks, `mixings` what the tap `mixing` gives for each kind of its
-    mixers, `unread` why it gives nothing, and `conversions` one entry for each (mixer, target).
+    `missing` has the reason for each tap that it does not have, `mixings` the class of the tap `mixing` for each kind
+    of mixer, `unread` the reason if there is none, and `conversions` one item per (mixer, target).
     """
 
     name: str
@@ -144,7 +143,7 @@ class Row:
 
 
 def row_of(specimen: Specimen) -> Row:
-    """Ask the code for everything that the row says; nothing is trained and only the tiny model runs."""
+    """Return the row of a specimen; only its tiny model runs, nothing is trained."""
     model = specimen.model()
     layout = layout_of(model)
     mixings, unread = _mixings(layout)
@@ -164,7 +163,7 @@ def row_of(specimen: Specimen) -> Row:
 
 
 def in_short(error: XarchError) -> str:
-    """The reason in what an error says, word for word: what was found against one target, or what follows a colon."""
+    """Return the reason in an error, verbatim: the objection of a single target, or the text after the colon."""
     target, _, against = str(error.found).partition(": ")
     if target in TARGETS and "; " not in against:
         return against
@@ -172,12 +171,12 @@ def in_short(error: XarchError) -> str:
 
 
 def token_ids() -> Tensor:
-    """Tokens [batch, time] that every specimen can read."""
+    """Return token ids [batch, time] that are valid for every specimen."""
     return torch.randint(1, tiny.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(5))
 
 
 def readable_layers(layout: Layout) -> dict[int, str | None]:
-    """For each block, why its mixing cannot be read, or None."""
+    """Return the reason why the mixing of each block cannot be read, or None."""
     reasons: dict[int, str | None] = {}
     for layer in range(len(layout.blocks)):
         try:
@@ -190,7 +189,7 @@ def readable_layers(layout: Layout) -> dict[int, str | None]:
 
 
 def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> Conversion:
-    """Whether a teacher of `config` becomes a student of `target` when the mixer of its last block is replaced."""
+    """Return the conversion of a teacher of `config` to `target` with the mixer of its last block replaced."""
     replaced = [int(config.num_hidden_layers) - 1]  # type: ignore[attr-defined]  # a field of every family's config
     try:
         notes = plan_conversion(config, mixer=mixer, target=target, replace=replaced).warnings
@@ -206,7 +205,7 @@ def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> Conversi
 
 
 def export_of(model: PreTrainedModel) -> Export:
-    """Whether a model can be written in mamba_ssm's format, itself or with the mixer of its last block replaced."""
+    """Return the export of a model to mamba_ssm, as it is or with the mixer of its last block replaced."""
     converts = conversion_of(model.config, "mamba2", EXPORTED).fit is not None
     if model.config.model_type in WRITERS or not converts:
         return Export(reason=_unwritten(model.config))

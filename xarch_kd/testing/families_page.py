@@ -1,4 +1,4 @@
-"""The page docs/families.md. `python -m xarch_kd.testing.families_page` writes it anew; a test runs every row of it."""
+"""Generator of docs/families.md (`python -m xarch_kd.testing.families_page`); a test runs every row of the page."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from xarch_kd.taps.sites import TAPS
 from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, Conversion, Export, Row, row_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-FITS: dict[Fit, str] = {"exact": "exact", "folded": "up to rounding", "frozen": "as initialisation"}
+FITS: dict[Fit, str] = {"exact": "exact", "folded": "up to rounding", "frozen": "as initialization"}
 ABOUT = f"""\
 # Model types
 
-Generated from the code by `python -m xarch_kd.testing.families_page`, and checked: a test builds the tiny model of
-every row, reads the taps, applies the mixing, converts, and asks for what is not served. A number leads to what the
-code itself says, below. What a field of your own model's config changes, `xarch-kd plan` tells.
+Generated from the code by `python -m xarch_kd.testing.families_page`. A test builds the tiny model of every row, reads
+the taps, applies the mixing, converts, and requests what is not supported. Numbers link to the reasons below, which are
+the messages of the code. Run `xarch-kd plan` to see how your model's config affects this.
 
-- **Mixers**: what the blocks mix tokens with. **Taps**: {", ".join(f"`{tap}`" for tap in TAPS)}.
-- **`mixing`**: the kind of matrix (`xarch_kd.mixing`) that the tap yields for each kind of mixer.
-- **mamba2**, **gated_delta**: the classes of students that a teacher of this type becomes with `mixer: mamba2` or
-  `mixer: gated_delta`; in bold the one that `target: auto` takes. {FITS["exact"].capitalize()}: with all attention
-  kept the logits are the teacher's, bit for bit, and so is what a kept block returns for the same input.
+- **Mixers**: the token mixers of the blocks. **Taps**: {", ".join(f"`{tap}`" for tap in TAPS)}.
+- **`mixing`**: the class of matrix (`xarch_kd.mixing`) that the tap returns for each kind of mixer.
+- **mamba2**, **gated_delta**: the student classes for a teacher of this type with `mixer: mamba2` or
+  `mixer: gated_delta`; in bold the one that `target: auto` selects. {FITS["exact"].capitalize()}: with all attention
+  kept the logits are bitwise equal to the teacher's, and so is the output of a kept block for the same input.
   {FITS["folded"].capitalize()}: multipliers are folded into weights. {FITS["frozen"].capitalize()}: equal up to
   rounding only while a part stays frozen.
-- **mamba_ssm**: whether the model, or the student that it converts to, can be written in the format of
+- **mamba_ssm**: support for export of the model, or of the student that it converts to, to
   `mamba_ssm.MambaLMHeadModel`.
 """
 
 
 class Notes:
-    """The numbered list of what the code says, each text once."""
+    """Numbered list of reasons, without duplicates."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def number(self, text: str) -> str:
-        """The number of `text` as a link."""
+        """Return the number of `text` as a link."""
         if text not in self.texts:
             self.texts.append(text)
         number = self.texts.index(text) + 1
@@ -45,13 +45,13 @@ class Notes:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the page as Markdown."""
     notes = Notes()
     header = ("Type", "Mixers", "Taps", "`mixing`", *CONVERSIONS, "mamba_ssm")
     lines = [_line(header), _line(["---"] * len(header))]
     lines += [_line(_cells(row_of(specimen), notes)) for specimen in SPECIMENS.values()]
     texts = [f'{number}. <a id="{number}"></a>{_sentence(text)}' for number, text in enumerate(notes.texts, 1)]
-    return "\n".join([ABOUT, *lines, "\n## What the code says\n", *texts, ""])
+    return "\n".join([ABOUT, *lines, "\n## Reasons\n", *texts, ""])
 
 
 def _cells(row: Row, notes: Notes) -> Sequence[str]:
@@ -87,32 +87,32 @@ def _mixings(row: Row, notes: Notes) -> str:
 
 
 def _conversions(conversions: Mapping[str, Conversion], notes: Notes) -> str:
-    """Targets that say the same are named together; where all refuse for one reason, none is named."""
+    """Return the cell of a mixer; targets of equal outcome are grouped, unnamed if all are refused for one reason."""
     together: dict[str, list[str]] = {}
     for target, conversion in conversions.items():
-        said = _said(conversion, notes)
-        together.setdefault(said, []).append(f"**{target}**" if conversion.chosen else target)
+        outcome = _outcome(conversion, notes)
+        together.setdefault(outcome, []).append(f"**{target}**" if conversion.chosen else target)
     if len(together) == 1 and all(conversion.fit is None for conversion in conversions.values()):
         return next(iter(together))
-    return "; ".join(f"{', '.join(targets)}: {said}" for said, targets in together.items())
+    return "; ".join(f"{', '.join(targets)}: {outcome}" for outcome, targets in together.items())
 
 
-def _said(conversion: Conversion, notes: Notes) -> str:
+def _outcome(conversion: Conversion, notes: Notes) -> str:
     if conversion.fit is None:
         return f"no {notes.number(conversion.reason or '')}"
-    told = [*conversion.notes, *([conversion.all_kept] if conversion.all_kept else [])]
-    return " ".join([FITS[conversion.fit], *(notes.number(text) for text in told)])
+    notes_of = [*conversion.notes, *([conversion.all_kept] if conversion.all_kept else [])]
+    return " ".join([FITS[conversion.fit], *(notes.number(text) for text in notes_of)])
 
 
 def _export(export: Export, notes: Notes) -> str:
     if export.reason is not None:
         return f"no {notes.number(export.reason)}"
-    said = "yes" if export.by_way_of is None else f"by way of {export.by_way_of}"
-    return said if export.rescaled is None else f"{said} {notes.number(export.rescaled)}"
+    outcome = "yes" if export.by_way_of is None else f"by way of {export.by_way_of}"
+    return outcome if export.rescaled is None else f"{outcome} {notes.number(export.rescaled)}"
 
 
 def _sentence(text: str) -> str:
-    # A name stays as it is written.
+    # A name keeps its case.
     first = text[0] if "_" in text.split()[0] else text[0].upper()
     return f"{first}{text[1:].rstrip('.')}."
 

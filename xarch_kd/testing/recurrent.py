@@ -1,7 +1,7 @@
 """Tiny random models of every family with a recurrent mixer; imported by tests and benchmarks only.
 
-Sizes are uneven where a family allows it (groups and heads, key and value widths), so that two axes that are mixed up
-do not fit, and every weight, bias, decay and step is non-trivial, so that one that is dropped shows.
+Sizes are distinct if a family allows it (groups and heads, key and value dims), so that swapped axes do not fit, and
+every weight, bias, decay and step is non-trivial, so that a missing one changes the output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHARED: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
-# The step's bounds lie where some steps of a random model pass each of them.
+# Bounds that some steps of a random model exceed on each side.
 _MAMBA2: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_n_groups": 2,
@@ -136,7 +136,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_local_experts": 2,
         "layer_types": ["linear_attention", "full_attention"],
     },
-    # It halves its hidden state every so many blocks when it does not train.
+    # In eval mode the class halves its hidden state every N blocks.
     "rwkv": {"rescale_every": 0},
     "lfm2": _CONVOLUTION,
     "lfm2_moe": {**_CONVOLUTION, **_EXPERTS},
@@ -147,7 +147,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def recurrent_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a float32 model of two blocks with a recurrent mixer, in eval mode, the same for the same seed.
 
-    `overrides` win over the sizes.
+    `overrides` replace sizes.
     """
     config = AutoConfig.for_model(model_type, **{**_SHARED, **SIZES[model_type], **overrides})
     with torch.random.fork_rng(devices=[]):
@@ -160,7 +160,7 @@ def recurrent_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreT
 
 
 def _perturb(name: str, parameter: nn.Parameter) -> None:
-    """Give one parameter values for which a mixer remembers some tokens and forgets others."""
+    """Set a parameter to values for which the mixer's decays differ between tokens."""
     noise = torch.randn_like(parameter)
     if name.endswith("A_log"):
         parameter.copy_(0.6 * noise - 1.0)
@@ -174,7 +174,7 @@ def _perturb(name: str, parameter: nn.Parameter) -> None:
 
 
 class Reading(NamedTuple):
-    """What one pass yielded at a mixer: the outputs of its projections by path, and its inner output."""
+    """Records of one forward pass at a mixer: the outputs of its projections by path, and its inner output."""
 
     projected: dict[str, Tensor]
     inner: Tensor
@@ -190,7 +190,7 @@ def read_mixer(
 ) -> Reading:
     """Run the model once; return the outputs of the mixer's `projections` and the input of its module `inner`.
 
-    Where `inner` ends with `()` it is the output of that module.
+    If `inner` ends with `()`, the output of that module is returned instead.
     """
     seen: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Reading what a run left behind, for tests of the main job."""
+"""Readers of run folders, for tests of the main job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def student_of(run: Path) -> dict[str, Tensor]:
 
 
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    """Tell whether two sets of weights are equal bit for bit."""
+    """Return True if two sets of weights are bitwise equal."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 

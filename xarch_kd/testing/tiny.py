@@ -1,7 +1,7 @@
 """Tiny random models and a tiny tokenizer, built from configs in milliseconds; imported by tests and benchmarks only.
 
-Every norm weight and bias is non-trivial and attention is far from uniform, so that a weight which is dropped,
-swapped or folded wrongly shows in the logits.
+Norm weights and biases are non-trivial and attention is far from uniform, so that a missing, swapped or wrongly folded
+weight changes the logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 97
-# Rotary positions that scale with length, and ones that turn half of a head.
+# Scaled rotary positions, and partial ones (half of a head).
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -88,7 +88,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
-    """Return a config of `model_type` of width 64 with 3 or 4 blocks and 97 tokens; `overrides` win over the sizes."""
+    """Return a config of `model_type` with hidden size 64, 3 or 4 layers and 97 tokens; `overrides` replace sizes."""
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     return AutoConfig.for_model(model_type, **{**tokens, **SIZES[model_type], **overrides})
 
@@ -106,7 +106,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTraine
 
 
 def _perturb(name: str, parameter: nn.Parameter) -> None:
-    """Give one parameter values of the size that a trained model's have, none of them special."""
+    """Set a parameter to random values of the magnitude of a trained model's."""
     if name.endswith(("A_log", ".D")):
         return
     if parameter.ndim == 1:
@@ -119,9 +119,9 @@ def _perturb(name: str, parameter: nn.Parameter) -> None:
 
 
 def tiny_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token a character: `<|end|>`, newline, then ASCII 32 to 126; others become `?`.
+    """Return a tokenizer with one token per character: `<|end|>`, newline, then ASCII 32 to 126; others become `?`.
 
-    With another `vocabulary` the table is cut, or filled up with tokens that no text has.
+    A different `vocabulary` truncates the table or pads it with unused tokens.
     """
     characters = ["<|end|>", "\n", *map(chr, range(ord("?"), ord("?") + 1))]
     characters += [chr(code) for code in range(32, 127) if chr(code) != "?"]
