@@ -1,4 +1,4 @@
-"""What a benchmark case is: data that says what is computed, on what, by whom, and what it must reach."""
+"""Benchmark cases as data: inputs, contenders, baseline and bounds."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What a contender must reach: a ratio to `against` (None: the baseline), or a share of the roofline."""
+    """Bound on a contender: a ratio to `against` (None: the baseline), or a share of the roofline."""
 
     contender: str
     measure: Measure
@@ -82,7 +82,7 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """How fast a contender may grow over the cases of a group: the slope of log(measure) against log(axis)."""
+    """Bound on a contender's growth over the cases of a group: the slope of log(measure) against log(axis)."""
 
     group: str
     contender: str

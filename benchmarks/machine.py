@@ -1,4 +1,4 @@
-"""What the machine can do, and what it and the code are called in a result."""
+"""Measured limits of the machine, and the identification of machine and code in a result."""
 
 from __future__ import annotations
 

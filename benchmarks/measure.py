@@ -23,7 +23,7 @@ MACHINE: Final = "machine"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a run measures. `patience`: seconds after which a contender that does not answer is given up."""
+    """Settings of a run. `patience`: timeout of a contender in seconds."""
 
     device: str = "cpu"
     threads: int = 1
@@ -47,7 +47,7 @@ HERE: Final = Place()
 
 @dataclass
 class Found:
-    """What was seen of one contender."""
+    """Measurements of one contender."""
 
     missing: str | None = None
     memory: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What contenders need that may not be there, and how other packages' losses are reached."""
+"""Requirements of contenders, and adapters to the losses of other packages."""
 
 from __future__ import annotations
 

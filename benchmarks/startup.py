@@ -1,4 +1,4 @@
-"""How long `import xarch_kd`, `xarch-kd --help` and `xarch-kd plan` take: medians over fresh interpreters.
+"""Start-up times of `import xarch_kd`, `xarch-kd --help` and `xarch-kd plan`: medians over fresh interpreters.
 
 Prints a table with the bounds of the medians, writes `benchmarks/results/startup.json`, returns 1 if one is broken.
 """

@@ -1,4 +1,4 @@
-"""Where the folders beside the package are, in a checkout and in a wheel."""
+"""Location of the folders beside the package, in a checkout and in a wheel."""
 
 from __future__ import annotations
 

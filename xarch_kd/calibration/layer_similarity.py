@@ -1,4 +1,4 @@
-"""How alike the layers of both models are before training: what layer maps that follow from data are made of.
+"""Layer similarity of both models before training, for layer maps that depend on data.
 
 Debiased CKA of every student layer with every teacher layer. Tokens of one sequence depend on each other, so a batch is
 the same position of many sequences; a few dimensions of a residual stream can outweigh all others, so each dimension is

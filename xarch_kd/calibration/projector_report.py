@@ -97,7 +97,7 @@ class ProjectorCheck:
 
     @property
     def needed(self) -> bool:
-        """Whether the stage has a projector with something to learn."""
+        """True if the stage has a trainable projector."""
         return any(_learns(module) for module in self.aligner.projectors.values())
 
     def before(self) -> None:

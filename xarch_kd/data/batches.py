@@ -18,7 +18,7 @@ from xarch_kd.losses.tokens import IGNORED_LABEL, next_token_labels
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Derived:
-    """What follows from a batch's values, found on the host so that a device is never waited for.
+    """Quantities derived from a batch on the host, so that no device is synchronized.
 
     `valid` and `predicted` are flat indices [k] (int64, on the batch's device) of the tokens that the mask keeps and of
     those whose next token counts; None where that is all of them.

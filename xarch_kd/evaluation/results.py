@@ -1,4 +1,4 @@
-"""What an evaluation found: dataclasses, their JSON, and the table that is shown."""
+"""Results of an evaluation: dataclasses, their JSON, and their table."""
 
 from __future__ import annotations
 

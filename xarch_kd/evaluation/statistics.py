@@ -1,4 +1,4 @@
-"""How sure a difference between two models on the same tokens is."""
+"""Confidence intervals of the difference between two models on the same tokens."""
 
 from __future__ import annotations
 

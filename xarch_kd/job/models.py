@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class RunModels:
-    """What a run works on. The student is in float32 while it trains, whatever dtype it is saved in."""
+    """Models of a run. The student trains in float32, whatever dtype it is saved in."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel

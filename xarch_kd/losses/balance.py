@@ -47,7 +47,7 @@ class Balance:
 
     @property
     def done(self) -> bool:
-        """Whether the scales are final."""
+        """True if the scales are final."""
         return all(len(self.ratios.get(part, ())) >= self.observations for part in self.parts)
 
     @property

@@ -12,7 +12,7 @@ from xarch_kd.mixing import DeltaMixing, LinearMixing, Mixing, SelectiveMixing, 
 
 
 class QueriesAndKeys(NamedTuple):
-    """What the entries of a token-mixing matrix are products of, both [batch, time, heads or groups, dim]."""
+    """Queries and keys of a token-mixing matrix, both [batch, time, heads or groups, dim]."""
 
     query: Tensor
     key: Tensor

@@ -1,4 +1,4 @@
-"""How the weight of an objective changes over a stage."""
+"""Schedules of an objective's weight over a stage."""
 
 from __future__ import annotations
 

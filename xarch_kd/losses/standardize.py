@@ -50,7 +50,7 @@ class Standardizer:
 
     @property
     def dim(self) -> int:
-        """How many dimensions."""
+        """Number of dimensions."""
         return self.mean.shape[0]
 
     def to(self, device: torch.device | str) -> Standardizer:

@@ -27,13 +27,13 @@ PROJECTED: Final = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", 
 
 
 class Objective(ConfigModel):
-    """What every loss has: a weight, or `auto` for one that balances gradients."""
+    """Options of every loss: a weight, or `auto` for one that balances gradients."""
 
     weight: Positive | Literal["auto"] = 1.0
 
 
 class FeatureObjective(Objective):
-    """What losses of features have: whether the teacher's statistics standardize them first."""
+    """Options of feature losses: `standardize` with the teacher's statistics."""
 
     standardize: bool = False
 
@@ -146,7 +146,7 @@ AlignLoss = Annotated[
 
 
 class Schedule(ConfigModel):
-    """How a weight changes over its stage; `start` and `end` are fractions of the stage's steps.
+    """Schedule of a weight over its stage; `start` and `end` are fractions of the stage's steps.
 
     `constant`: the factor `initial` from start to end, and the objective left out outside. `linear` and `cosine`: from
     the factor `initial` at start to `final` at end.
@@ -233,12 +233,12 @@ class Align(ConfigModel):
 
 
 def is_projected(loss: AlignLoss) -> bool:
-    """Whether a projector stands between the student and this loss."""
+    """Return True if this loss takes a projector."""
     return loss.kind in PROJECTED
 
 
 def is_standardized(loss: AlignLoss) -> bool:
-    """Whether features are standardized by the teacher's statistics before they are compared."""
+    """Return True if features are standardized with the teacher's statistics."""
     return bool(getattr(loss, "standardize", False))
 
 

@@ -12,7 +12,7 @@ Init = Literal["auto", "ridge", "procrustes", "pca", "random"]
 
 
 class ProjectorPart(ConfigModel):
-    """What every projector has.
+    """Options of every projector.
 
     `init` is its closed form on calibration text, fitted when the stage starts: `auto` is `procrustes` for an
     orthogonal one, else `ridge`, and `random` where there is too little text. With `share` all pairs of the entry have
@@ -52,7 +52,7 @@ class HiddenLayerProjector(ProjectorPart):
 
 
 class PlainProjector(ProjectorPart):
-    """What a projector's name alone says."""
+    """Projector given by its name alone."""
 
     kind: str
 

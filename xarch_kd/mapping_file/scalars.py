@@ -1,4 +1,4 @@
-"""What parts of a mapping file are made of: the parent of all, and scalars with their ranges."""
+"""Base class of the parts of a mapping file, and scalar types with ranges."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _version(value: object) -> object:
 
 
 class Paths(ConfigModel):
-    """Where the parts of a model outside the table of families are, as attribute paths.
+    """Attribute paths of the modules of a model outside the table of families.
 
     `blocks`, `embedding`, `final_norm` and `head` start at the model; `mixer` and `mlp` start at a block.
     """
@@ -60,7 +60,7 @@ class Model(ConfigModel):
 
 
 class Conversion(ConfigModel):
-    """How the teacher becomes a stock hybrid. Exactly one of `keep_attention` and `replace`, in the same language."""
+    """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax."""
 
     mixer: Literal["mamba2", "gated_delta"]
     keep_attention: str | tuple[LayerIndex, ...] | None = None
@@ -161,7 +161,7 @@ class Optimizer(ConfigModel):
 
 
 class Cache(ConfigModel):
-    """Where the teacher's features of a stage are kept, and at most how much."""
+    """Cache of the teacher's features of a stage: place and size limit."""
 
     where: Literal["memory", "disk", "off"] = "memory"
     limit_gib: Positive = 4.0
@@ -191,7 +191,7 @@ class Stage(ConfigModel):
 
     @property
     def cache_place(self) -> Literal["memory", "disk", "off"]:
-        """Where features are kept, however it was written."""
+        """Place of the feature cache, for both spellings."""
         return self.cache if isinstance(self.cache, str) else self.cache.where
 
     @property
@@ -219,7 +219,7 @@ class Calibration(ConfigModel):
 
 
 class Evaluate(ConfigModel):
-    """What is measured when training is done: `tokens` at most of the held-out text, and of each of `also`."""
+    """Evaluation after training, on at most `tokens` of the held-out text and of each text of `also`."""
 
     suites: tuple[Literal["likelihood"], ...] = ("likelihood",)
     tokens: Annotated[int, Field(ge=64)] = 16_384

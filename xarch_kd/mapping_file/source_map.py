@@ -1,4 +1,4 @@
-"""Where each value of a mapping file was written, and problems told as `file:line:column: place: what`."""
+"""Source positions of a mapping file's values, and problems formatted as `file:line:column: place: what`."""
 
 from __future__ import annotations
 

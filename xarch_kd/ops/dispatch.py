@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and why."""
+"""Selection of the implementation of an operation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Explanation(Exception):
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on tensors of the CPU: for tests."""
+    """Return True if Triton kernels run in its interpreter, on CPU tensors, as in tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -61,7 +61,7 @@ class DivergenceInputs:
 
     @property
     def tokens(self) -> int:
-        """How many tokens count."""
+        """Number of tokens that count."""
         return self.weights.shape[0]
 
 

@@ -1,4 +1,4 @@
-"""Which implementation of an operation would run on given inputs, and why not another."""
+"""Explanation of the implementation that an operation would select, and the reasons against others."""
 
 from __future__ import annotations
 

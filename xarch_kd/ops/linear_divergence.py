@@ -22,7 +22,7 @@ from xarch_kd.ops.teacher import TeacherTopK
 
 
 class DivergenceLoss(NamedTuple):
-    """What is minimised, and its parts. Only `total` has a gradient: the parts share one gradient buffer.
+    """Loss and its parts. Only `total` has a gradient: the parts share one gradient buffer.
 
     `divergence` and `cross_entropy` are unweighted, in nats, reduced like `total`; `cross_entropy` is None without
     labels.

@@ -44,7 +44,7 @@ class ProjectedDistanceInputs:
 
     @property
     def tokens(self) -> int:
-        """How many tokens count."""
+        """Number of tokens that count."""
         return self.student.shape[0] if self.kept is None else self.kept.shape[0]
 
 

@@ -1,4 +1,4 @@
-"""How alike the representations of two layers are: linear CKA without the bias of few tokens, streamed.
+"""Similarity of the representations of two layers: debiased linear CKA, streamed.
 
 CKA = HSIC(student, teacher) / sqrt(HSIC(student, student) HSIC(teacher, teacher)) (Kornblith et al. 2019,
 arXiv:1905.00414), with HSIC_1 of `reference.similarity` for each. It is 1 for features that differ by a rotation and a

@@ -58,7 +58,7 @@ class Rates:
 
     @property
     def timing_assumptions(self) -> str:
-        """What the times rest on, in one line."""
+        """Return the assumptions behind the times, in one line."""
         rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in self.per_second.items())
         return (
             f"matrix products measured on this {self.device} ({rates} GFLOP/s), of which whole passes are taken to "
@@ -68,7 +68,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a stage costs: `flops` in all, `seconds`, `peak_bytes` of the device's (on a CPU the process's) memory."""
+    """Cost of a stage: total `flops`, `seconds`, `peak_bytes` of device memory (of the process on a CPU)."""
 
     flops: float
     seconds: float
@@ -77,7 +77,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a stage does, as far as its cost depends on it.
+    """Properties of a stage that determine its cost.
 
     `teacher_blocks` and `student_blocks` are those that run; `mixers_alone` says that of the student's only the mixers
     do; `teacher_passes` and `student_passes` count micro-batches of `rows` times `time` tokens; `mixing_products` are

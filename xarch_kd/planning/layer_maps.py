@@ -95,12 +95,12 @@ def redraw_period(align: Align) -> int | None:
 
 
 def is_learned(align: Align) -> bool:
-    """Whether the layer map of an entry is trained with the student."""
+    """Return True if the layer map of an entry is trained with the student."""
     return not isinstance(align.layers, tuple) and align.layers is not None and strategy_of(align)[0] == "learned"
 
 
 def is_measured(align: Align) -> bool:
-    """Whether the layer map of an entry follows from a calibration pass."""
+    """Return True if the layer map of an entry needs a calibration pass."""
     if align.layers is None or isinstance(align.layers, tuple):
         return False
     return STRATEGIES[strategy_of(align)[0]].needs == "similarity"

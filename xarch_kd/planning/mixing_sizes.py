@@ -1,4 +1,4 @@
-"""How large a token-mixing matrix is, as factors and in work, from a model without storage."""
+"""Sizes of token-mixing matrices, as factors and FLOPs, from a model without storage."""
 
 from __future__ import annotations
 

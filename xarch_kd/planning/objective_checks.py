@@ -1,4 +1,4 @@
-"""What the objectives of one stage need of each other: something that counts at each step, something to balance on."""
+"""Checks across the objectives of a stage: an active objective at each step, a reference for balancing."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _counted_once(pairs: Iterator[PairPlan]) -> Iterator[PairPlan]:
 
 @dataclass(frozen=True)
 class _Source:
-    """What the pairs of an entry are made from."""
+    """Source of the pairs of an entry."""
 
     align: Align
     models: ModelPair

@@ -23,7 +23,7 @@ class LayerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSummary:
-    """What a config says of a model. `parameters` counts tied weights once."""
+    """Summary of a model's config. `parameters` counts tied weights once."""
 
     reference: str
     model_type: str

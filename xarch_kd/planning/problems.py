@@ -10,7 +10,7 @@ from xarch_kd.mapping_file.source_map import Problem
 
 @dataclass
 class Diagnostics:
-    """What is wrong and what is worth a notice, gathered over the whole file."""
+    """Errors and warnings, collected over the whole file."""
 
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

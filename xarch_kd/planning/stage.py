@@ -232,7 +232,7 @@ def _reach(stage: Stage, pair: PairPlan, models: ModelPair) -> set[str]:
 
 
 def _mixers_alone(stage: Stage, pairs: Sequence[PairPlan]) -> bool:
-    """Whether only the student's mixers run: nothing else is matched or trained."""
+    """Return True if only the student's mixers run: nothing else is matched or trained."""
     alone = {pair.tap for pair in pairs} <= MIXER_TAPS and set(stage.train) == {"mixers"}
     return stage.inputs == "teacher" and alone
 

@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def calibration(self) -> Path:
-        """How alike the layers of both models were at the start, where layer maps follow from it."""
+        """Layer similarity of both models at the start, for layer maps that depend on it."""
         return self.root / "calibration.safetensors"
 
     @property
@@ -64,12 +64,12 @@ class RunFolder:
 
     @property
     def projector_reports(self) -> Path:
-        """What the projectors of every stage did."""
+        """Diagnoses of the projectors of every stage."""
         return self.root / "projectors.json"
 
     @property
     def evaluation(self) -> Path:
-        """What was measured."""
+        """Results of the evaluation."""
         return self.root / "evaluation.json"
 
     @property

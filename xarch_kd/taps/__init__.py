@@ -1,6 +1,6 @@
-"""Reading a running model: families, layout, trace, replay and inspection.
+"""Taps of a running model: families, layout, trace, replay and inspection.
 
-`families` says where the parts of a model type are, `layout` resolves them in a model, `sites` names what is read and
-`recording` hooks it, `softmax` and `readers` make mixing matrices of it. `trace` reads taps in one forward pass,
-`replay` runs single blocks or mixers on given inputs, `inspect` lists what can be read.
+`families` is the table of module paths, `layout` resolves them in a model, `sites` names the recorded places and
+`recording` hooks them, `softmax` and `adapters` build mixing matrices. `trace` records taps in one forward pass,
+`replay` runs single blocks or mixers on given inputs, `inspect` lists the available taps.
 """

@@ -1,4 +1,4 @@
-"""Where the parts of each model family are: one visible table, and the same language for `paths` given by a user."""
+"""Table of model families: attribute paths of their modules, in the same form as a user's `paths`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 
 from xarch_kd.errors import TapError, UsageError, suggest
 
-# Types of models whose blocks are a teacher's, with mixers of several kinds where the teacher has attention.
+# Prefix of the model types of students converted in place.
 IN_PLACE = "xarch_kd_"
 PATH_NAMES = ("blocks", "mixer", "mlp", "embedding", "final_norm", "head")
 
 
-# A path or an attribute of the config, for every block or by the kind of the block's mixer (kinds left out: none).
+# A path or a config attribute, for every block or by the kind of the block's mixer (missing kinds: none).
 ByKind = str | Mapping[str, str]
 
 
@@ -22,16 +22,16 @@ ByKind = str | Mapping[str, str]
 class Family:
     """Attribute paths of one model type.
 
-    `blocks`, `embedding`, `final_norm` and `head` start at the causal language model; the others start at a block.
+    `blocks`, `embedding`, `final_norm` and `head` are relative to the causal language model, the others to a block.
     `mixers` are (path, kind) alternatives; the first that a block has is its mixer. A block that mixes tokens twice
-    (Falcon-H1, and Zamba's blocks around a shared Transformer) has the recurrent mixer here; `paths` name the other.
+    (Falcon-H1, and Zamba's blocks around a shared Transformer) has the recurrent mixer here; use `paths` for the other.
 
-    `mixer_output` and `mlp_output` name the module whose output joins the residual sum where that is not the mixer or
-    MLP itself (a norm or dropout after it); `mixer_scale` and `mlp_scale` the entry of the config that it is
-    multiplied by there, by default `residual_multiplier` if the config has it. `experts` is the path of experts whose
-    output is added to the MLP's: with them no module yields `mlp_output`. `block_returns` is what a block's forward
-    returns: the residual stream, alone or first in a tuple (of two, or of three), or a pair of which it is the sum;
-    None means that it is not known and must be tried.
+    `mixer_output` and `mlp_output` name the module whose output is added to the residual stream if that is not the
+    mixer or MLP itself (a norm or dropout after it); `mixer_scale` and `mlp_scale` name the config field of its
+    multiplier, by default `residual_multiplier` if the config has it. `experts` is the path of experts whose output is
+    added to the MLP's: with them no module returns `mlp_output`. `block_returns` is the return value of a block's
+    forward: the residual stream, alone or first in a tuple (of two, or of three), or a pair of which it is the sum;
+    None means unknown: it is determined by a trial run.
     """
 
     blocks: str
@@ -91,7 +91,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": LLAMA,
     "gpt_oss": LLAMA,
     "phi3": replace(LLAMA, mixer_output="resid_attn_dropout", mlp_output="resid_mlp_dropout"),
-    # Mixer and MLP share a dropout module, which therefore tells neither's output from the other's.
+    # Mixer and MLP share a dropout module, so its output does not identify either.
     "phi": replace(LLAMA, final_norm="model.final_layernorm"),
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
@@ -110,7 +110,7 @@ FAMILIES: dict[str, Family] = {
         mlp="mlp",
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
-        # Its name changed between releases of transformers; the model knows it.
+        # Its name changed between releases of transformers; the model has the current one.
         head=None,
         mixer_output="post_attention_dropout",
         mlp_output="post_mlp_dropout",
@@ -189,10 +189,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str, paths: Mapping[str, str | None] | object | None = None) -> Family:
-    """Return where the parts of `model_type` are; `paths` (a mapping or an object with those attributes) wins.
+    """Return the module paths of `model_type`; `paths` (a mapping or an object with those attributes) has priority.
 
-    A mixer path may give alternatives, `self_attn|mamba`, for a hybrid. Raises TapError for a type outside the table
-    when there are no paths, UsageError for paths that are incomplete or have a foreign key.
+    A mixer path may list alternatives, `self_attn|mamba`, for a hybrid. Raises TapError for a type outside the table
+    without paths, UsageError for paths that are incomplete or have an unknown key.
     """
     if paths is not None:
         return _family_from_paths(paths)

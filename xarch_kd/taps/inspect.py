@@ -1,4 +1,4 @@
-"""What can be read in a model: taps, layers, shapes and modules, from its config alone."""
+"""Listing of the taps of a model, with layers, shapes and modules, from its config alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from xarch_kd.taps.mixings import mixing_tap
 class TapRow:
     """One line of `xarch-kd inspect`.
 
-    `layers` are the blocks that it holds for (none for taps of the whole model), `module` the path of the module that
-    is read with `*` for the block's index, `reads` which side of it, `kind` the mixer's kind for mixer taps. A mixing
-    is listed with the shape of the matrix that it stands for; it is held as factors, which are read `inside`, as are
-    the values that it is applied to.
+    `layers` are the blocks that have the tap (none for taps of the whole model), `module` the path of the hooked module
+    with `*` for the block's index, `reads` its input or output, `kind` the mixer's kind for mixer taps. A mixing is
+    listed with the shape of its matrix; it is stored as factors, which are recorded `inside` the mixer, as are its
+    values.
     """
 
     tap: str
@@ -36,7 +36,7 @@ class TapRow:
 def inspect_model(
     model: PreTrainedModel | PreTrainedConfig | Layout, paths: Mapping[str, str | None] | object | None = None
 ) -> tuple[TapRow, ...]:
-    """List the taps of `model`; nothing is run and no weight is read, so a config or a meta model is enough.
+    """List the taps of `model` without running it or reading weights: a config or a meta model is enough.
 
     Raises TapError for a model type outside the table when no `paths` are given.
     """
@@ -70,7 +70,7 @@ def inspect_model(
 def _alike(
     layout: Layout, *modules: Sequence[nn.Module], kinds: Sequence[str] | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Blocks by where in the block its own of each of `modules` is, and by `kinds`."""
+    """Group blocks by the paths of `modules` inside the block, and by `kinds`."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for layer, own in enumerate(zip(*modules, strict=True)):
         places = (_path(layout, module, layer) for module in own)

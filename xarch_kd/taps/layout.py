@@ -1,4 +1,4 @@
-"""The parts of one loaded (or meta) model, resolved: blocks, mixers, MLPs, embedding, final norm, head."""
+"""Layout of a loaded or meta model: its blocks, mixers, MLPs, embedding, final norm and head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from xarch_kd.taps.families import ByKind, Family, family_of
 from xarch_kd.taps.mamba_ssm import check_mask, is_mamba_ssm_model, mamba_ssm_family
 
 SELECTIONS = ("mixers", "blocks", "embeddings", "norms", "head", "all")
-# What a mixer is told by where the table does not say it: the end of its class's name, else parameters and modules
-# that it owns.
+# Detection of a mixer's kind outside the table: by the suffix of its class name, else by its parameters and modules.
 MIXER_NAMES = {
     "LightningAttention": "lightning",
     "DeltaAttention": "kda",
@@ -32,11 +31,11 @@ MIXER_SIGNS = {"mamba2": ("A_log", "D", "dt_bias"), "mamba": ("A_log", "D", "x_p
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """The resolved parts of `model`.
+    """Resolved modules of `model`.
 
-    `base` is the module whose forward ends with the final norm and never runs the head. `mixer_outputs` and
-    `mlp_outputs` are the modules whose output, times its `mixer_scales` or `mlp_scale`, joins the residual sum. Of a
-    block that mixes tokens twice, `mixers` has the one that its family names. The logits are
+    `base` is the module whose forward ends with the final norm and does not run the head. `mixer_outputs` and
+    `mlp_outputs` are the modules whose output, times `mixer_scales` or `mlp_scale`, is added to the residual stream.
+    For a block that mixes tokens twice, `mixers` has the one that its family names. The logits are
     softcap(`logit_scale` · (hidden · `head_weight`ᵀ + `head_bias`)), softcap(x) = c · tanh(x / c) if c is not None.
     """
 
@@ -61,7 +60,7 @@ class Layout:
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's weight, [vocabulary, dim]. Raises TapError when the model has no head."""
+        """The head's weight [vocabulary, dim]. Raises TapError if the model has no head."""
         weight = getattr(self.head, "weight", None)
         if not isinstance(weight, Tensor):
             raise TapError(
@@ -78,26 +77,26 @@ class Layout:
 
     @property
     def model_type(self) -> str:
-        """The type of the model, as its config says; `mamba_ssm` for a model of that package."""
+        """The config's model type; `mamba_ssm` for a model of that package."""
         return getattr(self.model.config, "model_type", "mamba_ssm")
 
     def path_of(self, module: nn.Module) -> str:
-        """The attribute path of `module` in the model, e.g. `model.layers.3.self_attn`."""
+        """Return the attribute path of `module` in the model, e.g. `model.layers.3.self_attn`."""
         return next(name for name, other in self.model.named_modules(remove_duplicate=False) if other is module)
 
     def mixer_parameter_names(self, layer: int) -> tuple[str, ...]:
-        """Names, as in `model.named_parameters()`, of the parameters of the mixer of block `layer`."""
+        """Return the names, as in `model.named_parameters()`, of the parameters of the mixer of block `layer`."""
         return _names(self.model, {id(parameter) for parameter in self.mixers[layer].parameters()})
 
 
 def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] | object | None = None) -> Layout:
-    """Resolve the parts of `model`, on any device, the meta device included. A Layout is returned as it is.
+    """Resolve the modules of `model`, on any device, the meta device included. A Layout is returned unchanged.
 
     `model` is a causal language model of transformers, or a `mamba_ssm.MambaLMHeadModel`.
 
-    It names the modules that the model has now: resolve it again after blocks were wrapped or replaced.
+    It refers to the model's current modules: resolve it again after wrapping or replacing blocks.
 
-    Raises TapError when the type is not known and no `paths` are given, or when a path leads nowhere.
+    Raises TapError if the type is unknown and no `paths` are given, or if a path does not exist.
     """
     if isinstance(model, Layout):
         return model
@@ -187,7 +186,7 @@ def _scale(config: PreTrainedConfig, name: ByKind | None, kind: str) -> float:
 
 
 def head_logits(layout: Layout, head_input: Tensor) -> Tensor:
-    """Logits [..., vocabulary] of final-normed hidden states [..., dim], as the model itself computes them."""
+    """Return the logits [..., vocabulary] of final-normed hidden states [..., dim], as the model computes them."""
     weight = layout.head_weight
     logits = torch.nn.functional.linear(head_input.to(weight.dtype), weight, layout.head_bias) * layout.logit_scale
     cap = layout.logit_softcap
@@ -197,13 +196,13 @@ def head_logits(layout: Layout, head_input: Tensor) -> Tensor:
 def trainable_names(
     model: PreTrainedModel, layout: Layout, selection: Sequence[str], mixer_layers: Sequence[int] | None = None
 ) -> tuple[str, ...]:
-    """Names of the parameters that `selection` trains, in the order of `model.named_parameters()`.
+    """Return the names of the parameters that `selection` trains, in the order of `model.named_parameters()`.
 
     `mixers`: the mixers of `mixer_layers` (all when None); `blocks`: everything inside the blocks; `embeddings`;
     `norms`: every module whose class name has "Norm", those inside mixers included; `head`; `all`. A tied head and
     embedding are one parameter, under its first name.
 
-    Raises UsageError for an unknown word or layer, TapError for a part that the model lacks.
+    Raises UsageError for an unknown word or layer, TapError for a part that the model does not have.
     """
     for word in selection:
         if word not in SELECTIONS:
@@ -225,7 +224,7 @@ def trainable_names(
 
 
 def checked_layers(layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:
-    """`layers` in ascending order, each once. Raises UsageError for one that the model does not have."""
+    """Return `layers` sorted and without duplicates. Raises UsageError for one that the model does not have."""
     count = len(layout.blocks)
     for layer in layers:
         if not 0 <= layer < count:
@@ -239,7 +238,7 @@ def checked_layers(layout: Layout, layers: Sequence[int]) -> tuple[int, ...]:
 
 
 def eager_module(module: nn.Module) -> nn.Module:
-    """The module inside the wrapper that `torch.compile(module)` returns; any other module as it is."""
+    """Return the module inside the wrapper of `torch.compile(module)`; any other module unchanged."""
     return getattr(module, "_orig_mod", module)
 
 
@@ -276,7 +275,7 @@ def _each(
     model: PreTrainedModel,
     otherwise: Sequence[nn.Module] = (),
 ) -> tuple[nn.Module, ...] | None:
-    """The module at `path` of each block; where the block's kind has none, that block's of `otherwise`."""
+    """Return the module at `path` of each block; if the block's kind has none, that of `otherwise`."""
     if path is None:
         return None
     own = [_by_kind(path, kind) for kind in kinds]
@@ -287,7 +286,7 @@ def _each(
 
 
 def _child(block: nn.Module, path: str) -> nn.Module | None:
-    """The first module on `path` that `block` has, if any: some families set those that a block lacks to None."""
+    """Return the first module on `path` that `block` has, if any: some families set missing ones to None."""
     child = getattr(eager_module(block), path.split(".")[0], None)
     return child if isinstance(child, nn.Module) else None
 
@@ -309,7 +308,7 @@ def _kind(mixer: nn.Module) -> str:
 
 
 def _part(root: nn.Module, path: str, model: PreTrainedModel) -> nn.Module:
-    """The module at `path` under `root`. A base model (no head) drops its own prefix from the path."""
+    """Return the module at `path` under `root`. For a base model (no head) its prefix is removed from the path."""
     names = path.split(".")
     if root is model and getattr(model, "base_model", None) is model and names[0] == model.base_model_prefix:
         names = names[1:]

@@ -1,7 +1,7 @@
-"""Models of the package mamba_ssm (https://github.com/state-spaces/mamba), told by their class; it is not imported.
+"""Models of the package mamba_ssm (https://github.com/state-spaces/mamba), identified by class without importing it.
 
-Their blocks are given what the block before added and the residual stream before that, and return the same pair of
-their own, so that a kernel can add and norm in one go. They know neither attention masks nor caches of transformers.
+Their blocks take the output of the previous block and the residual stream before it, and return such a pair, so that a
+kernel can fuse addition and norm. They support neither attention masks nor the caches of transformers.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ FAMILY: Final = Family(
 
 
 def is_of_mamba_ssm(module: nn.Module, name: str) -> bool:
-    """Return whether a module is of the class `name` of mamba_ssm, or of a child of it."""
+    """Return True if a module is an instance of the class `name` of mamba_ssm."""
     return any(
         parent.__name__ == name and parent.__module__.partition(".")[0] == PACKAGE for parent in type(module).__mro__
     )
 
 
 def is_mamba_ssm_model(model: nn.Module) -> bool:
-    """Return whether `model` is a `mamba_ssm.MambaLMHeadModel`."""
+    """Return True if `model` is a `mamba_ssm.MambaLMHeadModel`."""
     return is_of_mamba_ssm(model, "MambaLMHeadModel")
 
 
 def mamba_ssm_family(model: Any) -> Family:
-    """Return where the parts of a `MambaLMHeadModel` are; without an MLP its blocks are mixers alone."""
+    """Return the module paths of a `MambaLMHeadModel`; without an MLP its blocks have a mixer only."""
     return FAMILY if model.config.d_intermediate else replace(FAMILY, mlp=None)
 
 
 def check_mask(attention_mask: Tensor | None) -> None:
-    """Raise `TapError` for a mask that such a model, which is given none, would have to heed: padding on the left."""
+    """Raise `TapError` for a mask with left padding, which such a model cannot take into account."""
     if attention_mask is not None:
         checks.require(
             attention_mask[:, 0].bool().all(),

@@ -1,4 +1,4 @@
-"""Reading the mixing matrix of one block and what it is applied to: what is kept during a pass, and what it makes."""
+"""Taps of the mixing matrix of one block and its values: records during a pass, and the matrix built from them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from xarch_kd.taps.softmax import AttentionCall, calls_attention_interface, inte
 
 
 class MixingTap(Protocol):
-    """One reading. `attach` puts it on the mixer until `stack` closes; `arrived` is called once all has been kept."""
+    """Tap of one mixer. `attach` hooks the mixer until `stack` closes; `arrived` is called once all is recorded."""
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None: ...
 
     def mixing(self, attention_mask: Tensor | None) -> Mixing:
-        """The Mixing of what was kept; the mask [batch, time] is the one that the pass was given."""
+        """Return the Mixing built from the records; the mask [batch, time] is that of the pass."""
         ...
 
     def values(self, attention_mask: Tensor | None) -> Tensor:
-        """What the matrix is applied to, [batch, time, heads, dim], with the mask as for `mixing`."""
+        """Return the values that the matrix is applied to, [batch, time, heads, dim], with the mask as for `mixing`."""
         ...
 
 
 def mixing_tap(layout: Layout, layer: int, taps: Collection[str] = ("mixing",)) -> MixingTap:
-    """A new reading of the mixer of block `layer` for `taps`, of `mixing` and `values`.
+    """Return a new tap of the mixer of block `layer` for `taps`, out of `mixing` and `values`.
 
-    Raises TapError when nothing is known about such a mixer.
+    Raises TapError for an unknown class of mixer.
     """
     asked = " and ".join(taps)
     block, mixer = layout.blocks[layer], layout.mixers[layer]
@@ -55,7 +55,7 @@ def mixing_tap(layout: Layout, layer: int, taps: Collection[str] = ("mixing",)) 
 
 
 def adapter_of(mixer: nn.Module) -> MixerAdapter | None:
-    """The reader of a mixer, by the name of its class or of a parent of it; none for attention of transformers."""
+    """Return the adapter of a mixer, by the name of its class or a base class; None for attention of transformers."""
     inner = eager_module(mixer)
     foreign = (reader for name, reader in MAMBA_SSM_ADAPTERS.items() if is_of_mamba_ssm(inner, name))
     names = (parent.__name__ for parent in type(inner).__mro__)
@@ -63,7 +63,7 @@ def adapter_of(mixer: nn.Module) -> MixerAdapter | None:
 
 
 class Running:
-    """Whether a block is running, until `stack` closes: one module may be called by several blocks."""
+    """Flag that is true while a block runs, until `stack` closes: several blocks may call one module."""
 
     def __init__(self, block: nn.Module, stack: ExitStack) -> None:
         self.now = False
@@ -79,7 +79,7 @@ class Running:
 
 
 class SoftmaxTap:
-    """Keeps of the first attention call of a mixer, while its block runs, what `taps` need."""
+    """Tap that records the first attention call of a mixer while its block runs."""
 
     def __init__(self, block: nn.Module, mixer: nn.Module, taps: Collection[str]) -> None:
         self.block = block
@@ -89,7 +89,7 @@ class SoftmaxTap:
         self.value: Tensor | None = None
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
-        """See `MixingRead`."""
+        """See `MixingTap`."""
         running = Running(self.block, stack)
 
         def keep(call: AttentionCall) -> None:
@@ -104,20 +104,20 @@ class SoftmaxTap:
         stack.enter_context(intercepting(self.mixer, keep))
 
     def mixing(self, attention_mask: Tensor | None) -> Mixing:
-        """See `MixingRead`. Raises TapError when the attention function was never called."""
+        """See `MixingTap`. Raises TapError if the attention function was never called."""
         if self.call is None:
             raise never_called(self.mixer)
         return self.call.mixing(attention_mask)
 
     def values(self, attention_mask: Tensor | None) -> Tensor:
-        """See `MixingRead`. Raises TapError when the attention function was never called."""
+        """See `MixingTap`. Raises TapError if the attention function was never called."""
         if self.value is None:
             raise never_called(self.mixer, "values")
         return self.value.transpose(1, 2)
 
 
 class RecurrentTap:
-    """Keeps the outputs of a recurrent mixer's projections while its block runs."""
+    """Tap that records the outputs of a recurrent mixer's projections while its block runs."""
 
     def __init__(self, block: nn.Module, mixer: nn.Module, reader: MixerAdapter) -> None:
         self.block = block
@@ -126,7 +126,7 @@ class RecurrentTap:
         self.projected: dict[str, Tensor] = {}
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
-        """See `MixingRead`."""
+        """See `MixingTap`."""
         running = Running(self.block, stack)
         for path in self.reader.projections:
             keep = self._keeper(path, running, arrived)
@@ -147,11 +147,11 @@ class RecurrentTap:
         return keep
 
     def mixing(self, attention_mask: Tensor | None) -> Mixing:
-        """See `MixingRead`. Raises TapError when a projection was never called."""
+        """See `MixingTap`. Raises TapError if a projection was never called."""
         return self.reader.build(eager_module(self.mixer), self._all_projected("mixing"), attention_mask)
 
     def values(self, attention_mask: Tensor | None) -> Tensor:
-        """See `MixingRead`. Raises TapError when a projection was never called."""
+        """See `MixingTap`. Raises TapError if a projection was never called."""
         return self.reader.values(eager_module(self.mixer), self._all_projected("values"), attention_mask)
 
     def _all_projected(self, tap: str) -> dict[str, Tensor]:

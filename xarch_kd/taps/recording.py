@@ -1,4 +1,4 @@
-"""The hooks that read the sites of a pass. They live only inside `recording`."""
+"""Hooks that record the sites of a forward pass. They exist only inside `recording`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Read = Tensor | Mixing
 
 
 class StopPass(Exception):
-    """Unwinds a forward pass that has nothing more to yield; never leaves `recording`."""
+    """Exception that ends a forward pass once all sites are recorded; never leaves `recording`."""
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
@@ -29,12 +29,11 @@ class StopPass(Exception):
 def recording(
     layout: Layout, sites: Sequence[Site], *, attention_mask: Tensor | None = None, stops: bool = True
 ) -> Iterator[dict[Site, Any]]:
-    """Fill a dict with what is read at `sites` while models run inside the `with`; hooks are gone when it ends.
+    """Record the features at `sites` in a dict while models run inside the `with`; the hooks are removed at its end.
 
-    `attention_mask` [batch, time] is the one that the pass is given; only `mixing` and `values` need it. The first
-    value of a site wins (a module may be called again). With `stops` the pass ends as soon as all is read; not inside a
-    block that is going to be recomputed, but at its end. A site at the head's input is not filled here: it is what the
-    base model returns.
+    `attention_mask` [batch, time] is that of the pass; only `mixing` and `values` need it. The first value of a site is
+    used if a module is called again. With `stops` the pass ends as soon as all sites are recorded, or at the end of the
+    block if that block will be recomputed. `head_input` is not recorded here: the base model returns it.
     """
     values: dict[Site, Read] = {}
     reader = _Reader(layout, [site for site in sites if site.tap != "head_input"], values, stops)
@@ -45,13 +44,13 @@ def recording(
         except StopPass as reached:
             if reached.owner is not reader:
                 raise
-            # The frames of the pass that was ended would keep its tensors alive until a garbage collection.
+            # The frames of the aborted pass would keep its tensors alive until a garbage collection.
             reached.__traceback__ = None
     reader.finish(attention_mask)
 
 
 def first_tensor(output: object) -> Tensor:
-    """The hidden state in what a block or mixer returned: a tensor, or the first entry of a tuple."""
+    """Return the hidden state from the output of a block or mixer: a tensor, or the first element of a tuple."""
     tensor = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(tensor, Tensor):
         raise TapError(
@@ -61,18 +60,18 @@ def first_tensor(output: object) -> Tensor:
 
 
 def hidden_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden state that a block or mixer was called with."""
+    """Return the hidden state from the arguments of a block or mixer."""
     return first_tensor(args[0] if args else kwargs.get("hidden_states"))
 
 
 class _Reader:
-    """What one recording waits for, and the hooks that bring it."""
+    """State of one recording: the missing sites and the hooks that record them."""
 
     def __init__(self, layout: Layout, sites: Sequence[Site], values: dict[Site, Read], stops: bool) -> None:
         self.layout = layout
         self.sites = sites
         self.values = values
-        # Both taps of a block are read at once.
+        # Both taps of a block are recorded together.
         asked: dict[int, list[Site]] = {}
         for site in sites:
             if site.tap in MIXING_TAPS:
@@ -83,11 +82,11 @@ class _Reader:
         self.waiting = set(sites)
         self.last = layout.blocks[max((site.layer or 0 for site in sites), default=0)]
         self.stops = stops and bool(sites)
-        # An exception may not cross the inside of a block that is going to be recomputed.
+        # An exception must not leave a block that will be recomputed.
         self.stops_inside = self.stops and not is_checkpointing(self.last)
 
     def attach(self, stack: ExitStack) -> None:
-        """Put the hooks on the model until `stack` closes."""
+        """Register the hooks on the model until `stack` closes."""
         for read, sites in self.mixings:
             read.attach(stack, lambda sites=sites: self._arrived(*sites))
         for site in self.sites:
@@ -143,12 +142,12 @@ class _Reader:
         raise StopPass(self)
 
     def finish(self, attention_mask: Tensor | None) -> None:
-        """Make of what was kept what is asked for. Raises TapError for a site that the pass never came to."""
-        # Made out here, not in the hooks, so that nothing is added to a graph that checkpointing will recompute.
+        """Return the requested features. Raises TapError for a site that the pass did not reach."""
+        # Built here, not in the hooks, so that nothing is added to a graph that checkpointing will recompute.
         for read, sites in self.mixings:
             for site in sites:
                 value = read.mixing(attention_mask) if site.tap == "mixing" else read.values(attention_mask)
-                # A factor may be a parameter itself, which has a gradient of its own.
+                # A factor may be a parameter, which has its own gradient.
                 self.values[site] = value if torch.is_grad_enabled() else value.detach()
         missing = [said(site) for site in self.sites if site not in self.values]
         if missing:

@@ -1,6 +1,6 @@
-"""Single blocks and mixers of a model run on given inputs, with everything else they need recorded beforehand.
+"""Replay of single blocks and mixers on given inputs, with their other arguments recorded beforehand.
 
-This is how a student's blocks are fed what the teacher's were fed without a full student pass.
+Used to run a student's blocks on the teacher's inputs without a full student pass.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from xarch_kd.taps.sites import BLOCK_TAPS, MIXING_TAPS, WHOLE_TAPS, Site, is_ch
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is called with besides the hidden state: masks, positions, rotary tables.
+    """Arguments of a block besides the hidden state: masks, positions, rotary tables.
 
-    `attention_mask` [batch, time] is the one that the model was given, whatever it made of it for the block.
+    `attention_mask` [batch, time] is the model's argument, not the mask that the model derives for the block.
     """
 
     args: tuple[Any, ...]
@@ -42,11 +42,11 @@ def block_calls(
     paths: Mapping[str, str | None] | object | None = None,
     position_ids: Tensor | None = None,
 ) -> tuple[BlockCall, ...]:
-    """Record what each block is called with for `input_ids` [batch, time], one BlockCall a block.
+    """Record the arguments of each block for `input_ids` [batch, time], one BlockCall per block.
 
-    One pass of the base model without gradients, in which identities stand in for the blocks; they are taken out again
-    whatever happens. For a family that is not in the table the first block of each class runs once, to see what it
-    returns.
+    This is one pass of the base model without gradients in which the blocks are replaced by identities; they are
+    restored in any case. For a family outside the table the first block of each class runs once to determine its return
+    value.
     """
     layout = layout_of(model, paths)
     calls: dict[int, BlockCall] = {}
@@ -72,9 +72,9 @@ def block_calls(
 def read_block(
     layout: Layout, layer: int, hidden: Tensor, calls: Sequence[BlockCall], taps: Sequence[str] = ("hidden",)
 ) -> dict[str, Any]:
-    """Run block `layer` on `hidden` [batch, time, dim] and return what is at `taps` of that block.
+    """Run block `layer` on `hidden` [batch, time, dim] and return the features at `taps` of that block.
 
-    What comes after the last of them does not run: no MLP when only the mixer's taps are read.
+    The run ends after the last of them: the MLP does not run if only taps of the mixer are requested.
 
     Raises UsageError and TapError as `trace` does.
     """
@@ -95,24 +95,24 @@ def read_block(
 
 
 def run_block(layout: Layout, layer: int, hidden: Tensor, calls: Sequence[BlockCall]) -> Tensor:
-    """The residual stream [batch, time, dim] after block `layer`, fed `hidden` [batch, time, dim]."""
+    """Run block `layer` on `hidden` [batch, time, dim] and return the residual stream after it."""
     return read_block(layout, layer, hidden, calls)["hidden"]
 
 
 def run_mixer(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Tensor:
-    """What the mixer of block `layer` adds to the residual stream when it is fed `mixer_input` [batch, time, dim].
+    """Run the mixer of block `layer` on `mixer_input` [batch, time, dim] and return its `mixer_output`.
 
-    The block itself calls its mixer, so that the mixer gets its own arguments; the mixer's input is put in place, and
-    the pass ends when its output is there. A block under gradient checkpointing recomputes its mixer in the backward.
+    The block calls its mixer, so that the mixer gets its usual arguments; its input is replaced, and the run ends after
+    its output. A block under gradient checkpointing recomputes its mixer in the backward pass.
     """
     return read_mixer(layout, layer, mixer_input, calls, ["mixer_output"])["mixer_output"]
 
 
 def read_mixing(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall]) -> Mixing:
-    """The mixing matrix of the mixer of block `layer` when it is fed `mixer_input` [batch, time, dim].
+    """Return the mixing matrix of the mixer of block `layer` for `mixer_input` [batch, time, dim].
 
-    The pass ends when what the matrix is made of is there: neither attention nor a scan runs. Raises TapError for a
-    mixer whose matrix cannot be read.
+    The run ends once the factors are recorded: neither attention nor a scan runs. Raises TapError for a mixer whose
+    matrix is not supported.
     """
     return read_mixer(layout, layer, mixer_input, calls, ["mixing"])["mixing"]
 
@@ -120,9 +120,9 @@ def read_mixing(layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence
 def read_mixer(
     layout: Layout, layer: int, mixer_input: Tensor, calls: Sequence[BlockCall], taps: Sequence[str]
 ) -> dict[str, Any]:
-    """What is at `taps` (`mixer_output`, `mixing`, `values`) of block `layer` when its mixer is fed `mixer_input`.
+    """Run the mixer of block `layer` on `mixer_input` and return `taps` of `mixer_output`, `mixing`, `values`.
 
-    One run of the mixer for all of them, which ends when the last is there; see `run_mixer` and `read_mixing`.
+    The mixer runs once for all of them; see `run_mixer` and `read_mixing`.
 
     Raises UsageError for another tap, TapError as `trace` does.
     """
@@ -164,7 +164,7 @@ def _run_mixer(layout: Layout, sites: Sequence[Site], mixer_input: Tensor, call:
 
 @contextmanager
 def _without_checkpointing(block: nn.Module) -> Iterator[None]:
-    # A block may hold another that recomputes by itself.
+    # A block may contain another that has checkpointing of its own.
     saving = [module for module in eager_module(block).modules() if getattr(module, "gradient_checkpointing", False)]
     try:
         for module in saving:
@@ -176,7 +176,7 @@ def _without_checkpointing(block: nn.Module) -> Iterator[None]:
 
 
 class _StandIn(nn.Module):
-    """Takes the place of a block in its list; answers for the block's attributes, which some models read there."""
+    """Stand-in for a block in the list of blocks; forwards the block's attributes, which some models read."""
 
     def __init__(self, block: nn.Module, answer: Callable[[tuple[Any, ...], dict[str, Any]], object]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sites (a tap of a layer), and which of them a model has and lets be read."""
+"""Sites (a tap at a layer), and checks of their support in a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSIDE_TAPS = ("mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
 
 
 class Site(NamedTuple):
-    """One place to read: a tap, and the block's index (None for `embedding` and `head_input`)."""
+    """Site: a tap, and the block's index (None for `embedding` and `head_input`)."""
 
     tap: str
     layer: int | None
@@ -31,9 +31,9 @@ class Site(NamedTuple):
 def sites_of(
     layout: Layout, taps: Sequence[str] | Mapping[str, Sequence[int] | None], layers: Sequence[int] | None = None
 ) -> tuple[Site, ...]:
-    """The sites that `taps` (names, or name → layers) at `layers` (None: every block) mean in this model.
+    """Return the sites of `taps` (names, or name → layers) at `layers` (None: every block) in this model.
 
-    Raises UsageError for an unknown tap or layer, TapError for a tap that the family lacks.
+    Raises UsageError for an unknown tap or layer, TapError for a tap that the family does not have.
     """
     if isinstance(taps, str):
         raise UsageError("taps must be a sequence of names.", asked=repr(taps), fix=f'taps=["{taps}"]')
@@ -55,7 +55,7 @@ def sites_of(
         chosen = next((given for given in (own_layers, layers) if given is not None), range(len(layout.blocks)))
         chosen = checked_layers(layout, chosen)
         if tap in MIXING_TAPS:
-            # Made and thrown away: it raises where there is nothing to read.
+            # Built only because it raises if the mixer is not supported.
             for layer in chosen:
                 mixing_tap(layout, layer, [tap])
         sites += [Site(tap, layer) for layer in chosen]
@@ -63,13 +63,13 @@ def sites_of(
 
 
 def is_checkpointing(block: nn.Module) -> bool:
-    """Whether this block recomputes its activations in the backward pass."""
+    """Return True if this block recomputes its activations in the backward pass."""
     inner = eager_module(block)
     return bool(getattr(inner, "gradient_checkpointing", False)) and inner.training and torch.is_grad_enabled()
 
 
 def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
-    """Raise TapError where hooks would silently miss a tap or its gradient."""
+    """Raise TapError if hooks would silently miss a tap or its gradient."""
     if any(is_checkpointing(block) and _is_reentrant(block) for block in layout.blocks):
         raise TapError(
             "Reentrant gradient checkpointing runs the blocks without a graph, so losses at taps would silently lose "
@@ -117,7 +117,7 @@ def _is_compiled(block: nn.Module) -> bool:
 
 def _is_reentrant(block: nn.Module) -> bool:
     function = getattr(eager_module(block), "_gradient_checkpointing_func", None)
-    # torch's checkpoint is reentrant when the choice is left out.
+    # torch's checkpoint is reentrant by default.
     if isinstance(function, functools.partial):
         return function.keywords.get("use_reentrant") is not False
     return function is checkpoint

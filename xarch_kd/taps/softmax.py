@@ -1,8 +1,8 @@
-"""Reading softmax attention: queries, keys and values as a model's attention function is given them.
+"""Taps of softmax attention: queries, keys and values as passed to a model's attention function.
 
-Families of transformers look their attention function up by a name in their config. While a mixer is read, it holds
-a copy of its config with another name, under which stands a function that keeps what it is given and then calls the
-model's own. The model's config, its masks and every other module stay as they are.
+Models of transformers look up their attention function by a name in their config. While a mixer is tapped, it has a
+copy of its config with another name, registered to a function that records its arguments and calls the original one.
+The model's config, its masks and all other modules are unchanged.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from xarch_kd.mixing.softmax import SoftmaxMixing
 from xarch_kd.ops import checks
 from xarch_kd.taps.span import span_of
 
-# Arguments by which a family changes the scores in a way that a SoftmaxMixing does not hold.
+# Arguments that change the scores in a way that SoftmaxMixing cannot represent.
 FOREIGN_ARGUMENTS = ("position_bias", "score_mod", "indices", "block_indices")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """What an attention function was given: query [batch, heads, time, dim], key [batch, key heads, time, dim].
+    """Arguments of an attention call: query [batch, heads, time, dim], key [batch, key heads, time, dim].
 
-    `value` [batch, key heads, time, value dim] is left out where nobody asks for it. `mask` is the model's own, in
-    the form that its implementation takes; `implementation` is its name.
+    `value` [batch, key heads, time, value dim] is None unless requested. `mask` is the model's, in the form of its
+    attention implementation; `implementation` is that implementation's name.
     """
 
     module: nn.Module
@@ -44,7 +44,7 @@ class AttentionCall:
     value: Tensor | None = None
 
     def checked_value(self) -> Tensor:
-        """The values [batch, key heads, time, value dim]. Raises TapError where a cache or a prefix adds to them."""
+        """Return the values [batch, key heads, time, value dim]. Raises TapError if a cache or prefix extends them."""
         assert self.value is not None
         if self.value.shape[2] != self.query.shape[2]:
             raise TapError(
@@ -56,9 +56,9 @@ class AttentionCall:
         return self.value
 
     def mixing(self, attention_mask: Tensor | None) -> SoftmaxMixing:
-        """The mixing matrix; `attention_mask` [batch, time] is the one that the pass was given.
+        """Return the mixing matrix; `attention_mask` [batch, time] is that of the pass.
 
-        Raises TapError when the model masks in another way than by causality, one window and padding.
+        Raises TapError if the model's mask is not a combination of causality, one window and padding.
         """
         foreign = [name for name in FOREIGN_ARGUMENTS if self.arguments.get(name) is not None]
         if foreign or self.query.shape[2] != self.key.shape[2]:
@@ -90,12 +90,12 @@ class AttentionCall:
 
     def _window(self) -> int | None:
         window = self.arguments.get("sliding_window", getattr(self.module, "sliding_window", None))
-        # Only flash attention applies it by itself; elsewhere it is in the mask, and without a mask there is none.
+        # Flash attention applies the window itself; other implementations have it in the mask, if there is one.
         is_applied = self.mask is not None or "flash" in (self.implementation or "")
         return int(window) if window and is_applied and window < self.query.shape[2] else None
 
     def _check_mask(self, mixing: SoftmaxMixing) -> None:
-        """Compare three rows a sequence of a mask of scores with what the mixing's bounds say."""
+        """Compare three rows per sequence of the score mask with the bounds of the mixing."""
         mask = self.mask
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             return
@@ -125,7 +125,7 @@ class AttentionCall:
 
 
 def _three_rows(mixing: SoftmaxMixing) -> Tensor:
-    """The first, middle and last row that count, [batch, 3]."""
+    """Return the first, middle and last row that count, [batch, 3]."""
     counted = mixing.counted()
     number = counted.sum(1)
     first = counted.int().argmax(1)
@@ -134,15 +134,15 @@ def _three_rows(mixing: SoftmaxMixing) -> Tensor:
 
 
 def calls_attention_interface(mixer: nn.Module) -> bool:
-    """Whether the code of `mixer` looks its attention function up where one can be put in its place."""
+    """Return True if the code of `mixer` looks up its attention function in a table where it can be replaced."""
     return bool(_callers(mixer))
 
 
 @contextmanager
 def intercepting(mixer: nn.Module, keep: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Hand every attention call of `mixer` to `keep` before the model's own function is run.
+    """Pass every attention call of `mixer` to `keep` before the model's own function runs.
 
-    Raises TapError for a mixer whose code never looks its attention function up.
+    Raises TapError for a mixer whose code does not look up its attention function.
     """
     callers = _callers(mixer)
     if not callers:
@@ -154,7 +154,7 @@ def intercepting(mixer: nn.Module, keep: Callable[[AttentionCall], None]) -> Ite
 
 
 def never_called(mixer: nn.Module, tap: str = "mixing") -> TapError:
-    """The error for a mixer that ran and never called its attention function."""
+    """Return the error for a mixer that ran without calling its attention function."""
     return TapError(
         f"{type(mixer).__name__} does not call transformers' AttentionInterface, so its queries, keys and values "
         "cannot be read.",
@@ -201,7 +201,7 @@ def _intercepted(module: nn.Module, keep: Callable[[AttentionCall], None]) -> It
 
 def _renamed(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     renamed = copy.copy(config)
-    # Not by the property, which would rename the sub-configs too, and those are shared.
+    # Not through the property, which would also rename the sub-configs, and those are shared.
     renamed._attn_implementation_internal = name
     return renamed
 
@@ -216,6 +216,6 @@ def _callers(mixer: nn.Module) -> list[nn.Module]:
 
 
 def _namespace(module: nn.Module) -> tuple[Any, Any]:
-    """The table of attention functions, and the eager one, that the code of `module` sees."""
+    """Return the table of attention functions, and the eager one, in the namespace of `module`'s code."""
     names = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
     return names.get("ALL_ATTENTION_FUNCTIONS"), names.get("eager_attention_forward")

@@ -1,4 +1,4 @@
-"""One forward pass that yields what was asked for at the taps, and keeps nothing else alive."""
+"""Forward pass that returns the features at the requested taps and keeps nothing else alive."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from xarch_kd.taps.sites import WHOLE_TAPS, Site, refuse_unreadable, sites_of
 
 
 class Trace:
-    """What one forward pass yielded.
+    """Result of one forward pass at the requested taps.
 
     `trace["hidden"][3]` is [batch, time, dim]; `trace["embedding"]` and `trace["head_input"]` are tensors themselves;
-    `trace["mixing"][3]` is a `xarch_kd.mixing.base.Mixing`, the mixer's token-mixing matrix held as its factors, and
-    `trace["values"][3]` is what that matrix is applied to, [batch, time, heads, dim]. Attention with grouped heads
-    has its values once a key head, of which head h of the matrix mixes h // (heads / key heads); where every channel
-    mixes by itself (Mamba, short convolutions, RG-LRU) a head is a channel of dimension 1.
+    `trace["mixing"][3]` is a `xarch_kd.mixing.base.Mixing`, the mixer's token-mixing matrix stored as factors, and
+    `trace["values"][3]` are its values, [batch, time, heads, dim]. Attention with grouped heads has values per key
+    head: head h of the matrix applies to key head h // (heads / key heads). If each channel has its own matrix (Mamba,
+    short convolutions, RG-LRU) a head is a channel of dimension 1.
     `embedding` is the residual stream that enters the first block (position embeddings and multipliers included),
-    `hidden` the one that leaves a block, `mixer_input` what the mixer is called with, `mixer_output` and `mlp_output`
-    what they add to the residual stream (a norm after them and a residual multiplier included), `head_input` the
+    `hidden` the one that leaves a block, `mixer_input` the mixer's input, `mixer_output` and `mlp_output` their outputs
+    as added to the residual stream (a norm after them and a residual multiplier included), `head_input` the
     final-normed hidden state.
     """
 
@@ -54,7 +54,7 @@ class Trace:
     @overload
     def at(self, tap: str, layer: int | None = None) -> Any: ...
     def at(self, tap: str, layer: int | None = None) -> Any:
-        """What was read at one site, mostly [batch, time, dim]; `layer` is None for `embedding`, `head_input`."""
+        """Return the features of one site, mostly [batch, time, dim]; `layer` is None for `embedding`, `head_input`."""
         if Site(tap, layer) not in self._values:
             raise UsageError(
                 "This site was not traced.",
@@ -80,16 +80,16 @@ def trace(
     paths: Mapping[str, str | None] | object | None = None,
     position_ids: Tensor | None = None,
 ) -> Trace:
-    """Run the base model once on `input_ids` [batch, time] and return what is at `taps`.
+    """Run the base model once on `input_ids` [batch, time] and return the features at `taps`.
 
     `taps` are names read at `layers` (None: every block), or a mapping of name → layers. The head never runs, and the
-    pass stops as soon as all is read, unless `head_input` is asked for. Gradients flow if they are enabled.
+    pass stops as soon as all taps are recorded, unless `head_input` is requested. Gradients flow if they are enabled.
     Non-reentrant gradient checkpointing works; of compiled blocks the taps outside the block can be read. A mixing
     counts the tokens that `attention_mask` [batch, time] counts, and is free of attention dropout. `position_ids`
     [batch, time] are those of rows that pack several documents.
 
-    Raises UsageError for an unknown tap or a layer out of range, TapError for a tap that the model lacks, one that
-    reentrant checkpointing or compilation would make silently wrong, and a mixing under a mask with holes.
+    Raises UsageError for an unknown tap or a layer out of range, TapError for a tap that the model does not have,
+    one that reentrant checkpointing or compilation would make silently wrong, and a mixing under a mask with holes.
     """
     layout = layout_of(model, paths)
     sites = sites_of(layout, taps, layers)

@@ -116,7 +116,7 @@ class Aligner(nn.Module):
 
     @property
     def needs_full_step_features(self) -> bool:
-        """Whether a step of several micro-batches needs the teacher's features of all of them before the first.
+        """True if a step of several micro-batches needs the teacher's features of all of them first.
 
         The divisor of `relative_mse` is the teacher's squared norm over the whole step.
         """

@@ -1,4 +1,4 @@
-"""What the blocks of a teacher usually read and return, measured on random tokens; no text is needed.
+"""Activation statistics of a teacher's blocks, measured on random tokens; no text is needed.
 
 A gated delta mixer has no biases. But what a block's attention reads has, in trained models, a mean that every token
 shares: on SmolLM2-135M-Instruct, the best multiple of the projection on the mean over random tokens is between 0.67

@@ -1,4 +1,4 @@
-"""What a teacher's config says about conversion, and which teachers no stock hybrid class holds.
+"""Teacher specifications for conversion, read from configs, and refusals of teachers without a stock class.
 
 A family enters `SPECS` only with a test that its converted logits equal the teacher's.
 """
@@ -57,12 +57,12 @@ class TeacherSpec(AttentionSpec):
 
     @property
     def is_scaled(self) -> bool:
-        """Whether embedding and head are scaled apart, so that a folded student cannot tie them."""
+        """True if embedding and head are scaled differently, so that a folded student cannot tie them."""
         return self.embedding_scale != 1.0 or self.logit_scale != 1.0
 
     @property
     def is_folded(self) -> bool:
-        """Whether a student without multipliers needs some of the weights scaled."""
+        """True if a student without multipliers needs scaled weights."""
         return self.is_scaled or self.residual_scale != 1.0 or self.attention_scale != self.head_dim**-0.5
 
 

@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model is. `path` is the folder or file, and None for a hub id."""
+    """Location of a model. `path` is the folder or file, and None for a hub id."""
 
     kind: Literal["hub", "folder", "gguf"]
     name: str

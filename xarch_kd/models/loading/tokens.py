@@ -1,4 +1,4 @@
-"""Whether two tokenizers mean the same by the same ids: the table is compared, not its length."""
+"""Comparison of two tokenizers: their token tables are compared, not only the sizes."""
 
 from __future__ import annotations
 

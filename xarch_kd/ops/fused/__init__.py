@@ -1,1 +1,1 @@
-"""What stands between an operation and its Triton kernels: why they cannot run on given inputs, and the call."""
+"""Launchers of the Triton kernels, and the reasons why a kernel cannot run on given inputs."""

@@ -1,4 +1,4 @@
-"""How a streamed operation hands its gradients to autograd."""
+"""Connection of streamed operations to autograd."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class ForwardBackward:
 
     @property
     def gradient(self) -> bool:
-        """Whether any gradient is wanted."""
+        """True if any gradient is required."""
         return any(part is not None for part in (self.hidden, self.weight, self.bias))
 
 

@@ -17,7 +17,7 @@ from xarch_kd.mixing import SSDMixing
 
 @dataclass(frozen=True)
 class _Tape:
-    """What a block's backward needs of its forward: decays [batch, groups, heads of a group, ...]."""
+    """Saved tensors of a block's forward pass: decays [batch, groups, heads of a group, ...]."""
 
     products: Tensor
     row: Tensor

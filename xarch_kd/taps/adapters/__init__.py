@@ -1,4 +1,4 @@
-"""Readers of the mixing matrices of recurrent mixers, by the name of the mixer's class."""
+"""Adapters of recurrent mixers, by the name of the mixer's class."""
 
 from __future__ import annotations
 

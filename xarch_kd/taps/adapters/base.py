@@ -1,4 +1,4 @@
-"""What a reader of a recurrent mixer is."""
+"""Adapter of a recurrent mixer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 from xarch_kd.mixing.base import Mixing
 
-# Stands among a reader's projections for the mixer itself, of which the input is kept.
+# In an adapter's projections: record the mixer's own input.
 OWN_INPUT: Final = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixerAdapter:
-    """How the mixing matrix of one class of mixer is read from a forward pass over whole sequences, without a cache.
+    """Adapter that builds the mixing matrix of one class of mixer from a forward pass without a cache.
 
     `projections` are attribute paths in the mixer. The outputs [batch, time, dim] of these modules in the pass are
-    `projected`, by path; all else is computed again from the mixer's parameters, because fused training kernels call
-    no module but these. A mixer that uses a projection's weight without calling it has `OWN_INPUT` there: what it was
-    itself called with. `attention_mask` [batch, time] is the one that the pass was given.
+    `projected`, by path; the rest is recomputed from the mixer's parameters, because fused training kernels call only
+    these modules. A mixer that uses a projection's weight without calling it has `OWN_INPUT` there: its own input.
+    `attention_mask` [batch, time] is that of the pass.
 
-    `build(mixer, projected, attention_mask)` returns M, with gradients to all that it depends on;
-    `values(mixer, projected, attention_mask)` returns what M is applied to, [batch, time, heads, dim], likewise.
+    `build(mixer, projected, attention_mask)` returns M, with gradients to all its inputs and parameters;
+    `values(mixer, projected, attention_mask)` returns the values of M, [batch, time, heads, dim], likewise.
     """
 
     projections: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""Gated short convolution of LFM2 and LFM3: y = C ∘ (w ∗ (B ∘ x)), one banded matrix a channel.
+"""Gated short convolution of LFM2 and LFM3: y = C ∘ (w ∗ (B ∘ x)), one banded matrix per channel.
 
-A bias of the convolution is no part of the matrix: it adds C ∘ bias to y, whatever x is.
+A bias of the convolution is not part of the matrix: it adds C ∘ bias to y, independently of x.
 """
 
 from __future__ import annotations

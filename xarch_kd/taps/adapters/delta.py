@@ -1,8 +1,8 @@
 """Gated delta rule (Yang et al. 2024, https://arxiv.org/abs/2412.06464) and Kimi delta attention.
 
 q and k are of unit length after a short convolution, q is scaled by 1/√dim, β = σ(b), and the log decay is
-−exp(A_log) softplus(a + dt_bias): one number a head, or one a key channel in Kimi delta attention
-(https://arxiv.org/abs/2510.26692). Families differ in how their projections are packed.
+−exp(A_log) softplus(a + dt_bias): one value per head, or per key channel in Kimi delta attention
+(https://arxiv.org/abs/2510.26692). Families differ in the layout of their projections.
 """
 
 from __future__ import annotations

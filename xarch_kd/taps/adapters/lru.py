@@ -1,6 +1,6 @@
 """Real-gated linear recurrent unit of RecurrentGemma (De et al. 2024, https://arxiv.org/abs/2402.19427).
 
-Each channel remembers h_t = a_t h_{t−1} + √(1 − a_t²) i_t x_t with log a = −8 r softplus(Λ), and r, i = σ(gates of x):
+Channel state: h_t = a_t h_{t−1} + √(1 − a_t²) i_t x_t with log a = −8 r softplus(Λ), and r, i = σ(gates of x):
 an `SSDMixing` of one state, with one head a channel. At the first token the root is 1.
 """
 
@@ -38,7 +38,7 @@ def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor |
     values = _convolved(mixer, projected)
     forget = accumulated(_gate(values, unit.recurrent_gate_weight, unit.recurrent_gate_bias))
     log_decay = -8.0 * forget * functional.softplus(accumulated(unit.recurrent_param))
-    # 1 - a² rounds to 0 where a channel forgets nothing; the root's gradient there would be infinite.
+    # 1 - a² rounds to 0 for a channel without decay, where the root's gradient would be infinite.
     root = (1.0 - torch.exp(2.0 * log_decay)).clamp_min(torch.finfo(log_decay.dtype).tiny).sqrt()
     is_first = torch.arange(root.shape[1], device=root.device)[:, None] == 0
     ones = log_decay.new_ones(1, 1, 1, 1).expand(*log_decay.shape[:2], 1, 1)

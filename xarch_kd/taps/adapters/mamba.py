@@ -1,7 +1,7 @@
-"""Mamba-1 mixers (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): one matrix a channel, with a state of its own.
+"""Mamba-1 mixers (Gu and Dao 2023, https://arxiv.org/abs/2312.00752): one matrix per channel, each with its own state.
 
 B, C and the step δ = softplus(dt_proj(low rank) + bias) come from the convolved x itself. Falcon-Mamba (without
-weights) and Jamba (with them) norm all three before they are used.
+weights) and Jamba (with them) normalize all three first.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor |
 def selective_mixing(
     mixer: Any, rank: Tensor, key: Tensor, query: Tensor, attention_mask: Tensor | None
 ) -> SelectiveMixing:
-    """The matrix of a mixer from what its projection of x is split into.
+    """Return the matrix of a mixer from the parts of its projection of x.
 
-    `rank` [batch, time, rank] is made the step by the mixer's `dt_proj`; `key` and `query` are B and C [batch, time,
+    The mixer's `dt_proj` maps `rank` [batch, time, rank] to the step; `key` and `query` are B and C [batch, time,
     states]. `dt_proj`, `A_log` and `D` have these names in transformers and in mamba_ssm.
     """
     step = accumulated(functional.linear(rank, mixer.dt_proj.weight)) + accumulated(mixer.dt_proj.bias)

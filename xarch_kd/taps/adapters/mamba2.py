@@ -23,7 +23,7 @@ from xarch_kd.taps.span import span_of
 def _split(mixer: Any, projected: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of the projection of x [batch, time, channels], of B and C [batch, time, 2 groups states], and of δ."""
     whole = projected["in_proj"]
-    # Falcon-H1 alone scales what its projection returns.
+    # Only Falcon-H1 scales the projection's output.
     if hasattr(mixer, "mup_vector"):
         whole = whole * mixer.mup_vector
     sizes = [mixer.intermediate_size, mixer.intermediate_size, _states(mixer), mixer.num_heads]
@@ -50,10 +50,10 @@ def ssd_mixing(
     limit: tuple[float, float],
     attention_mask: Tensor | None,
 ) -> SSDMixing:
-    """The matrix of a mixer from what its projection is split into.
+    """Return the matrix of a mixer from the parts of its projection.
 
     C and B are `query` and `key` [batch, time, groups, states], after the convolution; `step` [batch, time, heads] is
-    as projected, and `limit` bounds it after softplus. `dt_bias`, `A_log` and `D` have these names in transformers and
+    as projected, and `limit` clamps it after softplus. `dt_bias`, `A_log` and `D` have these names in transformers and
     in mamba_ssm.
     """
     # Summed in float32 as the fused kernels do; the plain implementation rounds the step to the model's dtype.

@@ -1,7 +1,7 @@
-"""Mixers of the package mamba_ssm. Their matrices are those of the stock classes; the names of their sizes differ.
+"""Adapters of the mixers of package mamba_ssm: matrices as in the stock classes, with other attribute names.
 
-Mamba multiplies by its projection's weight without calling the projection, and rotary positions may be written into
-what the attention's projection returned, so of these two the mixer's own input is kept and projected again.
+Mamba multiplies by its projection's weight without calling the projection, and attention may write rotary positions
+into the projection's output, so for these two the mixer's own input is recorded and projected again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Projected = Mapping[str, Tensor]
 def _mamba2_parts(mixer: Any, projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of the projection of x [batch, time, channels], of B and C [batch, time, 2 groups states], and of δ."""
     states = 2 * mixer.ngroups * mixer.d_state
-    # Channels that no state space reads, if any, come first; z and the others are not part of the matrix.
+    # Channels outside the state space, if any, come first; they and z are not part of the matrix.
     last = projected["in_proj"][..., -(mixer.d_ssm + states + mixer.nheads) :]
     values, read, step = last.split([mixer.d_ssm, states, mixer.nheads], dim=-1)
     return values, read, step
@@ -85,7 +85,7 @@ def _query_and_pair(mixer: Any, projected: Projected) -> tuple[Tensor, Tensor]:
 def _build_attention(mixer: Any, projected: Projected, attention_mask: Tensor | None) -> SoftmaxMixing:
     query, pair = _query_and_pair(mixer, projected)
     if mixer.rotary_emb_dim > 0:
-        # By the mixer's own module, which may write into what it is given.
+        # With the mixer's own module, which may write into its input.
         query, pair = mixer.rotary_emb(query, pair.clone(), seqlen_offset=0, max_seqlen=None)
     start, stop = span_of(attention_mask, query.device)
     scale = mixer.softmax_scale

@@ -1,4 +1,4 @@
-"""Steps that several recurrent mixers share, computed as they compute them."""
+"""Computations shared by several recurrent mixers, with their rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WHOLE = slice(None)
 
 
 def accumulated(tensor: Tensor) -> Tensor:
-    """Return it in float32, or in float64 if it is."""
+    """Return the tensor in float32, or float64 if it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -32,6 +32,6 @@ def short_convolution(
 
 
 def unit_length(vectors: Tensor) -> Tensor:
-    """Return vectors [..., dim] divided by √(their squared length + 1e-6), in the accumulation dtype."""
+    """Return vectors [..., dim] divided by √(squared norm + 1e-6), in the accumulation dtype."""
     vectors = accumulated(vectors)
     return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-6)
