@@ -1,4 +1,4 @@
-"""Benchmark cases as data: inputs, contenders, baseline and bounds."""
+"""Benchmark cases as data: inputs, contenders, costs and bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]
 Measure = Literal["time", "memory", "roofline"]
 
-# How normally distributed numbers become what an operation takes.
+# Name → function from normally distributed numbers to an input of an operation.
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda values: values,
     "positive": functional.softplus,
@@ -29,7 +29,7 @@ TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One tensor of a case: the axes that give its shape, and how it is drawn.
+    """One tensor of a case: the axes of its shape and the distribution of its entries.
 
     `deviation` is a number, or the name of an axis: 1 / sqrt(size of that axis). `like` names an earlier input of the
     same shape that is added to it.
@@ -53,12 +53,13 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Something that computes the case: `make(options)` returns the function from inputs to a scalar.
+    """An implementation of the case: `make(options)` returns the function from inputs to a scalar.
 
-    `options` are the case's, and its sizes beside them: what is no tensor that is drawn is built by `make`.
-    `needs` names what must be there (keys of `peers.REQUIREMENTS`). `largest` bounds axes above which it is left out
-    because it takes too long or too much memory. `truth` names the contender whose float64 result this one's error is
-    taken against (None: the case's baseline). `ours` are measured at another revision too with `--against`.
+    `options` are the case's options and sizes, from which `make` builds everything that is not an input tensor. `needs`
+    names requirements (keys of `peers.REQUIREMENTS`). Above the sizes of `largest` the contender is not measured,
+    because it takes too long or too much memory. `truth` names the contender whose float64 result is the reference of
+    this one's error (None: the case's baseline). With `--against`, those that are `ours` are also measured at another
+    revision.
     """
 
     make: Callable[[Options], Run]
@@ -71,7 +72,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Bound on a contender: a ratio to `against` (None: the baseline), or a share of the roofline."""
+    """Bound of a contender: on a ratio to `against` (None: the baseline), or on a share of the roofline."""
 
     contender: str
     measure: Measure
@@ -92,14 +93,14 @@ class Growth:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One computation: inputs, what it costs, the contenders, and the bounds.
+    """One computation: inputs, costs, contenders and bounds.
 
-    `flops` is what the task needs (multiplications and additions of its matrix products, a causal half counted as
-    half), `dense_flops` what the baseline does (None: not stated). `quick` and `proxy` replace sizes: for a smoke run,
-    and for the error against float64 where the dense computation in float64 would be too large. Cases of one `group`
-    differ in `axis`. `whole` says what a call is where it is no value with gradients of the inputs: it may have a
-    state, like a training step, and no error is taken of it. `warm` replaces sizes in the call made before anything is
-    measured, where a whole one would take minutes; each repeat is then one call.
+    `flops` are those of the task (multiplications and additions of its matrix products; a causal half is a half),
+    `dense_flops` those of the baseline (None: not stated). `quick` and `proxy` replace sizes: in a smoke run, and for
+    the error against float64 if the dense computation in float64 would be too large. Cases of one `group` differ in
+    `axis`. `whole` describes a call that is not a value with gradients of the inputs: it may have a state, as a
+    training step has, and its error is not measured. `warm` replaces sizes in the first call, before anything is
+    measured, if a whole one would take minutes; each repeat is then one call.
     """
 
     operation: str
@@ -123,7 +124,7 @@ class Case:
     seed: int = 0
 
     def bytes(self, sizes: Sizes) -> int:
-        """Return the traffic that no implementation avoids: each input read once, each gradient written once."""
+        """Return the unavoidable traffic in bytes: each input read once, each gradient written once."""
         width = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
         return sum(math.prod(one.shape(sizes)) * width * (2 if one.gradient else 1) for one in self.inputs.values())
 

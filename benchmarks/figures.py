@@ -1,4 +1,4 @@
-"""From what was measured to what is reported: medians, ratios of the same round, shares of the roofline, bounds."""
+"""Reported figures from measurements: medians, ratios of the same round, shares of the roofline, bounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def record(case: Case, sizes: Sizes, found: dict[str, Found], roof: Record) -> Record:
-    """Return the figures of a case as they are stored."""
+    """Return the figures of a case in the form of the stored results."""
     flops, traffic = case.flops(sizes), case.bytes(sizes)
     floor = max(flops / roof["flops"], traffic / roof["bandwidth"])
     return {
@@ -61,7 +61,7 @@ def contender(name: str, case: Case, found: dict[str, Found], floor: float) -> R
 
 
 def ratios(one: Found, other: Found) -> Record | None:
-    """Return time and memory over the other's, time round by round; None when the other was not measured."""
+    """Return time and memory over the other's, time round by round; None if either was not measured."""
     if one.missing is not None or other.missing is not None or not other.seconds:
         return None
     if one.memory is None or other.memory is None:
@@ -71,7 +71,7 @@ def ratios(one: Found, other: Found) -> Record | None:
 
 
 def judge(bounds: tuple[Bound, ...], found: dict[str, Found], result: Record) -> list[Record]:
-    """Return each bound of a case with what was measured and whether it is met (None: nothing to compare with)."""
+    """Return each bound of a case with its measured value and `met` (None: nothing to compare with)."""
     return [_judged(bound, found, result) for bound in bounds]
 
 
@@ -89,7 +89,7 @@ def _judged(bound: Bound, found: dict[str, Found], result: Record) -> Record:
         "why": mine.get("missing"),
     }
     if "missing" in mine:
-        # What is asked for and cannot be measured does not meet its bound.
+        # A contender that was chosen and cannot be measured does not meet its bound.
         return {**row, "met": None if mine["missing"] == "not asked for" else False}
     if bound.measure == "roofline":
         measured = mine["roofline_share"]

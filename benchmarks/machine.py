@@ -1,4 +1,4 @@
-"""Measured limits of the machine, and the identification of machine and code in a result."""
+"""Roofline of the machine, and the stamp of machine and code in a result."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Machine:
 
 
 def roofline(rounds: list[dict[str, float]], *, device: str, dtype: str) -> dict[str, Any]:
-    """Return the rates that shares are taken of, the best of all rounds, with each round's and a GPU's data sheet."""
+    """Return the best rates of all rounds, which shares are relative to, with each round's and a GPU's data sheet."""
     best = {name: max(one[name] for one in rounds) for name in ("flops", "bandwidth")}
     source = "measured: the best matrix product and copy of this run"
     result: dict[str, Any] = {**best, "source": source, "rounds": rounds}
@@ -71,7 +71,7 @@ def roofline(rounds: list[dict[str, float]], *, device: str, dtype: str) -> dict
 
 
 def stamp(*, device: str, threads: int) -> dict[str, Any]:
-    """Return when, with what and on what a result was made; no names of hosts or folders."""
+    """Return time, revision, versions and machine of a result, without names of hosts or folders."""
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "revision": revision(),
@@ -93,7 +93,7 @@ def installed(name: str) -> str | None:
 
 
 def processor() -> str:
-    """Return what the CPU calls itself."""
+    """Return the model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -102,7 +102,7 @@ def processor() -> str:
 
 
 def revision() -> dict[str, Any]:
-    """Return the commit of the checkout and whether anything but results differs from it."""
+    """Return the commit of the checkout, and under `clean` False if anything but results differs from it."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "clean": None}

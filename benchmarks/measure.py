@@ -1,4 +1,4 @@
-"""Measuring a case: contenders in processes of their own, asked one after another, round by round."""
+"""Measurement of a case: contenders in processes of their own, one after another, round by round."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, Self
 
 from benchmarks.case import Case
 from benchmarks.machine import ROOT, Machine
-from benchmarks.session import Session, said
+from benchmarks.session import Session, one_line
 
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 MACHINE: Final = "machine"
@@ -23,7 +23,7 @@ MACHINE: Final = "machine"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a run. `patience`: timeout of a contender in seconds."""
+    """Settings of a run. `patience`: seconds without an answer after which a contender is dropped."""
 
     device: str = "cpu"
     threads: int = 1
@@ -34,20 +34,20 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A checkout to measure: what its contenders are called, and the import path of its workers."""
+class Checkout:
+    """A checkout to measure: the suffix of its contenders' names, its root, and the import path of its workers."""
 
     suffix: str = ""
     root: Path = ROOT
     path: tuple[Path, ...] = (ROOT,)
 
 
-HERE: Final = Place()
+HERE: Final = Checkout()
 
 
 @dataclass
 class Found:
-    """Measurements of one contender."""
+    """Measurements of one contender, or the reason why it has none."""
 
     missing: str | None = None
     memory: dict[str, Any] | None = None
@@ -55,8 +55,8 @@ class Found:
     errors: dict[str, Any] | None = None
 
 
-class Asked(Protocol):
-    """Something that answers to the names of the methods of `Session` or `Machine`."""
+class Worker(Protocol):
+    """A worker that runs methods of `Session` or `Machine` by name."""
 
     def begin(self) -> Any: ...
 
@@ -73,7 +73,7 @@ class Local:
         self.subject: Any = None
 
     def begin(self) -> Any:
-        """Prepare it and return why it cannot be measured, or None."""
+        """Prepare the contender and return under `missing` the reason why it cannot be measured, or None."""
         options = {"device": self.asked["device"], "quick": self.asked["quick"]}
         if MACHINE in self.asked:
             self.subject = Machine(dtype=self.asked["dtype"], **options)
@@ -82,30 +82,30 @@ class Local:
         try:
             return {"missing": self.subject.prepare()}
         except Exception as error:
-            return {"failed": said(error)}
+            return {"failed": one_line(error)}
 
     def ask(self, name: str) -> Any:
-        """Return what the method returns."""
+        """Return the result of the method `name`."""
         try:
             return getattr(self.subject, name)()
         except Exception as error:
-            return {"failed": said(error)}
+            return {"failed": one_line(error)}
 
     def close(self) -> None:
-        """Forget the contender and its inputs."""
+        """Drop the contender and its inputs."""
         self.subject = None
 
 
 class Remote:
     """A contender in a process of its own."""
 
-    def __init__(self, asked: dict[str, Any], place: Place, patience: float) -> None:
+    def __init__(self, asked: dict[str, Any], checkout: Checkout, patience: float) -> None:
         self.asked, self.patience = asked, patience
         threads = dict.fromkeys(THREAD_VARIABLES, str(asked["threads"]))
-        path = os.pathsep.join(map(str, place.path))
+        path = os.pathsep.join(map(str, checkout.path))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "benchmarks.worker"],
-            cwd=place.path[0],
+            cwd=checkout.path[0],
             env={**os.environ, **threads, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -114,11 +114,11 @@ class Remote:
         )
 
     def begin(self) -> Any:
-        """Have it prepare and return why it cannot be measured, or None."""
+        """Prepare the contender there and return under `missing` the reason why it cannot be measured, or None."""
         return self._exchange(self.asked)
 
     def ask(self, name: str) -> Any:
-        """Return what the method returns there."""
+        """Return the result of the method `name` there."""
         return self._exchange({"do": name})
 
     def _exchange(self, message: dict[str, Any]) -> Any:
@@ -148,15 +148,15 @@ class Remote:
 
 
 class Round:
-    """The contenders of a case that are still being measured, and what was found of each."""
+    """Contenders of a case that are still measured, with the measurements of each."""
 
-    def __init__(self, case: Case, names: list[str], settings: Settings, places: tuple[Place, ...]) -> None:
+    def __init__(self, case: Case, names: list[str], settings: Settings, checkouts: tuple[Checkout, ...]) -> None:
         self.case, self.settings = case, settings
         self.found: dict[str, Found] = {}
-        self.asked: dict[str, Asked] = {}
+        self.asked: dict[str, Worker] = {}
         for name in names:
-            for place in places if case.contenders[name].ours else places[:1]:
-                self._begin(name, place)
+            for checkout in checkouts if case.contenders[name].ours else checkouts[:1]:
+                self._begin(name, checkout)
 
     def __enter__(self) -> Self:
         return self
@@ -165,17 +165,22 @@ class Round:
         for one in self.asked.values():
             one.close()
 
-    def _begin(self, name: str, place: Place) -> None:
-        key, settings = name + place.suffix, self.settings
-        asked = {"operation": self.case.operation, "case": self.case.name, "contender": name, "root": str(place.root)}
-        one = open_worker(asked, self.case, settings, place)
+    def _begin(self, name: str, checkout: Checkout) -> None:
+        key, settings = name + checkout.suffix, self.settings
+        asked = {
+            "operation": self.case.operation,
+            "case": self.case.name,
+            "contender": name,
+            "root": str(checkout.root),
+        }
+        one = open_worker(asked, self.case, settings, checkout)
         self.found[key], self.asked[key] = Found(), one
         answer = self._kept(key, one.begin())
         if answer is not None and answer["missing"] is not None:
             self._drop(key, answer["missing"])
 
     def _kept(self, key: str, answer: Any) -> Any:
-        """Return the answer, or None after giving the contender up because it failed."""
+        """Return the answer, or drop a contender that failed and return None."""
         if isinstance(answer, dict) and "failed" in answer:
             self._drop(key, answer["failed"])
             return None
@@ -186,33 +191,33 @@ class Round:
         self.asked.pop(key).close()
 
     def ask(self, name: str, *, backwards: bool = False) -> Iterator[tuple[str, Any]]:
-        """Ask each contender in turn and yield its name and answer."""
+        """Run the method `name` of each contender in turn and yield the contender's name and the result."""
         for key in sorted(self.asked, key=list(self.asked).index, reverse=backwards):
             answer = self._kept(key, self.asked[key].ask(name))
             if answer is not None:
                 yield key, answer
 
 
-def open_worker(asked: dict[str, Any], case: Case, settings: Settings, place: Place = HERE) -> Asked:
-    """Return a worker for what is asked, in this process or in one of its own."""
+def open_worker(asked: dict[str, Any], case: Case, settings: Settings, checkout: Checkout = HERE) -> Worker:
+    """Return a worker for the request, in this process or in one of its own."""
     common = {"device": settings.device, "threads": settings.threads, "quick": settings.quick}
     if settings.isolated:
-        return Remote({**asked, **common}, place, settings.patience)
+        return Remote({**asked, **common}, checkout, settings.patience)
     return Local({**asked, **common}, case)
 
 
 def measure(
-    case: Case, names: list[str], settings: Settings, places: tuple[Place, ...] = (HERE,)
+    case: Case, names: list[str], settings: Settings, checkouts: tuple[Checkout, ...] = (HERE,)
 ) -> tuple[dict[str, Found], list[dict[str, float]]]:
-    """Return what was found of each contender of `case`, and the rates of the machine in each round.
+    """Return the measurements of each contender of `case`, and the rates of the machine in each round.
 
     Contenders of one round run one after another, every second round in reverse, so that a change of the machine's
-    speed meets all of them.
+    speed affects all of them.
     """
     machine = open_worker({MACHINE: True, "dtype": case.dtype}, case, settings)
     machine.begin()
     rates = []
-    with Round(case, names, settings, places) as round_:
+    with Round(case, names, settings, checkouts) as round_:
         for key, answer in round_.ask("memory"):
             round_.found[key].memory = answer
         for number in range(settings.repeats):

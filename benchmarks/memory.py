@@ -1,4 +1,4 @@
-"""Peak memory of a computation over what was held before it."""
+"""Peak memory of a computation over the memory held before it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RESET = Path("/proc/self/clear_refs")
 
 
 def peak_over(compute: Callable[[], object], device: str) -> tuple[int, str]:
-    """Return the bytes that `compute` held at its peak over those held before it, and how that was measured.
+    """Return the peak bytes of `compute` over those held before it, and the method of measurement.
 
-    On a GPU by the allocator. On the CPU by the resident set: its high-water mark is set back first where the kernel
-    allows that, else the growth of `ru_maxrss` is taken, which an earlier peak hides: then it must be the first call.
+    On a GPU, by the allocator. On the CPU, by the resident set: its high-water mark is reset first if the kernel allows
+    it, else the growth of `ru_maxrss` is used, which an earlier peak hides, so that it must be the first call.
     """
     gc.collect()
     if device == "cuda":
@@ -39,7 +39,7 @@ def peak_over(compute: Callable[[], object], device: str) -> tuple[int, str]:
 
 
 def peak_can_be_set_back() -> bool:
-    """Set the high-water mark of the resident set to what is resident now, and return whether that was allowed."""
+    """Reset the high-water mark of the resident set to its current size and return True if that is allowed."""
     try:
         RESET.write_text("5")
     except OSError:
@@ -48,7 +48,7 @@ def peak_can_be_set_back() -> bool:
 
 
 def _give_back() -> None:
-    """Have the C library return freed pages, so that they are neither in the base nor reused unseen."""
+    """Return freed pages of the C library to the system, so that they are neither in the base nor reused unseen."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

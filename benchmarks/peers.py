@@ -1,4 +1,4 @@
-"""Requirements of contenders, and adapters to the losses of other packages."""
+"""Optional requirements of contenders, and loaders of other packages' losses."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 
 def gpu(device: str) -> str | None:
-    """Return why Triton kernels cannot run, or None."""
+    """Return the reason why Triton kernels cannot run, or None."""
     if device != "cuda":
         return "needs a GPU"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 def compiler(device: str) -> str | None:
-    """Return why torch.compile cannot run, or None: on the CPU it makes C++, on a GPU it goes through Triton."""
+    """Return the reason why torch.compile cannot run, or None: it needs a C++ compiler on the CPU, Triton on a GPU."""
     if device == "cuda":
         return gpu(device)
     names = [os.environ.get("CXX", ""), "g++", "clang++"]
@@ -30,12 +30,12 @@ def compiler(device: str) -> str | None:
 
 
 def liger(device: str) -> str | None:
-    """Return why Liger's losses cannot be measured, or None."""
+    """Return the reason why Liger's losses cannot be measured, or None."""
     return None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
 
 
 def trl_chunked(device: str) -> str | None:
-    """Return why TRL's chunked divergence cannot be measured, or None."""
+    """Return the reason why TRL's chunked divergence cannot be measured, or None."""
     if importlib.util.find_spec("trl") is None:
         return "trl is not installed"
     try:
@@ -46,7 +46,7 @@ def trl_chunked(device: str) -> str | None:
 
 
 def trl_dense(device: str) -> str | None:
-    """Return why TRL's dense GKD loss cannot be measured, or None. It is a method of a trainer."""
+    """Return the reason why TRL's dense GKD loss, a method of a trainer, cannot be measured, or None."""
     if importlib.util.find_spec("trl") is None:
         return "trl is not installed"
     try:
@@ -66,9 +66,9 @@ REQUIREMENTS: dict[str, Callable[[str], str | None]] = {
 
 
 def load_trl_chunked() -> Any:
-    """Return TRL's ChunkedDivergenceFunction, without its trainers and what they need.
+    """Return TRL's ChunkedDivergenceFunction without importing its trainers and their requirements.
 
-    The module takes one name from them, a context that gathers ZeRO-3 shards and does nothing without DeepSpeed: it
+    Its module imports one name from them, a context that gathers ZeRO-3 shards and does nothing without DeepSpeed; it
     gets a context that does nothing.
     """
     with _trainers_left_out():
@@ -84,7 +84,7 @@ def load_trl_dense() -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _trainers_left_out() -> Iterator[None]:
-    """While it lasts, `trl.trainer.utils` is a module that holds one function."""
+    """Replace `trl.trainer.utils` by a module with one function, unless it is loaded already."""
     trainers, utilities = ModuleType("trl.trainer"), ModuleType("trl.trainer.utils")
     utilities.__dict__["maybe_gather_lm_head_ctx"] = lambda *parameters: contextlib.nullcontext()
     replaced = {"trl.trainer": trainers, "trl.trainer.utils": utilities}

@@ -16,7 +16,7 @@ LABELS: dict[str, str] = {"time": "T, tokens of a sequence", "vocabulary": "V, e
 
 
 def draw(result: dict[str, Any], path: Path) -> list[str]:
-    """Write one SVG for each group that has at least two sizes, beside `path`, and return their names."""
+    """Write one SVG per group with at least two sizes, beside `path`, and return their names."""
     names = []
     for group in dict.fromkeys(case["group"] for case in result["cases"] if case["axis"] is not None):
         cases = [case for case in result["cases"] if case["group"] == group]
@@ -31,7 +31,7 @@ def draw(result: dict[str, Any], path: Path) -> list[str]:
 def _draw_group(group: str, cases: list[dict[str, Any]], path: Path) -> None:
     """Write two panels: seconds and megabytes of each contender."""
     axis = cases[0]["axis"]
-    # Text stays text and nothing depends on the time or chance: small files that differ only when the figures do.
+    # Text stays text, and no date or random id is written: small files that differ only if the figures do.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "benchmarks", "font.size": 9}):
         figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
         names = dict.fromkeys(name for case in cases for name, one in case["contenders"].items() if "seconds" in one)
@@ -40,7 +40,7 @@ def _draw_group(group: str, cases: list[dict[str, Any]], path: Path) -> None:
             sizes = [case["sizes"][axis] for case in shown]
             ones = [case["contenders"][name] for case in shown]
             panels[0].plot(sizes, [one["seconds"]["median"] for one in ones], marker="o", label=name)
-            # A peak that cannot be told from nothing has no logarithm.
+            # A peak of 0 has no logarithm.
             panels[1].plot(sizes, [max(1e-3, one["memory"]["peak_bytes"] / 1e6) for one in ones], marker="o")
         for panel, label in zip(panels, ("seconds, forward and backward", "MB over inputs"), strict=True):
             panel.set(xscale="log", yscale="log", xlabel=LABELS.get(axis, axis), ylabel=label)

@@ -1,4 +1,4 @@
-"""The package of another revision beside this checkout's benchmarks, so that both are measured in the same rounds."""
+"""Package of another revision with this checkout's benchmarks, so that both are measured in the same rounds."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.machine import ROOT
-from benchmarks.measure import Place
+from benchmarks.measure import Checkout
 
 SUFFIX = " @ before"
 
 
 @contextlib.contextmanager
-def checked_out(reference: str, repository: Path = ROOT) -> Iterator[Place]:
-    """While it lasts, a git worktree of `reference` in a temporary folder, as a place to measure.
+def checked_out(reference: str, repository: Path = ROOT) -> Iterator[Checkout]:
+    """Check `reference` out as a git worktree in a temporary folder, removed afterwards.
 
-    Its workers import `benchmarks` from here and `xarch_kd`, kernels included, from there.
+    Its workers import `benchmarks` from this checkout and `xarch_kd`, kernels included, from the other.
 
     Raises:
         ValueError: there is no such revision, or no git.
@@ -32,7 +32,7 @@ def checked_out(reference: str, repository: Path = ROOT) -> Iterator[Place]:
             for name in ("kernels", "mappings"):
                 if (tree / name).is_dir() and not (tree / "xarch_kd" / name).exists():
                     (tree / "xarch_kd" / name).symlink_to(tree / name)
-            yield Place(suffix=SUFFIX, root=tree, path=(links, tree))
+            yield Checkout(suffix=SUFFIX, root=tree, path=(links, tree))
         finally:
             _git(repository, "worktree", "remove", "--force", str(tree))
 

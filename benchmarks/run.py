@@ -1,11 +1,11 @@
-"""Measure the operations beside their peers, and say which bounds are met.
+"""Measurement of the operations and their peers, with the bounds that are met or missed.
 
     python -m benchmarks.run                                   every operation, on the CPU; writes benchmarks/results
     python -m benchmarks.run --op mixing_distance --gate       one of them; the exit code is 1 when a bound is missed
     python -m benchmarks.run --case 'jsd*' --contender streaming --against HEAD~5
     python -m benchmarks.run --tables                          tables and plots of the stored results, nothing measured
 
-benchmarks/README.md says what is measured, and how each bound was derived.
+benchmarks/README.md describes the measures and derives each bound.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from benchmarks.case import Case
 from benchmarks.cases import CASES, GROWTHS
 from benchmarks.figures import grown, judge, record
 from benchmarks.machine import roofline, stamp
-from benchmarks.measure import HERE, Place, Settings, measure
+from benchmarks.measure import HERE, Checkout, Settings, measure
 from benchmarks.revision import checked_out, commit_of
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure what is asked for; 1 with `--gate` when a bound is missed, 2 for a question that has no answer."""
+    """Measure the chosen cases; return 1 if `--gate` is given and a bound is missed, exit with 2 for wrong usage."""
     parser = parser_of_arguments()
     asked = parser.parse_args(arguments)
     if asked.tables:
@@ -57,26 +57,26 @@ def main(arguments: list[str] | None = None) -> int:
     stamped = stamp(device=asked.device, threads=asked.threads)
     results = []
     with ExitStack() as stack:
-        places: tuple[Place, ...] = (HERE,)
+        checkouts: tuple[Checkout, ...] = (HERE,)
         if not settings.isolated:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(settings.threads)
         if asked.against is not None:
             try:
                 stamped["against"] = commit_of(asked.against)
-                places = (HERE, stack.enter_context(checked_out(asked.against)))
+                checkouts = (HERE, stack.enter_context(checked_out(asked.against)))
             except ValueError as error:
                 parser.error(str(error))
         for operation, cases in chosen.items():
             if cases:
-                results.append(measure_operation(operation, cases, settings, asked, stamped, places))
+                results.append(measure_operation(operation, cases, settings, asked, stamped, checkouts))
                 write(results[-1], where(operation, asked))
     missed = any(bound["met"] is False for result in results for bound in every_bound(result))
     return int(asked.gate and missed)
 
 
 def parser_of_arguments() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", choices=list(CASES), help="an operation; may be given again")
     parser.add_argument("--case", action="append", help="a pattern of case names; may be given again")
@@ -88,17 +88,17 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a smoke run, no figures")
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--gate", action="store_true", help="exit code 1 when a bound is missed")
-    parser.add_argument("--tables", action="store_true", help="only make tables and plots of the stored results")
+    parser.add_argument("--tables", action="store_true", help="only write tables and plots of the stored results")
     return parser
 
 
 def available_threads() -> int:
-    """Return OMP_NUM_THREADS if set, else the processors this process may use."""
+    """Return OMP_NUM_THREADS if set, else the number of processors that this process may use."""
     return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def chosen_cases(operation: str, asked: argparse.Namespace) -> list[Case]:
-    """Return the cases of an operation that are asked for and meant for the device; a smoke run takes any device's."""
+    """Return the chosen cases of an operation for the device; a smoke run includes those of other devices."""
     patterns = asked.case or ["*"]
     return [
         case
@@ -113,9 +113,9 @@ def measure_operation(
     settings: Settings,
     asked: argparse.Namespace,
     stamped: dict[str, Any],
-    places: tuple[Place, ...],
+    checkouts: tuple[Checkout, ...],
 ) -> dict[str, Any]:
-    """Return the stamped result of an operation, printing each case as it comes."""
+    """Return the stamped result of an operation, and print each case when it is done."""
     results = []
     for case in cases:
         names = [
@@ -123,7 +123,7 @@ def measure_operation(
             for name in case.contenders
             if name == case.baseline or any(fnmatch.fnmatch(name, one) for one in asked.contender or ["*"])
         ]
-        found, rates = measure(case, names, settings, places)
+        found, rates = measure(case, names, settings, checkouts)
         sizes = {**case.sizes, **(case.quick if settings.quick else {})}
         result = record(case, sizes, found, roofline(rates, device=settings.device, dtype=case.dtype))
         result["bounds"] = [] if settings.quick else judge(case.bounds, found, result)
@@ -143,7 +143,7 @@ def every_bound(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def where(operation: str, asked: argparse.Namespace) -> Path | None:
-    """Return the file of a result: part of the cases, or a smoke run, replaces a stored result only when asked to."""
+    """Return the file of a result. Part of the cases, or a smoke run, is stored only with `--output`."""
     if asked.output is not None:
         return asked.output
     if asked.quick or asked.case or asked.contender or asked.against:

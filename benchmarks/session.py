@@ -1,4 +1,4 @@
-"""One contender of one case in this process: prepared once, then asked for its memory, seconds and errors."""
+"""One contender of one case in this process: prepared once, then measured for memory, seconds and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_CALLS: Final = 100
 
 
 def unsupported_reason(contender: Contender, sizes: Sizes, device: str) -> str | None:
-    """Return why the contender is not measured at these sizes on this device, or None."""
+    """Return the reason why the contender is not measured at these sizes on this device, or None."""
     for axis, largest in contender.largest.items():
         if sizes.get(axis, 0) > largest:
             return f"left out above {axis} = {largest}: too large or too slow"
@@ -29,14 +29,14 @@ def unsupported_reason(contender: Contender, sizes: Sizes, device: str) -> str |
     return None if reason is None else without_paths(reason)
 
 
-def said(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return the kind and first line of an error."""
     lines = str(error).strip().splitlines()
     return without_paths(f"{type(error).__name__}: {lines[0] if lines else ''}")
 
 
 def without_paths(text: str) -> str:
-    """Return the first characters of a text with what looks like a path cut out."""
+    """Return the first characters of a text without anything that looks like a path."""
     return re.sub(r"(?:/[\w.+-]+){2,}", "…", text)[:300]
 
 
@@ -49,13 +49,13 @@ def call(run: Run, inputs: Inputs) -> Tensor:
 
 
 def forget_gradients(inputs: Inputs) -> None:
-    """Drop the gradients that a call left."""
+    """Drop the gradients of the inputs."""
     for tensor in inputs.values():
         tensor.grad = None
 
 
 class Session:
-    """A contender with its inputs. `prepare` comes first and says why there is nothing to measure, if so."""
+    """A contender with its inputs. `prepare` must be called first."""
 
     def __init__(self, case: Case, name: str, *, device: str, quick: bool = False) -> None:
         self.case = case
@@ -69,7 +69,7 @@ class Session:
         self.first: dict[str, Any] | None = None
 
     def prepare(self) -> str | None:
-        """Load what it needs, draw the inputs, make a first call; return the reason when that cannot be done."""
+        """Build the contender, draw the inputs and make a first call; return the reason if it cannot be measured."""
         if self.quick and "compiler" in self.contender.needs:
             return "left out of a smoke run: compiling takes longer than the rest of it"
         reason = unsupported_reason(self.contender, self.sizes, self.device)
@@ -93,7 +93,7 @@ class Session:
     def seconds(self) -> float:
         """Return the seconds of one call, forward and backward, averaged over the calls of a repeat."""
         if self.device == "cuda":
-            # Other contenders had the device in between.
+            # Other contenders ran on the device in between.
             self._timed(1)
         taken = self._timed(self.calls)
         if self.device == "cuda":
@@ -138,7 +138,7 @@ class Session:
 
 
 def _distance(found: Tensor | None, expected: Tensor | None) -> float:
-    """Return |found - expected| / |expected|; a gradient that is missing counts as 0."""
+    """Return |found - expected| / |expected|; a missing gradient is 0."""
     if expected is None:
         return 0.0 if found is None else float(found.norm())
     difference = expected.double() - (0 if found is None else found.double())

@@ -1,6 +1,7 @@
-"""Start-up times of `import xarch_kd`, `xarch-kd --help` and `xarch-kd plan`: medians over fresh interpreters.
+"""Startup times of `import xarch_kd`, `xarch-kd --help` and `xarch-kd plan`: medians over fresh interpreters.
 
-Prints a table with the bounds of the medians, writes `benchmarks/results/startup.json`, returns 1 if one is broken.
+Prints a table with the bounds on the medians, writes `benchmarks/results/startup.json` and returns 1 if a bound is
+missed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def seconds(arguments: list[str]) -> list[float]:
 
 
 def main() -> int:
-    """Measure every case; 0 if all bounds hold."""
+    """Measure every case and return 0 if all bounds are met."""
     rows = {}
     for name, (arguments, bound) in CASES.items():
         times = seconds(arguments)

@@ -1,4 +1,4 @@
-"""The Markdown table and the plots of stored results, made from their JSON alone.
+"""Markdown tables and plots of stored results, from their JSON alone.
 
 python -m benchmarks.tables [FILE …]     by default every result of `benchmarks.run` in benchmarks/results
 """
@@ -20,14 +20,14 @@ HEADER: Final = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make the tables and plots of the files given."""
+    """Write the tables and plots of the given files."""
     given = [Path(one) for one in (sys.argv[1:] if arguments is None else arguments)]
     for path in given or stored():
         render(path)
 
 
 def stored() -> list[Path]:
-    """Return the stored results that have cases (others of the folder are made by other programs)."""
+    """Return the stored results that have cases (other files of the folder are written by other programs)."""
     return [path for path in sorted(RESULTS.glob("*-*.json")) if "cases" in json.loads(path.read_text("utf-8"))]
 
 
@@ -39,7 +39,7 @@ def render(path: Path) -> None:
 
         plots = draw(result, path)
     except ImportError as error:
-        # The table stands by itself; the page then names no plots.
+        # The table is complete without plots.
         print(f"No plots: matplotlib (extra bench) does not load: {error}")
         plots = []
     path.with_suffix(".md").write_text(document(result, plots), encoding="utf-8")
@@ -58,7 +58,7 @@ def document(result: dict[str, Any], plots: list[str]) -> str:
 
 
 def heading(result: dict[str, Any]) -> str:
-    """Return when, where and with what."""
+    """Return the paragraph on command, time, revision, machine and versions."""
     stamp, settings = result["stamp"], result["settings"]
     revision = stamp["revision"]
     clean = {True: "", False: " with changes", None: ""}[revision["clean"]]
@@ -78,7 +78,7 @@ def case_table(case: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {size:,}" for name, size in case["sizes"].items())
     roof, gradients = case["roofline"], ", ".join(case["gradients"]) or "nothing"
     what = case.get("whole") or f"gradients of {gradients}"
-    # What a whole step reads and writes is no input of the case.
+    # The traffic of a whole step is not that of the case's inputs.
     traffic = "" if case.get("whole") else f", {case['bytes'] / 1e6:.4g} MB at least"
     lines = [
         f"## {case['case']}",
@@ -102,7 +102,7 @@ def case_table(case: dict[str, Any]) -> str:
 
 
 def proxy(case: dict[str, Any]) -> str:
-    """Return at which other sizes errors were taken, if so."""
+    """Return the sentence on the other sizes at which errors were measured, or an empty string."""
     errors = next((one["errors"] for one in case["contenders"].values() if one.get("errors")), None)
     changed = {name: size for name, size in (errors or case)["sizes"].items() if size != case["sizes"].get(name)}
     if not changed:
@@ -144,12 +144,12 @@ def bound_row(bound: dict[str, Any]) -> str:
 
 
 def allowed(bound: dict[str, Any]) -> str:
-    """Return what a bound allows."""
+    """Return the allowed value of a bound."""
     return f"≤ {bound['at_most']:g}" if bound.get("at_most") is not None else f"≥ {bound['at_least']:g}"
 
 
 def outcome(bound: dict[str, Any]) -> str:
-    """Return what was measured and whether the bound is met, as two cells."""
+    """Return the measured value and the verdict of a bound, as two cells."""
     measured = f"{bound['measured']:.3f}" if bound["measured"] is not None else bound["why"]
     return f"{measured} | {'not measured' if bound['met'] is None else 'yes' if bound['met'] else 'no'}"
 

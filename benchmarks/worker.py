@@ -1,8 +1,8 @@
-"""A process that measures one contender: a line of JSON in, a line of JSON out. `measure.Remote` starts it.
+"""Process that measures one contender: a line of JSON in, a line of JSON out. `measure.Remote` starts it.
 
-The first line says what: {"operation", "case", "contender", "device", "threads", "quick"}, or {"machine", "dtype",
-"device", "threads", "quick"} for the roofline. The answer says whether there is something to measure. Then each line
-names a method of `Session` or `Machine`.
+The first line is the request: {"operation", "case", "contender", "root", "device", "threads", "quick"}, or {"machine",
+"dtype", "device", "threads", "quick"} for the roofline. The answer holds the reason if there is nothing to measure.
+Each further line names a method of `Session` or `Machine`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 def main() -> None:
-    """Answer until the input ends. What libraries print goes to the standard error."""
+    """Answer until the input ends. Output of libraries goes to the standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     subject: Any = None
@@ -28,15 +28,15 @@ def main() -> None:
             else:
                 answer = getattr(subject, json.loads(line)["do"])()
         except Exception as error:
-            from benchmarks.session import said
+            from benchmarks.session import one_line
 
-            answer = {"failed": said(error)}
+            answer = {"failed": one_line(error)}
         answers.write(json.dumps({"answer": answer}) + "\n")
         answers.flush()
 
 
 def begin(asked: dict[str, Any]) -> tuple[Any, Any]:
-    """Return what is measured, and what is said about it first."""
+    """Return the subject of the measurement and the first answer."""
     torch.set_num_threads(asked["threads"])
     if "machine" in asked:
         from benchmarks.machine import Machine
@@ -48,7 +48,7 @@ def begin(asked: dict[str, Any]) -> tuple[Any, Any]:
 
     where = Path(xarch_kd.__file__).resolve().parent.parent
     if where != Path(asked["root"]).resolve():
-        raise ImportError("the package that was imported is not the one of the revision asked for")
+        raise ImportError("the imported package is not that of the requested revision")
     case = next(case for case in CASES[asked["operation"]] if case.name == asked["case"])
     session = Session(case, asked["contender"], device=asked["device"], quick=asked["quick"])
     return session, {"missing": session.prepare()}

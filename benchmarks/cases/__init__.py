@@ -1,4 +1,4 @@
-"""The cases, by operation. A case is data; `benchmarks.run` measures it."""
+"""Benchmark cases by operation. A case is data; `benchmarks.run` measures it."""
 
 from __future__ import annotations
 

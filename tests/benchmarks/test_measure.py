@@ -12,19 +12,19 @@ import torch
 from benchmarks import peers
 from benchmarks.case import Case, Contender, Options, Run
 from benchmarks.cases.projected_distance import CASES
-from benchmarks.measure import Place, Remote, Settings, measure
+from benchmarks.measure import Checkout, Remote, Settings, measure
 from benchmarks.memory import peak_over
-from benchmarks.session import Session, said, unsupported_reason, without_paths
+from benchmarks.session import Session, one_line, unsupported_reason, without_paths
 
 ASKED: dict[str, Any] = {"threads": 1}
 
 
-def place(folder: Path, worker: str) -> Place:
+def checkout(folder: Path, worker: str) -> Checkout:
     """A checkout whose worker is the code given."""
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "__init__.py").touch()
     (folder / "benchmarks" / "worker.py").write_text(worker)
-    return Place(root=folder, path=(folder,))
+    return Checkout(root=folder, path=(folder,))
 
 
 def test_contenders_run_in_processes_of_their_own() -> None:
@@ -44,7 +44,7 @@ def test_contenders_run_in_processes_of_their_own() -> None:
 
 def test_a_contender_that_is_not_there_is_said_not_raised() -> None:
     asked = {"operation": "projected_distance", "case": CASES[0].name, "contender": "no such", "root": "nowhere"}
-    one = Remote({**asked, "device": "cpu", "quick": True, "threads": 1}, Place(), 120.0)
+    one = Remote({**asked, "device": "cpu", "quick": True, "threads": 1}, Checkout(), 120.0)
     try:
         # The package that is imported lies here, not there.
         assert one.begin()["failed"].startswith("ImportError: the package that was imported is not")
@@ -53,7 +53,7 @@ def test_a_contender_that_is_not_there_is_said_not_raised() -> None:
 
 
 def test_a_process_that_dies_is_said(tmp_path: Path) -> None:
-    one = Remote(ASKED, place(tmp_path, "raise SystemExit(3)"), 60.0)
+    one = Remote(ASKED, checkout(tmp_path, "raise SystemExit(3)"), 60.0)
     try:
         assert one.begin() == {"failed": "its process ended with code 3"}
     finally:
@@ -61,14 +61,14 @@ def test_a_process_that_dies_is_said(tmp_path: Path) -> None:
 
 
 def test_a_process_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
-    one = Remote(ASKED, place(tmp_path, "import time; time.sleep(600)"), 0.2)
+    one = Remote(ASKED, checkout(tmp_path, "import time; time.sleep(600)"), 0.2)
     assert one.begin() == {"failed": "no answer within 0 s"}
     assert one.process.poll() is not None
 
 
 def test_threads_and_import_path_reach_the_worker(tmp_path: Path) -> None:
     code = "import json, os; input(); print(json.dumps({'answer': [os.environ['OMP_NUM_THREADS'], __file__]}))"
-    one = Remote({"threads": 7}, place(tmp_path, code), 60.0)
+    one = Remote({"threads": 7}, checkout(tmp_path, code), 60.0)
     try:
         assert one.begin() == ["7", str(tmp_path / "benchmarks" / "worker.py")]
     finally:
@@ -118,7 +118,7 @@ def test_what_is_too_large_is_left_out() -> None:
 
 
 def test_errors_are_said_without_paths() -> None:
-    text = said(FileNotFoundError("no /some/where/file.txt here\nsecond line"))
+    text = one_line(FileNotFoundError("no /some/where/file.txt here\nsecond line"))
     assert text == "FileNotFoundError: no … here"
     assert without_paths("seconds/token stays") == "seconds/token stays"
 

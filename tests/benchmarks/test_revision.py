@@ -43,18 +43,18 @@ def test_a_worker_imports_the_package_of_the_revision_and_the_benchmarks_of_here
         "import benchmarks, pathlib, xarch_kd; from xarch_kd.kernels import tiles; "
         "print(xarch_kd.WHICH, tiles.WHICH, pathlib.Path(benchmarks.__file__).resolve().parent)"
     )
-    with checked_out("HEAD~1", repository) as place:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, place.path))}
+    with checked_out("HEAD~1", repository) as checkout:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, checkout.path))}
         done = subprocess.run(
             [sys.executable, "-P", "-c", code],
-            cwd=place.path[0],
+            cwd=checkout.path[0],
             env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.stdout.split() == ["first", "first", str(ROOT / "benchmarks")], done.stderr
-        tree = place.root
+        tree = checkout.root
     assert not tree.exists()
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 

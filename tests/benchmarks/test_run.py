@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import run, tables
 from benchmarks.cases import CASES
-from benchmarks.measure import Place
+from benchmarks.measure import Checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 # Values and gradients of at most a few hundred terms: some ten roundings survive, and cancellation costs a few bits.
@@ -134,12 +134,12 @@ def test_the_gate_fails_on_a_missed_bound(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_another_revision_is_measured_in_processes_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    def measured(operation: str, cases: Any, settings: Any, options: Any, stamp: Any, places: Any) -> dict[str, Any]:
-        asked.append((settings.isolated, stamp["against"], [place.suffix for place in places]))
+    def measured(operation: str, cases: Any, settings: Any, options: Any, stamp: Any, checkouts: Any) -> dict[str, Any]:
+        asked.append((settings.isolated, stamp["against"], [checkout.suffix for checkout in checkouts]))
         return {"operation": operation, "cases": [], "growths": []}
 
     monkeypatch.setattr(run, "commit_of", lambda reference: "0123456789ab")
-    monkeypatch.setattr(run, "checked_out", lambda reference: contextlib.nullcontext(Place(suffix=" @ before")))
+    monkeypatch.setattr(run, "checked_out", lambda reference: contextlib.nullcontext(Checkout(suffix=" @ before")))
     monkeypatch.setattr(run, "measure_operation", measured)
     assert run.main([*QUICK, "--op", "similarity", "--against", "HEAD~1"]) == 0
     # In this process both would be the package of this checkout.

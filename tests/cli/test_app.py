@@ -160,7 +160,7 @@ def test_a_fault_of_ours_says_so(doing: Callable[[Callable[[], Any]], None], xar
     done = xarch_kd("doctor")
     assert (done.code, done.err.splitlines()) == (
         3,
-        ["error: KeyError: 'blocks'", "This is a fault of xarch-kd; --debug shows where."],
+        ["error: KeyError: 'blocks'", "This is a bug in xarch-kd. Rerun with --debug and report it."],
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import GPTBigCodeConfig
 
 from tests.cli.conftest import XarchKd
-from xarch_kd.cli.inspect import span
+from xarch_kd.cli.inspect import short_ranges
 
 BLOCK_TAPS = {"hidden", "mixer_input", "mixer_output", "mlp_output", "mixing", "values"}
 INSIDE = {"mixing": ["batch", "heads", "time", "time"], "values": ["batch", "time", "heads", "dim"]}
@@ -80,4 +80,4 @@ def test_a_folder_without_a_config_is_a_model_error(tmp_path: Path, xarch_kd: Xa
 
 @pytest.mark.parametrize(("layers", "text"), [((), ""), ((3,), "3"), ((0, 1, 2), "0-2"), ((0, 2, 3, 7), "0, 2-3, 7")])
 def test_span(layers: tuple[int, ...], text: str) -> None:
-    assert span(layers) == text
+    assert short_ranges(layers) == text

@@ -74,11 +74,11 @@ def test_prompts_can_be_given(run_folder: Path, xarch_kd: XarchKd) -> None:
     assert "Once upon a time" not in done.out
 
 
-def test_an_unmeasured_run_says_how_to_measure(run_folder: Path, xarch_kd: XarchKd) -> None:
+def test_a_run_without_evaluation_prints_the_command_for_it(run_folder: Path, xarch_kd: XarchKd) -> None:
     (run_folder / "evaluation.json").unlink()
     done = xarch_kd("show", run_folder, "--tokens", "3")
     assert done.code == 0
-    assert f"Not measured yet: xarch-kd evaluate {run_folder}" in done.out
+    assert f"Not evaluated yet: xarch-kd evaluate {run_folder}" in done.out
 
 
 @pytest.mark.parametrize(

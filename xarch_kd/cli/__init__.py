@@ -1,1 +1,1 @@
-"""The command line: one file a command, imported on demand."""
+"""Command line: one file per command, imported on demand."""

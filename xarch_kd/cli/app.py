@@ -1,4 +1,4 @@
-"""The command `xarch-kd`: a table of commands, each loaded from its own file when it is called.
+"""Command `xarch-kd`: a table of commands, each imported from its own file when it is called.
 
 Exit codes: 0 done, 1 a gate failed, 2 usage or mapping file, 3 data or model, 130 interrupted and resumable.
 """
@@ -20,59 +20,59 @@ import xarch_kd
 from xarch_kd.errors import XarchError
 
 
-class Entry(NamedTuple):
-    """One line of `xarch-kd --help`, and the examples under the command's own help."""
+class CommandHelp(NamedTuple):
+    """Help of one command: its line in `xarch-kd --help`, and the examples under its own help."""
 
     summary: str
     examples: tuple[str, ...]
 
 
-# Command → entry. Its code is the function `command` of `xarch_kd/cli/<command>.py`.
-COMMANDS: dict[str, Entry] = {
-    "init": Entry(
+# Command → its help. Its code is the function `command` of `xarch_kd/cli/<command>.py`.
+COMMANDS: dict[str, CommandHelp] = {
+    "init": CommandHelp(
         "Write a mapping file for a teacher.",
         ('xarch-kd init ./teacher --mixer mamba2 --keep-attention "every 4" --output mapping.yaml',),
     ),
-    "plan": Entry(
-        "Check a mapping file and show what it would do; reads no weights.",
+    "plan": CommandHelp(
+        "Check a mapping file and print the resolved run; reads no weights.",
         ("xarch-kd plan mapping.yaml", "xarch-kd plan mapping.yaml --json"),
     ),
-    "train": Entry(
-        "Run a mapping file: distil, save the student, measure it.",
+    "train": CommandHelp(
+        "Run a mapping file: distil, save the student, evaluate it.",
         ("xarch-kd train mapping.yaml --output runs/first", "xarch-kd train mapping.yaml --output runs/first --resume"),
     ),
-    "evaluate": Entry(
-        "Measure a run's student against its teacher on the same tokens.",
+    "evaluate": CommandHelp(
+        "Evaluate a run's student against its teacher on the same tokens.",
         ("xarch-kd evaluate runs/first",),
     ),
-    "show": Entry(
-        "Show a run's result: the table, two generations, how to load the student.",
+    "show": CommandHelp(
+        "Show a run's result: the table, generated text, code that loads the student.",
         ("xarch-kd show runs/first", 'xarch-kd show runs/first --prompt "Once upon a time" --tokens 60'),
     ),
-    "convert": Entry(
-        "Turn a Transformer into a stock hybrid checkpoint, untrained.",
+    "convert": CommandHelp(
+        "Convert a Transformer into an untrained hybrid checkpoint of a stock class.",
         ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),
     ),
-    "export": Entry(
-        "Write a student in the format of mamba_ssm, or bring one back.",
+    "export": CommandHelp(
+        "Convert a student to the format of mamba_ssm, or back to that of transformers.",
         (
             "xarch-kd export runs/first --format mamba_ssm --output ./for-mamba-ssm",
             "xarch-kd export ./for-mamba-ssm --format transformers --output ./student",
         ),
     ),
-    "inspect": Entry(
-        "List what can be tapped in a model, with shapes; reads no weights.",
+    "inspect": CommandHelp(
+        "List the taps of a model with shapes; reads no weights.",
         ("xarch-kd inspect ./teacher", "xarch-kd inspect ./teacher --json"),
     ),
-    "doctor": Entry(
-        "Say what runs on this machine: versions, devices, optional parts.",
+    "doctor": CommandHelp(
+        "Report what runs on this machine: versions, devices, optional packages.",
         ("xarch-kd doctor", "xarch-kd doctor --json"),
     ),
 }
 
 
 def examples(lines: Sequence[str]) -> str:
-    """Return the text under a help page; `\\b` keeps its line breaks."""
+    """Return the text under a help page; `\\b` preserves its line breaks."""
     return "\b\n" + "\n".join(["Examples:", *(f"  {line}" for line in lines)])
 
 
@@ -87,7 +87,7 @@ def load_command(name: str) -> TyperCommand:
 
 
 class LazyGroup(TyperGroup):
-    """A group that lists its commands from the table and imports only the one that is called."""
+    """Group of commands that lists them from the table and imports only the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
@@ -95,12 +95,12 @@ class LazyGroup(TyperGroup):
 
 
 def build_app() -> TyperGroup:
-    """Return the command line; no command's file is imported yet."""
+    """Return the command line without importing any command's file."""
     app = typer.Typer(
         cls=LazyGroup,
         add_completion=False,
         rich_markup_mode=None,
-        epilog=examples([entry.examples[0] for entry in COMMANDS.values()]),
+        epilog=examples([texts.examples[0] for texts in COMMANDS.values()]),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
 
@@ -109,20 +109,20 @@ def build_app() -> TyperGroup:
         version: Annotated[
             bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version.")
         ] = False,
-        debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; may stand anywhere.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback; at any position.")] = False,
     ) -> None:
         """Distil a Hugging Face Transformer into any student stack from one mapping file."""
 
     group = typer.main.get_command(app)
     if not isinstance(group, LazyGroup):
-        raise TypeError("typer did not build the group it was asked for")
-    for name, entry in COMMANDS.items():
-        group.add_command(TyperCommand(name, help=entry.summary, short_help=entry.summary))
+        raise TypeError("typer did not build a group of the class LazyGroup")
+    for name, texts in COMMANDS.items():
+        group.add_command(TyperCommand(name, help=texts.summary, short_help=texts.summary))
     return group
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         print(f"xarch-kd {xarch_kd.__version__}")
         raise typer.Exit
 
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Taken out here, since it must also hold for errors met while the rest is parsed.
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
-    # Its notices of kernels that are not installed would drown ours; `doctor` tells what is missing.
+    # transformers prints a notice per missing kernel; `xarch-kd doctor` lists them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -151,7 +151,7 @@ def _show_warning(message: Warning | str, *_place: object) -> None:
 
 
 def _report(error: Exception) -> int:
-    """Print what went wrong to stderr, plainly, and return the exit code that it stands for."""
+    """Print the error to stderr as plain text and return its exit code."""
     match error:
         case XarchError():
             text, code = str(error), error.exit_code
@@ -164,6 +164,7 @@ def _report(error: Exception) -> int:
         case OSError():
             text, code = str(error), 3
         case _:
-            text, code = f"{type(error).__name__}: {error}\nThis is a fault of xarch-kd; --debug shows where.", 3
+            text = f"{type(error).__name__}: {error}\nThis is a bug in xarch-kd. Rerun with --debug and report it."
+            code = 3
     print(text if code == 130 else f"error: {text}", file=sys.stderr)
     return code

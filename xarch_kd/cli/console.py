@@ -1,4 +1,4 @@
-"""The console that commands print on."""
+"""Console that commands print on."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 
 from rich.console import Console
 
-# Where there is no terminal, tables would otherwise be cut to 80 columns and break their words.
+# Without a terminal, rich would cut tables to 80 columns and break their words.
 PLAIN_WIDTH = 110
 
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """Return a console as wide as the terminal, or of `PLAIN_WIDTH` columns where there is none."""
+    """Return a console as wide as the terminal, or of `PLAIN_WIDTH` columns without one."""
     console = Console(quiet=quiet, stderr=stderr)
     return console if console.is_terminal else Console(quiet=quiet, stderr=stderr, width=PLAIN_WIDTH)
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars and advice off the screen, where our lines say what is going on.
+    """Hide the progress bars and advice of transformers, in favour of our own progress lines.
 
-    To be called before anything else imports transformers: its GGUF reader's bar is tqdm's own, which reads its
-    environment when it is imported.
+    Call it before anything else imports transformers: its GGUF reader's bar is tqdm's own, which reads its environment
+    on import.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""`xarch-kd convert`: a Transformer as a stock hybrid checkpoint, untrained."""
+"""`xarch-kd convert`: convert a Transformer into an untrained hybrid checkpoint of a stock class."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from xarch_kd.errors import UsageError, renamed
 def command(
     teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    mixer: Annotated[
-        Literal["mamba2", "gated_delta"], typer.Option(help="What takes the place of attention.")
-    ] = "mamba2",
+    mixer: Annotated[Literal["mamba2", "gated_delta"], typer.Option(help="Mixer that replaces attention.")] = "mamba2",
     target: Annotated[
         Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"],
         typer.Option(help="The student's class; auto: the stock class that fits best."),
@@ -24,19 +22,19 @@ def command(
     keep_attention: Annotated[
         str | None,
         typer.Option(
-            help='Blocks that keep attention: "every N", "first N", "last N", "none", "all", or a list 0,4,8.'
+            help='Layers that keep attention: "every N", "first N", "last N", "none", "all", or a list 0,4,8.'
         ),
     ] = None,
-    replace: Annotated[str | None, typer.Option(help="Blocks whose attention is replaced, in the same words.")] = None,
+    replace: Annotated[str | None, typer.Option(help="Layers whose attention is replaced, in the same form.")] = None,
     init: Annotated[
         Literal["attention", "random"], typer.Option(help="Where the new mixers start from.")
     ] = "attention",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of whatever is drawn.")] = 0,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Number format of the student.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of random initialization.")] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of the student.")] = "float32",
     initialisation: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Turn a Transformer into a stock hybrid checkpoint with new mixers, untrained."""
+    """Convert a Transformer into a hybrid checkpoint of a stock class, with new, untrained mixers."""
     if initialisation is not None:
         raise UsageError(
             renamed("--initialisation", "--init", kind="option"), asked=initialisation, fix=f"--init {initialisation}"
@@ -75,7 +73,7 @@ def command(
 
 
 def selection(text: str | None) -> str | list[int] | None:
-    """Return `0,4,8` as a list of blocks; other words are left to `kept_layers`, which knows them."""
+    """Return `0,4,8` as a list of layers and any other text as it is, for `kept_layers` to parse."""
     if text is not None and re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
         return [int(part) for part in text.split(",")]
     return text

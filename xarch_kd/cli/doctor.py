@@ -1,4 +1,4 @@
-"""`xarch-kd doctor`: what runs on this machine."""
+"""`xarch-kd doctor`: report what runs on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 import xarch_kd
 from xarch_kd._layout import folder
 
-# What the package cannot run without, and what each extra brings: extra → distribution → module.
+# Required distributions, and the optional ones: extra → distribution → module.
 CORE = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pydantic", "typer", "rich")
 EXTRAS = {
     "gguf": {"gguf": "gguf"},
@@ -29,7 +29,7 @@ EXTRAS = {
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
 ) -> None:
-    """Say what runs on this machine: versions, devices, optional parts, implementations of the operations."""
+    """Report what runs on this machine: versions, devices, optional packages, implementations of the operations."""
     found = examine()
     if as_json:
         print(json.dumps(found, indent=2))
@@ -38,7 +38,7 @@ def command(
 
 
 def examine() -> dict[str, Any]:
-    """Return what was found, as JSON-ready data; `None` stands for what is not installed. Memory is in bytes."""
+    """Return the findings as JSON-ready data: None for a package that is not installed, memory in bytes."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
 
 
 def version(distribution: str) -> str | None:
-    """Return the installed version of `distribution`, or None; the distribution is not imported."""
+    """Return the installed version of `distribution`, or None, without importing it."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def version(distribution: str) -> str | None:
 
 
 def implementations(*, cuda: bool, triton: str | None) -> dict[str, dict[str, Any]]:
-    """Return each implementation of the operations with whether it runs here and, if not, the reason."""
+    """Return for each implementation of the operations if it runs here and, if not, the reason."""
     kernels = sorted(path.stem for path in folder("kernels").glob("*.py") if not path.stem.startswith("_"))
     reasons = [
         reason

@@ -1,4 +1,4 @@
-"""`xarch-kd evaluate`: measure a run."""
+"""`xarch-kd evaluate`: evaluate a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by `xarch-kd train`.")],
     tokens: Annotated[
-        int | None, typer.Option(min=64, help="Tokens of each text; default: as the mapping file says.")
+        int | None, typer.Option(min=64, help="Tokens of each text; default: from the mapping file.")
     ] = None,
     gate: Annotated[
         float | None,
@@ -19,10 +19,10 @@ def command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Measure a run's student against its teacher on the same tokens, and write evaluation.json.
+    """Evaluate a run's student against its teacher on the same tokens and write evaluation.json.
 
-    Negative log-likelihood and perplexity of both, by position, with paired bootstrap intervals of the difference: on
-    held-out text of the training corpus, and on each text under `evaluate.also`.
+    Reports negative log-likelihood and perplexity of both models, by position, with paired bootstrap intervals of the
+    difference: on held-out text of the training corpus, and on each text under `evaluate.also`.
     """
     from xarch_kd.cli.console import make_console, quiet_libraries
 

@@ -1,4 +1,4 @@
-"""`xarch-kd export`: a student in another library's format, or back in that of transformers."""
+"""`xarch-kd export`: convert a student to another library's format, or back to that of transformers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
     format: Annotated[
         Literal["mamba_ssm", "transformers"],
-        typer.Option(help="mamba_ssm: for MambaLMHeadModel.from_pretrained; transformers: the stock class it equals."),
+        typer.Option(help="mamba_ssm: for MambaLMHeadModel.from_pretrained; transformers: the equivalent stock class."),
     ] = "mamba_ssm",
 ) -> None:
-    """Write a student in the format of mamba_ssm, or one of that format in the format of transformers."""
+    """Convert a student from the format of transformers to that of mamba_ssm, or back."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder.", fix="give a new folder as --output")
-    # A run folder holds its student, and is what other commands are given.
+    # Other commands take run folders, so a run folder stands for its student.
     folder = student / "student" if (student / "student" / "config.json").is_file() else student
     if not folder.is_dir():
         raise ModelError("There is no such folder.", asked=student, fix="download a hub model into a folder first")
@@ -40,7 +40,7 @@ def command(
             f"{folder} is in the format of {format} already.",
             fix=f"--format {'transformers' if format == 'mamba_ssm' else 'mamba_ssm'}, or copy the folder",
         )
-    # In the dtype that it was saved in.
+    # None: the dtype that it was saved in.
     model = load_model(str(folder), dtype=None)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = load_tokenizer(str(folder)) if has_tokenizer else None
@@ -49,5 +49,5 @@ def command(
     else:
         save_student(model, tokenizer, output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    said = "MambaLMHeadModel of mamba_ssm" if format == "mamba_ssm" else type(model).__name__
-    print(f"{output}: {said}, {parameters:,} parameters{'' if has_tokenizer else ', no tokenizer'}")
+    name = "MambaLMHeadModel of mamba_ssm" if format == "mamba_ssm" else type(model).__name__
+    print(f"{output}: {name}, {parameters:,} parameters{'' if has_tokenizer else ', no tokenizer'}")

@@ -10,17 +10,18 @@ import typer
 
 def command(
     teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
-    mixer: Annotated[str, typer.Option(help="What replaces attention: mamba2, gated_delta.")] = "mamba2",
+    mixer: Annotated[str, typer.Option(help="Mixer that replaces attention: mamba2, gated_delta.")] = "mamba2",
     keep_attention: Annotated[
         str,
-        typer.Option(help='Blocks that keep attention: "every N", "first N", "last N", "none", or 0,4,8.'),
+        typer.Option(help='Layers that keep attention: "every N", "first N", "last N", "none", or 0,4,8.'),
     ] = "every 4",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
-    output: Annotated[Path | None, typer.Option(help="The file to write; it must be new. Default: print it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="New file to write. Default: print the mapping file.")] = None,
 ) -> None:
-    """Write a mapping file that `xarch-kd plan` accepts and that can be edited; only the teacher's config is read.
+    """Write a mapping file for a student converted from the teacher, from the teacher's config alone.
 
-    It converts the teacher. Files for fresh students, smaller Transformers and staged recipes are in mappings/.
+    Edit it, then check it with `xarch-kd plan`. Examples for fresh students, smaller Transformers and staged recipes
+    are in mappings/.
     """
     from xarch_kd.mapping_file.template import mapping_text, write_mapping
 

@@ -1,4 +1,4 @@
-"""`xarch-kd inspect`: what can be tapped in a model."""
+"""`xarch-kd inspect`: list the taps of a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME=PATH",
-            help="Where a part of an unknown model is, e.g. blocks=model.layers; may be given several times.",
+            help="Attribute path of a part of an unknown model, e.g. blocks=model.layers; may be given several times.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
@@ -74,12 +74,12 @@ def render(rows: tuple[TapRow, ...]) -> Table:
         table.add_column(heading, overflow="fold")
     for row in rows:
         shape = ", ".join(str(size) for size in row.shape)
-        table.add_row(row.tap, span(row.layers), f"({shape})", row.module, row.reads, row.kind or "")
+        table.add_row(row.tap, short_ranges(row.layers), f"({shape})", row.module, row.reads, row.kind or "")
     return table
 
 
-def span(layers: tuple[int, ...]) -> str:
-    """Return layer indices in short: `0-5, 7, 9-11`."""
+def short_ranges(layers: tuple[int, ...]) -> str:
+    """Return layer indices as ranges: `0-5, 7, 9-11`."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and layer == parts[-1][-1] + 1:

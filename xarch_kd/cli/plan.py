@@ -1,4 +1,4 @@
-"""`xarch-kd plan`: check a mapping file and show what it would do."""
+"""`xarch-kd plan`: check a mapping file and print the resolved run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import typer
 
 
 def command(
-    mapping: Annotated[Path, typer.Argument(help="The mapping file, YAML.")],
+    mapping: Annotated[Path, typer.Argument(help="Mapping file, YAML.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
     calibrate: Annotated[
         bool,
-        typer.Option("--calibrate", help="Load both models and run the pass that cka, monotone, … follow from."),
+        typer.Option("--calibrate", help="Load both models and run calibration, on which cka, monotone, … depend."),
     ] = False,
 ) -> None:
-    """Check a mapping file against both models' configs and show what it would do; no weights are read.
+    """Check a mapping file against both models' configs and print the resolved run; no weights are read.
 
-    The models, their blocks, each pair with its shapes, what trains, tokens, memory and time are shown. Every problem
-    of the file is told at once with its line and column. Layer maps that follow from data are shown with --calibrate.
+    Prints the models, their layers, each pair with its shapes, the trained parameters, tokens, memory and time. All
+    problems of the file are reported at once with line and column. Layer maps that depend on data need --calibrate.
     """
     from xarch_kd.mapping_file.load import load_mapping
 
-    # A file with a fault is refused before the libraries that models need are loaded.
+    # Errors of the file are reported before the slow imports of the model libraries.
     load_mapping(mapping)
     with _no_collection():
         from xarch_kd.planning.render import plan_as_dict, render_plan
@@ -44,7 +44,7 @@ def command(
         return
     from rich.console import Console
 
-    # Tables are cut to the terminal; in a pipe or a file they keep their width.
+    # Tables are as wide as the terminal; in a pipe or a file they are not cut.
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -53,7 +53,7 @@ def command(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause garbage collection: importing thousands of modules makes no garbage; looking for it takes a fifth."""
+    """Pause garbage collection, which takes a fifth of the time of importing thousands of modules and frees nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

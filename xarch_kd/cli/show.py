@@ -1,4 +1,4 @@
-"""`xarch-kd show`: a run's result in one screen."""
+"""`xarch-kd show`: print a run's result on one screen."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PROMPTS = ("The with statement is used to", "Once upon a time there was a little
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by `xarch-kd train`.")],
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Prompt to go on from; may be given several times.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Prompt to continue; may be given several times.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 40,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy decoding.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Show a run's result: the table, what teacher and student write after a prompt, how to load the student."""
+    """Show a run's result: the table, text that teacher and student generate, code that loads the student."""
     check_run(run)
     console = make_console()
     print_result(console, run)
@@ -41,20 +41,20 @@ def check_run(run: Path) -> None:
         raise UsageError(f"There is no run folder {run}.", fix=f"xarch-kd train MAPPING.yaml --output {run}")
     if not (run / "mapping.yaml").is_file():
         raise UsageError(
-            f"{run} is not a run folder: it holds no mapping.yaml.", fix="give the folder that --output named"
+            f"{run} is not a run folder: it has no mapping.yaml.", fix="give the folder that --output named"
         )
     if not (run / "student" / "config.json").is_file():
         raise UsageError(
-            f"The run {run} is not finished: it holds no student yet.",
+            f"The run {run} is not finished: it has no student yet.",
             fix=f"xarch-kd train {run / 'mapping.yaml'} --output {run} --resume",
         )
 
 
 def print_result(console: Console, run: Path) -> None:
-    """Print the table of `evaluation.json`, or how to make one."""
+    """Print the table of `evaluation.json`, or the command that writes it."""
     file = run / "evaluation.json"
     if not file.is_file():
-        console.print(f"Not measured yet: xarch-kd evaluate {run}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Not evaluated yet: xarch-kd evaluate {run}", highlight=False, markup=False, soft_wrap=True)
         return
     from xarch_kd.evaluation.results import read_evaluation, render
 
@@ -62,7 +62,7 @@ def print_result(console: Console, run: Path) -> None:
 
 
 def print_projectors(console: Console, run: Path) -> None:
-    """Print what the projectors did in training, if the run had any."""
+    """Print the report on the run's projectors, if it has any."""
     file = run / "projectors.json"
     if not file.is_file():
         return
@@ -86,7 +86,7 @@ def print_projectors(console: Console, run: Path) -> None:
 
 
 def generations(run: Path, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:
-    """Return a table of what teacher and student write after each prompt."""
+    """Return a table of the text that teacher and student generate after each prompt."""
     quiet_libraries()
     from xarch_kd.generation.continuation import continuations
     from xarch_kd.generation.sampling import Sampling
@@ -95,7 +95,7 @@ def generations(run: Path, prompts: list[str], *, tokens: int, temperature: floa
 
     mapping, *_ = load_mapping(run / "mapping.yaml")
     student_folder = str(run / "student")
-    # The student's tokenizer is the teacher's, and it is read faster from its own folder than from a .gguf file.
+    # The student's tokenizer is the teacher's; loading it from the student's folder is faster than from a .gguf file.
     tokenizer = load_tokenizer(student_folder)
     sampling = Sampling(max_new_tokens=tokens, temperature=temperature)
     written: list[list[str]] = []

@@ -13,15 +13,15 @@ def command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Run folder: new, or one that this file's run was started in.")
     ],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in that folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished run in that folder.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors; figures go to events.jsonl.")
+        bool, typer.Option("--quiet", "-q", help="Print errors only; figures are in events.jsonl.")
     ] = False,
 ) -> None:
-    """Run every stage of a mapping file, save the student, measure it against its teacher.
+    """Run every stage of a mapping file, save the student and evaluate it against its teacher.
 
-    Ctrl-C and SIGTERM end the step in progress, write a checkpoint and exit with 130; --resume goes on from there. A
-    finished run is left as it is.
+    Ctrl-C and SIGTERM finish the current step, write a checkpoint and exit with 130; --resume resumes from it. A
+    finished run is not changed.
     """
     from xarch_kd.cli.console import make_console, quiet_libraries
 
@@ -31,5 +31,5 @@ def command(
 
     console = make_console(quiet=quiet)
     run = train(make_plan(mapping), output, resume=resume, console=console)
-    said = "finished before; nothing was done" if run.was_finished else "finished"
-    console.print(f"{said}: {run.student}", highlight=False, soft_wrap=True)
+    outcome = "finished before; nothing was done" if run.was_finished else "finished"
+    console.print(f"{outcome}: {run.student}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Two models measured on the same tokens of several texts."""
+"""Comparison of two models on the same tokens of several texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def compare_models(
     """Return the likelihood of teacher and student on each text, with a paired interval of the difference.
 
     `texts` maps a name to packed rows [rows, T] (integers, no padding); rows may differ in length between texts.
-    `descriptions` says of what kind each text is and is shown beside its name. Models keep their device and dtype.
+    `descriptions` gives the kind of each text, which is printed beside its name. Models stay on their device and in
+    their dtype.
 
     Raises:
         DataError: no text, or rows that are empty, too short or hold tokens outside a vocabulary.
@@ -88,7 +89,7 @@ def _result(
 
 
 def token_fingerprint(rows: Tensor) -> str:
-    """Return 16 hexadecimal digits that stand for these rows of tokens."""
+    """Return a hash of these rows of tokens, 16 hexadecimal digits."""
     data = rows.to("cpu", torch.int64).contiguous()
     return hashlib.sha256(f"{list(data.shape)}".encode() + data.numpy().tobytes()).hexdigest()[:16]
 

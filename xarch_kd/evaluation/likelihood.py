@@ -1,4 +1,4 @@
-"""Negative log-likelihood of each token of packed rows, without the logits of a whole batch."""
+"""Negative log-likelihood per token of packed rows, without the logits of a whole batch."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def token_nll(
     if not bool(torch.isfinite(values).all()):
         row, token = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise NonFiniteLoss(
-            f"{type(model).__name__} gives a token a likelihood that is not a number.",
+            f"The likelihood of a token under {type(model).__name__} is not finite.",
             found=f"row {row}, token {token + 1}",
         )
     return values
 
 
 def perplexity(nll: float) -> float:
-    """Return exp(nll), infinite where that overflows."""
+    """Return exp(nll), or infinity if that overflows."""
     return math.exp(nll) if nll < math.log(torch.finfo(torch.float64).max) else math.inf
 
 
@@ -84,13 +84,13 @@ def position_curve(nll: Tensor) -> tuple[float, ...]:
 def _check_rows(rows: Tensor, vocabulary: int) -> None:
     if rows.dim() != 2 or rows.dtype.is_floating_point or rows.dtype == torch.bool:
         raise DataError(
-            "Text is measured as packed rows of tokens.",
+            "Evaluation takes packed rows of tokens.",
             found=f"{list(rows.shape)} {rows.dtype}",
             allowed="an integer tensor [rows, tokens]",
         )
     if rows.shape[0] < 1 or rows.shape[1] < 2:
         raise DataError(
-            "There is too little text to measure.", found=list(rows.shape), allowed="at least one row of two tokens"
+            "There is too little text to evaluate.", found=list(rows.shape), allowed="at least one row of two tokens"
         )
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= vocabulary:
@@ -98,7 +98,7 @@ def _check_rows(rows: Tensor, vocabulary: int) -> None:
             "A token is outside the model's vocabulary.",
             found=low if low < 0 else high,
             allowed=f"0 to {vocabulary - 1}",
-            fix="tokenise the text with this model's tokenizer",
+            fix="tokenize the text with this model's tokenizer",
         )
 
 

@@ -31,11 +31,11 @@ class PositionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodResult:
-    """Teacher and student on the same tokens of one text, in nats a token.
+    """Teacher and student on the same tokens of one text, in nats per token.
 
-    `text` names it and `description` says of what kind it is, so that held-out text of the training corpus and text of
-    another kind are never taken for one another. `difference` is student - teacher, `low` and `high` its bootstrap
-    interval over rows; they and `p_value` are None for a single row. `fingerprint` stands for the tokens.
+    `text` is its name and `description` its kind: held-out text of the training corpus, or another kind of text.
+    `difference` is student - teacher, `low` and `high` its bootstrap interval over rows; they and `p_value` are None
+    for a single row. `fingerprint` is a hash of the tokens.
     """
 
     text: str
@@ -53,18 +53,18 @@ class LikelihoodResult:
 
     @property
     def teacher_perplexity(self) -> float:
-        """exp of the teacher's NLL."""
+        """Return exp of the teacher's NLL."""
         return _exp(self.teacher_nll)
 
     @property
     def student_perplexity(self) -> float:
-        """exp of the student's NLL."""
+        """Return exp of the student's NLL."""
         return _exp(self.student_nll)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One result a text, in the order they were given, and how the intervals were made."""
+    """Results of all texts in the given order, with the settings of the intervals."""
 
     teacher: str
     student: str
@@ -122,8 +122,8 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def render(evaluation: Evaluation) -> Group:
-    """Return the evaluation as rich tables: one row a text, then NLL by position."""
-    table = Table(title="Likelihood on the same tokens (nats a token)", title_justify="left")
+    """Return the evaluation as rich tables: one row per text, then NLL by position."""
+    table = Table(title="Likelihood on the same tokens (nats per token)", title_justify="left")
     for heading in COLUMNS:
         table.add_column(heading, justify="left" if heading in COLUMNS[:2] else "right", overflow="fold")
     for cells in _cells(evaluation):
@@ -140,7 +140,7 @@ def render(evaluation: Evaluation) -> Group:
 
 
 def render_plain(evaluation: Evaluation) -> str:
-    """Return the evaluation as plain text, a paragraph a text, for logs and model cards."""
+    """Return the evaluation as plain text, one paragraph per text, for logs and model cards."""
     lines = []
     for cells in _cells(evaluation):
         lines.append(f"{cells[0]}: {cells[1]}" if cells[1] else cells[0])
@@ -148,7 +148,7 @@ def render_plain(evaluation: Evaluation) -> str:
     return "\n".join([*lines, _footnote(evaluation)])
 
 
-COLUMNS = ("text", "what it is", "tokens", "teacher", "student", "difference", "interval", "perplexity")
+COLUMNS = ("text", "kind", "tokens", "teacher", "student", "difference", "interval", "perplexity")
 
 
 def _cells(evaluation: Evaluation) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Confidence intervals of the difference between two models on the same tokens."""
+"""Paired bootstrap intervals for differences between two models on the same tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xarch_kd.errors import UsageError
 
 RESAMPLES = 2000
 LEVEL = 0.95
-# Clusters drawn at a time are bounded, so that many rows do not need resamples by rows of memory.
+# Bound on clusters drawn at a time, so that memory does not grow with resamples × rows.
 DRAWS_AT_A_TIME = 4 << 20
 
 
@@ -22,7 +22,7 @@ class PairedDifference:
     """Mean of second - first over tokens, in nats, with a bootstrap interval over clusters of tokens.
 
     `low` and `high` bound the central `level` of the resampled means, and `p_value` is two-sided for a difference of
-    0 (1 for identical models); all three are None with fewer than two clusters, from which nothing can be said.
+    0 (1 for identical models). All three are None for fewer than two clusters, which allow no estimate.
     """
 
     mean: float
@@ -45,9 +45,12 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Return the mean difference second - first of per-token values [rows, tokens], resampling whole clusters.
 
-    Tokens of one row share a context, so rows, or the clusters of rows that `clusters` names (one number a row: its
-    document, say), are drawn with replacement, both models' values together. Percentile interval. The p-value counts
-    resamples at least as far on the other side of 0 and is (count + 1) / (resamples + 1), doubled, at most 1.
+    Tokens of one row share a context, so rows are drawn with replacement, or clusters of rows if `clusters` gives one
+    label per row (its document, for example), with the values of both models together. The interval is the percentile
+    interval. The p-value is 2 (n + 1) / (resamples + 1), at most 1, with n the resamples on the other side of 0.
+
+    Raises UsageError for shapes that differ or are empty, another number of labels than of rows, a level outside of
+    0 to 1 and no resample.
     """
     if first.shape != second.shape or first.dim() != 2 or first.numel() == 0:
         raise UsageError(
@@ -57,7 +60,7 @@ def paired_bootstrap(
         )
     if not 0 < level < 1 or resamples < 1:
         raise UsageError(
-            "The interval cannot be made.",
+            "The interval cannot be computed.",
             found=f"level {level}, {resamples} resamples",
             allowed="0 < level < 1, >= 1 resamples",
         )
@@ -82,7 +85,7 @@ def _by_cluster(
     if clusters is None:
         return difference, np.full(len(difference), float(tokens))
     if len(clusters) != len(difference):
-        raise UsageError("clusters names one cluster a row.", found=len(clusters), allowed=len(difference))
+        raise UsageError("clusters needs one label per row.", found=len(clusters), allowed=len(difference))
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     sums = np.bincount(index, weights=difference).astype(np.float64)
     return sums, np.bincount(index).astype(np.float64) * tokens
