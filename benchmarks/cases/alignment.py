@@ -1,13 +1,13 @@
-"""Cases of `alignment`: a whole training step, and what it costs to match hidden states besides the logits.
+"""Cases of `alignment`: a whole training step, with and without matched hidden states besides the logits.
 
-A tiny Llama of 8 blocks teaches a fresh Mamba-2 of 8 narrower ones through the package's own `Aligner`, which follows
-from the plan of a mapping file: the teacher's features are read, the student runs, losses, backward, the norm of the
-gradients is clipped, AdamW steps. Hidden states are compared by `normalised_mse` through one linear projector a pair.
+The teacher is a tiny Llama of 8 layers, the student a fresh Mamba-2 of 8 narrower layers, and the step that of the
+package's own `Aligner` for the plan of a mapping file: teacher features, student, losses, backward, clipping of the
+gradient norm, AdamW. Hidden states are compared by `normalised_mse` through one linear projector per pair.
 
-The less vocabulary, the cheaper are the logits and the larger is the share of all else.
+A smaller vocabulary makes the logits cheaper and the share of everything else larger.
 
-FLOPs, n tokens of which m predict the next: 2n a weight of the teacher's blocks and 6n one of the student's, and of the
-heads 2mV(3 student width + teacher width). Attention, recurrences and all that is elementwise are not counted.
+FLOPs, n tokens of which m predict the next: 2n per weight of the teacher's layers, 6n per weight of the student's, and
+2mV(3 student dim + teacher dim) for the heads. Attention, recurrences and elementwise work are not included.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from benchmarks.case import Bound, Case, Contender, Growth, Input, Inputs, Options, Run, Sizes
 
 TIME: Final = 512
-# Pairs of the same depth, spread evenly and ending with the last block: student block, teacher block.
+# Pairs of layers of the same depth, spread evenly and ending with the last layer.
 FOUR: Final = tuple({"student": layer, "teacher": layer} for layer in (1, 3, 5, 7))
 STATE: Final = 64
 
 
 def teacher_settings(sizes: Options) -> dict[str, Any]:
-    """Return the sizes of the teacher's config: heads of 32, an MLP of 8/3 of the width."""
+    """Return the sizes of the teacher's config: heads of 32, an MLP of 8/3 of the hidden size."""
     width = sizes["teacher_width"]
     return {
         "vocab_size": sizes["vocabulary"],
@@ -44,7 +44,7 @@ def teacher_settings(sizes: Options) -> dict[str, Any]:
 
 
 def student_settings(sizes: Options) -> dict[str, Any]:
-    """Return the sizes of the student's config: an inner width of twice its own, in heads of 32."""
+    """Return the sizes of the student's config: an inner size of twice its hidden size, in heads of 32."""
     width = sizes["student_width"]
     return {
         "vocab_size": sizes["vocabulary"],
@@ -61,7 +61,7 @@ def student_settings(sizes: Options) -> dict[str, Any]:
 
 
 def mapping(folder: Path, sizes: Options, layers: Any) -> dict[str, Any]:
-    """Return the mapping file of one stage that trains all of the student, with hidden states matched at `layers`."""
+    """Return a mapping file with one stage that trains the whole student and matches hidden states at `layers`."""
     align = {
         "name": "stream",
         "tap": "hidden",
@@ -81,7 +81,7 @@ def mapping(folder: Path, sizes: Options, layers: Any) -> dict[str, Any]:
 
 
 def aligner_of(sizes: Options, layers: Any) -> nn.Module:
-    """Return the `Aligner` of the mapping file's stage, with both models made from the same seeds every time."""
+    """Return the `Aligner` of the mapping file's stage, with both models built from fixed seeds."""
     from xarch_kd.mapping_file.schema import MappingFile
     from xarch_kd.planning.resolve import make_plan
     from xarch_kd.testing.tiny import tiny_model
@@ -99,7 +99,7 @@ def aligner_of(sizes: Options, layers: Any) -> nn.Module:
 
 
 def step(layers: Any) -> Any:
-    """Return what makes the training step with hidden states matched at `layers`, None for logits only."""
+    """Return `make` of the training step with hidden states matched at `layers`, None for logits only."""
 
     def make(options: Options) -> Run:
         aligner = aligner_of(options, layers)
@@ -120,12 +120,12 @@ def step(layers: Any) -> Any:
 
 
 def token_ids(text: Tensor, vocabulary: int) -> Tensor:
-    """Return ids [batch, time] of tokens from shares of the vocabulary."""
+    """Return token ids [batch, time] from shares of the vocabulary."""
     return (text * vocabulary).long().clamp(max=vocabulary - 1)
 
 
 def flops(sizes: Sizes) -> int:
-    """The products with weights of a step that compares logits alone, forward and backward."""
+    """Return the FLOPs of the products with weights in a step that compares logits alone, forward and backward."""
     teacher, student, batch, time = (sizes[name] for name in ("teacher_width", "student_width", "batch", "time"))
     transformer = 4 * teacher**2 + 3 * teacher * 32 * round(teacher / 12)
     inner = 2 * student
@@ -170,6 +170,6 @@ def case(vocabulary: int) -> Case:
     )
 
 
-# SmolLM2's vocabulary, and a small one, where all that is not logits weighs most.
+# SmolLM2's vocabulary, and a small one, with the largest share of everything that is not logits.
 CASES: Final[tuple[Case, ...]] = tuple(case(vocabulary) for vocabulary in (49152, 8192))
 GROWTHS: Final[tuple[Growth, ...]] = ()

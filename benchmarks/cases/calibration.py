@@ -1,11 +1,11 @@
-"""Cases of `calibration`: comparing every layer of a student with every layer of a teacher before training.
+"""Cases of `calibration`: similarity of every layer of a student to every layer of a teacher before training.
 
-The teacher is a Llama of SmolLM2-135M's sizes, the student a Mamba-2 of 12 blocks; their weights are random, which no
-figure depends on. Of the pass that `layer_similarity` makes, the student's part and the sums of similarity are what it
-costs beyond running the teacher: they are measured with a teacher whose blocks compute nothing. The whole of it stands
-beside them and the teacher's own pass, with its head and without.
+The teacher is a Llama of SmolLM2-135M's sizes, the student a Mamba-2 of 12 layers; weights are random, since no figure
+depends on them. The cost of `layer_similarity` beyond the teacher's pass, which is the student's pass and the sums of
+similarity, is measured with a teacher whose layers compute nothing. The other contenders are the whole calibration, and
+the teacher's own pass with and without its head.
 
-FLOPs, n tokens: 2n a weight of the teacher's blocks and head. Attention and all that is elementwise is not counted.
+FLOPs, n tokens: 2n per weight of the teacher's layers and head. Attention and elementwise work are not included.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from benchmarks.case import Bound, Case, Contender, Growth, Input, Inputs, Options, Run, Sizes
 from benchmarks.cases.alignment import student_settings, token_ids
 
-# The teacher alone runs on as many tokens at a time as the calibration pass.
+# As many tokens at a time as in the calibration pass.
 TOKENS_AT_A_TIME: Final = 1024
 TAP: Final = "hidden"
 QUERIES_A_KEY: Final = 3
 
 
 def teacher_model(sizes: Options, *, idle: bool = False) -> Any:
-    """Return a Llama with heads of 64, three queries a key and an MLP of 8/3 of its width, as SmolLM2-135M is.
+    """Return a Llama with heads of 64, three queries per key and an MLP of 8/3 of the hidden size, as SmolLM2-135M has.
 
-    The blocks of an `idle` one compute nothing: they hand on a copy of what they get.
+    Layers of an `idle` one compute nothing: each returns a copy of its input.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -53,7 +53,7 @@ def teacher_model(sizes: Options, *, idle: bool = False) -> Any:
 
 
 def forward(head: bool) -> Callable[[Options], Run]:
-    """Return what makes the teacher's own pass over all rows, with its logits or up to its last hidden states."""
+    """Return `make` of the teacher's own pass over all rows, with logits or up to the last hidden states."""
 
     def make(options: Options) -> Run:
         teacher = teacher_model(options)
@@ -73,7 +73,7 @@ def forward(head: bool) -> Callable[[Options], Run]:
 
 
 def calibration(*, idle: bool) -> Callable[[Options], Run]:
-    """Return what makes the calibration pass, with the teacher or with one whose pass costs next to nothing."""
+    """Return `make` of the calibration pass, with the teacher or an idle one."""
 
     def make(options: Options) -> Run:
         from xarch_kd.calibration.layer_similarity import layer_similarity
@@ -93,7 +93,7 @@ def calibration(*, idle: bool) -> Callable[[Options], Run]:
 
 
 def flops(sizes: Sizes) -> int:
-    """The products of the teacher's weights: the baseline's."""
+    """Return the FLOPs of the products with the teacher's weights, which are the baseline's."""
     width = sizes["teacher_width"]
     block = width**2 * (2 + 2 / QUERIES_A_KEY) + 3 * width * (width * 8 // 3)
     tokens = sizes["rows"] * sizes["time"]

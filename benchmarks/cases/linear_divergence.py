@@ -1,7 +1,7 @@
 """Cases of `linear_divergence`: next-token distributions from hidden states and heads, forward and backward.
 
-FLOPs, n tokens, V entries, widths s and t: logits 2nV(s+t), gradient of the hidden states 2nVs, of the head 2nVs. No
-part of it can be left out, so that the naive computation needs the same. Elementwise work is not counted.
+FLOPs, n tokens, V entries, hidden sizes s and t: logits 2nV(s+t), gradient of the hidden states 2nVs, of the head 2nVs.
+No part of it can be left out, so the naive computation needs the same. Elementwise work is not included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from benchmarks.case import Bound, Case, Contender, Growth, Input, Inputs, Options, Run, Sizes
 from benchmarks.peers import load_trl_chunked, load_trl_dense
 
-# In every KL or JSD below, GKD's beta: 0 is forward KL, between 0 and 1 the generalised JSD.
+# GKD's beta: 0 is forward KL, between 0 and 1 the generalized JSD.
 BETA: Final = {"forward_kl": 0.0, "jsd": 0.5}
 
 
@@ -29,7 +29,7 @@ def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def naive(options: Options) -> Run:
-    """All logits, their log-softmax, the divergence as its definition says, mean over tokens."""
+    """Return the naive computation: all logits, their log-softmax, the divergence by definition, mean over tokens."""
     beta = BETA[options["divergence"]]
 
     def run(inputs: Inputs) -> Tensor:
@@ -47,7 +47,7 @@ def naive(options: Options) -> Run:
 
 
 def lean(options: Options) -> Run:
-    """The JSD in the fewest passes that PyTorch's own functions allow: `logaddexp` and `kl_div` of logarithms."""
+    """Return the JSD in the fewest passes that PyTorch's functions allow: `logaddexp` and `kl_div` of logarithms."""
     share = BETA[options["divergence"]]
 
     def run(inputs: Inputs) -> Tensor:
@@ -62,12 +62,12 @@ def lean(options: Options) -> Run:
 
 
 def compiled(options: Options) -> Run:
-    """The naive computation under torch.compile."""
+    """Return the naive computation under torch.compile."""
     return torch.compile(naive(options))
 
 
 def ours(impl: str) -> Contender:
-    """`xarch_kd.ops.linear_divergence` as one implementation."""
+    """Return the contender of one implementation of `xarch_kd.ops.linear_divergence`."""
 
     def make(options: Options) -> Run:
         from xarch_kd.ops.linear_divergence import linear_divergence
@@ -82,7 +82,7 @@ def ours(impl: str) -> Contender:
 
 
 def liger_chunked(compiled: bool) -> Contender:
-    """Liger's chunked JSD with the hard loss weighted 0, at its default chunk of 1024 tokens."""
+    """Return Liger's chunked JSD with a hard loss of weight 0, at its default chunk of 1024 tokens."""
 
     def make(options: Options) -> Run:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -103,12 +103,12 @@ def liger_chunked(compiled: bool) -> Contender:
 
 
 def named_as_in_liger(inputs: Inputs) -> Inputs:
-    """Return the inputs under the names that Liger's modules give them."""
+    """Return the inputs by the argument names of Liger's modules."""
     return {name.replace("hidden", "input"): tensor for name, tensor in inputs.items()}
 
 
 def liger_triton(options: Options) -> Run:
-    """Liger's fused linear JSD: Triton kernels over chunks of tokens."""
+    """Return Liger's fused linear JSD: Triton kernels over chunks of tokens."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     loss = LigerFusedLinearJSD(jsd_beta=BETA[options["divergence"]])
@@ -116,7 +116,7 @@ def liger_triton(options: Options) -> Run:
 
 
 def trl_chunked(options: Options) -> Run:
-    """TRL's chunked divergence: tiles of 4096 tokens and 32768 entries, recomputed in the backward."""
+    """Return TRL's chunked divergence: tiles of 4096 tokens and 32768 entries, recomputed in the backward pass."""
     function, beta = load_trl_chunked(), BETA[options["divergence"]]
 
     def run(inputs: Inputs) -> Tensor:
@@ -135,7 +135,7 @@ def trl_chunked(options: Options) -> Run:
 
 
 def trl_dense(options: Options) -> Run:
-    """TRL's GKD loss on all logits, summed over the vocabulary, mean over tokens."""
+    """Return TRL's GKD loss on all logits, summed over the vocabulary, mean over tokens."""
     loss, beta = load_trl_dense(), BETA[options["divergence"]]
 
     def run(inputs: Inputs) -> Tensor:
@@ -160,7 +160,7 @@ CONTENDERS: Final[dict[str, Contender]] = {
 
 
 def inputs(*, head_is_trained: bool = True) -> dict[str, Input]:
-    """Return the four tensors; logits have a deviation of 1."""
+    """Return the four tensors; logits have a standard deviation of 1."""
     return {
         "student_hidden": Input(axes=("tokens", "student_width"), gradient=True),
         "student_weight": Input(
@@ -172,17 +172,17 @@ def inputs(*, head_is_trained: bool = True) -> dict[str, Input]:
 
 
 def flops(sizes: Sizes) -> int:
-    """Both logits, both gradients."""
+    """Return the FLOPs of both logits and both gradients."""
     return 2 * sizes["tokens"] * sizes["vocabulary"] * (3 * sizes["student_width"] + sizes["teacher_width"])
 
 
 def flops_of_a_frozen_head(sizes: Sizes) -> int:
-    """Both logits, the gradient of the hidden states."""
+    """Return the FLOPs of both logits and the gradient of the hidden states."""
     return 2 * sizes["tokens"] * sizes["vocabulary"] * (2 * sizes["student_width"] + sizes["teacher_width"])
 
 
 def case(name: str, divergence: str, tokens: int, vocabulary: int, *bounds: Bound) -> Case:
-    """Return a case on the CPU with the widths of SmolLM2-135M."""
+    """Return a case on the CPU with the hidden size of SmolLM2-135M."""
     return Case(
         operation="linear_divergence",
         name=name,
@@ -201,12 +201,12 @@ def case(name: str, divergence: str, tokens: int, vocabulary: int, *bounds: Boun
 
 
 def ratios(time: float | None, memory: float, contender: str = "streaming") -> tuple[Bound, ...]:
-    """Return the bounds of a contender's time and memory as shares of the baseline's."""
+    """Return the bounds on a contender's time and memory as shares of the baseline's."""
     bounds = [Bound(contender=contender, measure="memory", at_most=memory)]
     return (*bounds, Bound(contender=contender, measure="time", at_most=time)) if time is not None else tuple(bounds)
 
 
-# What people run who distil by GKD.
+# Against the code of GKD users.
 BESIDE_GKD: Final = tuple(
     Bound(contender="streaming", measure=measure, at_most=bound, against="trl dense")
     for measure, bound in (("time", 0.5), ("memory", 0.2))

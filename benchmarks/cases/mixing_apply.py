@@ -1,6 +1,6 @@
 """Cases of `Mixing.apply`: M v without M, forward and backward, against the dense matrix times the values.
 
-FLOPs, B sequences of T tokens, H heads with values of width w: a mixer with a state of N numbers a value channel writes
+FLOPs, B sequences of T tokens, H heads with values of dim w: a mixer with a state of N numbers per value channel writes
 and reads it at each token, 4BTHNw forward; the backward of a product costs twice its forward, hence 12BTHNw. The delta
 rule reads the state once more to correct it: 18BTHNw. Softmax attention needs scores and sums over T(T+1)/2 pairs,
 6BH(d+w) T(T+1)/2. A banded matrix of m taps needs 6BTHmw.
@@ -20,7 +20,7 @@ from benchmarks.case import Case, Contender, Growth, Input, Inputs, Options, Run
 
 
 def mixing_of(options: Options, inputs: Inputs) -> Any:
-    """Return the mixing of the case, made of all inputs but the values."""
+    """Return the mixing of the case, from all inputs except the values."""
     import xarch_kd.mixing
 
     factors = {name: tensor for name, tensor in inputs.items() if name != "values"}
@@ -29,7 +29,7 @@ def mixing_of(options: Options, inputs: Inputs) -> Any:
 
 
 def dense(options: Options) -> Run:
-    """The matrix [batch, heads, time, time] times the values, mean of the squares."""
+    """Return the matrix [batch, heads, time, time] times the values, mean of the squares."""
 
     def run(inputs: Inputs) -> Tensor:
         matrix = mixing_of(options, inputs).dense(limit=None)
@@ -39,12 +39,12 @@ def dense(options: Options) -> Run:
 
 
 def apply(options: Options) -> Run:
-    """`apply`, mean of the squares."""
+    """Return `apply`, mean of the squares."""
     return lambda inputs: mixing_of(options, inputs).apply(inputs["values"]).square().mean()
 
 
 def attention(options: Options) -> Run:
-    """PyTorch's own attention, mean of the squares."""
+    """Return PyTorch's own attention, mean of the squares."""
 
     def run(inputs: Inputs) -> Tensor:
         query, key, values = (inputs[name].transpose(1, 2) for name in ("query", "key", "values"))
@@ -54,7 +54,7 @@ def attention(options: Options) -> Run:
 
 
 def contenders(kind: str, largest: int) -> dict[str, Contender]:
-    """Return who applies a matrix; the dense one up to `largest` tokens."""
+    """Return the contenders; the dense one up to `largest` tokens."""
     found = {
         "dense": Contender(make=dense, source="xarch_kd, dense", ours=True, largest={"time": largest}),
         "apply": Contender(make=apply, source="xarch_kd", ours=True),
@@ -81,7 +81,7 @@ DELTA_FACTORS: Final = {
 
 
 def flops_of_state(products: int) -> Callable[[Sizes], int]:
-    """Return the FLOPs of a mixer whose state is touched `products` times a token, forward and backward."""
+    """Return the FLOPs of a mixer with `products` products with its state per token, forward and backward."""
 
     def flops(sizes: Sizes) -> int:
         return 6 * products * sizes["batch"] * sizes["time"] * sizes["heads"] * sizes["state"] * sizes["width"]
@@ -90,17 +90,17 @@ def flops_of_state(products: int) -> Callable[[Sizes], int]:
 
 
 def flops_of_attention(sizes: Sizes) -> int:
-    """Scores and weighted sums over the pairs of a causal map, forward and backward."""
+    """Return the FLOPs of scores and weighted sums over the pairs of a causal map, forward and backward."""
     over = sizes["time"] * (sizes["time"] + 1) // 2
     return 6 * sizes["batch"] * sizes["heads"] * over * (sizes["state"] + sizes["width"])
 
 
 def flops_of_band(sizes: Sizes) -> int:
-    """One product a tap, forward and backward."""
+    """Return the FLOPs of one product per tap, forward and backward."""
     return 6 * sizes["batch"] * sizes["time"] * sizes["heads"] * sizes["taps"] * sizes["width"]
 
 
-# Group -> class, sizes, factors, FLOPs, tokens up to which the dense matrix is made.
+# Group -> class, sizes, factors, FLOPs, largest number of tokens for the dense matrix.
 MIXERS: Final[Mapping[str, tuple[str, Sizes, Mapping[str, Input], Callable[[Sizes], int], int]]] = {
     "softmax": ("SoftmaxMixing", HEADS, ATTENTION_FACTORS, flops_of_attention, 4096),
     "ssd": (
@@ -158,7 +158,7 @@ MIXERS: Final[Mapping[str, tuple[str, Sizes, Mapping[str, Input], Callable[[Size
 
 
 def case(group: str, time: int) -> Case:
-    """Return a mixer at a length, on the CPU."""
+    """Return the case of a mixer at a sequence length, on the CPU."""
     kind, sizes, factors, flops, largest = MIXERS[group]
     return Case(
         operation="mixing_apply",

@@ -1,9 +1,9 @@
 """Cases of `mixing_distance`: a teacher's mixing matrix against a student's, forward and backward.
 
-FLOPs, B sequences of T tokens, H heads of width d, G groups of state N, over p pairs (i, j) of tokens: the scores of a
+FLOPs, B sequences of T tokens, H heads of dim d, G groups of state N, over p pairs (i, j) of tokens: the scores of a
 softmax map 2BHpd, the products C·B of an SSD matrix 2BGpN, the gradients of a student's two factors twice that of its
-forward. The dense computation has p = T², the task p = T(T+1)/2. Elementwise work, an exponential a pair and head at
-least, is not counted, although it costs as much on many devices.
+forward. The dense computation has p = T², the task p = T(T+1)/2. Elementwise work, at least one exponential per pair
+and head, is not included, although it costs as much on many devices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROBES: Final = 64
 
 
 def causal(time: int, device: torch.device) -> Tensor:
-    """Return which pairs count, bool [time, time]."""
+    """Return the mask of causal pairs, bool [time, time]."""
     return torch.ones(time, time, dtype=torch.bool, device=device).tril()
 
 
@@ -47,7 +47,7 @@ def ssd_matrix(factors: Inputs) -> Tensor:
 
 
 def sides(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """Return the teacher's factors and the student's, by the names of the fields of their mixings."""
+    """Return the teacher's factors and the student's, by field name of their mixings."""
     teacher = {name.removeprefix("teacher_"): one for name, one in inputs.items() if name.startswith("teacher_")}
     return teacher, {name: one for name, one in inputs.items() if not name.startswith("teacher_")}
 
@@ -61,7 +61,7 @@ def matrices(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def naive_kl(options: Options) -> Run:
-    """Both log maps dense, Σ P (log P - log S) of each row, mean over rows and heads."""
+    """Return the naive computation: both log maps dense, Σ P (log P - log S) per row, mean over rows and heads."""
 
     def run(inputs: Inputs) -> Tensor:
         with torch.no_grad():
@@ -73,7 +73,7 @@ def naive_kl(options: Options) -> Run:
 
 
 def naive_ssd(options: Options) -> Run:
-    """Both maps dense, the distance of each row as its definition says, mean over rows and heads."""
+    """Return the naive computation: dense maps, the distance of each row by definition, mean over rows and heads."""
 
     def run(inputs: Inputs) -> Tensor:
         teacher, student = matrices(inputs)
@@ -86,7 +86,7 @@ def naive_ssd(options: Options) -> Run:
 
 
 def mohawk(options: Options) -> Run:
-    """MOHAWK's matrix orientation (arXiv 2408.10189): |M - A|_F of each head, not squared, mean over heads."""
+    """Return MOHAWK's matrix orientation (arXiv 2408.10189): |M - A|_F per head, not squared, mean over heads."""
 
     def run(inputs: Inputs) -> Tensor:
         teacher, student = matrices(inputs)
@@ -96,17 +96,17 @@ def mohawk(options: Options) -> Run:
 
 
 def compiled_kl(options: Options) -> Run:
-    """The naive computation under torch.compile."""
+    """Return the naive computation under torch.compile."""
     return torch.compile(naive_kl(options))
 
 
 def compiled_ssd(options: Options) -> Run:
-    """The naive computation under torch.compile."""
+    """Return the naive computation under torch.compile."""
     return torch.compile(naive_ssd(options))
 
 
 def mixing_of(factors: Inputs) -> Any:
-    """Return the mixing that these factors make up."""
+    """Return the mixing of these factors."""
     from xarch_kd.mixing import SoftmaxMixing, SSDMixing
 
     given: dict[str, Any] = dict(factors)
@@ -118,7 +118,7 @@ def mixing_of(factors: Inputs) -> Any:
 
 
 def ours(impl: str, **more: Any) -> Contender:
-    """`xarch_kd.ops.mixing_distance` as one implementation."""
+    """Return the contender of one implementation of `xarch_kd.ops.mixing_distance`."""
     largest: Mapping[str, int] = {"reference": {"time": 2048}, "panels": {"time": 1024}}.get(impl, {})
 
     def make(options: Options) -> Run:
@@ -153,22 +153,22 @@ SSD: Final[dict[str, Contender]] = {
 
 
 def pairs(sizes: Sizes) -> int:
-    """Return how many pairs of tokens a causal map has."""
+    """Return the number of token pairs of a causal map."""
     return sizes["time"] * (sizes["time"] + 1) // 2
 
 
 def attention_flops(sizes: Sizes, over: int) -> int:
-    """Scores of both maps, gradients of the student's two factors, over that many pairs."""
+    """Return the FLOPs of both maps' scores and the gradients of the student's two factors, for `over` pairs."""
     return 8 * sizes["batch"] * sizes["heads"] * over * sizes["width"]
 
 
 def ssd_flops(sizes: Sizes, over: int) -> int:
-    """Scores of the teacher, C·B of the student and its two gradients, over that many pairs."""
+    """Return the FLOPs of the teacher's scores, the student's C·B and its two gradients, for `over` pairs."""
     return 2 * sizes["batch"] * over * (sizes["heads"] * sizes["width"] + 3 * sizes["groups"] * sizes["state"])
 
 
 def pair_flops(sizes: Sizes, over: int) -> int:
-    """C·B of both, the student's two gradients, over that many pairs."""
+    """Return the FLOPs of C·B of both and the student's two gradients, for `over` pairs."""
     return 8 * sizes["batch"] * over * sizes["groups"] * sizes["state"]
 
 
@@ -189,7 +189,7 @@ SSD_STUDENT: Final[dict[str, Input]] = {
 
 
 def attention_kl(time: int, *bounds: Bound) -> Case:
-    """Return softmax against softmax, 8 heads of 64."""
+    """Return the case of softmax against softmax, 8 heads of 64."""
     return Case(
         operation="mixing_distance",
         name=f"attention_kl, T={time}",
@@ -209,7 +209,7 @@ def attention_kl(time: int, *bounds: Bound) -> Case:
 
 
 def ssd(distance: str, time: int, *bounds: Bound) -> Case:
-    """Return softmax against Mamba-2, 8 heads of 64 in one group of state 64."""
+    """Return the case of softmax against Mamba-2, 8 heads of 64 in one group of state 64."""
     return dataclasses.replace(
         attention_kl(time, *bounds),
         name=f"ssd_{distance}, T={time}",
@@ -225,7 +225,7 @@ def ssd(distance: str, time: int, *bounds: Bound) -> Case:
 
 
 def ssd_pair(time: int, *bounds: Bound) -> Case:
-    """Return Mamba-2 against Mamba-2: both can be applied in linear time."""
+    """Return the case of Mamba-2 against Mamba-2: both can be applied in linear time."""
     return dataclasses.replace(
         ssd("frobenius", time, *bounds),
         name=f"ssd_pair, T={time}",
@@ -240,7 +240,7 @@ def ssd_pair(time: int, *bounds: Bound) -> Case:
 
 
 def on_gpu(case: Case, *bounds: Bound) -> Case:
-    """Return the case with 32 heads of 128 in bfloat16, to be run on a GPU."""
+    """Return the case with 32 heads of 128 in bfloat16, for a GPU."""
     wide = {"heads": 32, "width": 128}
     return dataclasses.replace(
         case,

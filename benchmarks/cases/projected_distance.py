@@ -1,7 +1,7 @@
 """Cases of `projected_distance`: a linear projector and a distance of each token, forward and backward.
 
-FLOPs, n tokens, widths s and t: the projection 2nst, gradients of the features 2nst and of the projector 2nst. No part
-of it can be left out, so that the naive computation needs the same. Elementwise work is not counted.
+FLOPs, n tokens, dims s and t: the projection 2nst, gradients of the features 2nst and of the projector 2nst. No part of
+it can be left out, so the naive computation needs the same. Elementwise work is not included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EPSILON: Final = 1e-6
 
 
 def naive(options: Options) -> Run:
-    """Project all tokens, then the distance of each as its definition says, mean over tokens."""
+    """Return the naive computation: all tokens projected, the distance of each by definition, mean over tokens."""
     distance = options["distance"]
 
     def run(inputs: Inputs) -> Tensor:
@@ -36,12 +36,12 @@ def naive(options: Options) -> Run:
 
 
 def compiled(options: Options) -> Run:
-    """The naive computation under torch.compile."""
+    """Return the naive computation under torch.compile."""
     return torch.compile(naive(options))
 
 
 def ours(impl: str) -> Contender:
-    """`xarch_kd.ops.projected_distance` as one implementation."""
+    """Return the contender of one implementation of `xarch_kd.ops.projected_distance`."""
 
     def make(options: Options) -> Run:
         from xarch_kd.ops.projected_distance import projected_distance
@@ -65,7 +65,7 @@ CONTENDERS: Final[dict[str, Contender]] = {
 
 
 def flops(sizes: Sizes) -> int:
-    """The projection, and the gradients of both of its factors."""
+    """Return the FLOPs of the projection and the gradients of both of its factors."""
     return 6 * sizes["tokens"] * sizes["student_width"] * sizes["teacher_width"]
 
 
@@ -92,7 +92,7 @@ def case(distance: str, tokens: int) -> Case:
 
 
 def large(distance: str) -> Case:
-    """Return a case on a GPU, in bfloat16, at the widths of 2 B and 8 B models."""
+    """Return a case on a GPU, in bfloat16, at the hidden sizes of 2 B and 8 B models."""
     return dataclasses.replace(
         case(distance, 8192),
         name=f"{distance}, gpu",

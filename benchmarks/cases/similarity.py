@@ -1,7 +1,7 @@
 """Cases of `similarity`: debiased CKA of two layers' features of the same tokens. It has no gradient.
 
-FLOPs, n tokens, widths s and t: the three products of features 2ns², 2nt² and 2nst. The two Gram matrices of the dense
-computation need 2n²s and 2n²t. Elementwise work is not counted.
+FLOPs, n tokens, dims s and t: the three products of features 2ns², 2nt² and 2nst. The two Gram matrices of the dense
+computation need 2n²s and 2n²t. Elementwise work is not included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
 
 
 def naive(options: Options) -> Run:
-    """Both Gram matrices [tokens, tokens], HSIC_1 of each pair of them, the ratio."""
+    """Return the naive computation: both Gram matrices [tokens, tokens], HSIC_1 of their pairs, the ratio."""
 
     def run(inputs: Inputs) -> Tensor:
         grams = [features @ features.T for features in (inputs["student"], inputs["teacher"])]
@@ -35,12 +35,12 @@ def naive(options: Options) -> Run:
 
 
 def compiled(options: Options) -> Run:
-    """The naive computation under torch.compile."""
+    """Return the naive computation under torch.compile."""
     return torch.compile(naive(options))
 
 
 def ours(impl: str, dtype: torch.dtype = torch.float64) -> Contender:
-    """`xarch_kd.ops.similarity` as one implementation, with sums in `dtype`."""
+    """Return the contender of one implementation of `xarch_kd.ops.similarity`, with sums in `dtype`."""
 
     def make(options: Options) -> Run:
         from xarch_kd.ops.similarity import similarity
@@ -66,18 +66,18 @@ CONTENDERS: Final[dict[str, Contender]] = {
 
 
 def flops(sizes: Sizes) -> int:
-    """The products of the features with themselves and with each other."""
+    """Return the FLOPs of the products of the features with themselves and with each other."""
     student, teacher = sizes["student_width"], sizes["teacher_width"]
     return 2 * sizes["tokens"] * (student**2 + teacher**2 + student * teacher)
 
 
 def dense_flops(sizes: Sizes) -> int:
-    """Two Gram matrices."""
+    """Return the FLOPs of two Gram matrices."""
     return 2 * sizes["tokens"] ** 2 * (sizes["student_width"] + sizes["teacher_width"])
 
 
 def case(tokens: int) -> Case:
-    """Return a case on the CPU: a teacher that is the student's features and as much noise."""
+    """Return a case on the CPU: the teacher's features are the student's plus noise of the same size."""
     return Case(
         operation="similarity",
         name=f"cka, n={tokens}",
