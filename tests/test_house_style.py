@@ -1,4 +1,4 @@
-"""Cheap checks of the house style that no linter makes: floors, docstrings, annotations, traces of other places."""
+"""Checks of the house style that no linter makes: import contract, docstrings, annotations, wording, paths."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unannotated(function: Function) -> list[str]:
     return [*missing, *(["return"] if function.returns is None else [])]
 
 
-def test_the_floors_hold() -> None:
+def test_the_import_contract_holds() -> None:
     command = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
     assert command is not None, "import-linter comes with the extra dev"
     done = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -47,7 +47,7 @@ def test_the_floors_hold() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=named)
 def test_public_things_have_docstrings_and_types(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "the module says what it is"
+    assert ast.get_docstring(tree), "every module has a docstring"
     silent = [node.name for node in public_definitions(tree) if not ast.get_docstring(node)]
     assert silent == [], "public functions and classes have a docstring"
     functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
