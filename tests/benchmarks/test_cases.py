@@ -1,4 +1,4 @@
-"""The cases are data that fit together, and their formulas count what the naive computation does."""
+"""Consistency of the cases, and their FLOP formulas against counts of the naive computation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from benchmarks.session import call
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = [case for cases in CASES.values() for case in cases]
-# The dense matrix of a mixing is the package's own: nothing is stated of it.
+# Without a formula for the baseline: the dense matrix of a mixing is the package's own.
 COUNTED = [case for case in EVERY if case.dense_flops is not None]
-# What has no dense specification, hence no file of the same name among the operations.
+# Without a dense specification, hence without a file of the same name among the operations.
 BESIDE_THE_OPERATIONS = {"mixing_apply", "alignment", "calibration"}
 
 

@@ -20,7 +20,7 @@ ASKED: dict[str, Any] = {"threads": 1}
 
 
 def checkout(folder: Path, worker: str) -> Checkout:
-    """A checkout whose worker is the code given."""
+    """A checkout whose worker is the given code."""
     (folder / "benchmarks").mkdir()
     (folder / "benchmarks" / "__init__.py").touch()
     (folder / "benchmarks" / "worker.py").write_text(worker)
@@ -46,7 +46,7 @@ def test_a_contender_that_is_not_there_is_said_not_raised() -> None:
     asked = {"operation": "projected_distance", "case": CASES[0].name, "contender": "no such", "root": "nowhere"}
     one = Remote({**asked, "device": "cpu", "quick": True, "threads": 1}, Checkout(), 120.0)
     try:
-        # The package that is imported lies here, not there.
+        # The imported package is this checkout's.
         assert one.begin()["failed"].startswith("ImportError: the package that was imported is not")
     finally:
         one.close()

@@ -1,4 +1,4 @@
-"""A worktree of another revision, and whose package its workers import."""
+"""Worktree of another revision, and the package that its workers import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command: smoke runs of each operation, what is stored where, tables and plots from the stored file alone."""
+"""Command `benchmarks.run`: smoke runs of each operation, stored files, tables and plots from a stored file alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_smoke_run_measures_everything_and_stores_it(operation: str, tmp_path:
             if one["errors"] is None:
                 continue
             errors = [one["errors"]["value"], *one["errors"]["gradients"].values()]
-            # Random probes estimate: their error is no rounding.
+            # The error of random probes is that of an estimate, not of rounding.
             allowed = math.inf if name == "sketch" else TOLERANCE[case["dtype"]]
             assert all(math.isfinite(error) and error <= allowed for error in errors), (case["case"], name, errors)
     page = (tmp_path / "result.md").read_text()
@@ -142,7 +142,7 @@ def test_another_revision_is_measured_in_processes_of_its_own(monkeypatch: pytes
     monkeypatch.setattr(run, "checked_out", lambda reference: contextlib.nullcontext(Checkout(suffix=" @ before")))
     monkeypatch.setattr(run, "measure_operation", measured)
     assert run.main([*QUICK, "--op", "similarity", "--against", "HEAD~1"]) == 0
-    # In this process both would be the package of this checkout.
+    # In one process both would be the package of this checkout.
     assert asked == [(True, "0123456789ab", ["", " @ before"])]
 
 

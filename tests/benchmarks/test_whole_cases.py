@@ -1,4 +1,4 @@
-"""Cases whose calls are whole steps or passes: they are what their names say, and their formulas count it."""
+"""Cases whose calls are whole steps or passes: their contenders, and their FLOP formulas against counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def quick_inputs(case: Case) -> dict[str, torch.Tensor]:
 
 
 def products_with_weights(case: Case, name: str) -> int:
-    """FLOPs of the matrix products of one call: those of batches belong to attention and recurrences."""
+    """FLOPs of one call's products with weights; batched products belong to attention and recurrences."""
     sizes = {**case.sizes, **case.quick}
     run, inputs = case.contenders[name].make({**case.options, **sizes}), quick_inputs(case)
     with FlopCounterMode(display=False) as counter:
@@ -33,7 +33,7 @@ def products_with_weights(case: Case, name: str) -> int:
 
 @pytest.mark.parametrize(("case", "name"), [(STEP, "logits only"), (PASS, "teacher")])
 def test_flops_are_the_products_with_weights(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The counter does not see products that are added in place.
+    # The counter misses products that are added in place.
     monkeypatch.setenv("XARCH_KD_IMPL", "reference")
     assert products_with_weights(case, name) == case.flops({**case.sizes, **case.quick})
 

@@ -13,7 +13,7 @@ from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 
 class Done(NamedTuple):
-    """What a command left: its exit code and what it printed."""
+    """Exit code and printed text of a command."""
 
     code: int
     out: str

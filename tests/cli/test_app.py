@@ -1,4 +1,4 @@
-"""The command line itself: its table, its help, its exit codes, what it prints when something is wrong."""
+"""The command line itself: table of commands, help, exit codes, error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLI = Path(app.__file__).parent
 
 @pytest.fixture
 def doing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
-    """Let `xarch-kd doctor` do something else."""
+    """Replace the code of `xarch-kd doctor`."""
 
     def become(action: Callable[[], Any]) -> None:
         def load(name: str) -> TyperCommand:
@@ -152,7 +152,7 @@ def test_debug_shows_the_traceback(
     assert done.err.endswith("error: the text is empty\n")
 
 
-def test_a_fault_of_ours_says_so(doing: Callable[[Callable[[], Any]], None], xarch_kd: XarchKd) -> None:
+def test_a_bug_is_reported_as_one(doing: Callable[[Callable[[], Any]], None], xarch_kd: XarchKd) -> None:
     def fail() -> None:
         raise KeyError("blocks")
 

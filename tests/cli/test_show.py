@@ -29,7 +29,7 @@ stages:
 
 @pytest.fixture
 def run_folder(teacher: Path, tmp_path: Path) -> Path:
-    """A run folder as `train` leaves it, with a random student and made-up figures."""
+    """A finished run folder with a random student and made-up figures."""
     run = tmp_path / "run"
     tiny_model("bamba", seed=1).save_pretrained(run / "student")
     tiny_tokenizer().save_pretrained(run / "student")

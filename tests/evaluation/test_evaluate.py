@@ -1,4 +1,4 @@
-"""Two models on several texts: figures, JSON, and what is shown."""
+"""Two models on several texts: figures, JSON, printed table."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most elements that a floating tensor had."""
+    """Records the largest number of elements of a floating-point tensor."""
 
     elements = 0
 

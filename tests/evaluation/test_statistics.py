@@ -1,4 +1,4 @@
-"""The paired bootstrap: its width, its clusters, its p-value."""
+"""Paired bootstrap: width of the interval, clusters, p-value."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A tiny model whose generation config asks for what `sample` must not apply."""
+    """A tiny model with a generation setting that `sample` must not apply."""
     built: PreTrainedModel = MODELS[request.param]()
     built.generation_config.repetition_penalty = 5.0  # type: ignore[union-attr]
     return built
@@ -74,7 +74,7 @@ def test_log_probabilities_equal_a_teacher_forced_pass(model: PreTrainedModel) -
         tokens = torch.tensor(samples.completions()[row])[:, None]
         own = logits.log_softmax(-1).gather(-1, tokens)[:, 0]
         torch.testing.assert_close(samples.log_probs[row][samples.sampled[row]], own, atol=1e-4, rtol=1e-4)
-        # Nucleus of the 30 likeliest tokens: those that are preceded by less than 0.8, at any rate one.
+        # Nucleus of the 30 likeliest tokens: those after less than 0.8 of the probability, at least one.
         likeliest, order = (logits / 0.6).sort(descending=True)
         probability = likeliest[:, :30].softmax(-1)
         kept = torch.where(probability.cumsum(-1) - probability < 0.8, probability, 0)
@@ -117,7 +117,7 @@ def test_tokens_are_drawn_as_often_as_the_distribution_gives_them() -> None:
     with torch.no_grad():
         probabilities = (model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double() / 0.5).softmax(-1)
     drawn = torch.bincount(samples.input_ids[:, 5], minlength=VOCABULARY).double()
-    # Tokens that are expected less than 5 times are one class, as the test of Pearson needs.
+    # Tokens that are expected less than 5 times are one class, which Pearson's test needs.
     is_rare = probabilities * count < 5
     observed, expected = (
         torch.cat([values[~is_rare], values[is_rare].sum()[None]]) for values in (drawn, probabilities * count)

@@ -1,4 +1,4 @@
-"""Automatic weights: gradients of equal norm on the student, one backward a part, a state that comes back."""
+"""Automatic weights: gradients of equal norm on the student, one backward pass per part, a saved state."""
 
 from __future__ import annotations
 

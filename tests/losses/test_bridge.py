@@ -1,4 +1,4 @@
-"""The attention bridge: queries and keys of any mixing, through maps held outside, that train."""
+"""Attention bridge: queries and keys of any mixing, through trainable maps outside of the models."""
 
 from __future__ import annotations
 

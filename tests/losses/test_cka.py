@@ -1,4 +1,4 @@
-"""1 - CKA against the debiased formula on Gram matrices in float64, and what it is of small and masked batches."""
+"""1 - CKA against the debiased formula on Gram matrices in float64, with small and masked batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def pair(offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return a student [40, 6] that knows a part of the teacher [40, 9]."""
+    """Return a student [40, 6] with a part of the teacher's features [40, 9]."""
     teacher = normal(1, TOKENS, 9)
     return teacher @ normal(2, 9, 6) + 2 * normal(0, TOKENS, 6) + offset, teacher - offset
 
@@ -77,7 +77,7 @@ def test_float32_keeps_its_digits_next_to_an_offset_and_a_massive_token() -> Non
 
 
 def test_independent_features_have_a_loss_of_one_however_few_tokens() -> None:
-    """The plain estimate would say 0.2 to 0.3 for 32 tokens of 64 dimensions."""
+    """The plain estimate would be 0.2 to 0.3 for 32 tokens of 64 dimensions."""
     values = [float(cka_loss(normal(3 * at, 32, 64), normal(3 * at + 1, 32, 64), normalizer=32)) for at in range(30)]
     mean = sum(values) / len(values)
     spread = (sum((value - mean) ** 2 for value in values) / 29) ** 0.5

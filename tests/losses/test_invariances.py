@@ -1,4 +1,4 @@
-"""What each objective does not see, and what blinds it: the ratio of its value after a change to that before.
+"""Invariances and blind spots of each objective: the ratio of its value after a change to that before.
 
 `same` is a ratio of 1 up to rounding: the objective is invariant. `blind` is below a fifth: what student and teacher
 newly share hides their difference. `seen` is well above 1. `kept` lies between: the change hides no more than its share

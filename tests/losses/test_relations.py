@@ -1,4 +1,4 @@
-"""Relations of tokens against dense float64 formulas written anew, with masks, without tokens × tokens in memory."""
+"""Relations of tokens against reimplemented dense float64 formulas, with masks, without tokens × tokens in memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dense_gram(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def dense_relation(student: Tensor, teacher: Tensor, mask: Tensor, heads: int, causal: bool) -> Tensor:
-    """Loops over sequences, heads and rows, over the tokens that count alone."""
+    """Loops over sequences, heads and rows, over valid tokens only."""
     total = torch.zeros((), dtype=torch.float64)
     for s, t, m in zip(student, teacher, mask, strict=True):
         own, target = s.reshape(TIME, -1)[m], t.reshape(TIME, -1)[m]

@@ -1,4 +1,4 @@
-"""Weights over a stage: at its start, its middle and its end, and what is refused."""
+"""Weights over a stage: at its start, middle and end, and refused schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token objective: which positions count, T², and micro-batches that add up to the whole batch."""
+"""Token objective: valid positions, T², and micro-batches that add up to the whole batch."""
 
 from __future__ import annotations
 

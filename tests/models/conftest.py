@@ -1,4 +1,4 @@
-"""The real teacher, where its file is installed."""
+"""The real teacher, if its file is installed."""
 
 from __future__ import annotations
 

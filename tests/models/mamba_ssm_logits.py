@@ -1,4 +1,4 @@
-"""A program: the logits that mamba_ssm gives for each folder of its format, written into the folder."""
+"""Program that writes the logits of mamba_ssm for each folder of its format into the folder."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {**PARTIAL, "rope_type": "longrope", "short_factor": [1.1] * 4, "long_factor": [2.0] * 4}
 
-# Every shape of teacher that is said to convert, and whether its logits come out bit for bit.
+# Every supported kind of teacher, with True if the student's logits are bitwise equal.
 TEACHERS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "llama": ("llama", {}, True),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, True),
@@ -64,7 +64,7 @@ def assert_same(found: Tensor, expected: Tensor, *, exact: bool) -> None:
 
 @pytest.fixture(params=TEACHERS)
 def teacher_case(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, bool]:
-    """A tiny teacher, and whether its logits come out bit for bit."""
+    """A tiny teacher, and True if the student's logits must be bitwise equal."""
     model_type, overrides, exact = TEACHERS[request.param]
     return tiny_model(model_type, **overrides), exact
 

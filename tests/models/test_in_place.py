@@ -83,7 +83,7 @@ def test_a_kept_block_maps_the_teachers_hidden_to_the_teachers_hidden(name: str,
 
 
 def blocks_seen(model: PreTrainedModel, feed: dict[int, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """What the blocks are given and what they return; `feed` is put in place of what a block would be given."""
+    """Inputs and outputs of the blocks; `feed` replaces a block's input."""
     layers: Any = getattr(model.base_model, "h", None) or model.base_model.layers
     given: dict[int, Tensor] = {}
     made: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The first weights of mixers in a teacher's own blocks, and how such students are tapped."""
+"""Initial weights of mixers in a teacher's own blocks, and taps of such students."""
 
 from __future__ import annotations
 

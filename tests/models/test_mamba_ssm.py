@@ -1,4 +1,4 @@
-"""Folders in mamba_ssm's format: what is written, that the way back is exact, and what is refused."""
+"""Folders in mamba_ssm's format: contents, exact round trip, refused models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong between two checkpoints without a word, beside the fields that a class drops (`test_targets.py`)."""
+"""Silent errors between two checkpoints, besides fields that a class drops (`test_targets.py`)."""
 
 from __future__ import annotations
 

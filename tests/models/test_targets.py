@@ -1,4 +1,4 @@
-"""Every stock class that a teacher can become, beside Bamba, which `test_convert.py` has."""
+"""Every stock class that a teacher can be converted to, except Bamba (`test_convert.py`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xarch_kd.testing.tiny import LLAMA3, PARTIAL, VOCABULARY, tiny_config, tiny
 
 @dataclass(frozen=True)
 class Case:
-    """A teacher and the class that it becomes; `exact` if its logits come out bit for bit."""
+    """A teacher and its target class; `exact` if the student's logits are bitwise equal."""
 
     model_type: str
     target: str
@@ -66,7 +66,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
-    """A teacher and the class that it becomes."""
+    """A teacher and its target class."""
     return CASES[request.param]
 
 

@@ -1,4 +1,4 @@
-"""Mixing matrices and their distances written anew in float64, for the tests of `mixing_distance`."""
+"""Mixing matrices and their distances reimplemented in float64, for the tests of `mixing_distance`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def visible(window: int | None = None, causal: bool = True, start: Tensor | None = None, stop: Tensor | None = None):
-    """Return which columns a row sees, bool [batch, 1, time, time]."""
+    """Return the mask of columns visible to a row, bool [batch, 1, time, time]."""
     i, j = torch.arange(TIME)[:, None], torch.arange(TIME)[None]
     seen = (j <= i) if causal else torch.ones(TIME, TIME, dtype=torch.bool)
     if window is not None:

@@ -1,4 +1,4 @@
-"""Which implementation runs, and why."""
+"""Choice of the implementation, and its reasons."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`linear_divergence` by its Triton kernel: against dense float64 formulas, by an error budget.
 
 The budget is three-way: an error against float64 may be a small multiple of the error that the dense formula itself has
-in the precision at hand, plus a few roundings. Where no GPU is, kernels run in Triton's interpreter.
+in the precision at hand, plus a few roundings. Without a GPU, kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def test_a_mixture_that_is_nearly_the_student_keeps_its_digits() -> None:
 @pytest.mark.parametrize("deviation", [15.0, 40.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nearly_one_hot_students_have_exact_gradients(kind: str, deviation: float) -> None:
-    """Where q is nearly one-hot, f' and its mean cancel, and the true gradient may vanish: errors are absolute."""
+    """If q is nearly one-hot, f' and its mean cancel and the true gradient may vanish: errors are absolute."""
     options = {"divergence": kind}
     inputs = _inputs(7, deviation=deviation, full=False)
     double = {name: value.double() for name, value in inputs.items()}

@@ -1,4 +1,4 @@
-"""The row kernel of `linear_divergence` as an operator: its memory, what it leaves alone, what PyTorch sees of it."""
+"""Row kernel of `linear_divergence` as an operator: memory, inputs that stay unchanged, torch.compile and autograd."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_steepest_is_the_largest_slope_of_the_divergence_alone(kind: str) -> Non
     torch.testing.assert_close(found, slopes, rtol=1e-6, atol=0)
 
 
-# What becomes of 0 times infinity is chosen afterwards, of which numpy does not know.
+# numpy warns of 0 times infinity, whose result is replaced afterwards.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_a_teacher_may_rule_entries_out() -> None:
     """Logits of -inf, as a sampler leaves them: probability 0, whose terms are 0 where they have a limit."""

@@ -1,4 +1,4 @@
-"""`mixing_distance` as 'fused': interpreted kernels against dense formulas written anew in float64.
+"""`mixing_distance` as 'fused': interpreted kernels against dense formulas reimplemented in float64.
 
 The interpreter cuts maps in tiles of 16 × 16, so 45 tokens are three tiles, the last one not full.
 """
@@ -76,7 +76,7 @@ def mixture(student_heads: int, teacher_heads: int) -> Tensor:
 
 
 def inside(mixing: Student) -> Tensor:
-    """Which pairs of tokens a sequence has, bool [batch, 1, time, time]."""
+    """Mask of the pairs of valid tokens, bool [batch, 1, time, time]."""
     position = torch.arange(mixing.time)
     low = torch.zeros(mixing.batch, dtype=torch.int64) if mixing.start is None else mixing.start
     high = torch.full((mixing.batch,), mixing.time) if mixing.stop is None else mixing.stop
@@ -300,7 +300,7 @@ def test_factors_need_not_be_contiguous() -> None:
 
 @pytest.mark.parametrize("student", [softmax(1, 4, 1, 16, time=19), ssd(1, 4, 1, 16, time=19)], ids=["softmax", "ssd"])
 def test_heads_of_a_group_are_shared_out_or_not(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small grids share a group's heads out, as every test here does; large ones do not."""
+    """Small grids split a group's heads over programs, as in every other test here; large ones do not."""
     teacher = softmax(0, 4, 1, 16, time=19)
     shared = measure(fused("cosine"), teacher, student)
     monkeypatch.setattr("xarch_kd.kernels.mixing_blocks.PROGRAMS", 1)

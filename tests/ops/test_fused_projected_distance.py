@@ -1,7 +1,7 @@
 """`projected_distance` by its Triton kernel: against dense float64 formulas, by an error budget.
 
 The error against float64 may be a small multiple of that of the dense formula in float32, its gradient rounded as the
-kernel rounds it, plus a few roundings. Where no GPU is, kernels run in Triton's interpreter.
+kernel rounds it, plus a few roundings. Without a GPU, kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations

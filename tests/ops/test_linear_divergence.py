@@ -1,4 +1,4 @@
-"""`linear_divergence` against formulas written anew in float64, and the streamed form against the dense one."""
+"""`linear_divergence` against formulas reimplemented in float64, and the streamed form against the dense one."""
 
 from __future__ import annotations
 

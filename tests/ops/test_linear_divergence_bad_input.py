@@ -1,4 +1,4 @@
-"""`linear_divergence` on input that does not fit: an error that says asked, found and allowed, and never a NaN."""
+"""`linear_divergence` on invalid input: an error with asked, found and allowed, and never a NaN."""
 
 from __future__ import annotations
 

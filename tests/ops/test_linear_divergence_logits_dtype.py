@@ -1,4 +1,4 @@
-"""`linear_divergence` with `logits_dtype="bfloat16"`: what is rounded, and what is not."""
+"""`linear_divergence` with `logits_dtype="bfloat16"`: rounded logits, exact sums."""
 
 from __future__ import annotations
 

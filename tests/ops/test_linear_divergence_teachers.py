@@ -1,4 +1,4 @@
-"""Teachers given as logits or as their likeliest entries and a tail, against formulas written anew in float64."""
+"""Teachers given as logits or as their likeliest entries and a tail, against formulas reimplemented in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mixing_distance` against formulas written anew in float64: every distance, pair of mixings and implementation."""
+"""`mixing_distance` against formulas reimplemented in float64: every distance, pair of mixings and implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mixing_distance` refuses, with what was found and what is allowed; nothing becomes a NaN."""
+"""`mixing_distance` on invalid input: an error with found and allowed, and never a NaN."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_one_backward_and_no_second_derivative(impl: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaled(Mixing):
-    """A mixing of one's own: M = diag(scale)."""
+    """A user's own mixing: M = diag(scale)."""
 
     kind: ClassVar[str] = "scaled"
 
@@ -223,17 +223,17 @@ class Scaled(Mixing):
 
     @property
     def batch(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return self.scale.shape[0]
 
     @property
     def time(self) -> int:
-        """How many tokens."""
+        """Number of tokens."""
         return self.scale.shape[1]
 
     @property
     def heads(self) -> int:
-        """How many heads."""
+        """Number of heads."""
         return self.scale.shape[2]
 
     @property

@@ -1,4 +1,4 @@
-"""`projected_distance` against formulas written anew in float64, and the streamed form against the dense one."""
+"""`projected_distance` against formulas reimplemented in float64, and the streamed form against the dense one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xarch_kd.ops import projected_distance
 IMPLEMENTATIONS = ("reference", "streaming")
 SHAPE, STUDENT_WIDTH, TEACHER_WIDTH, EPSILON = (3, 7), 6, 9, 1e-4
 
-# One value a token, from y and t [..., width].
+# One value per token, from y and t [..., width].
 FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda y, t: ((y - t) ** 2).sum(-1) / y.shape[-1],
     "squared_error": lambda y, t: ((y - t) ** 2).sum(-1),

@@ -1,4 +1,4 @@
-"""`similarity` and its mergeable sums against HSIC_1 written anew from Gram matrices in float64."""
+"""`similarity` and its mergeable sums against HSIC_1 reimplemented from Gram matrices in float64."""
 
 from __future__ import annotations
 
