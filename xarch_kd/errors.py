@@ -83,6 +83,10 @@ class CheckpointError(XarchError):
     """A checkpoint that cannot be written or does not belong to this run."""
 
 
+class ProcessError(XarchError):
+    """Another process of the run failed, or does not answer."""
+
+
 class Interrupted(XarchError):
     """The run was stopped by a signal after its checkpoint was written."""
 

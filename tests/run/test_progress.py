@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from xarch_kd.run.folder import RunFolder
-from xarch_kd.run.progress import StageProgress, StepFigures, clock, shown_parts
+from xarch_kd.run.progress import StageProgress, StepFigures, shown_parts
+from xarch_kd.run.report import Reporter, clock
 
 
 def _figures(step: int) -> StepFigures:
@@ -19,7 +20,7 @@ def _figures(step: int) -> StepFigures:
 
 
 def _run(folder: Path, console: Console, steps: int) -> None:
-    with StageProgress(RunFolder(folder), console, stage="mixers", steps=steps, first_step=0) as progress:
+    with StageProgress(RunFolder(folder), Reporter(console), stage="mixers", steps=steps, first_step=0) as progress:
         for step in range(1, steps + 1):
             progress.step(_figures(step))
 
