@@ -22,6 +22,7 @@ from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.ops import similarity
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.report import Reporter
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.mapping import TEXT
@@ -106,7 +107,7 @@ def test_blocks_of_the_teacher_are_found_again(teacher: PreTrainedModel, strateg
     # The same model on both sides: each layer is most alike itself.
     plan = make_plan(mapping(strategy, student=mapping_student(mapping)))
     models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer())
-    found = calibrated(plan, models, rows_of(32), print)
+    found = calibrated(plan, models, rows_of(32), Reporter.silent())
     assert [(pair.student_layer, pair.teacher_layer) for pair in found.stages[0].pairs] == [
         (layer, layer) for layer in range(DEPTH)
     ]
@@ -135,7 +136,7 @@ def test_a_run_keeps_what_it_measured(mapping: Any, tmp_path: Path, monkeypatch:
     assert not any("stands in" in warning for warning in plan["warnings"])
     # An unfinished run goes on without measuring again.
     (run / "manifest.json").unlink()
-    monkeypatch.setattr("xarch_kd.job.calibrate.measure_similarities", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("xarch_kd.job.calibrate.measure_similarities", lambda *_, **__: pytest.fail("measured again"))
     train(mapping(), run, resume=True)
     (run / "manifest.json").unlink()
     (run / "calibration.safetensors").write_bytes(b"no tensors")
@@ -155,7 +156,7 @@ def test_too_little_text(teacher: PreTrainedModel, mapping: Any) -> None:
     plan: Plan = make_plan(mapping("cka"))
     models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer())
     with pytest.raises(DataError, match=r"too little text[\s\S]*7 rows"):
-        calibrated(plan, models, rows_of(7), print)
+        calibrated(plan, models, rows_of(7), Reporter.silent())
 
 
 def test_mixing_is_no_feature(mapping: Any) -> None:

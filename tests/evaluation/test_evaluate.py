@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from xarch_kd.evaluation.results import (
     to_json,
     write_evaluation,
 )
+from xarch_kd.run.report import Reporter
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model
 
 DESCRIPTIONS = {"held-out": "documents of the training corpus, never trained on", "licence": "text of another kind"}
@@ -67,11 +69,19 @@ def test_a_model_against_itself() -> None:
     assert (result.difference, result.low, result.high, result.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_progress_names_text_and_model() -> None:
-    model, seen = tiny_model("llama"), []
-    compare_models(model, model, texts(), batch_size=4, progress=lambda *step: seen.append(step))
-    assert seen[:3] == [("held-out", "teacher", 4, 6), ("held-out", "teacher", 6, 6), ("held-out", "student", 4, 6)]
-    assert seen[-1] == ("licence", "student", 4, 4)
+def test_progress_names_text_and_model_with_a_rate() -> None:
+    model, printed, ticks = tiny_model("llama"), io.StringIO(), itertools.count()
+    # Each reading of the clock is 4 seconds after the one before.
+    reporter = Reporter(Console(file=printed, width=200), clock=lambda: 4.0 * next(ticks))
+    compare_models(model, model, texts(), batch_size=4, reporter=reporter)
+    lines = printed.getvalue().splitlines()
+    tokens = texts()["held-out"].numel()
+    read = tokens * 4 // 6
+    assert lines[0].startswith(f"measuring held-out, teacher  {read:,}/{tokens:,} tokens  {read / 4:,.0f} tokens/s")
+    assert lines[0].endswith("ETA 0:02")
+    assert [line.split("  ")[0] for line in lines if "ETA" in line] == [
+        f"measuring {text}, {model}" for text in texts() for model in ("teacher", "student")
+    ]
 
 
 def test_json_comes_back_the_same(evaluation: Evaluation, tmp_path: Path) -> None:

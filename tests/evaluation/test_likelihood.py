@@ -62,10 +62,10 @@ def test_no_logits_of_a_batch_are_made() -> None:
     assert largest.elements <= vocabulary * 64 < 8 * 32 * vocabulary
 
 
-def test_progress_counts_rows() -> None:
+def test_progress_counts_tokens() -> None:
     seen: list[int] = []
     token_nll(tiny_model("llama"), rows(), batch_size=2, progress=seen.append)
-    assert seen == [2, 4, 5]
+    assert seen == [read * rows().shape[1] for read in (2, 4, 5)]
 
 
 def test_position_curve_doubles() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from xarch_kd.errors import MappingFileError
 from xarch_kd.job.models import load_models, load_run_tokenizer
 from xarch_kd.models.loading.load import fresh_model
 from xarch_kd.planning.cost import Rates
 from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.report import Reporter
 from xarch_kd.testing.mapping import LOGITS, Write
 from xarch_kd.testing.tiny import tiny_config
 
@@ -30,8 +33,9 @@ STAGE = {**LOGITS, "train": ["all"], "optimizer": {"lr": 1e-3, "mixer_lr": 1e-2}
 
 def models_of(path: Path) -> tuple[Any, list[str], tuple[str, ...]]:
     plan = make_plan(path, rates=RATES)
-    said: list[str] = []
-    return load_models(plan, load_run_tokenizer(plan), said.append), said, plan.warnings
+    printed = io.StringIO()
+    models = load_models(plan, load_run_tokenizer(plan), Reporter(Console(file=printed)))
+    return models, printed.getvalue().splitlines(), plan.warnings
 
 
 def test_its_sizes_are_the_files_and_its_tokens_the_teachers(write_mapping: Write) -> None:

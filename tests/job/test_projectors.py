@@ -24,6 +24,7 @@ from xarch_kd.job.texts import training_and_held_out
 from xarch_kd.job.train import train
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.report import Reporter
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
 from xarch_kd.testing.runs import same, student_of
@@ -48,7 +49,7 @@ def reports_of(run: Path) -> list[dict[str, Any]]:
 
 def dense_features(plan: Plan, student: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states of student block 1 and teacher block 2 at the tokens that count, [tokens, width] in float64."""
-    models = load_models(plan, load_run_tokenizer(plan), lambda _: None)
+    models = load_models(plan, load_run_tokenizer(plan), Reporter.silent())
     with torch.no_grad():
         pair = (
             trace(model.eval(), rows, taps=["hidden"], layers=[layer])["hidden"][layer]
@@ -191,7 +192,7 @@ def test_no_projector_is_in_the_student(write_mapping: Write, tmp_path: Path) ->
     assert not list(run.student.glob("projectors*"))
     assert set(load_file(tmp_path / "run" / "projectors.safetensors")) == {"stream.hidden-1.weight"}
     plan = make_plan(mapping)
-    models = load_models(plan, load_run_tokenizer(plan), lambda _: None)
+    models = load_models(plan, load_run_tokenizer(plan), Reporter.silent())
     aligner = Aligner(plan, teacher=models.teacher, student=models.student)
     aligner.load_trained_state(tmp_path / "run" / "stages" / "01-stream" / STATE_FILE)
     assert list(aligner.projectors) == ["hidden-1"]

@@ -57,7 +57,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
     with (
         RunFolder(tmp_path / "run").locked(),
-        pytest.raises(UsageError, match="another process is working"),
+        pytest.raises(UsageError, match="another run is working"),
         RunFolder(tmp_path / "run").locked(),
     ):
         pass

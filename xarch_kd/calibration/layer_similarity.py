@@ -18,6 +18,7 @@ from xarch_kd.errors import DataError
 from xarch_kd.ops.similarity import LayerSimilarity
 from xarch_kd.planning.layer_maps import entry_key
 from xarch_kd.planning.plan import Plan
+from xarch_kd.run.report import Reporter, Work
 from xarch_kd.taps.layout import Layout
 from xarch_kd.taps.trace import trace
 
@@ -30,20 +31,24 @@ SMALLEST_DEVIATION: Final = 1e-6
 TOKENS_AT_A_TIME: Final = 1024
 
 
-def measure_similarities(plan: Plan, teacher: Layout, student: Layout, rows: Tensor) -> dict[str, Tensor]:
+def measure_similarities(
+    plan: Plan, teacher: Layout, student: Layout, rows: Tensor, *, reporter: Reporter | None = None
+) -> dict[str, Tensor]:
     """Return CKA [student layers, teacher layers], float64 on the CPU, for each entry of `plan.uncalibrated`, by key.
 
     `rows` [rows, time] are training text, of which about `calibration.tokens` tokens are read, in the order that the
     seed gives. Raises DataError when there is too little of it.
     """
-    by_tap: dict[str, Tensor] = {}
-    found: dict[str, Tensor] = {}
-    for stage, name in plan.uncalibrated:
-        entry = next(entry for entry in plan.mapping.stages[stage].align if entry.name == name)
-        if entry.tap not in by_tap:
-            by_tap[entry.tap] = layer_similarity(entry.tap, teacher, student, chosen_rows(plan, rows))
-        found[entry_key(stage, name)] = by_tap[entry.tap]
-    return found
+    chosen = chosen_rows(plan, rows)
+    entries = {
+        (stage, name): next(entry for entry in plan.mapping.stages[stage].align if entry.name == name)
+        for stage, name in plan.uncalibrated
+    }
+    taps = dict.fromkeys(entry.tap for entry in entries.values())
+    tokens = 2 * len(taps) * chosen.numel()
+    with (reporter or Reporter.silent()).work("calibrating layer maps", tokens, "tokens") as work:
+        by_tap = {tap: layer_similarity(tap, teacher, student, chosen, work) for tap in taps}
+    return {entry_key(stage, name): by_tap[entry.tap] for (stage, name), entry in entries.items()}
 
 
 def chosen_rows(plan: Plan, rows: Tensor) -> Tensor:
@@ -61,18 +66,21 @@ def chosen_rows(plan: Plan, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layer_similarity(tap: str, teacher: Layout, student: Layout, rows: Tensor) -> Tensor:
-    """Return the debiased CKA [student layers, teacher layers] of a tap over rows of token ids [rows, time]."""
+def layer_similarity(tap: str, teacher: Layout, student: Layout, rows: Tensor, work: Work | None = None) -> Tensor:
+    """Return the debiased CKA [student layers, teacher layers] of a tap over rows of token ids [rows, time].
+
+    Tokens are counted in `work`, once per model.
+    """
     time = rows.shape[1]
     positions = torch.linspace(min(FIRST_TOKENS, time - 1), time - 1, min(POSITIONS, time)).long().unique()
-    ours, theirs = (_features(layout, tap, rows, positions) for layout in (student, teacher))
+    ours, theirs = (_features(layout, tap, rows, positions, work) for layout in (student, teacher))
     sums = LayerSimilarity()
     for position in range(len(positions)):
         sums.update([layer[:, position] for layer in ours], [layer[:, position] for layer in theirs])
     return sums.result().cka.cpu().double()
 
 
-def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor) -> Sequence[Tensor]:
+def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor, work: Work | None) -> Sequence[Tensor]:
     """Return what each layer gives at the positions of every row, standardised: [rows, positions, dim] a layer."""
     was_training = layout.model.training
     layout.model.eval()
@@ -83,6 +91,8 @@ def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor) -> Sequ
         traced = trace(layout, rows[start : start + size].to(device), taps=[tap])[tap]
         for layer, features in traced.items():
             kept[layer].append(features[:, positions.to(device)].float())
+        if work is not None:
+            work.advance(rows[start : start + size].numel())
     layout.model.train(was_training)
     return [_standardised(torch.cat(parts)) for parts in kept]
 

@@ -27,6 +27,7 @@ from xarch_kd.planning.plan import Plan
 from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, resolve_init
 from xarch_kd.projectors.closed_form import FORMS
 from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
+from xarch_kd.run.report import Reporter, Work
 from xarch_kd.training.aligner import Aligner
 
 MOST_TOKENS: Final = 16_384
@@ -91,8 +92,8 @@ class ProjectorCheck:
     student as if it were an initial one. `rows` [rows, time] are training text.
     """
 
-    def __init__(self, plan: Plan, aligner: Aligner, rows: Tensor, folder: Path) -> None:
-        self.aligner, self.folder = aligner, folder
+    def __init__(self, plan: Plan, aligner: Aligner, rows: Tensor, folder: Path, reporter: Reporter) -> None:
+        self.aligner, self.folder, self.reporter = aligner, folder, reporter
         self.fitted, self.held_out = halves(rows, min(plan.mapping.calibration.tokens, MOST_TOKENS), plan.mapping.seed)
 
     @property
@@ -107,7 +108,9 @@ class ProjectorCheck:
         """
         path = self.folder / ALONE_FILE
         if self.needed and not path.exists():
-            write_text(path, _json(alone(self.aligner, self.fitted, self.held_out)))
+            with self._work(self.fitted.numel() + self.held_out.numel()) as work:
+                found = alone(self.aligner, self.fitted, self.held_out, work)
+            write_text(path, _json(found))
 
     def after(self) -> tuple[ProjectorReport, ...]:
         """Return the reports of the trained projectors, measured now if they were not before."""
@@ -117,8 +120,13 @@ class ProjectorCheck:
         if not path.exists():
             before = self.folder / ALONE_FILE
             known = _read(before) if before.exists() else {}
-            write_reports(path, reports(self.aligner, self.held_out, known))
+            with self._work(self.held_out.numel()) as work:
+                found = reports(self.aligner, self.held_out, known, work)
+            write_reports(path, found)
         return read_reports(path)
+
+    def _work(self, tokens: int) -> Work:
+        return self.reporter.work(f"stage {self.aligner.stage.stage.name}: measuring projectors", tokens, "tokens")
 
 
 def halves(rows: Tensor, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -132,14 +140,14 @@ def halves(rows: Tensor, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     return chosen[1::2], chosen[::2]
 
 
-def alone(aligner: Aligner, fitted: Tensor, held_out: Tensor) -> dict[str, dict[str, Any]]:
+def alone(aligner: Aligner, fitted: Tensor, held_out: Tensor, work: Work | None = None) -> dict[str, dict[str, Any]]:
     """Return by projector the variance `explained` by one of its kind alone, None where it cannot be, and a `note`.
 
     It is fitted in closed form to rows `fitted` [rows, time] and measured on `held_out`.
     """
-    before = _statistics(aligner, fitted)
+    before = _statistics(aligner, fitted, work)
     found: dict[str, dict[str, Any]] = {}
-    for key, seen in _statistics(aligner, held_out).items():
+    for key, seen in _statistics(aligner, held_out, work).items():
         explained, note = None, "one row of calibration text is too little to measure a projector alone"
         if key in before:
             note = _too_few(seen.projector, before[key].own.tokens)
@@ -150,11 +158,13 @@ def alone(aligner: Aligner, fitted: Tensor, held_out: Tensor) -> dict[str, dict[
     return found
 
 
-def reports(aligner: Aligner, held_out: Tensor, known: dict[str, dict[str, Any]]) -> tuple[ProjectorReport, ...]:
+def reports(
+    aligner: Aligner, held_out: Tensor, known: dict[str, dict[str, Any]], work: Work | None = None
+) -> tuple[ProjectorReport, ...]:
     """Return the reports of trained projectors, measured on rows `held_out` [rows, time]; `known` is from `alone`."""
     missing = {"explained": None, "note": "a projector alone was not measured before the stage began"}
     made = []
-    for key, seen in _statistics(aligner, held_out).items():
+    for key, seen in _statistics(aligner, held_out, work).items():
         before = known.get(key, missing)
         statistics = at_best_scale(seen.projector, seen.last) if seen.scale_free else seen.last
         made.append(
@@ -230,11 +240,14 @@ class _Seen:
 
 
 @torch.no_grad()
-def _statistics(aligner: Aligner, rows: Tensor) -> dict[str, _Seen]:
+def _statistics(aligner: Aligner, rows: Tensor, work: Work | None) -> dict[str, _Seen]:
     """Return the statistics of each projector that learns, by key, over rows of token ids [rows, time]."""
     found: dict[str, _Seen] = {}
     size = max(1, BATCH_TOKENS // rows.shape[1])
-    batches = (Batch(input_ids=part, origin="calibration text") for part in (rows.split(size) if rows.shape[0] else ()))
+    parts: Iterable[Tensor] = rows.split(size) if rows.shape[0] else ()
+    if work is not None:
+        parts = work.track(parts, lambda part: part.numel())
+    batches = (Batch(input_ids=part, origin="calibration text") for part in parts)
     for match, projection, skip in observations(aligner, batches):
         if projection is None or not _learns(projection.projector):
             continue

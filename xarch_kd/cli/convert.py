@@ -48,17 +48,19 @@ def command(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder.", fix="give a new folder as --output")
 
-    from xarch_kd.cli.console import quiet_libraries
+    from xarch_kd.cli.console import make_console, quiet_libraries
 
     quiet_libraries()
     import torch
 
+    from xarch_kd.job.models import load_weights
     from xarch_kd.models.conversion.convert import convert
-    from xarch_kd.models.loading.load import load_model, load_tokenizer
+    from xarch_kd.models.loading.load import load_tokenizer
     from xarch_kd.models.loading.save import save_student
+    from xarch_kd.run.report import Reporter
 
     student = convert(
-        load_model(teacher, revision=revision),
+        load_weights(teacher, Reporter(make_console(stderr=True)), revision=revision),
         mixer=mixer,
         target=target,
         keep_attention=selection(keep_attention),

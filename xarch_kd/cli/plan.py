@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,9 +35,11 @@ def command(
 
         plan = make_plan(mapping)
     if calibrate:
+        from xarch_kd.cli.console import make_console
         from xarch_kd.job.calibrate import calibrate as run_calibration
+        from xarch_kd.run.report import Reporter
 
-        plan = run_calibration(plan, lambda text: print(text, file=sys.stderr))
+        plan = run_calibration(plan, Reporter(make_console(stderr=True)))
     if as_json:
         print(json.dumps(plan_as_dict(plan), indent=2))
         return

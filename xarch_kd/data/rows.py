@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -17,19 +17,29 @@ from xarch_kd.data.corpus import Corpus
 from xarch_kd.errors import CheckpointError, DataError
 
 
-def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, *, most: int | None = None) -> torch.Tensor:
+def pack(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    most: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
     """Return the corpus as token rows `[rows, length]` (int64).
 
     Documents are joined by the end-of-text token, and what is left after the last whole row is dropped.
 
-    `most` bounds the number of rows. Raises `DataError` when the corpus is shorter than one row.
+    `most` bounds the number of rows; `progress` is called with the number of documents that are tokenized. Raises
+    `DataError` when the corpus is shorter than one row.
     """
     end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     tokens: list[int] = []
-    for document in corpus.documents:
+    for number, document in enumerate(corpus.documents, start=1):
         # verbose=False: a document longer than the model's context is expected here, since rows are cut afterwards.
         tokens.extend(cast(list[int], tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]))
         tokens.extend(end)
+        if progress is not None:
+            progress(number)
         if most is not None and len(tokens) >= most * length:
             break
     rows = len(tokens) // length

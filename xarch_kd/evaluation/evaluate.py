@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from xarch_kd.errors import DataError
 from xarch_kd.evaluation.likelihood import position_buckets, position_curve, token_nll
 from xarch_kd.evaluation.results import Evaluation, LikelihoodResult, PositionResult
 from xarch_kd.evaluation.statistics import LEVEL, RESAMPLES, PairedDifference, paired_bootstrap
+from xarch_kd.run.report import Reporter
 
-# Called with (text, model, rows done, rows in all).
-Progress = Callable[[str, str, int, int], None]
 Paths = Mapping[str, str | None] | object | None
 
 
@@ -33,13 +32,13 @@ def compare_models(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
-    progress: Progress | None = None,
+    reporter: Reporter | None = None,
 ) -> Evaluation:
     """Return the likelihood of teacher and student on each text, with a paired interval of the difference.
 
     `texts` maps a name to packed rows [rows, T] (integers, no padding); rows may differ in length between texts.
     `descriptions` gives the kind of each text, which is printed beside its name. Models stay on their device and in
-    their dtype.
+    their dtype. `reporter` shows the progress.
 
     Raises:
         DataError: no text, or rows that are empty, too short or hold tokens outside a vocabulary.
@@ -54,8 +53,8 @@ def compare_models(
     for name, rows in texts.items():
         nll = {}
         for model, words, paths in ((teacher, "teacher", teacher_paths), (student, "student", student_paths)):
-            report = None if progress is None else _report(progress, name, words, rows.shape[0])
-            nll[words] = token_nll(model, rows, batch_size=batch_size, paths=paths, progress=report)
+            with (reporter or Reporter.silent()).work(f"measuring {name}, {words}", rows.numel(), "tokens") as work:
+                nll[words] = token_nll(model, rows, batch_size=batch_size, paths=paths, progress=work.at)
         difference = paired_bootstrap(nll["teacher"], nll["student"], level=level, resamples=resamples, seed=seed)
         description = (descriptions or {}).get(name, "")
         likelihood.append(_result(name, description, rows, nll["teacher"], nll["student"], difference))
@@ -100,7 +99,3 @@ def _positions(teacher: Tensor, student: Tensor) -> tuple[PositionResult, ...]:
         PositionResult(start=start, stop=stop, teacher_nll=first, student_nll=second)
         for (start, stop), first, second in curves
     )
-
-
-def _report(progress: Progress, text: str, model: str, total: int) -> Callable[[int], None]:
-    return lambda done: progress(text, model, done, total)

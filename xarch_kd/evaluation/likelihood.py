@@ -32,7 +32,7 @@ def token_nll(
 
     `rows` is an integer [rows, T] without padding; the result is float32 [rows, T-1] on the CPU, entry t for token t+1.
     `batch_size` rows go through the model at a time, in evaluation mode; their logits, float32, exist for `chunk_size`
-    tokens at a time. `progress` is called with the number of rows done after each batch.
+    tokens at a time. `progress` is called with the number of tokens read after each batch.
 
     Raises:
         DataError: rows that are empty, too short, or hold a token outside the model's vocabulary.
@@ -51,7 +51,7 @@ def token_nll(
         for start in range(0, rows.shape[0], batch_size):
             parts.append(_batch_nll(layout, rows[start : start + batch_size], chunk_size))
             if progress is not None:
-                progress(min(start + batch_size, rows.shape[0]))
+                progress(rows[: start + batch_size].numel())
     finally:
         model.train(training)
     values = torch.cat(parts)

@@ -1,35 +1,32 @@
-"""Measuring a run: its saved student against its teacher, on held-out text and on text of other kinds."""
+"""Evaluation of a run: its saved student against its teacher, on held-out text and on text of other kinds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from xarch_kd.errors import GateFailed, UsageError
 from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.results import Evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
-from xarch_kd.job.models import device_of, load_run_tokenizer
+from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
 from xarch_kd.job.texts import HELD_OUT, evaluation_texts
 from xarch_kd.mapping_file.schema import Evaluate
-from xarch_kd.models.loading.load import load_model
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.run.folder import RunFolder
+from xarch_kd.run.report import Reporter
 
 
 def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | None = None) -> Evaluation:
-    """Measure the student of `run` again; write `evaluation.json`, model card and manifest; return the figures.
+    """Measure the student of `run`, write `evaluation.json`, model card and manifest, and return the figures.
 
     `tokens` bounds the tokens of each text (default: the mapping file's `evaluate.tokens`). Raises UsageError when
     `run` is not a run folder with a student in it.
     """
     folder = RunFolder(Path(run))
-    console = console or Console()
     if not folder.mapping.is_file() or not (folder.student / "config.json").is_file():
         raise UsageError(
             "this is not a run folder with a student in it",
@@ -42,21 +39,21 @@ def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | N
         settings = settings.model_copy(update={"tokens": tokens})
     plan = replace(plan, mapping=plan.mapping.model_copy(update={"evaluate": settings}))
     with folder.locked():
-        evaluation = measure(plan, folder, lambda text: console.print(text, highlight=False, soft_wrap=True), console)
+        evaluation = measure(plan, folder, Reporter(console))
         write_card(plan, folder)
         folder.finish()
     return evaluation
 
 
-def measure(plan: Plan, folder: RunFolder, say: Callable[[str], None], console: Console) -> Evaluation:
+def measure(plan: Plan, folder: RunFolder, reporter: Reporter) -> Evaluation:
     """Measure the student saved in `folder`, both models in float32, and write and print the result."""
-    texts, descriptions = evaluation_texts(plan, load_run_tokenizer(plan))
-    say(f"measuring on {', '.join(f'{rows.numel():,} tokens of {name}' for name, rows in texts.items())}")
+    texts, descriptions = evaluation_texts(plan, load_run_tokenizer(plan), reporter)
+    reporter.line(f"measuring on {', '.join(f'{rows.numel():,} tokens of {name}' for name, rows in texts.items())}")
     device = device_of(plan)
     teacher = plan.mapping.teacher
     evaluation = compare_models(
-        load_model(teacher.model, revision=teacher.revision, dtype=torch.float32, device=device),
-        load_model(str(folder.student), dtype=torch.float32, device=device),
+        load_weights(teacher.model, reporter, revision=teacher.revision, device=device),
+        load_weights(str(folder.student), reporter, device=device),
         texts,
         descriptions=descriptions,
         teacher_name=teacher.model,
@@ -65,9 +62,10 @@ def measure(plan: Plan, folder: RunFolder, say: Callable[[str], None], console: 
         student_paths=plan.mapping.student.paths,
         batch_size=plan.mapping.data.batch_size,
         seed=plan.mapping.seed,
+        reporter=reporter,
     )
     write_evaluation(evaluation, folder.evaluation)
-    console.print(render(evaluation))
+    reporter.show(render(evaluation))
     return evaluation
 
 

@@ -1,19 +1,23 @@
-"""The models of a run: the frozen teacher, the student from its source, and the vocabulary they share."""
+"""Models of a run: the frozen teacher, the student from its source, and their shared vocabulary."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.embeddings import Transfer, transfer_embeddings
 from xarch_kd.models.loading.load import fresh_model, load_model, load_tokenizer
+from xarch_kd.models.loading.progress import weights_progress
 from xarch_kd.models.loading.tokens import shared_vocabulary
 from xarch_kd.planning.plan import Plan
+from xarch_kd.run.processes import Processes
+from xarch_kd.run.report import Reporter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,17 +45,38 @@ def load_run_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     return load_tokenizer(teacher.tokenizer or teacher.model, teacher.revision)
 
 
-def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> RunModels:
-    """Return teacher and student on the plan's device. Raises ModelError and ConversionError."""
+def config_fingerprint(config: PreTrainedConfig) -> str:
+    """Return the SHA-256 of a config's values, without the folder that it was read from."""
+    values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def load_weights(
+    reference: str,
+    reporter: Reporter,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Return the model of a reference as `load_model` does, showing the progress of reading it."""
+    with reporter.work(f"loading {reference}", None, "tensors") as work, weights_progress(work.at):
+        return load_model(reference, revision=revision, dtype=dtype, device=device)
+
+
+def load_models(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, processes: Processes | None = None
+) -> RunModels:
+    """Return teacher and student on this process's device of the plan. Raises ModelError and ConversionError."""
     teacher_reference, student_source = plan.mapping.teacher, plan.mapping.student
     conversion = student_source.convert
     # A conversion is exact only from full-precision weights; the teacher is rounded to its own dtype afterwards.
     dtype = torch.float32 if conversion is not None else DTYPES[teacher_reference.dtype]
-    say(f"loading the teacher {teacher_reference.model}")
-    teacher = load_model(teacher_reference.model, revision=teacher_reference.revision, dtype=dtype)
+    reporter.line(f"loading the teacher {teacher_reference.model}")
+    teacher = load_weights(teacher_reference.model, reporter, revision=teacher_reference.revision, dtype=dtype)
     if conversion is not None:
         replaced = sum(row.replaced for row in plan.student.layers)
-        say(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")
+        reporter.line(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")
         student = convert(
             teacher,
             mixer=conversion.mixer,
@@ -63,8 +88,8 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
         )
         cast_parameters(teacher, DTYPES[teacher_reference.dtype])
     elif student_source.model is not None:
-        say(f"loading the student {student_source.model}")
-        student = load_model(student_source.model, revision=student_source.revision)
+        reporter.line(f"loading the student {student_source.model}")
+        student = load_weights(student_source.model, reporter, revision=student_source.revision)
         own = load_tokenizer(student_source.tokenizer or student_source.model, student_source.revision)
         shared_vocabulary(tokenizer, own, plan.teacher.vocabulary, plan.student.vocabulary)
     else:
@@ -73,8 +98,8 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
         rows = shared_vocabulary(tokenizer, tokenizer, plan.teacher.vocabulary, plan.student.vocabulary)
         if student_source.embeddings == "teacher":
             for transfer in transfer_embeddings(teacher, student, rows=rows):
-                say(_told(transfer))
-    device = device_of(plan)
+                reporter.line(_transfer_line(transfer))
+    device = (processes or Processes()).device(device_of(plan))
     return RunModels(
         teacher=teacher.to(device).eval().requires_grad_(False),  # type: ignore[arg-type]  # stubs want a bound method
         student=student.to(device),  # type: ignore[arg-type]
@@ -82,7 +107,7 @@ def load_models(plan: Plan, tokenizer: PreTrainedTokenizerBase, say: Callable[[s
     )
 
 
-def _told(transfer: Transfer) -> str:
+def _transfer_line(transfer: Transfer) -> str:
     narrower = transfer.student_dim < transfer.teacher_dim
     share = f", which keeps {transfer.kept:.1%} of their squared length" if narrower else ""
     return (

@@ -18,21 +18,23 @@ from rich.console import Console
 from torch import Tensor
 
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
-from xarch_kd.data.rows import BatchOrder, StageRows, pack
+from xarch_kd.data.rows import BatchOrder, StageRows
 from xarch_kd.errors import UsageError
 from xarch_kd.files import write_tensors
-from xarch_kd.job.calibrate import calibrated, prepare_stage, tell_maps
+from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
-from xarch_kd.job.models import DTYPES, RunModels, device_of, load_models, load_run_tokenizer
-from xarch_kd.job.texts import training_and_held_out
+from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
+from xarch_kd.job.texts import packed, training_and_held_out
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.render import plan_as_dict
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.run.folder import RunFolder
-from xarch_kd.run.progress import StageProgress, clock
+from xarch_kd.run.processes import Processes, joined_processes
+from xarch_kd.run.progress import StageProgress
+from xarch_kd.run.report import Reporter, clock
 from xarch_kd.run.signals import StopSignals
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.teacher.feature_cache import DiskCache, FeatureCache, MemoryCache
@@ -59,26 +61,36 @@ def train(
 ) -> Run:
     """Run every stage of a plan (or of the mapping file at that path) into `output_dir` and return the finished run.
 
-    A run that is finished already is returned as it is. An unfinished one goes on where it stopped when `resume` is
-    true; on a CPU the student is bitwise the one of an uninterrupted run. Raises UsageError when the folder holds
-    something else, Interrupted after Ctrl-C or SIGTERM, and whatever the models, the data or the losses raise.
+    A finished run is returned as it is. An unfinished one resumes at its last checkpoint when `resume` is true; on a
+    CPU the student is bitwise the one of an uninterrupted run.
+
+    Under `python -m torch.distributed.run --nproc-per-node N` each process calls this with the same arguments, and the
+    rows of each micro-batch are split over the processes: `batch_size` stays the size of the whole micro-batch, so N
+    processes compute the same steps as one. Rank 0 writes and prints.
+
+    Raises UsageError when the folder holds something else or the processes differ in mapping file, data or models,
+    Interrupted after Ctrl-C or SIGTERM, ProcessError when another process fails, and whatever the models, the data or
+    the losses raise.
     """
     plan = plan if isinstance(plan, Plan) else make_plan(plan)
-    folder = RunFolder(Path(output_dir))
-    console = console or Console()
     fingerprint = fingerprint_of(plan)
-    mapping = plan.path or folder.mapping
-    command = shlex.join(["xarch-kd", "train", str(mapping), "--output", str(folder.root), "--resume"])
-    folder.state(fingerprint)
-    with folder.locked(), StopSignals(command) as signals:
-        state = folder.state(fingerprint)
-        if state == "finished":
-            return Run(folder=folder, was_finished=True)
-        if state == "unfinished" and not resume:
-            raise UsageError(
-                "the output folder holds this run, unfinished", asked=folder.root, fix=f"resume it: {command}"
-            )
-        _Job(plan, folder, console, signals).run(fingerprint)
+    with joined_processes(device_of(plan)) as processes:
+        folder = RunFolder(Path(output_dir), is_owner=processes.is_main)
+        reporter = Reporter(console) if processes.is_main else Reporter.silent()
+        command = shlex.join(
+            ["xarch-kd", "train", str(plan.path or folder.mapping), "--output", str(folder.root), "--resume"]
+        )
+        processes.check_same({"mapping file": fingerprint})
+        processes.from_main(lambda: folder.state(fingerprint))
+        with folder.locked(), StopSignals(command) as signals:
+            state = processes.from_main(lambda: folder.state(fingerprint))
+            if state == "finished":
+                return Run(folder=folder, was_finished=True)
+            if state == "unfinished" and not resume:
+                raise UsageError(
+                    "the output folder holds this run, unfinished", asked=folder.root, fix=f"resume it: {command}"
+                )
+            _Job(plan, folder, reporter, signals, processes).run(fingerprint)
     return Run(folder=folder, was_finished=False)
 
 
@@ -92,59 +104,86 @@ def fingerprint_of(plan: Plan) -> str:
 
 
 class _Job:
-    """One call of `train`."""
+    """One call of `train` on one process."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, console: Console, signals: StopSignals) -> None:
+    def __init__(
+        self, plan: Plan, folder: RunFolder, reporter: Reporter, signals: StopSignals, processes: Processes
+    ) -> None:
         self.plan = plan
         self.folder = folder
-        self.console = console
+        self.reporter = reporter
         self.signals = signals
+        self.processes = processes
         self.reports: list[ProjectorReport] = []
 
     def run(self, fingerprint: str) -> None:
         _check_tracking(self.plan.mapping.tracking)
         started = time.perf_counter()
         tokenizer = load_run_tokenizer(self.plan)
-        data = self.plan.mapping.data
         text, _ = training_and_held_out(self.plan)
-        rows = pack(text, tokenizer, data.sequence_length)
-        self._say(f"{rows.numel():,} tokens of {text.description} in {rows.shape[0]} rows of {rows.shape[1]}")
-        models = load_models(self.plan, tokenizer, self._say)
-        self.plan = calibrated(self.plan, models, rows, self._say, kept=self.folder.calibration)
+        rows = packed(text, tokenizer, self.plan, self.reporter)
+        self.reporter.line(f"{rows.numel():,} tokens of {text.description} in {rows.shape[0]} rows of {rows.shape[1]}")
+        models = load_models(self.plan, tokenizer, self.reporter, self.processes)
+        self.processes.check_same(
+            {
+                "data": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+                "teacher": config_fingerprint(models.teacher.config),
+                "student": config_fingerprint(models.student.config),
+            }
+        )
+        with self.processes.main_first():
+            self.plan = calibrated(self.plan, models, rows, self.reporter, kept=self.folder.calibration)
         self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint)
-        self.folder.event("started", seconds_to_load=round(time.perf_counter() - started, 2), data_sha256=text.sha256)
-        projectors: dict[str, Tensor] = {}
+        self.folder.event(
+            "started",
+            seconds_to_load=round(time.perf_counter() - started, 2),
+            data_sha256=text.sha256,
+            processes=self.processes.world_size,
+        )
         training = time.perf_counter()
+        projectors = self._train_stages(models, rows)
+        seconds = time.perf_counter() - training
+        self._check_signals()
+        if self.processes.is_main:
+            self._save(models, projectors, seconds)
+        # Measuring loads both models again, in float32.
+        del models
+        if self.processes.is_main:
+            if self.plan.mapping.evaluate is not None:
+                measure(self.plan, self.folder, self.reporter)
+            write_card(self.plan, self.folder)
+            self.folder.event("finished", seconds=round(time.perf_counter() - started, 2))
+            self.folder.finish()
+        self.processes.barrier()
+
+    def _check_signals(self) -> None:
+        """Raise Interrupted on every rank if any received a signal."""
+        self.signals.agree(self.processes.any_rank)
+        self.signals.check()
+
+    def _train_stages(self, models: RunModels, rows: Tensor) -> dict[str, Tensor]:
+        """Run all stages and return their projectors' weights, by stage and name."""
+        projectors: dict[str, Tensor] = {}
         for stage in self.plan.stages:
-            self.signals.check()
+            self._check_signals()
             aligner = self._stage(stage, models, rows)
             projectors |= {
                 f"{stage.stage.name}.{name}": tensor.detach().clone()
                 for name, tensor in aligner.projectors.state_dict().items()
             }
-        seconds = time.perf_counter() - training
-        self.signals.check()
-        self._save(models, projectors, seconds)
-        del models
-        if self.plan.mapping.evaluate is not None:
-            measure(self.plan, self.folder, self._say, self.console)
-        write_card(self.plan, self.folder)
-        self.folder.event("finished", seconds=round(time.perf_counter() - started, 2))
-        self.folder.finish()
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        return projectors
 
     def _stage(self, stage: StagePlan, models: RunModels, rows: Tensor) -> Aligner:
         """Run one stage, or restore it if it was finished before."""
         aligner = Aligner(self.plan, teacher=models.teacher, student=models.student, stage=stage.index)
         path = self.folder.stage(stage.folder)
         done = path / STATE_FILE
-        check = ProjectorCheck(self.plan, aligner, rows, path)
+        check = ProjectorCheck(self.plan, aligner, rows, path, self.reporter)
         if done.exists():
             aligner.load_trained_state(done)
-            self.reports += check.after()
-            self._say(f"stage {stage.stage.name}: done before")
+            with self.processes.main_first():
+                self.reports += check.after()
+            self.reporter.line(f"stage {stage.stage.name}: done before")
             return aligner
         began = time.perf_counter()
         checkpoint = latest_checkpoint(path)
@@ -152,34 +191,37 @@ class _Job:
         if checkpoint:
             self.folder.event("resumed", stage=stage.stage.name, step=first_step)
         else:
-            prepare_stage(self.plan, stage, aligner, rows, path, self._say)
-            check.before()
+            with self.processes.main_first():
+                prepare_stage(self.plan, stage, aligner, rows, path, self.reporter)
+                check.before()
         cache, cache_folder = _cache_of(stage, path)
         reader = TeacherFeatures(
             layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.targets().sites, cache
         )
         trainer = self._trainer(stage, aligner, reader, rows)
         progress = StageProgress(
-            self.folder, self.console, stage=stage.stage.name, steps=stage.stage.steps, first_step=first_step
+            self.folder, self.reporter, stage=stage.stage.name, steps=stage.stage.steps, first_step=first_step
         )
         with progress, self.signals.deferred(), warnings.catch_warnings():
-            # Said by torch when a scheduler's state is restored before the first step of this process.
+            # Raised by torch when a scheduler's state is restored before the first step of this process.
             warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
             trainer.progress = progress
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < stage.stage.steps:
-            self.signals.check()
-        tell_maps(stage, aligner, self.folder, self._say)
-        reports = check.after()
+            self._check_signals()
+        report_maps(stage, aligner, self.folder, self.reporter)
+        with self.processes.main_first():
+            reports = check.after()
         self.reports += reports
-        write_state(aligner, done)
+        if self.processes.is_main:
+            write_state(aligner, done)
         if cache_folder is not None:
             self.folder.drop(cache_folder)
         seconds = time.perf_counter() - began
         self.folder.event("stage-finished", stage=stage.stage.name, seconds=round(seconds, 2), peak_bytes=peak_bytes())
-        self._say(f"stage {stage.stage.name}: {stage.stage.steps} steps in {clock(seconds)}")
+        self.reporter.line(f"stage {stage.stage.name}: {stage.stage.steps} steps in {clock(seconds)}")
         for line in (line for report in reports for line in report.lines):
-            self._say(line)
+            self.reporter.line(line)
         return aligner
 
     def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Tensor) -> StageTrainer:

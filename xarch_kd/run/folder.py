@@ -23,9 +23,13 @@ State = Literal["new", "unfinished", "finished"]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside a run folder. A folder without `manifest.json` is unfinished."""
+    """Paths inside a run folder. A folder without `manifest.json` is unfinished.
+
+    With `is_owner=False`, as on ranks other than 0, nothing is written, locked or removed.
+    """
 
     root: Path
+    is_owner: bool = True
 
     @property
     def mapping(self) -> Path:
@@ -121,12 +125,16 @@ class RunFolder:
 
     def start(self, source: str, plan: Mapping[str, Any], fingerprint: str) -> None:
         """Write what identifies the run."""
+        if not self.is_owner:
+            return
         write_text(self.mapping, source)
         write_json(self.root / "environment.json", environment())
         write_json(self.plan, {"fingerprint": fingerprint, **plan})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event. Raises CheckpointError when the disk is full."""
+        if not self.is_owner:
+            return
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields})
         try:
             with self.events.open("a", encoding="utf-8") as file:
@@ -136,7 +144,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. Raises UsageError when another one does."""
+        """Hold the folder for this run. Raises UsageError when another run does."""
+        if not self.is_owner:
+            yield
+            return
         made = [path for path in (self.root, *self.root.parents) if not path.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
         lock = self.root / "run.lock"
@@ -145,7 +156,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UsageError(
-                    "another process is working in the output folder",
+                    "another run is working in the output folder",
                     asked=self.root,
                     fix="wait for it, or give another --output",
                 ) from error
@@ -160,6 +171,8 @@ class RunFolder:
 
     def finish(self) -> None:
         """Write the manifest: the run is done."""
+        if not self.is_owner:
+            return
         files = sorted(
             path for path in self.root.rglob("*") if path.is_file() and path.name not in ("manifest.json", "run.lock")
         )
@@ -168,7 +181,7 @@ class RunFolder:
 
     def drop(self, folder: Path) -> None:
         """Remove a folder inside the run folder that is no longer needed."""
-        if folder.is_dir() and self.root.resolve() in folder.resolve().parents:
+        if self.is_owner and folder.is_dir() and self.root.resolve() in folder.resolve().parents:
             shutil.rmtree(folder)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Final
+from typing import Final, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -15,6 +15,8 @@ from rich.text import Text
 QUIET_SECONDS: Final = 3.0
 # Between two plain lines of one piece of work, where there is no terminal.
 LINE_SECONDS: Final = 10.0
+
+Item = TypeVar("Item")
 
 
 class Reporter:
@@ -89,6 +91,12 @@ class Work:
             else:
                 self._reporter.line(self._line(now - self._started))
                 self._next_line = now + LINE_SECONDS
+
+    def track(self, items: Iterable[Item], count: Callable[[Item], int]) -> Iterator[Item]:
+        """Yield the items, and count what each holds when the next is asked for."""
+        for item in items:
+            yield item
+            self.advance(count(item))
 
     def _line(self, elapsed: float) -> str:
         rate = shown_rate(self.done, elapsed, self.unit)

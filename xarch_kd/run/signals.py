@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -46,6 +46,11 @@ class StopSignals:
             yield
         finally:
             self._deferred = False
+
+    def agree(self, any_rank: Callable[[bool], bool]) -> None:
+        """Make a request to one process a request to all; `any_rank` returns whether a flag is true on any rank."""
+        if any_rank(self.requested is not None) and self.requested is None:
+            self.requested = "a signal to another process"
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""
