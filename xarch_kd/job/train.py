@@ -241,6 +241,7 @@ class _Job:
             folder=self.folder.stage(stage.folder),
             seed=mapping.seed,
             cpu=device_of(self.plan).type == "cpu",
+            processes=self.processes,
             tracking=mapping.tracking,
             signals=self.signals,
         )

@@ -17,6 +17,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from xarch_kd.errors import ProcessError, UsageError, XarchError
 
@@ -178,7 +180,7 @@ def joined_processes(device: torch.device, *, longest_wait: timedelta = LONGEST_
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         # Objects and flags go through the CPU, so that they cost no wait for an accelerator.
         _group=dist.new_group(backend="gloo", timeout=longest_wait),
-        _store=dist.PrefixStore(f"run-{number}", dist.distributed_c10d._get_default_store()),
+        _store=PrefixStore(f"run-{number}", _get_default_store()),
         _longest_wait=longest_wait,
     )
     try:
@@ -199,12 +201,12 @@ def joined_processes(device: torch.device, *, longest_wait: timedelta = LONGEST_
 
 
 def _begin_group(device: torch.device, longest_wait: timedelta, number: int) -> None:
-    store, rank, world_size = next(iter(dist.rendezvous("env://")))
+    store, rank, world_size = next(iter(rendezvous("env://")))
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"group-{number}", store),
+        store=PrefixStore(f"group-{number}", store),
         rank=rank,
         world_size=world_size,
         timeout=longest_wait,

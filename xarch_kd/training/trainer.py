@@ -23,6 +23,7 @@ from xarch_kd.files import cannot_write, write_json, write_tensors
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
 from xarch_kd.planning.plan import StagePlan
+from xarch_kd.run.processes import Processes
 from xarch_kd.run.progress import StageProgress, StepFigures
 from xarch_kd.run.signals import StopSignals
 from xarch_kd.taps.sites import Site
@@ -43,7 +44,9 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 class StageTrainer(Trainer):
     """Trainer of one stage on the batches of `source`, in `folder`; steps are shown by `progress`.
 
-    All checks of values of a step are settled by one read of the device, before the optimizer steps.
+    All checks of values of a step are settled by one read of the device, before the optimizer steps. Each of several
+    processes takes its share of the rows of every micro-batch; sums are divided by what all ranks count, so gradients
+    and logged losses are those of one process with all rows. Rank 0 writes the checkpoints.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class StageTrainer(Trainer):
         cpu: bool,
         tracking: tuple[str, ...],
         signals: StopSignals,
+        processes: Processes | None = None,
     ) -> None:
         self.aligner = aligner
+        self.processes = processes or Processes()
         self.reader = reader
         self.plan = plan
         self.source = source
@@ -217,9 +222,7 @@ class StageTrainer(Trainer):
         if "loss" not in logs:
             super().log(logs, start_time)
             return
-        # Copied from the device at once rather than part by part.
-        values = torch.stack([part.double() for part in self._figures.values()]).tolist() if self._figures else []
-        parts = dict(zip(self._figures, values, strict=True))
+        parts = dict(zip(self._figures, self._summed_figures(), strict=True))
         loss = sum(parts.values())
         gradient_norm = logs.get("grad_norm")
         if self.progress is not None:
@@ -235,6 +238,13 @@ class StageTrainer(Trainer):
             )
         named = {f"{self.plan.stage.name}/{name}": value for name, value in parts.items()}
         super().log({**logs, "loss": loss, **named}, start_time)
+
+    def _summed_figures(self) -> list[float]:
+        """Return the loss parts of the step, summed over ranks, and copied from the device at once."""
+        if not self._figures:
+            return []
+        values = torch.stack([part.double() for part in self._figures.values()])
+        return (values if self.processes.world_size == 1 else self._summed_over_ranks(values)).tolist()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the tensors that this stage trains and its source's state; the rest is restored from earlier stages."""
@@ -254,23 +264,32 @@ class StageTrainer(Trainer):
         return Path(str(self.args.output_dir)) / "saving"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint beside its final name and rename it when it is complete."""
+        """Write the checkpoint beside its final name and rename it when it is complete.
+
+        Every rank adds the state of its random numbers; all else is written by rank 0.
+        """
         folder = Path(str(self.args.output_dir))
         final = folder / f"checkpoint-{self.state.global_step}"
-        if final.exists():
+        if self.processes.from_main(final.exists):
             return
         staging = self._staging()
-        shutil.rmtree(staging, ignore_errors=True)
+        if self.processes.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
         try:
+            self.processes.barrier()
             super()._save_checkpoint(model, trial)
-            os.replace(staging / final.name, final)
+            self.processes.barrier()
+            if self.processes.is_main:
+                os.replace(staging / final.name, final)
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
             raise cannot_write(final, error) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+            if self.processes.is_main:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.processes.is_main:
+            for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
 
 
 class _Stream:
@@ -350,6 +369,7 @@ class _Guard(TrainerCallback):
         self.trainer.settle()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.signals.agree(self.trainer.processes.any_rank)
         if self.signals.requested is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -371,6 +391,11 @@ def _arguments(plan: StagePlan, *, folder: Path, seed: int, cpu: bool, tracking:
         save_steps=plan.stage.checkpoint_every or max(1, math.ceil(plan.stage.steps / 4)),
         seed=seed,
         use_cpu=cpu,
+        # A layer map that is drawn anew, or an objective whose weight is 0, leaves parameters without a gradient.
+        ddp_find_unused_parameters=True,
+        # Buffers are constants here; sending them at each forward would change them under autograd.
+        ddp_broadcast_buffers=False,
+        ddp_backend="gloo" if cpu else None,
         report_to=list(tracking) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -23,12 +23,13 @@ def weights_progress(progress: Progress) -> Iterator[None]:
 
     previous = logging.set_tqdm_hook(counted)
     # The GGUF reader takes tqdm's own bar, which no hook reaches.
-    bar, gguf.tqdm = gguf.tqdm, partial(_Counter, progress)  # pyright: ignore[reportAttributeAccessIssue]
+    bar = vars(gguf)["tqdm"]
+    setattr(gguf, "tqdm", partial(_Counter, progress))  # noqa: B010  # not one of its public names
     try:
         yield
     finally:
         logging.set_tqdm_hook(previous)
-        gguf.tqdm = bar  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(gguf, "tqdm", bar)  # noqa: B010
 
 
 class _Counter:
