@@ -18,7 +18,7 @@ from xarch_kd.models.conversion.epsilon import with_epsilon
 from xarch_kd.models.conversion.frozen_parameters import frozen_names
 from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.models.conversion.teacher_spec import REFUSALS, SPECS
-from xarch_kd.models.in_place.teachers import FAMILIES as IN_PLACE_FAMILIES
+from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 from xarch_kd.models.mamba_ssm.config import EPSILON
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm, import_mamba_ssm
 from xarch_kd.taps.families import FAMILIES
@@ -28,7 +28,7 @@ from xarch_kd.taps.trace import trace
 from xarch_kd.testing.families import (
     CONVERSIONS,
     SPECIMENS,
-    Conversion,
+    ConversionSupport,
     Row,
     in_short,
     readable_layers,
@@ -59,7 +59,7 @@ def test_the_page_is_what_the_code_yields() -> None:
 
 def test_every_type_that_the_code_knows_has_a_row() -> None:
     types = {specimen.model_type for specimen in SPECIMENS.values()}
-    known = FAMILIES.keys() | SPECS.keys() | REFUSALS.keys() | IN_PLACE_FAMILIES.keys()
+    known = FAMILIES.keys() | SPECS.keys() | REFUSALS.keys() | IN_PLACE_TEACHERS.keys()
     assert known - types == WITHOUT_ROW
 
 
@@ -125,14 +125,14 @@ def test_the_conversions_of_a_row(name: str) -> None:
             check_converted(name, claimed, mixer, target)
 
 
-def check_refused(name: str, claimed: Conversion, mixer: str, target: str) -> None:
+def check_refused(name: str, claimed: ConversionSupport, mixer: str, target: str) -> None:
     """What the row says is a part of what is raised."""
     with pytest.raises(ConversionError) as caught:
         convert(layout(name).model, mixer=mixer, target=target, replace=[len(layout(name).blocks) - 1])
     assert claimed.reason == in_short(caught.value) and str(claimed.reason) in str(caught.value)
 
 
-def check_converted(name: str, claimed: Conversion, mixer: str, target: str) -> None:
+def check_converted(name: str, claimed: ConversionSupport, mixer: str, target: str) -> None:
     """Kept blocks are the teacher's, and with all of them kept the logits are."""
     teacher, replaced = layout(name).model, len(layout(name).blocks) - 1
     student = convert(teacher, mixer=mixer, target=target, replace=[replaced])
@@ -148,7 +148,7 @@ def check_converted(name: str, claimed: Conversion, mixer: str, target: str) -> 
     assert claimed.all_kept in str(caught.value)
 
 
-def check_student(student: PreTrainedModel, claimed: Conversion, mixer: str, target: str) -> None:
+def check_student(student: PreTrainedModel, claimed: ConversionSupport, mixer: str, target: str) -> None:
     """The class that was asked for, with the mixer in the last of the teacher's blocks, and frozen where it says so."""
     if target != IN_PLACE:
         assert student.config.model_type.removesuffix("_text") == target and TARGETS[target].mixer == mixer
@@ -166,7 +166,7 @@ def hidden_before(model: PreTrainedModel, layer: int) -> Tensor:
     return torch.stack([found[index] for index in range(layer)])
 
 
-def assert_same(found: Tensor, expected: Tensor, claimed: Conversion, blocks: int) -> None:
+def assert_same(found: Tensor, expected: Tensor, claimed: ConversionSupport, blocks: int) -> None:
     """Bit for bit where a row says exact, else within what rounding makes of it."""
     if claimed.fit == "exact":
         assert torch.equal(found, expected)

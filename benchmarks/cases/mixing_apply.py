@@ -101,7 +101,7 @@ def flops_of_band(sizes: Sizes) -> int:
 
 
 # Group -> class, sizes, factors, FLOPs, largest number of tokens for the dense matrix.
-MIXERS: Final[Mapping[str, tuple[str, Sizes, Mapping[str, Input], Callable[[Sizes], int], int]]] = {
+MIXING_CASES: Final[Mapping[str, tuple[str, Sizes, Mapping[str, Input], Callable[[Sizes], int], int]]] = {
     "softmax": ("SoftmaxMixing", HEADS, ATTENTION_FACTORS, flops_of_attention, 4096),
     "ssd": (
         "SSDMixing",
@@ -159,7 +159,7 @@ MIXERS: Final[Mapping[str, tuple[str, Sizes, Mapping[str, Input], Callable[[Size
 
 def case(group: str, time: int) -> Case:
     """Return the case of a mixer at a sequence length, on the CPU."""
-    kind, sizes, factors, flops, largest = MIXERS[group]
+    kind, sizes, factors, flops, largest = MIXING_CASES[group]
     return Case(
         operation="mixing_apply",
         name=f"{group}, T={time}",
@@ -177,11 +177,11 @@ def case(group: str, time: int) -> Case:
     )
 
 
-CASES: Final[tuple[Case, ...]] = tuple(case(group, time) for group in MIXERS for time in (512, 1024, 2048, 4096))
+CASES: Final[tuple[Case, ...]] = tuple(case(group, time) for group in MIXING_CASES for time in (512, 1024, 2048, 4096))
 # The time of softmax attention is quadratic, whoever computes it.
 GROWTHS: Final[tuple[Growth, ...]] = tuple(
     Growth(group=group, contender="apply", measure=measure, at_most=1.2)
-    for group in MIXERS
+    for group in MIXING_CASES
     for measure in ("time", "memory")
     if (group, measure) != ("softmax", "time")
 )

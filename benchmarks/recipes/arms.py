@@ -55,7 +55,7 @@ FRESH: Final[dict[str, Any]] = {
     "tokens": {"divergence": "forward_kl", "logits_dtype": "bfloat16"},
     "optimizer": {"lr": FRESH_RATE},
 }
-MIXERS: Final[dict[str, Any]] = {
+MIXER_STAGE: Final[dict[str, Any]] = {
     "name": "mixers",
     "steps": 24,
     "batches": 8,
@@ -66,7 +66,7 @@ MIXERS: Final[dict[str, Any]] = {
     "cache": "memory",
     "optimizer": {"lr": 1e-2},
 }
-LOGITS: Final[dict[str, Any]] = {
+LOGIT_STAGE: Final[dict[str, Any]] = {
     "name": "logits",
     "steps": 6,
     "batch_size": 1,
@@ -172,7 +172,7 @@ def _replaced(count: int) -> Iterator[Arm]:
                 group,
                 f"{group}-{init}-{match}",
                 title,
-                _mapping({"convert": conversion}, MIXERS | {"align": entries}, LOGITS),
+                _mapping({"convert": conversion}, MIXER_STAGE | {"align": entries}, LOGIT_STAGE),
                 tuple(references),
                 like=f"{group}-attention-{match}",
             )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from xarch_kd.testing.mapping import LOGITS, MIXERS, TEXT, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, TEXT, Write
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -41,7 +41,7 @@ def write_mapping(tmp_path: Path, teacher_folder: Path, text_file: Path) -> Writ
             "student": {"convert": {"mixer": "mamba2", "replace": [1, 2]}},
             "data": {"files": [str(text_file)], "sequence_length": 16, "batch_size": 2},
             "device": "cpu",
-            "stages": list(stages) or [MIXERS, LOGITS],
+            "stages": list(stages) or [MIXER_STAGE, LOGIT_STAGE],
             **changes,
         }
         path = tmp_path / name

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from xarch_kd.cli.app import main
-from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -34,7 +34,7 @@ def refused(mapping: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> tup
         ({}, {"steps": "many"}, "stages[0].steps"),
         ({"student": {"convert": {"mixer": "mamba2", "replace": [1]}, "model": "x"}}, {}, "model | config | convert"),
         ({"student": {"convert": {"mixer": "mamba2", "replace": [9]}}}, {}, "9"),
-        ({}, {"align": [{**MIXERS["align"][0], "layers": [{"student": 7, "teacher": 1}]}]}, "7"),
+        ({}, {"align": [{**MIXER_STAGE["align"][0], "layers": [{"student": 7, "teacher": 1}]}]}, "7"),
         ({}, {"cache": {"where": "memory", "limit_gib": 1e-9}}, "cache"),
     ],
 )
@@ -46,7 +46,7 @@ def test_a_mapping_file_that_does_not_fit(
     stage: dict[str, Any],
     message: str,
 ) -> None:
-    mapping = write_mapping({**MIXERS, **stage}, **changes)
+    mapping = write_mapping({**MIXER_STAGE, **stage}, **changes)
     code, error = refused(mapping, tmp_path / "run", capsys)
     assert code == 2
     assert message in error
@@ -135,7 +135,7 @@ def test_a_vocabulary_of_equal_size_in_another_order(
     vocabulary = table["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (folder / "tokenizer.json").write_text(json.dumps(table))
-    mapping = write_mapping({**LOGITS, "train": ["all"]}, student={"model": str(folder)})
+    mapping = write_mapping({**LOGIT_STAGE, "train": ["all"]}, student={"model": str(folder)})
     code, error = refused(mapping, tmp_path / "run", capsys)
     assert code == 3
     assert "token" in error
@@ -176,7 +176,7 @@ def test_a_mapping_file_that_is_not_there(tmp_path: Path, capsys: pytest.Capture
 def test_the_run_goes_on_with_the_mapping_file_it_was_started_with(
     write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mapping, run = write_mapping(MIXERS), tmp_path / "run"
+    mapping, run = write_mapping(MIXER_STAGE), tmp_path / "run"
     assert main(["train", str(mapping), "--output", str(run)]) == 0
     other = yaml.safe_load(mapping.read_text())
     other["seed"] = 5

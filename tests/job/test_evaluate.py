@@ -11,13 +11,13 @@ from xarch_kd.cli.app import main
 from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.job.train import train
 from xarch_kd.run.folder import sha256_of
-from xarch_kd.testing.mapping import MIXERS, Write
+from xarch_kd.testing.mapping import MIXER_STAGE, Write
 
 
 @pytest.fixture
 def run(write_mapping: Write, tmp_path: Path) -> Path:
     """A finished run, not measured yet."""
-    return train(write_mapping(MIXERS), tmp_path / "run").folder.root
+    return train(write_mapping(MIXER_STAGE), tmp_path / "run").folder.root
 
 
 def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

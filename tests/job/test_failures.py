@@ -15,7 +15,7 @@ from xarch_kd.cli.app import main
 from xarch_kd.errors import CheckpointError, NonFiniteLoss
 from xarch_kd.job.train import train
 from xarch_kd.objectives import features as objectives_module
-from xarch_kd.testing.mapping import MIXERS, Write
+from xarch_kd.testing.mapping import MIXER_STAGE, Write
 from xarch_kd.testing.runs import same, student_of
 from xarch_kd.training import trainer as trainer_module
 
@@ -31,7 +31,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         return honest(*args, **kwargs) * (float("nan") if calls["count"] > 2 * 2 else 1.0)
 
     monkeypatch.setattr(objectives_module, "feature_loss", poisoned)
-    stage = {**MIXERS, "checkpoint_every": 1}
+    stage = {**MIXER_STAGE, "checkpoint_every": 1}
     with pytest.raises(NonFiniteLoss) as stopped:
         train(write_mapping(stage), tmp_path / "run")
     text = str(stopped.value)
@@ -66,7 +66,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     calls = itertools.count()
     monkeypatch.setattr(objectives_module, "feature_loss", poisoned)
     with pytest.raises(NonFiniteLoss) as stopped:
-        train(write_mapping(MIXERS), tmp_path / "run")
+        train(write_mapping(MIXER_STAGE), tmp_path / "run")
     text = str(stopped.value)
     assert "a gradient of stage 'mixers' is not finite at step 1" in text
     assert "parameter student.model.layers.2." in text
@@ -75,7 +75,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(
     write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mapping = write_mapping({**MIXERS, "checkpoint_every": 1})
+    mapping = write_mapping({**MIXER_STAGE, "checkpoint_every": 1})
     honest = trainer_module.write_tensors
     calls = {"count": 0}
 

@@ -16,7 +16,7 @@ from xarch_kd.models.loading.load import fresh_model
 from xarch_kd.planning.cost import Rates
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.run.report import Reporter
-from xarch_kd.testing.mapping import LOGITS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, Write
 from xarch_kd.testing.tiny import tiny_config
 
 SIZES: dict[str, Any] = {
@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
     "state_size": 16,
 }
 RATES = Rates("cpu", {"float32": 1e11, "bfloat16": 2e11, "float16": 1e11})
-STAGE = {**LOGITS, "train": ["all"], "optimizer": {"lr": 1e-3, "mixer_lr": 1e-2}}
+STAGE = {**LOGIT_STAGE, "train": ["all"], "optimizer": {"lr": 1e-3, "mixer_lr": 1e-2}}
 
 
 def models_of(path: Path) -> tuple[Any, list[str], tuple[str, ...]]:

@@ -14,7 +14,7 @@ from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.loading.load import load_model
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm, import_mamba_ssm
 from xarch_kd.planning.resolve import make_plan
-from xarch_kd.testing.mapping import LOGITS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, Write
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -31,7 +31,7 @@ def test_a_run_writes_the_student_in_both_formats(
     write_mapping: Write, teacher: dict[str, Any], tmp_path: Path
 ) -> None:
     student = {"convert": {"mixer": "mamba2", "replace": [1]}, "format": "mamba_ssm", "dtype": "bfloat16"}
-    run = train(write_mapping(LOGITS, teacher=teacher, student=student), tmp_path / "run")
+    run = train(write_mapping(LOGIT_STAGE, teacher=teacher, student=student), tmp_path / "run")
     written = tmp_path / "run" / "mamba_ssm"
     stock, foreign = load_model(str(run.student)).state_dict(), load_model(str(written)).state_dict()
     assert stock.keys() == foreign.keys()
@@ -42,7 +42,7 @@ def test_a_run_writes_the_student_in_both_formats(
 
 
 def test_without_the_key_there_is_one_format(write_mapping: Write, tmp_path: Path) -> None:
-    train(write_mapping(LOGITS), tmp_path / "run")
+    train(write_mapping(LOGIT_STAGE), tmp_path / "run")
     assert not (tmp_path / "run" / "mamba_ssm").exists()
 
 
@@ -51,7 +51,7 @@ def test_a_student_of_that_format_trains_as_a_stock_model(
 ) -> None:
     start = convert(load_model(teacher["model"]), mixer="mamba2", replace=[1])
     folder = export_mamba_ssm(start, tmp_path / "start", tiny_tokenizer())
-    mapping = write_mapping(LOGITS, teacher=teacher, student={"model": str(folder)})
+    mapping = write_mapping(LOGIT_STAGE, teacher=teacher, student={"model": str(folder)})
     plan = make_plan(mapping)
     assert (plan.student.model_type, plan.student.reference) == ("bamba", str(folder))
     assert [row.index for row in plan.student.layers if row.replaced] == [1]
@@ -64,4 +64,4 @@ def test_a_student_of_that_format_trains_as_a_stock_model(
 def test_what_the_format_cannot_hold_is_told_when_it_is_planned(write_mapping: Write) -> None:
     student = {"convert": {"mixer": "mamba2", "replace": [1]}, "format": "mamba_ssm"}
     with pytest.raises(ConversionError, match=r"mapping\.yaml:\d+:\d+: student\.format: (.|\n)*epsilon 1e-06"):
-        make_plan(write_mapping(LOGITS, student=student))
+        make_plan(write_mapping(LOGIT_STAGE, student=student))

@@ -12,7 +12,7 @@ import pytest
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.train import train
 from xarch_kd.run.progress import StageProgress, StepFigures
-from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import events_of, same, student_of
 
 STEPS = 5
@@ -45,11 +45,11 @@ def parts(run: Path) -> list[dict[str, float]]:
 
 
 def test_the_three_stages_of_mohawk(write_mapping: Write, tmp_path: Path) -> None:
-    train(write_mapping({**MIXING, "steps": 20}, MIXERS, LOGITS), tmp_path / "run")
+    train(write_mapping({**MIXING, "steps": 20}, MIXER_STAGE, LOGIT_STAGE), tmp_path / "run")
     steps = parts(tmp_path / "run")
     assert set(steps[0]) == {"map.1", "map.2"}
     assert sum(steps[19].values()) < 0.9 * sum(steps[0].values())
-    assert len(steps) == 20 + MIXERS["steps"] + LOGITS["steps"]
+    assert len(steps) == 20 + MIXER_STAGE["steps"] + LOGIT_STAGE["steps"]
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])

@@ -26,7 +26,7 @@ from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.run.report import Reporter
 from xarch_kd.taps.trace import trace
-from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import same, student_of
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.trainer import STATE_FILE
@@ -166,7 +166,7 @@ def test_stages_without_projectors_cost_and_leave_nothing(
         raise AssertionError("calibration text was read")
 
     monkeypatch.setattr(projector_report, "observations", never)
-    run = train(write_mapping(MIXERS, LOGITS), tmp_path / "run")
+    run = train(write_mapping(MIXER_STAGE, LOGIT_STAGE), tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").rglob("*")}
     assert not {"projectors.json", "projectors-alone.json", "projectors.safetensors"} & names
     assert "Warning" not in (run.student / "README.md").read_text()

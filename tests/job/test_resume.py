@@ -16,10 +16,10 @@ from xarch_kd.cli.app import main
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.train import train
 from xarch_kd.run.progress import StageProgress, StepFigures
-from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import events_of, same, student_of
 
-ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
+ALL_STEPS = MIXER_STAGE["steps"] + LOGIT_STAGE["steps"]
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal.SIGTERM) -> None:
@@ -78,7 +78,7 @@ def test_ctrl_c_exits_130_with_the_command_to_resume(
 
 
 def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping: Write, tmp_path: Path) -> None:
-    stage = {**MIXERS, "steps": 60, "checkpoint_every": 5}
+    stage = {**MIXER_STAGE, "steps": 60, "checkpoint_every": 5}
     mapping, run = write_mapping(stage), tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(run), "-q"])
     checkpoints = run / "stages" / "01-mixers"
@@ -93,7 +93,7 @@ def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping
     assert same(student_of(run), student_of(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(("stage", "cache"), [(MIXERS, "memory"), (MIXERS, "disk"), (LOGITS, "disk")])
+@pytest.mark.parametrize(("stage", "cache"), [(MIXER_STAGE, "memory"), (MIXER_STAGE, "disk"), (LOGIT_STAGE, "disk")])
 def test_resuming_with_a_cache_gives_bitwise_the_same_student(
     write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], cache: str
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_finished_stage_is_not_run_again(
 ) -> None:
     mapping, run = write_mapping(), tmp_path / "run"
     with monkeypatch.context() as patched:
-        stop_after(patched, MIXERS["steps"] + 1)
+        stop_after(patched, MIXER_STAGE["steps"] + 1)
         with pytest.raises(Interrupted):
             train(mapping, run)
     train(mapping, run, resume=True)

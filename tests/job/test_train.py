@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from xarch_kd.cli.app import main
 from xarch_kd.job.train import train
 from xarch_kd.teacher import reader as features_module
-from xarch_kd.testing.mapping import LOGITS, MIXERS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import events_of, same, student_of
 from xarch_kd.testing.tiny import tiny_config
 
-ALL_STEPS = MIXERS["steps"] + LOGITS["steps"]
-END_TO_END: dict[str, Any] = {**LOGITS, "align": [{"name": "stream", "tap": "hidden", "layers": "replaced"}]}
+ALL_STEPS = MIXER_STAGE["steps"] + LOGIT_STAGE["steps"]
+END_TO_END: dict[str, Any] = {**LOGIT_STAGE, "align": [{"name": "stream", "tap": "hidden", "layers": "replaced"}]}
 
 
 def test_every_stage_through_the_command_line(
@@ -51,7 +51,7 @@ def test_every_stage_through_the_command_line(
 
 
 def test_the_model_card_holds_the_mapping_file_and_the_figures(write_mapping: Write, tmp_path: Path) -> None:
-    mapping = write_mapping(MIXERS, evaluate={"tokens": 128})
+    mapping = write_mapping(MIXER_STAGE, evaluate={"tokens": 128})
     run = train(mapping, tmp_path / "run")
     card = (run.student / "README.md").read_text()
     assert mapping.read_text().rstrip() in card
@@ -61,7 +61,7 @@ def test_the_model_card_holds_the_mapping_file_and_the_figures(write_mapping: Wr
 
 
 def test_a_finished_run_is_left_as_it_is(write_mapping: Write, tmp_path: Path) -> None:
-    mapping = write_mapping(MIXERS)
+    mapping = write_mapping(MIXER_STAGE)
     train(mapping, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     again = train(mapping, tmp_path / "run")
@@ -74,7 +74,7 @@ def test_parameters_outside_train_are_unchanged_and_those_inside_change(
     write_mapping: Write, tmp_path: Path, selection: str
 ) -> None:
     stage = {
-        **LOGITS,
+        **LOGIT_STAGE,
         "steps": 2,
         "train": [selection],
         "optimizer": {"lr": 1e-3, "warmup": 0.0, "schedule": "constant"},
@@ -99,9 +99,9 @@ def test_parameters_outside_train_are_unchanged_and_those_inside_change(
 
 @pytest.mark.parametrize("kind", ["mse", "relative_mse", "cosine", "normalised_mse"])
 def test_accumulating_four_by_two_equals_eight(write_mapping: Write, tmp_path: Path, kind: str) -> None:
-    align = [{**MIXERS["align"][0], "loss": {"kind": kind}}]
+    align = [{**MIXER_STAGE["align"][0], "loss": {"kind": kind}}]
     common = {"steps": 1, "batches": None, "optimizer": {"lr": 1e-2, "warmup": 0.0, "schedule": "constant"}}
-    stages = [{**MIXERS, **common, "align": align}, {**LOGITS, **common}]
+    stages = [{**MIXER_STAGE, **common, "align": align}, {**LOGIT_STAGE, **common}]
     students, losses = [], []
     for name, sizes in (("eight", {"batch_size": 8}), ("four", {"batch_size": 2, "gradient_accumulation": 4})):
         mapping = write_mapping(*({**stage, **sizes} for stage in stages), name=f"{name}.yaml")
@@ -117,7 +117,7 @@ def test_accumulating_four_by_two_equals_eight(write_mapping: Write, tmp_path: P
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-@pytest.mark.parametrize("stage", [MIXERS, END_TO_END], ids=["inputs: teacher", "inputs: student"])
+@pytest.mark.parametrize("stage", [MIXER_STAGE, END_TO_END], ids=["inputs: teacher", "inputs: student"])
 def test_a_cache_gives_the_same_student_and_costs_no_second_teacher_pass(
     write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], cache: str
 ) -> None:
@@ -181,7 +181,7 @@ def test_blocks_fed_by_the_teacher_learn_their_outputs(write_mapping: Write, tmp
 def test_cheaper_passes_give_nearly_the_same_loss(
     write_mapping: Write, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    stage = {**LOGITS, "steps": 1}
+    stage = {**LOGIT_STAGE, "steps": 1}
     losses = []
     for name, extra in (("plain", {}), ("cheap", changes)):
         train(write_mapping({**stage, **extra}, name=f"{name}.yaml"), tmp_path / name)
@@ -195,9 +195,9 @@ def test_the_trainer_reports_the_loss_and_its_named_parts(
 ) -> None:
     logged: list[dict[str, float]] = []
     monkeypatch.setattr(Trainer, "log", lambda self, logs, start_time=None: logged.append(dict(logs)))
-    train(write_mapping(MIXERS), tmp_path / "run")
+    train(write_mapping(MIXER_STAGE), tmp_path / "run")
     steps = [logs for logs in logged if "loss" in logs]
-    assert len(steps) == MIXERS["steps"]
+    assert len(steps) == MIXER_STAGE["steps"]
     names = {"mixers/mixer-output.1", "mixers/mixer-output.2"}
     assert all(names <= logs.keys() for logs in steps)
     assert all(logs["loss"] == pytest.approx(sum(logs[name] for name in names)) for logs in steps)

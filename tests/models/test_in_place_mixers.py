@@ -13,9 +13,9 @@ from torch.nn import functional
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.softmax import SoftmaxMixing
 from xarch_kd.models.conversion.convert import convert
-from xarch_kd.models.conversion.weights import Projection
+from xarch_kd.models.conversion.weights import LinearWeights
 from xarch_kd.models.in_place.attention import attention_of, attention_sizes
-from xarch_kd.models.in_place.teachers import FAMILIES
+from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 from xarch_kd.taps.families import FAMILIES as TAPPED
 from xarch_kd.taps.families import family_of
 from xarch_kd.taps.inspect import inspect_model
@@ -33,7 +33,7 @@ def tokens(rows: int = 2, length: int = 40) -> Tensor:
     return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def applied(projection: Projection, inputs: Tensor) -> Tensor:
+def applied(projection: LinearWeights, inputs: Tensor) -> Tensor:
     return functional.linear(inputs, projection.weight, projection.bias)
 
 
@@ -46,7 +46,7 @@ def unusual(model_type: str) -> dict[str, Any]:
     }.get(model_type, {})
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", IN_PLACE_TEACHERS)
 @torch.no_grad()
 def test_the_weights_of_an_attention_are_what_it_computes_with(model_type: str) -> None:
     teacher = tiny_model(model_type, **unusual(model_type))
@@ -114,7 +114,7 @@ def test_a_student_that_a_stock_class_holds_too_is_the_same_in_both(mixer: str) 
 @pytest.mark.parametrize("mixer", MIXERS)
 @torch.no_grad()
 def test_a_mixer_from_attention_is_nearer_to_it_than_a_random_one(mixer: str) -> None:
-    for model_type in FAMILIES:
+    for model_type in IN_PLACE_TEACHERS:
         teacher = tiny_model(model_type, **unusual(model_type))
         expected = trace(teacher, tokens(), taps=["mixer_output"], layers=[1])["mixer_output"][1]
         errors = []
@@ -126,7 +126,7 @@ def test_a_mixer_from_attention_is_nearer_to_it_than_a_random_one(mixer: str) ->
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", IN_PLACE_TEACHERS)
 def test_the_parts_are_found_by_the_teachers_row_and_the_mixers_kind(model_type: str, mixer: str) -> None:
     teacher = tiny_model(model_type, **unusual(model_type))
     student = convert(teacher, replace=[1], mixer=mixer, check=False, target="in_place")
@@ -160,7 +160,7 @@ def test_a_block_run_alone_gives_what_it_gives_in_the_model(model_type: str, mix
 
 
 def test_the_taps_know_every_family_that_is_converted_in_place() -> None:
-    assert FAMILIES.keys() <= TAPPED.keys()
+    assert IN_PLACE_TEACHERS.keys() <= TAPPED.keys()
     assert family_of("xarch_kd_gemma2").mixer_output == "post_attention_layernorm"
     with pytest.raises(TapError, match="not known"):
         family_of("xarch_kd_nothing")

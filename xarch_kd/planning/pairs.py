@@ -21,10 +21,10 @@ from xarch_kd.projectors.heads import head_map
 from xarch_kd.taps.sites import sites_of
 
 WHOLE_TAPS = ("embedding", "head_input")
-Entry = tuple[list[PairPlan], LayerMap | None]
+AlignPairs = tuple[list[PairPlan], LayerMap | None]
 
 
-def align_pairs(align: Align, stage: Stage, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> Entry:
+def align_pairs(align: Align, stage: Stage, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> AlignPairs:
     """Return the pairs of one `align` entry and its layer map; what does not fit goes to `findings`."""
     source = _Source(align, models, place, diagnostics)
     if align.tap in WHOLE_TAPS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xarch_kd.projectors.base import Projector, Split
-from xarch_kd.projectors.build import KINDS, build_projector, parameter_count, resolve_kind
+from xarch_kd.projectors.build import PROJECTOR_KINDS, build_projector, parameter_count, resolve_kind
 from xarch_kd.projectors.closed_form import (
     INITS,
     LinearMap,
@@ -25,7 +25,7 @@ from xarch_kd.projectors.statistics import PairStatistics
 
 __all__ = [
     "INITS",
-    "KINDS",
+    "PROJECTOR_KINDS",
     "Diagnosis",
     "HeadMap",
     "IdentityProjector",

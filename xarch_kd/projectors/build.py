@@ -18,7 +18,7 @@ from xarch_kd.projectors.linear import (
 from xarch_kd.projectors.mlp import MLPProjector, default_hidden
 
 # Kind -> description.
-KINDS: Final = {
+PROJECTOR_KINDS: Final = {
     "auto": "none if the dimensions are equal, else linear",
     "none": "no projector",
     "identity": "no projector, as a module",
@@ -34,8 +34,12 @@ def resolve_kind(kind: str, student_dim: int, teacher_dim: int) -> str:
 
     Raises UsageError for an unknown kind, and for `none` or `identity` if the dimensions differ.
     """
-    if kind not in KINDS:
-        raise UsageError(f"There is no such projector.{suggest(kind, KINDS)}", asked=kind, allowed=" | ".join(KINDS))
+    if kind not in PROJECTOR_KINDS:
+        raise UsageError(
+            f"There is no such projector.{suggest(kind, PROJECTOR_KINDS)}",
+            asked=kind,
+            allowed=" | ".join(PROJECTOR_KINDS),
+        )
     if kind == "auto":
         return "none" if student_dim == teacher_dim else "linear"
     if kind in ("none", "identity") and student_dim != teacher_dim:
@@ -58,7 +62,7 @@ def build_projector(
     bias: bool = False,
     generator: torch.Generator | None = None,
 ) -> Projector | None:
-    """Return the projector of `kind`, one of KINDS, with random weights from `generator`; None for `none`.
+    """Return the projector of `kind`, one of PROJECTOR_KINDS, with random weights from `generator`; None for `none`.
 
     `rank` is for low_rank, `hidden` (number of hidden units) for mlp, `bias` for every kind but identity.
 

@@ -10,7 +10,7 @@ from typing import Literal
 from xarch_kd.errors import TapError, UsageError, suggest
 
 # Prefix of the model types of students converted in place.
-IN_PLACE = "xarch_kd_"
+IN_PLACE_PREFIX = "xarch_kd_"
 PATH_NAMES = ("blocks", "mixer", "mlp", "embedding", "final_norm", "head")
 
 
@@ -196,7 +196,7 @@ def family_of(model_type: str, paths: Mapping[str, str | None] | object | None =
     """
     if paths is not None:
         return _family_from_paths(paths)
-    teacher = model_type.removeprefix(IN_PLACE)
+    teacher = model_type.removeprefix(IN_PLACE_PREFIX)
     if teacher != model_type and teacher in FAMILIES:
         return replace(FAMILIES[teacher], mixers=tuple((path, None) for path, _ in FAMILIES[teacher].mixers))
     if model_type in FAMILIES:

@@ -18,10 +18,9 @@ from xarch_kd.models.conversion.convert import IN_PLACE, convert, plan_conversio
 from xarch_kd.models.conversion.epsilon import with_epsilon
 from xarch_kd.models.conversion.targets import TARGETS, Fit, choose_target
 from xarch_kd.models.conversion.teacher_spec import REFUSALS, SPECS, teacher_spec
-from xarch_kd.models.in_place.teachers import FAMILIES as IN_PLACE_FAMILIES
+from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 from xarch_kd.models.mamba_ssm.config import EPSILON, WRITERS, mamba_ssm_config
-from xarch_kd.taps.families import FAMILIES
-from xarch_kd.taps.families import IN_PLACE as IN_PLACE_PREFIX
+from xarch_kd.taps.families import FAMILIES, IN_PLACE_PREFIX
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.mixings import mixing_tap
 from xarch_kd.taps.sites import TAPS, sites_of
@@ -91,7 +90,7 @@ def _specimens() -> Iterator[Specimen]:
     for model_type in sorted(FAMILIES, key=lambda name: (name not in {*SPECS, *REFUSALS}, name)):
         yield Specimen(model_type=model_type, sizes=OWN_SIZES.get(model_type, {}))
         yield from (variant for variant in VARIANTS if variant.model_type == model_type)
-    for model_type in IN_PLACE_FAMILIES:
+    for model_type in IN_PLACE_TEACHERS:
         yield Specimen(model_type=f"{IN_PLACE_PREFIX}{model_type}")
 
 
@@ -99,7 +98,7 @@ SPECIMENS: dict[str, Specimen] = {specimen.name: specimen for specimen in _speci
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
+class ConversionSupport:
     """Conversion of a teacher to one student class, and its exactness.
 
     `fit` is None if the conversion is refused, with `reason`. `notes` are its warnings; `chosen` is true for the class
@@ -138,7 +137,7 @@ class Row:
     missing: Mapping[str, str]
     mixings: Mapping[str, str]
     unread: Mapping[str, str]
-    conversions: Mapping[tuple[str, str], Conversion]
+    conversions: Mapping[tuple[str, str], ConversionSupport]
     export: Export
 
 
@@ -188,20 +187,20 @@ def readable_layers(layout: Layout) -> dict[int, str | None]:
     return reasons
 
 
-def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> Conversion:
+def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> ConversionSupport:
     """Return the conversion of a teacher of `config` to `target` with the mixer of its last block replaced."""
     replaced = [int(config.num_hidden_layers) - 1]  # type: ignore[attr-defined]  # a field of every family's config
     try:
         notes = plan_conversion(config, mixer=mixer, target=target, replace=replaced).warnings
     except XarchError as error:
-        return Conversion(fit=None, reason=in_short(error))
+        return ConversionSupport(fit=None, reason=in_short(error))
     all_kept = _all_kept(config, mixer, target)
     if target == IN_PLACE:
-        return Conversion(fit="exact", notes=notes, all_kept=all_kept)
+        return ConversionSupport(fit="exact", notes=notes, all_kept=all_kept)
     spec = teacher_spec(config)
     chosen = choose_target(spec, mixer=mixer, target="auto").name == target
     fit = TARGETS[target].fit(spec)
-    return Conversion(fit=fit, notes=notes, chosen=chosen, all_kept=all_kept)
+    return ConversionSupport(fit=fit, notes=notes, chosen=chosen, all_kept=all_kept)
 
 
 def export_of(model: PreTrainedModel) -> Export:

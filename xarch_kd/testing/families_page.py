@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xarch_kd.models.conversion.targets import Fit
 from xarch_kd.taps.sites import TAPS
-from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, Conversion, Export, Row, row_of
+from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, ConversionSupport, Export, Row, row_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 FITS: dict[Fit, str] = {"exact": "exact", "folded": "up to rounding", "frozen": "as initialization"}
@@ -86,7 +86,7 @@ def _mixings(row: Row, notes: Notes) -> str:
     return ", ".join([*served, *refused])
 
 
-def _conversions(conversions: Mapping[str, Conversion], notes: Notes) -> str:
+def _conversions(conversions: Mapping[str, ConversionSupport], notes: Notes) -> str:
     """Return the cell of a mixer; targets of equal outcome are grouped, unnamed if all are refused for one reason."""
     together: dict[str, list[str]] = {}
     for target, conversion in conversions.items():
@@ -97,7 +97,7 @@ def _conversions(conversions: Mapping[str, Conversion], notes: Notes) -> str:
     return "; ".join(f"{', '.join(targets)}: {outcome}" for outcome, targets in together.items())
 
 
-def _outcome(conversion: Conversion, notes: Notes) -> str:
+def _outcome(conversion: ConversionSupport, notes: Notes) -> str:
     if conversion.fit is None:
         return f"no {notes.number(conversion.reason or '')}"
     notes_of = [*conversion.notes, *([conversion.all_kept] if conversion.all_kept else [])]

@@ -8,7 +8,7 @@ from typing import Any
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind.\n\n"
 
-MIXERS: dict[str, Any] = {
+MIXER_STAGE: dict[str, Any] = {
     "name": "mixers",
     "steps": 4,
     "batches": 3,
@@ -17,7 +17,7 @@ MIXERS: dict[str, Any] = {
     "align": [{"name": "mixer-output", "tap": "mixer_output", "layers": "replaced", "loss": {"kind": "relative_mse"}}],
     "optimizer": {"lr": 1e-2},
 }
-LOGITS: dict[str, Any] = {
+LOGIT_STAGE: dict[str, Any] = {
     "name": "logits",
     "steps": 3,
     "train": ["mixers"],

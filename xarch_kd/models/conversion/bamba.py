@@ -12,7 +12,7 @@ from xarch_kd.errors import ConversionError
 from xarch_kd.models.conversion.mixers import MixerShape
 from xarch_kd.models.conversion.rotary import rotary_parameters
 from xarch_kd.models.conversion.teacher_spec import AttentionSpec, TeacherSpec
-from xarch_kd.models.conversion.weights import BlockWeights, Projection, TeacherWeights
+from xarch_kd.models.conversion.weights import BlockWeights, LinearWeights, TeacherWeights
 
 CONVOLUTION = 4
 # Of 64, 128 and 256 the fastest in the PyTorch path of transformers on a CPU; the kernels take any power of two.
@@ -133,7 +133,7 @@ def attention_state(place: str, block: BlockWeights, spec: TeacherSpec) -> dict[
     return projections(place, named, with_bias=spec.input_bias or spec.output_bias)
 
 
-def projections(place: str, named: Mapping[str, Projection], *, with_bias: bool) -> dict[str, Tensor]:
+def projections(place: str, named: Mapping[str, LinearWeights], *, with_bias: bool) -> dict[str, Tensor]:
     """Return weights, and biases if the class has them, under `place`; a bias that is missing is zero."""
     state = {f"{place}.{name}.weight": projection.weight for name, projection in named.items()}
     if with_bias:

@@ -18,7 +18,7 @@ from xarch_kd.models.conversion.check import check_exact, runnable
 from xarch_kd.models.conversion.weights import check_finite
 
 Selection = str | Sequence[int] | None
-Init = Literal["attention", "random"]
+MixerInit = Literal["attention", "random"]
 
 # Keys of a config that do not change what a model computes.
 _BOOKKEEPING = {"dtype", "_name_or_path", "transformers_version", "architectures", "_attn_implementation_internal"}
@@ -44,7 +44,7 @@ class Conversion(ABC):
         self,
         teacher: PreTrainedModel,
         *,
-        init: Init = "attention",
+        init: MixerInit = "attention",
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         check: bool = True,
@@ -56,9 +56,11 @@ class Conversion(ABC):
         Raises ConversionError for an unknown `init`, for another teacher than planned and for a conversion that is not
         exact, ModelError for weights that are not finite; warns if no attention is left.
         """
-        if init not in get_args(Init):
+        if init not in get_args(MixerInit):
             raise ConversionError(
-                "Unknown initialization of the new mixers.", asked=f"init={init!r}", allowed=", ".join(get_args(Init))
+                "Unknown initialization of the new mixers.",
+                asked=f"init={init!r}",
+                allowed=", ".join(get_args(MixerInit)),
             )
         self._check_teacher(teacher)
         if not self.kept:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, renamed_arguments
-from xarch_kd.models.conversion.base import Conversion, Init, Selection
+from xarch_kd.models.conversion.base import Conversion, MixerInit, Selection
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.frozen_parameters import frozen_in_blocks
 from xarch_kd.models.conversion.layer_selection import kept_layers
@@ -37,7 +37,7 @@ def convert(
     keep_attention: Selection = None,
     replace: Selection = None,
     target: str = "auto",
-    init: Init = "attention",
+    init: MixerInit = "attention",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     check: bool = True,

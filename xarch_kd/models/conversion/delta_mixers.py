@@ -38,7 +38,7 @@ from torch import Tensor
 from xarch_kd.models.conversion.activation_stats import ActivationStats
 from xarch_kd.models.conversion.mixers import GATE_OPEN, MixerShape, inverse_softplus, last_tap, uniform
 from xarch_kd.models.conversion.teacher_spec import AttentionSpec
-from xarch_kd.models.conversion.weights import AttentionWeights, Projection
+from xarch_kd.models.conversion.weights import AttentionWeights, LinearWeights
 
 WRITTEN = 0.3
 SHARP = 6.0
@@ -103,7 +103,7 @@ def random_delta(
     return {name: value.to(device) for name, value in state.items()}
 
 
-def _in_heads(projection: Projection, norm: Tensor | None, given: int, heads: int, constant: Tensor) -> Tensor:
+def _in_heads(projection: LinearWeights, norm: Tensor | None, given: int, heads: int, constant: Tensor) -> Tensor:
     """Return weights as [heads, head_dim, width]: the bias as a multiple of `constant`, each given head repeated."""
     rows = projection.weight.float()
     if projection.bias is not None:

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xarch_kd.models.conversion.teacher_spec import AttentionSpec
-from xarch_kd.models.conversion.weights import AttentionWeights, Projection
+from xarch_kd.models.conversion.weights import AttentionWeights, LinearWeights
 
 # silu(GATE_OPEN) = 1.
 GATE_OPEN = 1.2784645427610738
@@ -121,7 +121,7 @@ def inverse_softplus(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
 
 
-def _in_heads(projection: Projection, given: int, heads: int, size: int) -> Tensor:
+def _in_heads(projection: LinearWeights, given: int, heads: int, size: int) -> Tensor:
     """Return weight and bias as [heads, size, width + 1]: each given head repeated, its channels padded with zeros.
 
     Consecutive query heads share a key and value head, so each is repeated in place.
@@ -139,7 +139,7 @@ def _value_size(block: AttentionWeights, spec: AttentionSpec, heads: int) -> Ten
     return repeat(given, "g -> (g n)", n=heads // spec.key_value_heads).clamp_min(1e-6)
 
 
-def _bias(projection: Projection) -> Tensor:
+def _bias(projection: LinearWeights) -> Tensor:
     if projection.bias is not None:
         return projection.bias.float()
     return torch.zeros(projection.weight.shape[0], device=projection.weight.device)

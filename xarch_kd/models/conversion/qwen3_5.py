@@ -24,7 +24,7 @@ from xarch_kd.models.conversion.bamba import CONVOLUTION, copied_fields, project
 from xarch_kd.models.conversion.mixers import MixerShape
 from xarch_kd.models.conversion.rotary import rotary_parameters
 from xarch_kd.models.conversion.teacher_spec import AttentionSpec, TeacherSpec
-from xarch_kd.models.conversion.weights import BlockWeights, Projection, TeacherWeights, widened
+from xarch_kd.models.conversion.weights import BlockWeights, LinearWeights, TeacherWeights, widened
 
 BELOW_EPSILON = 1e-7
 
@@ -125,7 +125,7 @@ def _attention(place: str, block: BlockWeights, spec: TeacherSpec) -> dict[str, 
         undone = spec.epsilon**0.5 / BELOW_EPSILON
         query_norm = key_norm = widened(query.weight).new_full((spec.head_dim,), undone)
     # Doubling undoes the gate of 1/2, which multiplies what the projection reads and so not its bias.
-    output = Projection(weight=block.output.weight * 2, bias=block.output.bias)
+    output = LinearWeights(weight=block.output.weight * 2, bias=block.output.bias)
     named = {"q_proj": _gated(query, spec.heads), "k_proj": key, "v_proj": block.value, "o_proj": output}
     state = projections(place, named, with_bias=spec.input_bias or spec.output_bias)
     state[f"{place}.q_norm.weight"] = _minus_one(query_norm)
@@ -133,7 +133,7 @@ def _attention(place: str, block: BlockWeights, spec: TeacherSpec) -> dict[str, 
     return state
 
 
-def _gated(query: Projection, heads: int) -> Projection:
+def _gated(query: LinearWeights, heads: int) -> LinearWeights:
     """Return the query's rows, each head's followed by as many rows of zeros for its gate."""
 
     def padded(rows: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _gated(query: Projection, heads: int) -> Projection:
         return rearrange(torch.cat([apart, torch.zeros_like(apart)], dim=1), "h d w -> (h d) w")
 
     bias = None if query.bias is None else padded(query.bias[:, None])[:, 0]
-    return Projection(weight=padded(query.weight), bias=bias)
+    return LinearWeights(weight=padded(query.weight), bias=bias)
 
 
 def _minus_one(weight: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ TARGETS: dict[str, Target] = {
     ),
 }
 
-MIXERS = ("mamba2", "gated_delta")
+CONVERSION_MIXERS = ("mamba2", "gated_delta")
 
 
 def choose_target(spec: TeacherSpec, *, mixer: str, target: str) -> Target:
@@ -106,8 +106,10 @@ def choose_target(spec: TeacherSpec, *, mixer: str, target: str) -> Target:
     Raises `ConversionError` for names that do not exist or do not go together, and for a teacher that the class, or
     every class with this mixer, cannot hold.
     """
-    if mixer not in MIXERS:
-        raise ConversionError("There is no conversion to this mixer.", asked=mixer, allowed=", ".join(MIXERS))
+    if mixer not in CONVERSION_MIXERS:
+        raise ConversionError(
+            "There is no conversion to this mixer.", asked=mixer, allowed=", ".join(CONVERSION_MIXERS)
+        )
     if target != "auto" and target not in TARGETS:
         raise ConversionError(
             "There is no conversion to this class.", asked=target, allowed=f"auto, {', '.join(TARGETS)}"

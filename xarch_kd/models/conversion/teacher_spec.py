@@ -98,9 +98,9 @@ def teacher_spec(config: PreTrainedConfig) -> TeacherSpec:
 
 def or_in_place(model_type: str, fix: str) -> str:
     """Return `fix` with the other way out in front of it where there is one: new mixers in the teacher's own class."""
-    from xarch_kd.models.in_place.teachers import FAMILIES
+    from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 
-    if model_type not in FAMILIES:
+    if model_type not in IN_PLACE_TEACHERS:
         return fix
     return f"target: in_place puts new mixers into the teacher's own class, which needs this package to load; or {fix}"
 

@@ -14,18 +14,18 @@ from xarch_kd.models.conversion.teacher_spec import TeacherSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projection:
+class LinearWeights:
     """A linear map: `weight` [out, in], `bias` [out] or None."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def scaled(self, factor: float) -> Projection:
+    def scaled(self, factor: float) -> LinearWeights:
         """Return the projection times `factor`; the very same tensors if that is 1."""
         if factor == 1.0:
             return self
         bias = None if self.bias is None else widened(self.bias) * factor
-        return Projection(weight=widened(self.weight) * factor, bias=bias)
+        return LinearWeights(weight=widened(self.weight) * factor, bias=bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class AttentionWeights:
     norms of queries and keys are [head_dim], or as wide as all their heads, or None.
     """
 
-    query: Projection
-    key: Projection
-    value: Projection
-    output: Projection
+    query: LinearWeights
+    key: LinearWeights
+    value: LinearWeights
+    output: LinearWeights
     mixer_norm: Tensor
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
@@ -49,9 +49,9 @@ class AttentionWeights:
 class BlockWeights(AttentionWeights):
     """One block: x + its attention, then x + down(act(gate) × up) of the second norm, or after it, as in attention."""
 
-    gate: Projection
-    up: Projection
-    down: Projection
+    gate: LinearWeights
+    up: LinearWeights
+    down: LinearWeights
     mlp_norm: Tensor
 
 
@@ -126,12 +126,12 @@ class TeacherWeights:
         self._read.add(name)
         return self._state[name]
 
-    def _projection(self, place: str) -> Projection:
+    def _projection(self, place: str) -> LinearWeights:
         bias = self._take(f"{place}.bias") if f"{place}.bias" in self._state else None
-        return Projection(weight=self._take(f"{place}.weight"), bias=bias)
+        return LinearWeights(weight=self._take(f"{place}.weight"), bias=bias)
 
-    def _split(self, place: str, sizes: tuple[int, ...]) -> list[Projection]:
-        return [Projection(weight=part, bias=None) for part in self._take(f"{place}.weight").split(sizes)]
+    def _split(self, place: str, sizes: tuple[int, ...]) -> list[LinearWeights]:
+        return [LinearWeights(weight=part, bias=None) for part in self._take(f"{place}.weight").split(sizes)]
 
     def _norm(self, place: str) -> Tensor:
         weight = self._take(f"{place}.weight")

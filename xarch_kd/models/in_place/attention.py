@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.models.conversion.teacher_spec import AttentionSpec
-from xarch_kd.models.conversion.weights import AttentionWeights, Projection
-from xarch_kd.models.in_place.teachers import FAMILIES
+from xarch_kd.models.conversion.weights import AttentionWeights, LinearWeights
+from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 
 
 def attention_of(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
@@ -19,9 +19,9 @@ def attention_of(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
 
     Norms of queries and keys are folded into their projections, at the size that white input gives them.
     """
-    family = FAMILIES[teacher.config.model_type]
+    family = IN_PLACE_TEACHERS[teacher.config.model_type]
     blocks: Any = getattr(teacher.base_model, family.blocks)
-    return ADAPTERS[family.attention](blocks[layer], teacher.config, family.norm_offset)
+    return WEIGHT_READERS[family.attention](blocks[layer], teacher.config, family.norm_offset)
 
 
 def attention_sizes(config: PreTrainedConfig) -> AttentionSpec:
@@ -60,9 +60,9 @@ def _transposed(block: nn.Module, config: PreTrainedConfig, norm_offset: float) 
     """GPT-2 keeps its weights transposed, queries, keys and values in one, and scales scores in its own ways."""
     sizes = attention_sizes(config)
     weights, biases = _weight(block, "attn.c_attn").T.chunk(3), _bias(block, "attn.c_attn").chunk(3)
-    query, key, value = (Projection(weight=one, bias=other) for one, other in zip(weights, biases, strict=True))
+    query, key, value = (LinearWeights(weight=one, bias=other) for one, other in zip(weights, biases, strict=True))
     scaling: Any = block.get_submodule("attn").scaling
-    output = Projection(weight=_weight(block, "attn.c_proj").T, bias=_bias(block, "attn.c_proj"))
+    output = LinearWeights(weight=_weight(block, "attn.c_proj").T, bias=_bias(block, "attn.c_proj"))
     query = query.scaled(scaling * sizes.head_dim**0.5)
     return AttentionWeights(
         query=query, key=key, value=value, output=output, mixer_norm=_weight(block, "ln_1") + norm_offset
@@ -76,23 +76,23 @@ def _fused_heads(block: nn.Module, config: PreTrainedConfig, norm_offset: float)
     biases: Any = [None] * 3
     if fused.bias is not None:
         biases = rearrange(fused.bias, "(h part d) -> part (h d)", h=heads, part=3)
-    query, key, value = (Projection(weight=one, bias=other) for one, other in zip(weights, biases, strict=True))
+    query, key, value = (LinearWeights(weight=one, bias=other) for one, other in zip(weights, biases, strict=True))
     output = _linear(block.get_submodule("attention"), "dense")
     norm = _weight(block, "input_layernorm") + norm_offset
     return AttentionWeights(query=query, key=key, value=value, output=output, mixer_norm=norm)
 
 
-def _normed(projection: Projection, norm: Tensor, weight: Tensor, heads: int) -> Projection:
+def _normed(projection: LinearWeights, norm: Tensor, weight: Tensor, heads: int) -> LinearWeights:
     """Return rows that have, for white input after `norm`, the size that a norm of each head with `weight` gives."""
     squares = reduce((projection.weight * norm).square().sum(1), "(h d) -> h 1", "mean", h=heads)
     scale = rearrange(weight * squares.clamp_min(1e-12).rsqrt(), "h d -> (h d)")
     bias = None if projection.bias is None else projection.bias * scale
-    return Projection(weight=projection.weight * scale[:, None], bias=bias)
+    return LinearWeights(weight=projection.weight * scale[:, None], bias=bias)
 
 
-def _linear(module: nn.Module, name: str) -> Projection:
+def _linear(module: nn.Module, name: str) -> LinearWeights:
     layer: Any = module.get_submodule(name)
-    return Projection(weight=_weight(module, name), bias=None if layer.bias is None else layer.bias.detach().float())
+    return LinearWeights(weight=_weight(module, name), bias=None if layer.bias is None else layer.bias.detach().float())
 
 
 def _weight(module: nn.Module, path: str) -> Tensor:
@@ -105,7 +105,7 @@ def _bias(module: nn.Module, path: str) -> Tensor:
     return layer.bias.detach().float()
 
 
-ADAPTERS: dict[str, Callable[[nn.Module, PreTrainedConfig, float], AttentionWeights]] = {
+WEIGHT_READERS: dict[str, Callable[[nn.Module, PreTrainedConfig, float], AttentionWeights]] = {
     "separate": _separate,
     "fused_heads": _fused_heads,
     "transposed": _transposed,

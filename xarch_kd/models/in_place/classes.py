@@ -28,7 +28,7 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Qwen3_5RMSNormGated
 
 from xarch_kd.models.in_place.configs import CONFIGS, RECURRENT
-from xarch_kd.models.in_place.teachers import FAMILIES, Family
+from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS, InPlaceTeacher
 
 # What says where the sequences of a packed row begin; the mixers' kernels take it.
 PACKING = ("seq_idx", "cu_seq_lens_q")
@@ -68,7 +68,7 @@ class InPlaceGatedDeltaNet(Qwen3_5GatedDeltaNet):
         return super().forward(hidden_states, **mixer_arguments(kwargs)), None
 
 
-MIXERS: dict[str, type[nn.Module]] = {"mamba2": InPlaceMamba2, "gated_delta": InPlaceGatedDeltaNet}
+MIXER_CLASSES: dict[str, type[nn.Module]] = {"mamba2": InPlaceMamba2, "gated_delta": InPlaceGatedDeltaNet}
 
 
 def mixer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class InPlaceBase(PreTrainedModel):
     """A teacher's base model, with mixers in the replaced blocks."""
 
     config: Any
-    family: Family
+    family: InPlaceTeacher
     # Recurrent states cannot be taken back, which generation with an assistant would need.
     _is_stateful = True
 
@@ -94,7 +94,7 @@ class InPlaceBase(PreTrainedModel):
         super().__init__(config)
         blocks = getattr(self, self.family.blocks)
         for layer in config.replaced_layers:
-            setattr(blocks[layer], self.family.mixer, MIXERS[config.mixer](config, layer))
+            setattr(blocks[layer], self.family.mixer, MIXER_CLASSES[config.mixer](config, layer))
         self.post_init()
 
     def forward(
@@ -184,7 +184,7 @@ class InPlaceClasses:
     model: type[PreTrainedModel]
 
 
-def make_classes(model_type: str, family: Family) -> InPlaceClasses:
+def make_classes(model_type: str, family: InPlaceTeacher) -> InPlaceClasses:
     """Return new classes `InPlace…` for a family."""
     own = {"__module__": __name__, "family": family}
 
@@ -199,7 +199,7 @@ def make_classes(model_type: str, family: Family) -> InPlaceClasses:
     return InPlaceClasses(config=config, base=base, model=model)
 
 
-CLASSES: dict[str, InPlaceClasses] = {name: make_classes(name, family) for name, family in FAMILIES.items()}
+CLASSES: dict[str, InPlaceClasses] = {name: make_classes(name, family) for name, family in IN_PLACE_TEACHERS.items()}
 
 
 def register() -> None:

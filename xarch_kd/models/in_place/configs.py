@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.models.in_place.teachers import FAMILIES, Family
+from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS, InPlaceTeacher
 
 PREFIX = "xarch_kd_"
 RECURRENT = "linear_attention"
@@ -27,7 +27,7 @@ class InPlaceConfig:
     config of the class that the mixer is from (Bamba, Qwen3.5). `needs` says what loads such a model.
     """
 
-    family: Family
+    family: InPlaceTeacher
     replaced_layers: list[int]
     mixer: str
     mixer_settings: dict[str, Any]
@@ -52,7 +52,7 @@ class InPlaceConfig:
             rope.setdefault(RECURRENT, {"rope_type": "default", "rope_theta": 10000.0})
 
 
-def _config_class(model_type: str, family: Family) -> type[PreTrainedConfig]:
+def _config_class(model_type: str, family: InPlaceTeacher) -> type[PreTrainedConfig]:
     """Return a new config class `InPlace…` of the type `xarch_kd_…`."""
     teacher = getattr(transformers, family.config)
     documented = f"{family.config} of a model with recurrent mixers in some of its blocks."
@@ -61,7 +61,9 @@ def _config_class(model_type: str, family: Family) -> type[PreTrainedConfig]:
     return made
 
 
-CONFIGS: dict[str, type[PreTrainedConfig]] = {name: _config_class(name, family) for name, family in FAMILIES.items()}
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    name: _config_class(name, family) for name, family in IN_PLACE_TEACHERS.items()
+}
 
 
 class _Deferred:
@@ -88,7 +90,7 @@ class _Deferred:
 def register() -> None:
     """Register configs and stand-ins with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`; idempotent."""
     for name, config in CONFIGS.items():
-        family = FAMILIES[name]
+        family = IN_PLACE_TEACHERS[name]
         AutoConfig.register(PREFIX + name, config, exist_ok=True)
         for auto, own_name in ((AutoModel, family.base), (AutoModelForCausalLM, family.model)):
             stand_in = type(own_name, (_Deferred,), {"config_class": config, "own_name": f"InPlace{own_name}"})

@@ -31,10 +31,10 @@ from xarch_kd.models.conversion.qwen3_5 import delta_fields
 from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.models.conversion.teacher_spec import teacher_spec
 from xarch_kd.models.in_place.attention import attention_sizes
-from xarch_kd.models.in_place.classes import CLASSES, MIXERS, InPlaceClasses
+from xarch_kd.models.in_place.classes import CLASSES, MIXER_CLASSES, InPlaceClasses
 from xarch_kd.models.in_place.configs import PREFIX
 from xarch_kd.models.in_place.mixers import new_mixers
-from xarch_kd.models.in_place.teachers import FAMILIES
+from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 
 NEEDS_PACKAGE = (
     "The student is the teacher's own class with other mixers, which transformers alone does not know: whoever loads "
@@ -59,8 +59,8 @@ def plan_in_place(
     tables.
     """
     classes = _classes(teacher)
-    if mixer not in MIXERS:
-        raise ConversionError("There is no conversion to this mixer.", asked=mixer, allowed=", ".join(MIXERS))
+    if mixer not in MIXER_CLASSES:
+        raise ConversionError("There is no conversion to this mixer.", asked=mixer, allowed=", ".join(MIXER_CLASSES))
     count: int = teacher.num_hidden_layers  # type: ignore[attr-defined]  # a field of every family's config
     kept = kept_layers(count, keep_attention=keep_attention, replace=replace)
     return InPlaceConversion(
@@ -124,7 +124,7 @@ def mixer_places(config: PreTrainedConfig) -> dict[int, str]:
     """Return what the names of the weights of each new mixer begin with, by block."""
     values: Any = config
     name = config.model_type.removeprefix(PREFIX)
-    family, prefix = FAMILIES[name], CLASSES[name].model.base_model_prefix
+    family, prefix = IN_PLACE_TEACHERS[name], CLASSES[name].model.base_model_prefix
     return {layer: f"{prefix}.{family.blocks}.{layer}.{family.mixer}." for layer in values.replaced_layers}
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class InPlaceTeacher:
     """A family whose class can hold a recurrent mixer.
 
     `blocks` is the attribute of the base model, `mixer` that of a block. With `masks_by_type` the base model takes a
@@ -29,20 +29,20 @@ class Family:
     norm_offset: float = 0.0
 
 
-FAMILIES: dict[str, Family] = {
-    "gemma2": Family(config="Gemma2Config", base="Gemma2Model", model="Gemma2ForCausalLM", norm_offset=1.0),
-    "gemma3_text": Family(
+IN_PLACE_TEACHERS: dict[str, InPlaceTeacher] = {
+    "gemma2": InPlaceTeacher(config="Gemma2Config", base="Gemma2Model", model="Gemma2ForCausalLM", norm_offset=1.0),
+    "gemma3_text": InPlaceTeacher(
         config="Gemma3TextConfig", base="Gemma3TextModel", model="Gemma3ForCausalLM", norm_offset=1.0
     ),
-    "qwen3": Family(config="Qwen3Config", base="Qwen3Model", model="Qwen3ForCausalLM"),
-    "smollm3": Family(config="SmolLM3Config", base="SmolLM3Model", model="SmolLM3ForCausalLM"),
-    "mistral": Family(
+    "qwen3": InPlaceTeacher(config="Qwen3Config", base="Qwen3Model", model="Qwen3ForCausalLM"),
+    "smollm3": InPlaceTeacher(config="SmolLM3Config", base="SmolLM3Model", model="SmolLM3ForCausalLM"),
+    "mistral": InPlaceTeacher(
         config="MistralConfig",
         base="MistralModel",
         model="MistralForCausalLM",
         masks_by_type=False,
     ),
-    "gpt2": Family(
+    "gpt2": InPlaceTeacher(
         config="GPT2Config",
         base="GPT2Model",
         model="GPT2LMHeadModel",
@@ -51,7 +51,7 @@ FAMILIES: dict[str, Family] = {
         masks_by_type=False,
         attention="transposed",
     ),
-    "gpt_neox": Family(
+    "gpt_neox": InPlaceTeacher(
         config="GPTNeoXConfig",
         base="GPTNeoXModel",
         model="GPTNeoXForCausalLM",
