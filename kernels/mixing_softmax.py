@@ -243,7 +243,7 @@ class Pair(NamedTuple):
 def compare_rows(
     pair: Pair, lses: tuple[Tensor, Tensor], kind: str, upstream: Tensor | None, want: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Run `softmax_rows` and return the values and the query's gradient, each empty unless `want` asks for it."""
+    """Run `softmax_rows` and return the values and the query's gradient, each empty unless requested by `want`."""
     batch, time, heads, _ = pair.query.shape
     write_values, write_slopes = want
     planes = (3, batch, heads, time) if kind == "statistics" else (batch, heads, time)

@@ -49,7 +49,7 @@ _ORIGINS: dict[str, tuple[str, str | None]] = {
 }
 
 
-# So that AutoModelForCausalLM knows students that were converted in place.
+# So that AutoModelForCausalLM loads students that were converted in place.
 register_when_loaded()
 
 

@@ -125,7 +125,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Made by `python -m benchmarks.recipes` from `{result['mapping']['file']}` (SHA-256 "
         f"`{result['mapping']['sha256'][:12]}`), {machine['processors']} processors, {machine['threads']} threads, "
-        f"torch {machine['torch']}, transformers {machine['transformers']}. Gaps are student - teacher NLL in nats a "
+        f"torch {machine['torch']}, transformers {machine['transformers']}. Gaps are student - teacher NLL in nats per "
         "per token, with 95 % intervals.",
         "",
         "| run | steps | training s | peak GiB | held-out gap | gap on text of another kind |",

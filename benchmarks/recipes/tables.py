@@ -68,7 +68,7 @@ def _heading(result: dict[str, Any]) -> Iterator[str]:
         "",
         "Made by `python -m benchmarks.recipes --table strategies` at revision "
         f"`{(stamp['revision']['commit'] or 'unknown')[:12]}`, {stamp['device']}, {stamp['threads']} thread, torch "
-        f"{versions.get('torch')}, transformers {versions.get('transformers')}. Nothing is written by hand.",
+        f"{versions.get('torch')}, transformers {versions.get('transformers')}. The table is generated.",
         "",
         "Teacher: SmolLM2-135M-Instruct (GGUF, Q4_1), in bfloat16 while students train. Gaps are student - teacher NLL "
         f"in nats per token, both in float32, on {result['measured_tokens']:,} tokens of held-out text; the seed draws "

@@ -62,7 +62,7 @@ REFUSED = {
         {"num_hidden_layers": 4},
         {"num_hidden_layers": 3},
         None,
-        r"9 weights(.|\n)*it says 3, and",
+        r"9 weights(.|\n)*it has 3, and",
     ),
     "FP8 scales": ({}, {}, add(**{QUERY + "weight_scale_inv": torch.ones(1)}), r"1 weights(.|\n)*quantized"),
     "packed integers": ({}, {}, add(**{QUERY + "qweight": torch.ones(4, dtype=torch.int32)}), "quantized"),

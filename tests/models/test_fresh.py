@@ -195,13 +195,13 @@ def test_what_is_wrong_is_told_at_its_key_with_what_fits(name: str) -> None:
 )  # fmt: skip
 def test_keys_that_are_not_about_sizes_are_refused(key: str) -> None:
     (problem,) = problems_of(**MAMBA2, **{key: {"AutoModel": "code.Model"}})
-    assert problem[0] == key and problem[1].startswith("this is not for a mapping file to say: ")
+    assert problem[0] == key and problem[1].startswith("this cannot be set in a mapping file: ")
 
 
 def test_code_inside_an_inner_mapping_is_refused() -> None:
     rope = {"rope_type": "default", "inner": [{"auto_map": {"AutoModel": "code.Model"}}]}
     (problem,) = problems_of(**LLAMA, rope_parameters=rope)
-    assert problem[0] == "rope_parameters" and "auto_map is not for a mapping file to say" in problem[1]
+    assert problem[0] == "rope_parameters" and "auto_map cannot be set in a mapping file" in problem[1]
 
 
 def test_what_fits_does_fit() -> None:

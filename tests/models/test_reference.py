@@ -67,11 +67,11 @@ def test_refuses_a_config_that_is_not_json(folder: Path) -> None:
 )
 def test_refuses_a_config_that_names_code(folder: Path, changes: dict[str, Any]) -> None:
     edit_config(folder, **changes)
-    with pytest.raises(ModelError, match="asks for code of its own"):
+    with pytest.raises(ModelError, match="names custom code"):
         load_config(str(folder))
-    with pytest.raises(ModelError, match="asks for code of its own"):
+    with pytest.raises(ModelError, match="names custom code"):
         load_model(str(folder))
-    with pytest.raises(ModelError, match="asks for code of its own"):
+    with pytest.raises(ModelError, match="names custom code"):
         read_student_config(str(folder))
 
 

@@ -220,7 +220,7 @@ def test_fewer_tokens_than_dimensions() -> None:
     assert linear is not None and thin is not None
     few = of(*pair(6, 9, tokens=6))
     for how in ("ridge", "procrustes"):
-        with pytest.raises(UsageError, match=r"6 tokens\n.*>= 7; 24 say more"):
+        with pytest.raises(UsageError, match=r"6 tokens\n.*>= 7; 24 are recommended"):
             initialize(linear, few, how)
     for tokens in (7, 23):
         with pytest.warns(UserWarning, match=f"{tokens} tokens in 6 dimensions.*at least 24"):
@@ -228,7 +228,7 @@ def test_fewer_tokens_than_dimensions() -> None:
     initialize(linear, of(*pair(6, 9, tokens=24)))
     # Two components need no more tokens for a wider student.
     initialize(thin, of(*pair(6, 9, tokens=8)), "pca")
-    with pytest.raises(UsageError, match=">= 3; 8 say more"):
+    with pytest.raises(UsageError, match=">= 3; 8 are recommended"):
         initialize(thin, of(*pair(6, 9, tokens=2)), "pca")
 
 

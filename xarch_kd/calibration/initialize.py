@@ -38,7 +38,7 @@ def prepare(aligner: Aligner, batches: Iterable[Batch]) -> list[str]:
     """Fit a stage's projectors and constants to `batches` of calibration text, and return notices to print.
 
     A projector with `init: auto` stays random where the tokens are too few for its closed form. Raises
-    UsageError for a closed form that was asked for by name with too few tokens.
+    UsageError for an explicitly requested closed form with too few tokens.
     """
     statistics: dict[str, tuple[PairObjective, Projector, PairStatistics]] = {}
     for match, projection, skip in observations(aligner, batches):
@@ -92,7 +92,7 @@ def _start(match: PairObjective, projector: Projector, statistics: PairStatistic
     if how == "auto" and statistics.tokens <= projector.student_dim:
         return (
             f"{name}: projectors start at random, because {form} needs more than {projector.student_dim} tokens of "
-            f"calibration text ({enough_tokens(projector.student_dim)} say more) and there are {statistics.tokens}"
+            f"calibration text ({enough_tokens(projector.student_dim)} are recommended); found {statistics.tokens}"
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -288,7 +288,7 @@ def _too_few(projector: Projector, tokens: int) -> str | None:
     if tokens <= dimensions:
         return (
             f"a projector alone was not measured: {form} in {dimensions} dimensions is fitted to more tokens than the "
-            f"{tokens} of calibration text, {enough_tokens(dimensions)} say more"
+            f"{tokens} of calibration text, {enough_tokens(dimensions)} are recommended"
         )
     if tokens < enough_tokens(dimensions):
         return f"what a projector alone reaches is a lower bound: {form} in {dimensions} dimensions of {tokens} tokens"

@@ -27,7 +27,7 @@ def pack(
 ) -> torch.Tensor:
     """Return the corpus as token rows `[rows, length]` (int64).
 
-    Documents are joined by the end-of-text token, and what is left after the last whole row is dropped.
+    Documents are joined by the end-of-text token, and tokens after the last full row are dropped.
 
     `most` bounds the number of rows; `progress` is called with the number of documents that are tokenized. Raises
     `DataError` when the corpus is shorter than one row.

@@ -116,4 +116,4 @@ def _figures(evaluation: Path) -> str:
             f"| {result.text} ({result.description}) | {result.tokens:,} | {result.teacher_nll:.4f} "
             f"| {result.student_nll:.4f} | {result.difference:+.4f}{interval} |"
         )
-    return "\n".join([*lines, "", "Nats a token; the interval is a paired bootstrap over rows."])
+    return "\n".join([*lines, "", "Nats per token; the interval is a paired bootstrap over rows."])

@@ -101,7 +101,7 @@ def load_models(
                 reporter.line(_transfer_line(transfer))
     device = (processes or Processes()).device(device_of(plan))
     return RunModels(
-        teacher=teacher.to(device).eval().requires_grad_(False),  # type: ignore[arg-type]  # stubs want a bound method
+        teacher=teacher.to(device).eval().requires_grad_(False),  # type: ignore[arg-type]  # stubs expect a bound method
         student=student.to(device),  # type: ignore[arg-type]
         tokenizer=tokenizer,
     )

@@ -45,7 +45,7 @@ from xarch_kd.training.trainer import STATE_FILE, StageTrainer, latest_checkpoin
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run. `was_finished` says that it was found so and nothing was done."""
+    """A finished run. `was_finished` is true if the run had finished before."""
 
     folder: RunFolder
     was_finished: bool
@@ -247,7 +247,7 @@ class _Job:
         )
 
     def _save(self, models: RunModels, projectors: dict[str, Tensor], seconds: float) -> None:
-        student = models.student.cpu()  # type: ignore[call-arg]  # stubs want a bound method
+        student = models.student.cpu()  # type: ignore[call-arg]  # stubs expect a bound method
         student.requires_grad_(True).to(DTYPES[self.plan.mapping.student.dtype])  # type: ignore[arg-type]
         save_student(student, models.tokenizer, self.folder.student, overwrite=True)
         if self.plan.mapping.student.format == "mamba_ssm":

@@ -1,4 +1,4 @@
-"""The mapping file's JSON Schema for editors: `python -m xarch_kd.mapping_file.json_schema` writes it anew."""
+"""The mapping file's JSON Schema for editors: `python -m xarch_kd.mapping_file.json_schema` writes it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(path: Path | None = None) -> None:
 
 
 def _draft_7(node: Any) -> Any:
-    """Return `node` with the keywords that draft 7 lacks said in its own: fixed-length lists and discriminators."""
+    """Return `node` in draft 7, which has neither fixed-length lists nor discriminators."""
     if isinstance(node, list):
         return [_draft_7(item) for item in node]
     if not isinstance(node, dict):

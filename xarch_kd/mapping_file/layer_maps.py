@@ -95,7 +95,7 @@ PlainName = Literal[
 
 
 class PlainStrategy(ConfigModel):
-    """A strategy without an option; its name alone says the same."""
+    """Strategy without options; its name alone is equivalent."""
 
     strategy: PlainName
 

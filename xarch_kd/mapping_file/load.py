@@ -1,4 +1,4 @@
-"""Reading a mapping file: bounds, plain YAML, the schema, and every problem told at once with its line and column."""
+"""Loader of mapping files: size bounds, YAML subset, schema; all problems are reported at once with line and column."""
 
 from __future__ import annotations
 

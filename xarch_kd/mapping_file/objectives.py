@@ -96,7 +96,7 @@ class Relation(Objective):
     """Divergence of how tokens relate to each other (MiniLMv2): softmax of their products in `heads` relation heads.
 
     Of the tap `values`, or, of the tap `mixing`, of its queries or its keys (C and B of a state-space model). `heads`
-    must divide both models' dimensions of all heads together; by default as many as leave 32 numbers a head.
+    must divide both models' dimensions of all heads together; by default as many as leave 32 dimensions per head.
     """
 
     kind: Literal["relation"]
@@ -119,7 +119,7 @@ class AttentionBridge(Objective):
 class MixingMatch(Objective):
     """Distance of the rows of two token-mixing matrices, mean over rows and student heads; for the tap `mixing` alone.
 
-    `heads` says what a student head learns from: `auto` is its own teacher head where the counts are equal, else `mean`
+    `heads` maps teacher heads to student heads: `auto` is one to one if the counts are equal, else `mean`
     (of a group of teacher heads) or `repeat` (a teacher head teaches a group); `assignment` is the cheapest one to one
     on calibration text, `learned` a mixture of teacher heads that is trained with the student; or non-negative weights
     [student heads, teacher heads] whose rows sum to 1. `probes` are those of `impl: sketch`.
@@ -243,7 +243,7 @@ def is_standardized(loss: AlignLoss) -> bool:
 
 
 class PlainDivergence(ConfigModel):
-    """A divergence without a parameter; its name alone says the same."""
+    """Divergence without parameters; its name alone is equivalent."""
 
     kind: Literal["forward_kl", "reverse_kl", "total_variation"]
 

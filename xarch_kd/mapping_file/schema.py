@@ -213,7 +213,7 @@ class Stage(ConfigModel):
 
 
 class Calibration(ConfigModel):
-    """The pass that strategies which follow from data need: about so many `tokens` of the training text."""
+    """Calibration pass over about `tokens` tokens of the training text, for strategies that depend on data."""
 
     tokens: Annotated[int, Field(ge=64)] = 16_384
 

@@ -24,7 +24,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong at `place`; `at` overrides the position, `on` says whether key or value is pointed at."""
+    """Problem at `place`; `at` overrides the position, `on` selects the key or the value."""
 
     place: YamlPath
     message: str
@@ -85,7 +85,7 @@ def shortened(text: str, limit: int = 60) -> str:
 
 
 def mapping_error(problems: Iterable[Problem], source_map: SourceMap | None) -> MappingFileError:
-    """Return one error that tells all problems in the order of the file; without marks only places are told."""
+    """Return one error with all problems in the order of the file; without positions only their places."""
     if source_map is None:
         name, rendered = "mapping", [f"mapping: {_prefix(problem)}{problem.message}" for problem in problems]
     else:

@@ -1,4 +1,4 @@
-"""Validation errors of the schema, told in the words of a mapping file's author."""
+"""Validation errors of the schema, in terms of the mapping file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RENAMED: Final = {
     "standardise": "standardize",
     "width": "hidden",
 }
-# Keys that say which of several parts a mapping is.
+# Keys that discriminate between the parts of a union.
 TAGS = ("kind", "strategy")
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
@@ -45,7 +45,7 @@ _BOUNDS = {
 
 
 def problems_of(error: ValidationError, data: Any, source_map: SourceMap | None) -> list[Problem]:
-    """Return the problems behind a validation error of `MappingFile.model_validate(data)`, each told once."""
+    """Return the problems behind a validation error of `MappingFile.model_validate(data)`, without duplicates."""
     problems: dict[Problem, None] = {}
     for details in error.errors(include_url=False):
         place, branches = _follow(details["loc"], data)
@@ -72,7 +72,7 @@ def _problem(details: ErrorDetails, place: YamlPath, data: Any, source_map: Sour
     context = details.get("ctx", {})
     value = _value_at(place, data)
     if kind == "default_factory_not_called":
-        # A default follows from other entries, one of which is wrong and told of by itself.
+        # The default depends on other entries, whose own problem is reported.
         return None
     if kind == "extra_forbidden":
         return Problem(place, _unknown_key(place, data), on="key")
@@ -94,7 +94,7 @@ def _problem(details: ErrorDetails, place: YamlPath, data: Any, source_map: Sour
     if kind == "string_too_long":
         return Problem(place, f"must have at most {context['max_length']} characters, found {len(str(value))}")
     if kind == "too_short":
-        # Pydantic also says this of a list whose every entry failed for a reason of its own.
+        # Pydantic also reports this for a list in which every entry failed for its own reason.
         long_enough = isinstance(value, tuple) and len(value) >= context["min_length"]
         return None if long_enough else Problem(place, f"must have at least {context['min_length']} entry")
     if kind == "too_long":
@@ -106,7 +106,7 @@ def _problem(details: ErrorDetails, place: YamlPath, data: Any, source_map: Sour
 def _unknown_key(place: YamlPath, data: Any) -> str:
     key = str(place[-1])
     part = _part(_annotation_at(place[:-1], data), _value_at(place[:-1], data))
-    # What says which part it is comes first, also where a parent's keys stand before it.
+    # The discriminator comes first, even if the parent's keys precede it.
     allowed = sorted(part.model_fields, key=lambda name: name not in TAGS) if part is not None else []
     if RENAMED.get(key) in allowed:
         return renamed(key, RENAMED[key], kind="key")
@@ -171,12 +171,12 @@ def _not_one_of(kind: str, place: YamlPath, data: Any, source_map: SourceMap | N
 
 
 def _discriminator(part: type[ConfigModel]) -> str:
-    """The key by which parts of one union are told apart."""
+    """Return the discriminator of a union."""
     return "kind" if "kind" in part.model_fields else "strategy"
 
 
 def expected(annotation: Any) -> str:
-    """Return in words what may be written where the schema says `annotation`, e.g. `a whole number`."""
+    """Return the values that `annotation` allows, in words, e.g. `a whole number`."""
     words = []
     options = list(_options(annotation))
     told_apart = sum(_kind(option) == "mapping" for option in options) > 1
@@ -262,7 +262,7 @@ def _part(annotation: Any, value: Any) -> type[ConfigModel] | None:
 
 
 def _annotation_at(place: YamlPath, data: Any) -> Any:
-    """Return what the schema says at `place`, branches of unions chosen by what the file holds there."""
+    """Return the schema at `place`; branches of unions are chosen by the file's content."""
     annotation: Any = MappingFile
     value = data
     for step in place:

@@ -38,9 +38,9 @@ def transfer_embeddings(teacher: PreTrainedModel, student: PreTrainedModel, *, r
 
     Equal dimensions: a copy. A wider student: a copy with zeros beyond (an isometry). A narrower one: projection onto
     the leading singular directions, times one factor that brings the mean square to that of the rows it replaces: the
-    student's own initialisation, at which what its blocks add to the stream and the logits of its head have the size
-    that its class is made for. Absolute lengths of the teacher say nothing here, since every family scales and norms
-    its embeddings differently. A tied student gets the teacher's embedding, whatever the teacher's head is; an untied
+    student's own initialization, at which what its blocks add to the stream and the logits of its head have the size
+    that its class is made for. Absolute norms of the teacher are not comparable, since every family scales and
+    normalizes its embeddings differently. A tied student gets the teacher's embedding, whatever the teacher's head is; an untied
     head gets the projection of the teacher's head, onto directions of its own. Raises `ModelError` if a side has
     fewer than `rows` rows.
     """

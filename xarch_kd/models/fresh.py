@@ -20,7 +20,7 @@ from xarch_kd.models.loading.reference import CODE_KEYS
 # What a student needs to have as its teacher has it, taken from there when it is not given.
 SHARED_WITH_TEACHER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# Deeper ones are a slip of the keyboard, and would be built block by block before anything else could be told.
+# Deeper ones are typing errors, and would be built block by block before any other check.
 DEEPEST = 1024
 
 _OTHERS_BUSINESS = {
@@ -52,7 +52,7 @@ class ConfigProblem:
 
 
 class FreshConfigError(ModelError):
-    """A config written by hand that no student can be built from; `problems` are all that is wrong with it."""
+    """Config from which no student can be built, with all its `problems`."""
 
     def __init__(self, problems: list[ConfigProblem]) -> None:
         self.problems = tuple(problems)
@@ -121,7 +121,7 @@ def _key_problems(
         return
     if key in _OTHERS_BUSINESS or key.startswith("_"):
         reason = _OTHERS_BUSINESS.get(key, "keys that begin with _ are the library's own")
-        yield ConfigProblem(key, f"this is not for a mapping file to say: {reason}")
+        yield ConfigProblem(key, f"this cannot be set in a mapping file: {reason}")
     elif field is None:
         names = [*fields, *CONFIG_MAPPING[model_type].attribute_map]
         hint = suggest(key, names) or f" It has {', '.join(sorted(fields))}"
@@ -135,7 +135,7 @@ def _key_problems(
             yield ConfigProblem(key, f"must be at least 1 and at most {DEEPEST}, found {value}")
     else:
         yield from (
-            ConfigProblem(key, f"{inner} is not for a mapping file to say: {_OTHERS_BUSINESS[inner]}")
+            ConfigProblem(key, f"{inner} cannot be set in a mapping file: {_OTHERS_BUSINESS[inner]}")
             for inner in _inner_keys(value)
             if inner in _OTHERS_BUSINESS
         )

@@ -73,7 +73,7 @@ class Alignment:
         )
 
     def _drawn(self, step: int) -> dict[int | None, int | None]:
-        """Return the teacher block of each student block, where the layer map is drawn anew every so many steps."""
+        """Return the teacher layer of each student layer if the layer map is redrawn every N steps."""
         if self._period is None:
             return {}
         options = {**strategy_of(self.align)[1], "draw": step // self._period}

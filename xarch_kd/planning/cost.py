@@ -1,6 +1,6 @@
 """Estimates of FLOPs, seconds and bytes of a stage, from shapes alone: times to a factor of about 2, bytes to 1.3.
 
-FLOPs. A matrix product of a [tokens, in] tensor with an [out, in] weight is 2 · in · out a token, so a block costs
+FLOPs. A matrix product of a [tokens, in] tensor with an [out, in] weight is 2 · in · out per token, so a block costs
 2 · (its parameters of two or more axes) plus its token mixing: causal softmax attention 2 · T · heads · head_dim
 (scores and values, half of the square); Mamba-2 in chunks of Q, 2 · Q · heads · (state + head_dim) inside a chunk and
 4 · heads · state · head_dim between chunks; Mamba-1 9 · channels · state. The backward pass costs as much again for
@@ -79,9 +79,9 @@ class Cost:
 class Work:
     """Properties of a stage that determine its cost.
 
-    `teacher_blocks` and `student_blocks` are those that run; `mixers_alone` says that of the student's only the mixers
+    `teacher_blocks` and `student_blocks` are those that run; `mixers_alone` is true if of the student only the mixers
     do; `teacher_passes` and `student_passes` count micro-batches of `rows` times `time` tokens; `mixing_products` are
-    FLOPs a token of the matches of mixing matrices.
+    FLOPs per token of the losses on mixing matrices.
     """
 
     stage: Stage
@@ -105,7 +105,7 @@ def measured_rates(device: str) -> Rates:
     """
     rates = {"float32": _product_rate(torch.float32, device)}
     for name in ("bfloat16", "float16"):
-        # PyTorch has no fast float16 product for every processor; it would say nothing of a GPU either.
+        # PyTorch has no fast float16 product for every processor; and its speed is unrelated to a GPU's.
         measured = rates["float32"] if name == "float16" and device == "cpu" else _product_rate(_DTYPES[name], device)
         rates[name] = min(measured, HALF_GAIN[device] * rates["float32"])
     return Rates(device, rates)
@@ -139,7 +139,7 @@ def stage_cost(work: Work, teacher: ModelHandle, student: ModelHandle, rates: Ra
 
 
 def _student_flops(work: Work, student: ModelHandle) -> float:
-    """FLOPs a token of the student's blocks, forward and backward."""
+    """Return the FLOPs per token of the student's blocks, forward and backward."""
     layout = student.layout
     forward = {index: _block_flops(layout, index, work.time, work.mixers_alone) for index in work.student_blocks}
     lowest = _lowest_trained(work, student)

@@ -45,7 +45,7 @@ class CustomLayerMap(Protocol):
     """
 
     def __call__(self, student_layers: int, teacher_layers: int) -> LayerMap | Tensor:
-        """Return the layer map of two models with so many blocks."""
+        """Return the layer map of two models with these numbers of layers."""
         ...
 
 

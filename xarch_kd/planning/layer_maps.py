@@ -22,7 +22,7 @@ FACTOR_TAPS: Final = ("mixing", "values")
 
 
 def layer_map(align: Align, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> LayerMap | None:
-    """Return the layer map of an `align` entry, or None when `findings` tell why there is none.
+    """Return the layer map of an `align` entry, or None if there is none, with the reason in `diagnostics`.
 
     Of a strategy that follows from data this is `uniform` until the similarity of the layers is known.
     """
@@ -90,7 +90,7 @@ def strategy_of(align: Align) -> tuple[str, dict[str, object]]:
 
 
 def redraw_period(align: Align) -> int | None:
-    """After how many steps a random layer map is drawn anew, None for never."""
+    """Return the number of steps between redraws of a random layer map, None for never."""
     return align.layers.redraw if isinstance(align.layers, RandomStrategy) else None
 
 

@@ -66,7 +66,7 @@ class ModelHandle:
         return inside | below | self.names_of(layout.embedding.parameters())
 
     def summary(self, replaced: Iterable[int] = ()) -> ModelSummary:
-        """Return what the plan says of this model."""
+        """Return the plan's summary of this model."""
         chosen = set(replaced)
         rows = (
             LayerRow(index=index, mixer=kind, replaced=index in chosen)
@@ -101,7 +101,7 @@ class ModelPair:
     """Both models, the blocks of the student whose mixer was replaced, and what a calibration pass measured.
 
     `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
-    stage may train; `inherits` says that the student was made from the teacher, `fresh` that it knows nothing yet;
+    stage may train; `inherits` is true if the student was converted from the teacher, `fresh` if it is untrained;
     `calibration` is the number of tokens of a calibration pass; `custom` are the objects passed from Python.
     """
 

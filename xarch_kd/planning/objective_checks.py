@@ -48,7 +48,7 @@ def _turns(schedules: Sequence[WeightSchedule], steps: int) -> list[int]:
 
 
 def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iterator[str]:
-    """Yield a warning for each entry whose loss needs more tokens a micro-batch than the `tokens` that there are."""
+    """Yield a warning for each entry whose loss needs more than `tokens` tokens per micro-batch."""
     for pair in pairs:
         enough = cka_tokens(pair.student_dim, pair.teacher_dim)
         if pair.loss == "cka" and tokens < enough:
@@ -60,12 +60,12 @@ def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iter
 
 
 def redraw_warnings(stage: Stage) -> Iterator[str]:
-    """Yield a warning for each map that is drawn anew while the teacher's features are kept."""
+    """Yield a warning for each map that is redrawn while the teacher's features are cached."""
     for entry in stage.align:
         if redraw_period(entry) is not None and stage.cache_place != "off":
             yield (
-                f"stage {stage.name}: the map of {entry.name} is drawn anew every {redraw_period(entry)} steps, so the "
-                "cache grows beyond what is said here, up to all blocks of the teacher"
+                f"stage {stage.name}: the map of {entry.name} is redrawn every {redraw_period(entry)} steps, so the "
+                "cache may exceed this estimate, up to all layers of the teacher"
             )
 
 

@@ -94,7 +94,7 @@ class _Source:
         return float(span) if strategy_of(self.align)[0] == "block_average" else 1.0
 
     def pair(self, name: str, student_layer: int | None, teacher_layer: int | None) -> PairPlan:
-        """Return a pair that says what both sides have; what does not fit goes to the findings."""
+        """Return a pair with the sizes of both models; problems are added to the diagnostics."""
         align, student, teacher = self.align, self.models.student, self.models.teacher
         pair = PairPlan(
             name=name,
@@ -146,7 +146,7 @@ class _Source:
         return replace(pair, projector=kind, projector_parameters=parameters)
 
     def _check_start(self, kind: str, student_dim: int) -> None:
-        """Note when the calibration pass has too few tokens for a closed form that was asked for by name."""
+        """Add a problem if the calibration pass has too few tokens for an explicitly requested closed form."""
         how = self.align.projector_part.init
         form = resolve_init(how, kind)
         if how in ("auto", "random") or form == "random":
@@ -155,7 +155,7 @@ class _Source:
         if tokens <= student_dim:
             self._problem(
                 f"{form} is fitted to more tokens than the student is wide: calibration.tokens is {tokens}, "
-                f"at least {student_dim + 1} are needed and {enough} say more. Raise it, or use init: random.",
+                f"at least {student_dim + 1} are needed and {enough} are recommended. Raise it, or use init: random.",
                 "projector",
             )
         elif tokens < enough:
@@ -206,7 +206,7 @@ class _Source:
         if loss.heads in ("assignment", "learned"):
             if loss.heads == "learned" and (pair.student_heads is None or pair.teacher_heads is None):
                 self._problem(
-                    f"the heads of these mixers ({kinds[0]}, {kinds[1]}) are not told by their configs, and a learned "
+                    f"the heads of these mixers ({kinds[0]}, {kinds[1]}) are not in their configs, and a learned "
                     "map is made before they run. Use heads: assignment, or weights.",
                     "loss",
                     "heads",
@@ -221,8 +221,8 @@ class _Source:
     def _bridged(self, pair: PairPlan, own: MixingSize | None, other: MixingSize | None) -> PairPlan:
         if own is None or other is None:
             self._problem(
-                "an attention bridge needs mixers whose queries and keys (or C and B) the config tells: attention, "
-                "mamba, mamba2 or gated_delta.",
+                "an attention bridge needs mixers whose queries and keys (or C and B) are defined by the config: "
+                "attention, mamba, mamba2 or gated_delta.",
                 "loss",
                 "kind",
             )

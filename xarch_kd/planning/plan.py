@@ -42,7 +42,7 @@ class PairPlan:
     the pair's projector, which it may share with others; its parameters are counted at the first of them. `weight` is
     the entry's number times the layer map's, `teacher_scale` what the teacher's features are multiplied by,
     `shared_basis` whether the student's dimensions are the teacher's. Heads are those of mixing matrices, None for
-    other taps and for mixers whose config does not tell; `bridge` are (student, teacher) sizes of queries and keys.
+    other taps and for mixers whose config has no head count; `bridge` are (student, teacher) sizes of queries and keys.
     """
 
     name: str
@@ -104,10 +104,10 @@ class Plan:
     """Everything that `train` needs to know, checked. `source` is the mapping file's text as it was read.
 
     `student_config` is the student's config as a dict (of the class named by its `model_type`); `trainable` of each
-    stage lists parameter names of the student. `basis` says in one line what the times rest on. `uncalibrated` are the
-    entries, as (stage index, name), whose layer map follows from a calibration pass that was not made yet: `uniform`
-    stands in for it. `similarities` are what those that were made saw, [student layers][teacher layers] by
-    `stage.entry`. `custom` are the objects passed from Python.
+    stage lists parameter names of the student. `timing_assumptions` is one line with the assumptions behind the
+    times. `uncalibrated` are the entries, as (stage index, name), whose layer map needs a calibration pass that has not
+    run yet: `uniform` stands in for it. `similarities` are the results of such passes, [student layers][teacher layers]
+    by `stage.entry`. `custom` are the objects passed from Python.
     """
 
     mapping: MappingFile

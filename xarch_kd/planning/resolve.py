@@ -1,4 +1,4 @@
-"""From a mapping file to a plan: both configs are read, no weights, and all that does not fit is told at once."""
+"""Resolution of a mapping file to a plan from both configs, without weights; all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _measured(mapping: MappingFile) -> Iterator[tuple[int, str]]:
 
 
 def _shown(mapping: MappingFile, similarities: Mapping[str, Tensor]) -> dict[str, tuple[tuple[float, ...], ...]]:
-    """Return the similarities by the names that a reader of the plan knows."""
+    """Return the similarities by the names used in the plan."""
     return {
         f"{mapping.stages[index].name}.{name}": tuple(map(tuple, similarities[entry_key(index, name)].tolist()))
         for index, name in _measured(mapping)
@@ -176,7 +176,7 @@ def _config_problems(error: FreshConfigError) -> list[Problem]:
 def _conversion(
     asked: schema.Conversion | None, teacher: PreTrainedConfig, source_map: SourceMap | None
 ) -> Conversion | None:
-    """Return the conversion of the teacher that the file asks for, or None if it asks for none."""
+    """Return the conversion of the teacher in the file, or None."""
     if asked is None:
         return None
     try:

@@ -24,7 +24,7 @@ Site = tuple[str, int | None]
 def stage_plan(
     index: int, stage: Stage, data: Data, models: ModelPair, rates: Rates, diagnostics: Diagnostics
 ) -> StagePlan | None:
-    """Return the stage resolved, or None when `findings` tell why it cannot be."""
+    """Return the stage resolved, or None if it is invalid, with the reason in `diagnostics`."""
     place: YamlPath = ("stages", index)
     known = len(diagnostics.problems)
     trainable = _trainable(stage, models, place, diagnostics)
@@ -149,7 +149,7 @@ def _numbers(site: Site, side: ModelHandle) -> int:
 
 
 def _mixing_products(pair: PairPlan, length: int, models: ModelPair) -> float:
-    """FLOPs a token of matching two mixing matrices, whose causal halves are computed."""
+    """Return the FLOPs per token of the loss on two mixing matrices, of which the causal halves are computed."""
     if pair.tap != "mixing" or pair.student_layer is None or pair.teacher_layer is None:
         return 0.0
     own = mixing_size(models.student.layout, pair.student_layer)

@@ -204,7 +204,7 @@ def _check_tokens(how: str, tokens: int, dimensions: int) -> None:
         raise UsageError(
             f"{how} of a projector is fitted to more tokens than it has dimensions.",
             found=f"{tokens} tokens",
-            allowed=f">= {dimensions + 1}; {enough} say more",
+            allowed=f">= {dimensions + 1}; {enough} are recommended",
             fix=f"calibrate on {enough} tokens, or init: random",
         )
     if tokens < enough:

@@ -38,7 +38,7 @@ class RunFolder:
 
     @property
     def plan(self) -> Path:
-        """The resolved plan as JSON, with the fingerprint that says which run this is."""
+        """The resolved plan as JSON, with the run's fingerprint."""
         return self.root / "plan.json"
 
     @property
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def mamba_ssm(self) -> Path:
-        """The same student in mamba_ssm's format, if the mapping file asks for it."""
+        """The same student in mamba_ssm's format, if the mapping file requests it."""
         return self.root / "mamba_ssm"
 
     @property

@@ -153,7 +153,7 @@ class Processes:
         text = str(error) if isinstance(error, XarchError) else f"{type(error).__name__}: {error}"
         try:
             self._store.compare_set(FAILURE, "", f"{self.rank} {text}")
-        except RuntimeError:  # the store was in a process that ended: nobody is left to read it
+        except RuntimeError:  # the store's process has ended, so there is no reader
             return
 
 

@@ -149,7 +149,7 @@ def run_base(
 
     `position_ids` [batch, time] are those of rows that pack several documents, which are then kept apart.
 
-    Raises TapError for a mask that the model cannot heed, and for packed rows that it would mix.
+    Raises TapError for a mask that the model does not support, and for packed rows that it would mix.
     """
     if position_ids is not None:
         _check_keeps_apart(layout, attention_mask)

@@ -21,7 +21,7 @@ def span_of(attention_mask: Tensor | None, device: torch.device | None = None) -
         return None, None
     if attention_mask.ndim != 2:
         raise TapError(
-            "A mixing matrix is read with a mask of one number a token.",
+            "A mixing matrix needs a mask with one value per token.",
             found=f"a mask of shape {list(attention_mask.shape)}",
             allowed="[batch, time], or none",
         )

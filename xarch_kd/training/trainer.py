@@ -391,7 +391,7 @@ def _arguments(plan: StagePlan, *, folder: Path, seed: int, cpu: bool, tracking:
         save_steps=plan.stage.checkpoint_every or max(1, math.ceil(plan.stage.steps / 4)),
         seed=seed,
         use_cpu=cpu,
-        # A layer map that is drawn anew, or an objective whose weight is 0, leaves parameters without a gradient.
+        # A layer map that is redrawn, or an objective whose weight is 0, leaves parameters without a gradient.
         ddp_find_unused_parameters=True,
         # Buffers are constants here; sending them at each forward would change them under autograd.
         ddp_broadcast_buffers=False,
@@ -399,7 +399,7 @@ def _arguments(plan: StagePlan, *, folder: Path, seed: int, cpu: bool, tracking:
         report_to=list(tracking) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        # The source's own state says where a resumed stage goes on.
+        # The source's own state determines where a resumed stage continues.
         ignore_data_skip=True,
         # `StageTrainer` refuses losses that are not finite; this filter would read each loss from the device.
         logging_nan_inf_filter=False,

@@ -28,7 +28,7 @@ def frozen_names(student: nn.Module) -> tuple[str, ...]:
     """Return the parameters of a student, converted now or loaded, that must stay as they are.
 
     They are the queries, keys and norms of attention blocks whose norms `qwen3_5.py` made linear. A checkpoint has no
-    note of that, but their weights tell: all channels the same, and thousands of times what a norm learns.
+    note of that, but their weights show it: equal in all channels, and thousands of times the usual norm weight.
     """
     marked = [
         name.removesuffix("q_norm.weight")

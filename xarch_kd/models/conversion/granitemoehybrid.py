@@ -24,7 +24,7 @@ def granitemoehybrid_unsupported_reason(spec: TeacherSpec) -> str | None:
     if spec.mlp_bias:
         return "its MLP has biases, and GraniteMoeHybrid's has no place for them"
     if spec.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        return "it rotates a part of each head, and GraniteMoeHybrid rotates the whole whatever its config says"
+        return "it rotates a part of each head, and GraniteMoeHybrid rotates whole heads regardless of its config"
     return None
 
 

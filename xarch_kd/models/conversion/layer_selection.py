@@ -1,4 +1,4 @@
-"""The small language that says which blocks keep their attention: `every 4`, `first 2`, `last 2`, a list."""
+"""Selection of the blocks that keep their attention: `every 4`, `first 2`, `last 2`, a list."""
 
 from __future__ import annotations
 

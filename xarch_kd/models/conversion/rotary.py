@@ -32,7 +32,7 @@ def is_rotary(spec: TeacherSpec, kept: Sequence[int]) -> bool:
 
 
 def rotary_parameters(spec: TeacherSpec, kept: Sequence[int]) -> dict[str, Any]:
-    """Return the student's `rope_parameters`, which always say the share of a head that is rotated.
+    """Return the student's `rope_parameters`, always with the rotated fraction of a head.
 
     The classes' own defaults for that share differ: a half (Bamba), a quarter (Qwen3.5).
     """

@@ -46,7 +46,7 @@ def _with_norms(spec: TeacherSpec) -> Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A student class: `obstacle` says why it cannot hold a teacher, `fit` how near it comes if it can.
+    """A student class: `obstacle` returns the reason why it cannot represent a teacher, `fit` the exactness if it can.
 
     `read_as` gives the spec with which the teacher's weights are read: without the multipliers that the class has
     itself. `config` and `state` make its config and every weight but those of its mixers.

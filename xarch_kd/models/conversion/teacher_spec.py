@@ -32,9 +32,9 @@ class TeacherSpec(AttentionSpec):
 
     `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
     mixer or MLP adds to the residual stream, `embedding_scale` the embedding, `logit_scale` the logits.
-    `rope_parameters` always says which share of a head is rotated. `rotary_layers[i]` is False where block i has no
-    position encoding. `output_bias` is that of o_proj. `query_key_norm` says over what queries and keys are normed,
-    if they are. With `norm_after` a block's two norms are not before its attention and MLP but after them.
+    `rope_parameters` always has the rotated fraction of a head. `rotary_layers[i]` is False where block i has no
+    position encoding. `output_bias` is that of o_proj. `query_key_norm` is the axis over which queries and keys are
+    normalized, or None. With `norm_after` a block's two norms follow its attention and MLP instead of preceding them.
     """
 
     model_type: str
@@ -153,7 +153,7 @@ def _llama_like(config: PreTrainedConfig) -> TeacherSpec:
 
 
 def _full_rotary(config: PreTrainedConfig) -> TeacherSpec:
-    """Llama's spec for a family that ignores `partial_rotary_factor`, whatever its config says."""
+    """Return Llama's spec for a family that ignores `partial_rotary_factor`."""
     spec = _llama_like(config)
     return replace(spec, rope_parameters={**spec.rope_parameters, "partial_rotary_factor": 1.0})
 

@@ -30,7 +30,7 @@ class LinearWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
-    """One attention: o(attention(q, k, v of norm(x))), or the norm of o(…) if the spec say so.
+    """One attention: o(attention(q, k, v of norm(x))), or the norm of o(…), depending on the spec.
 
     `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], `mixer_norm` [width]. The
     norms of queries and keys are [head_dim], or as wide as all their heads, or None.

@@ -2,7 +2,7 @@
 
 One of each is made for every row of `in_place_teachers.FAMILIES`. A replaced block is the teacher's block, norms and
 MLP included, with one of transformers' own mixers where its attention was. Its cache is transformers' too: the
-config's `layer_types` say `linear_attention` there, as those of Bamba and Qwen3.5 do.
+config's `layer_types` are `linear_attention` there, as those of Bamba and Qwen3.5 do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Q
 from xarch_kd.models.in_place.configs import CONFIGS, RECURRENT
 from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS, InPlaceTeacher
 
-# What says where the sequences of a packed row begin; the mixers' kernels take it.
+# Boundaries of the sequences in a packed row, an argument of the mixers' kernels.
 PACKING = ("seq_idx", "cu_seq_lens_q")
 
 
@@ -159,7 +159,7 @@ class InPlaceCausalLM(PreTrainedModel):
 
 
 def init_mixer(module: nn.Module) -> bool:
-    """Initialise what is a mixer's own, as its class does, and tell whether `module` was that.
+    """Initialize the parameters of a mixer as its class does; return True if `module` is a mixer.
 
     The teacher's rule would take a gated norm for one of its own, and may set its weight to 0.
     """

@@ -24,7 +24,7 @@ class InPlaceConfig:
     """A teacher's config, and which of its blocks have a mixer instead of attention.
 
     `replaced_layers` are their indices, `mixer` is `mamba2` or `gated_delta`, and `mixer_settings` are fields of the
-    config of the class that the mixer is from (Bamba, Qwen3.5). `needs` says what loads such a model.
+    config of the class that the mixer is from (Bamba, Qwen3.5). `needs` names the package that loads such a model.
     """
 
     family: InPlaceTeacher
@@ -34,7 +34,7 @@ class InPlaceConfig:
     num_hidden_layers: int
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Read the fields that the teacher's class does not have, and say which layers are recurrent."""
+        """Read the fields that the teacher's class does not have, and set the types of recurrent layers."""
         # Not a field of every class, and derived where it is none.
         kwargs.pop("layer_types", None)
         self.replaced_layers = sorted(kwargs.pop("replaced_layers", []))

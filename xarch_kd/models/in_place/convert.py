@@ -7,7 +7,7 @@ this package registers the classes with `AutoConfig`, `AutoModel` and `AutoModel
     import xarch_kd
     student = AutoModelForCausalLM.from_pretrained(folder)
 
-loads such a student; its config says so under `needs`.
+loads such a student; its config has that under `needs`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ class InPlaceTeacher:
     """A family whose class can hold a recurrent mixer.
 
     `blocks` is the attribute of the base model, `mixer` that of a block. With `masks_by_type` the base model takes a
-    mask for each type of layer, else one mask for all. `attention` says how the weights are kept: in four projections,
+    mask for each type of layer, else one mask for all. `attention` is the layout of the weights: in four projections,
     or queries, keys and values in one, head by head or transposed. `norm_offset` is added to every norm's weight.
     """
 

@@ -52,7 +52,7 @@ def check_placed(report: Mapping[str, Any], config: PreTrainedConfig, *, where: 
         )
     if missing:
         raise ModelError(
-            f"The checkpoint lacks {len(missing)} weights that its config asks for.",
+            f"The checkpoint lacks {len(missing)} weights that its config requires.",
             asked=where,
             found=f"missing: {_listed(missing)}" + (f"; without a place: {_listed(extra)}" if extra else ""),
             fix="compare config.json with the one that the weights were saved with",
@@ -72,7 +72,7 @@ def _cause(extra: Collection[str], config: PreTrainedConfig) -> str:
     depth = getattr(config, "num_hidden_layers", None)
     layers = {int(found.group(1)) for key in extra if (found := re.search(r"\.(\d+)\.", key))}
     if isinstance(depth, int) and layers and min(layers) >= depth:
-        return f"likely too few layers in config.json: it says {depth}, and the file has layer {max(layers)}"
+        return f"likely too few layers in config.json: it has {depth}, and the file has layer {max(layers)}"
     return "compare config.json with the one that the weights were saved with"
 
 

@@ -18,7 +18,7 @@ from xarch_kd.errors import ModelError
 
 VERSIONS = (2, 3)
 
-# Architectures whose metadata says all there is to say; transformers' own (slow) reader takes the others.
+# Architectures with complete metadata; the others use the (slow) reader of transformers.
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -107,7 +107,7 @@ def gguf_config(path: Path) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         except (ValueError, OSError) as error:
             raise ModelError(f"{path} holds an architecture that is not read.", found=architecture) from error
-    # llama.cpp writes Mistral models as llama; transformers tells them apart by this name.
+    # llama.cpp writes Mistral models as llama; transformers distinguishes them by this name.
     is_mistral = architecture == "llama" and metadata.get("general.name") == "mistral"
     model_type = "mistral" if is_mistral else architecture
     values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in names}

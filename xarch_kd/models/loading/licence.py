@@ -12,7 +12,7 @@ LICENCE = re.compile(r"^license:\s*['\"]?([\w.-]+)", re.MULTILINE)
 
 
 def licence_of(reference: str, revision: str | None = None) -> str | None:
-    """Return the licence's identifier from a GGUF file's metadata or a folder's model card, None if neither says."""
+    """Return the licence's identifier from a GGUF file's metadata or a folder's model card, or None."""
     source = resolve(reference, revision)
     if source.kind == "gguf" and source.path is not None:
         value = gguf_metadata(source.path)[0].get("general.license")

@@ -102,7 +102,7 @@ def load_model(
     """
     source = resolve(reference, revision)
     if source.path is not None and is_mamba_ssm_folder(source):
-        return import_mamba_ssm(source.path, dtype=dtype).to(device)  # type: ignore[arg-type]  # stubs want a bound method
+        return import_mamba_ssm(source.path, dtype=dtype).to(device)  # type: ignore[arg-type]  # stubs expect a bound method
     config = _config(source) if config is None else config
     if source.kind == "folder" and source.path is not None:
         check_weights(source.path)

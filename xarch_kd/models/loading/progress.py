@@ -33,7 +33,7 @@ def weights_progress(progress: Progress) -> Iterator[None]:
 
 
 class _Counter:
-    """An iterable, or a counter that is updated by hand, with what transformers uses of tqdm."""
+    """Iterable or manually updated counter with the part of tqdm's interface that transformers uses."""
 
     def __init__(
         self, progress: Progress, iterable: Iterable[Any] = (), *_: object, total: int | None = None, **__: object

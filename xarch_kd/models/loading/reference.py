@@ -78,7 +78,7 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
     for key, value in config.items():
         if key in CODE_KEYS and value:
             raise ModelError(
-                f"The config of {where} asks for code of its own ({key}); such code is never run.",
+                f"The config of {where} names custom code ({key}); such code is never run.",
                 found=f"{key}: {value}",
                 fix=f"if transformers has this model type itself, delete {key} from a local copy of config.json",
             )

@@ -128,7 +128,7 @@ def _no_weights(folder: Path) -> ModelError:
             f"{folder} holds no {WEIGHTS} and no {INDEX}.",
             found=", ".join(others[:4]),
             allowed=f"{WEIGHTS}, or shards with their index",
-            fix=f"this is the variant '{variant}': rename it to {WEIGHTS} if it is the one you want"
+            fix=f"this is the variant '{variant}': rename it to {WEIGHTS} if it is the intended one"
             if variant and others[0].startswith("model.")
             else "download the index too; shards without it are not read, because one may be missing",
         )
@@ -166,8 +166,8 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     stop = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if size != stop:
         raise ModelError(
-            f"{file} is truncated." if size < stop else f"{file} holds more than its header says.",
-            found=f"{size} bytes, the header says {stop}",
+            f"{file} is truncated." if size < stop else f"{file} is larger than its header states.",
+            found=f"{size} bytes, the header states {stop}",
             fix=_AGAIN,
         )
     return tensors

@@ -106,7 +106,7 @@ def stock_state(state: Mapping[str, Tensor], config: PreTrainedConfig, *, where:
             # mamba_ssm can have a bias in one projection of an attention and none in the other.
             value = torch.zeros(sum(shapes[part].numel() for part in parts))
         if value is None:
-            raise ModelError(f"The checkpoint in {where} lacks a weight that its config asks for.", found=name)
+            raise ModelError(f"The checkpoint in {where} lacks a weight that its config requires.", found=name)
         found |= dict(zip(parts, _split(name, value, [shapes[part] for part in parts]), strict=True))
     wrong = [name for name, value in found.items() if value.shape != shapes[name]]
     if wrong or given:

@@ -38,7 +38,7 @@ def _mamba2_parts(mixer: Any, projected: Projected) -> tuple[Tensor, Tensor, Ten
 def _build_mamba2(mixer: Any, projected: Projected, attention_mask: Tensor | None) -> SSDMixing:
     if mixer.D_has_hdim:
         raise TapError(
-            "The mixing matrix of a Mamba-2 mixer whose D differs by channel is not one matrix a head.",
+            "The mixing matrix of a Mamba-2 mixer whose D differs by channel is not one matrix per head.",
             found="D_has_hdim: True",
             fix="read mixer_output instead",
         )
