@@ -40,7 +40,7 @@ def transfer_embeddings(teacher: PreTrainedModel, student: PreTrainedModel, *, r
     the leading singular directions, times one factor that brings the mean square to that of the rows it replaces: the
     student's own initialization, at which what its blocks add to the stream and the logits of its head have the size
     that its class is made for. Absolute norms of the teacher are not comparable, since every family scales and
-    normalizes its embeddings differently. A tied student gets the teacher's embedding, whatever the teacher's head is; an untied
+    normalizes its embeddings differently. A tied student gets the teacher's embedding; an untied
     head gets the projection of the teacher's head, onto directions of its own. Raises `ModelError` if a side has
     fewer than `rows` rows.
     """

@@ -23,8 +23,8 @@ and keys multiplied into their rows. The rest:
 The constants were chosen on four blocks of SmolLM2-135M-Instruct (6, 13, 20 and 27 of 30) by the relative squared error
 of the mixers' output and by the student's likelihood, on text of Python's documentation. With these four replaced and
 nothing trained the student has 3.30 nats per token on two held-out rows of 256 tokens; the teacher 3.01, random mixers
-or none 3.59, Mamba-2 mixers by `mixers.py` 3.43. On two other rows it has 3.20; the teacher 2.91, no mixers 3.31. After 24
-steps of AdamW at 0.01 the errors of blocks 13 and 27 are 0.36 and 0.13, from random weights 0.60 and 0.25.
+or none 3.59, Mamba-2 mixers by `mixers.py` 3.43. On two other rows it has 3.20; the teacher 2.91, no mixers 3.31. After
+24 steps of AdamW at 0.01 the errors of blocks 13 and 27 are 0.36 and 0.13, from random weights 0.60 and 0.25.
 """
 
 from __future__ import annotations
