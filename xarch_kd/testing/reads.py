@@ -53,7 +53,8 @@ class CountingReads(TorchDispatchMode):
 
     def add(self) -> None:
         """Take in a read of the code that is running."""
-        frames = [(_short(frame.filename), frame.name) for frame in reversed(traceback.extract_stack())]
+        codes = (frame.f_code for frame, _ in traceback.walk_stack(None))
+        frames = [(_short(code.co_filename), code.co_name) for code in codes]
         if not self.ignored & set(frames):
             packages = tuple(frame for frame in frames if frame[0].startswith(("xarch_kd/", "transformers/")))
             self.found.append([frame for frame in packages if frame[0] != "xarch_kd/testing/reads.py"])
