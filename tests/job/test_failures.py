@@ -13,11 +13,12 @@ from torch import Tensor
 
 from xarch_kd.cli.app import main
 from xarch_kd.errors import CheckpointError, NonFiniteLoss
+from xarch_kd.files import cannot_write
 from xarch_kd.job.train import train
 from xarch_kd.objectives import features as objectives_module
 from xarch_kd.testing.mapping import MIXER_STAGE, Write
 from xarch_kd.testing.runs import same, student_of
-from xarch_kd.training import trainer as trainer_module
+from xarch_kd.training import checkpoints as checkpoints_module
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(
@@ -76,7 +77,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(
     write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapping = write_mapping({**MIXER_STAGE, "checkpoint_every": 1})
-    honest = trainer_module.write_tensors
+    honest = checkpoints_module.write_tensors
     calls = {"count": 0}
 
     def filling(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -84,11 +85,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(
         if calls["count"] == 3:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".partial").write_bytes(b"half")
-            raise trainer_module.cannot_write(path, OSError(28, "No space left on device"))
+            raise cannot_write(path, OSError(28, "No space left on device"))
         honest(path, tensors)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "write_tensors", filling)
+        patched.setattr(checkpoints_module, "write_tensors", filling)
         with pytest.raises(CheckpointError, match=r"no space left on the disk[\s\S]*with --resume"):
             train(mapping, tmp_path / "run")
     stage = tmp_path / "run" / "stages" / "01-mixers"

@@ -29,7 +29,7 @@ from xarch_kd.taps.trace import trace
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import same, student_of
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.trainer import STATE_FILE
+from xarch_kd.training.checkpoints import STATE_FILE
 
 LINEAR: dict[str, Any] = {
     "name": "stream",

@@ -22,7 +22,8 @@ from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.testing.reads import CountingReads
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.trainer import SOURCE_FILE, StageTrainer
+from xarch_kd.training.checkpoints import SOURCE_FILE
+from xarch_kd.training.trainer import StageTrainer
 
 DEPTH = 7
 STEPS = 3

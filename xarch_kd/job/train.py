@@ -40,7 +40,8 @@ from xarch_kd.taps.layout import layout_of
 from xarch_kd.teacher.feature_cache import DiskCache, FeatureCache, MemoryCache
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.trainer import STATE_FILE, StageTrainer, latest_checkpoint, write_state
+from xarch_kd.training.checkpoints import STATE_FILE, latest_checkpoint, write_state
+from xarch_kd.training.trainer import StageTrainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -18,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xarch_kd.data.batches import Batch, BatchSource
-from xarch_kd.errors import CheckpointError, NonFiniteLoss, XarchError
-from xarch_kd.files import cannot_write, write_json, write_tensors
+from xarch_kd.errors import NonFiniteLoss, XarchError
+from xarch_kd.files import cannot_write, write_json
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
 from xarch_kd.planning.plan import StagePlan
@@ -29,16 +27,19 @@ from xarch_kd.run.signals import StopSignals
 from xarch_kd.taps.sites import Site
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner, AlignerOutput
-from xarch_kd.training.loss_balancing import write_balance
+from xarch_kd.training.checkpoints import (
+    KEPT_CHECKPOINTS,
+    SOURCE_FILE,
+    STATE_FILE,
+    checkpoints,
+    latest_checkpoint,
+    read_source_state,
+    write_state,
+)
 from xarch_kd.training.optimizer import parameter_groups
 
-STATE_FILE = "trained.safetensors"
-# State of the batch source, beside it.
-SOURCE_FILE = "source.json"
-KEPT_CHECKPOINTS = 2
 # Every process holds all parameters and, once they are reduced, all gradients.
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class StageTrainer(Trainer):
@@ -255,7 +256,7 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.aligner.load_trained_state(folder / STATE_FILE)
-        self.source.load_state_dict(_read_source_state(folder / SOURCE_FILE))
+        self.source.load_state_dict(read_source_state(folder / SOURCE_FILE))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging())
@@ -309,51 +310,6 @@ class _Stream:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.source.draw()
-
-
-def _read_source_state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path}", found=str(error), fix="delete the checkpoint and run again with --resume"
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} does not hold the state of a batch source", found=type(state).__name__)
-    return state
-
-
-def write_state(aligner: Aligner, path: Path) -> None:
-    """Write the trained tensors of a stage, whole or not at all. Raises CheckpointError if they cannot be written."""
-    if aligner.balance is not None:
-        write_balance(aligner.balance, path)
-    write_tensors(path, aligner.trained_state())
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints of a stage, oldest first."""
-    found = [
-        (int(match.group(1)), path)
-        for path in folder.glob("checkpoint-*")
-        if (match := CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a stage, if there is one.
-
-    Raises CheckpointError when it lacks a part (files were removed or only partly copied).
-    """
-    found = checkpoints(folder)
-    if not found:
-        return None
-    for name in (STATE_FILE, SOURCE_FILE, "trainer_state.json", "optimizer.pt"):
-        if not (found[-1] / name).is_file():
-            raise CheckpointError(
-                f"the checkpoint {found[-1]} lacks {name}", fix=f"delete {found[-1]} and resume from the one before"
-            )
-    return found[-1]
 
 
 class _Guard(TrainerCallback):
