@@ -24,11 +24,11 @@ BATCH, HEADS, WIDTH, STATE = 2, 4, 8, 4
 # Odd, more than one chunk of 64, no multiple of 16.
 TIME = 83
 BOUNDS = {
-    "whole": (None, None),
-    "right": (None, [50, 83]),
-    "left": ([33, 0], None),
-    "both": ([2, 20], [83, 67]),
-    "empty": ([0, 40], [83, 40]),
+    "whole": None,
+    "right": [[0, 50], [0, 83]],
+    "left": [[33, 83], [0, 83]],
+    "both": [[2, 83], [20, 67]],
+    "empty": [[0, 83], [40, 40]],
 }
 
 
@@ -186,9 +186,9 @@ def build() -> Callable[..., Mixing]:
         seed: int = 0,
     ) -> Mixing:
         function, options = CASES[case]
-        named = zip(("start", "stop"), BOUNDS[bounds], strict=True)
-        counted = {name: None if bound is None else torch.tensor(bound) for name, bound in named}
-        return function(Make(dtype, batch, time, seed), **options, **counted)
+        given = BOUNDS[bounds]
+        valid_range = None if given is None else torch.tensor(given)
+        return function(Make(dtype, batch, time, seed), **options, valid_range=valid_range)
 
     return made
 
@@ -290,8 +290,7 @@ def dense_formula(mixing: Mixing) -> Tensor:
     whole = []
     shared = ("sinks", "A", "D", "taps")
     for index in range(mixing.batch):
-        first = 0 if mixing.start is None else int(mixing.start[index])
-        last = mixing.time if mixing.stop is None else int(mixing.stop[index])
+        first, last = (0, mixing.time) if mixing.valid_range is None else mixing.valid_range[index].tolist()
         around = (first, mixing.time - last, first, mixing.time - last)
         part = {name: factor[index, first:last] for name, factor in mixing.factors.items() if name not in shared}
         if first == last:

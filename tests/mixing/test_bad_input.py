@@ -100,27 +100,23 @@ def made(request: pytest.FixtureRequest) -> Callable[..., Mixing]:
     return lambda **more: request.param(**GOOD[request.param], **more)
 
 
-@pytest.mark.parametrize(
-    ("start", "stop"),
-    [([3, 0], [2, 5]), ([-1, 0], None), (None, [5, 6]), ([6, 0], None), (None, [-1, 5])],
-)
-def test_bounds_outside_the_sequence(made: Callable[..., Mixing], start: Any, stop: Any) -> None:
-    bounds = {
-        name: None if bound is None else torch.tensor(bound) for name, bound in (("start", start), ("stop", stop))
-    }
+@pytest.mark.parametrize("valid_range", [[[3, 2], [0, 5]], [[-1, 5], [0, 5]], [[0, 5], [0, 6]], [[6, 5], [0, 5]]])
+def test_a_valid_range_outside_the_sequence(made: Callable[..., Mixing], valid_range: list[list[int]]) -> None:
     with pytest.raises(UsageError, match="0 <= start <= stop <= 5"):
-        made(**bounds)
+        made(valid_range=torch.tensor(valid_range))
 
 
-@pytest.mark.parametrize("bound", [torch.zeros(B), torch.zeros(B + 1, dtype=torch.int64), torch.tensor(0)])
-def test_bounds_of_another_form(made: Callable[..., Mixing], bound: Tensor) -> None:
-    with pytest.raises(UsageError, match=r"\[batch\] = \[2\] of torch.int64"):
-        made(start=bound)
+@pytest.mark.parametrize(
+    "valid_range", [torch.zeros(B, 2), torch.zeros(B + 1, 2, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)]
+)
+def test_a_valid_range_of_another_form(made: Callable[..., Mixing], valid_range: Tensor) -> None:
+    with pytest.raises(UsageError, match=r"\[batch, 2\] = \[2, 2\] of torch.int64"):
+        made(valid_range=valid_range)
 
 
-def test_bounds_elsewhere(made: Callable[..., Mixing]) -> None:
+def test_a_valid_range_elsewhere(made: Callable[..., Mixing]) -> None:
     with pytest.raises(UsageError, match="one device"):
-        made(stop=torch.zeros(B, dtype=torch.int64, device="meta"))
+        made(valid_range=torch.zeros(B, 2, dtype=torch.int64, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -146,15 +142,15 @@ def test_a_block_with_a_step(made: Callable[..., Mixing]) -> None:
 def test_a_wrong_sign_where_nothing_counts_is_no_error() -> None:
     log_decay = -token(H)
     log_decay[0, 3:] = 1.0
-    SSDMixing(**{**GOOD[SSDMixing], "log_decay": log_decay}, stop=torch.tensor([3, 5]))
+    SSDMixing(**{**GOOD[SSDMixing], "log_decay": log_decay}, valid_range=torch.tensor([[0, 3], [0, 5]]))
     with pytest.raises(UsageError, match="wrong sign"):
-        SSDMixing(**{**GOOD[SSDMixing], "log_decay": log_decay}, stop=torch.tensor([4, 5]))
+        SSDMixing(**{**GOOD[SSDMixing], "log_decay": log_decay}, valid_range=torch.tensor([[0, 4], [0, 5]]))
 
 
 def test_fields_go_by_name_and_do_not_change(made: Callable[..., Mixing]) -> None:
     mixing = made()
     with pytest.raises(AttributeError):
-        mixing.start = torch.zeros(B)  # pyright: ignore[reportAttributeAccessIssue]
+        mixing.valid_range = torch.zeros(B)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TypeError):
         type(mixing)(None, None)  # pyright: ignore[reportCallIssue]
 

@@ -145,7 +145,7 @@ def test_what_does_not_count_leaks_nowhere(build: Build, case: str, bounds: str)
     """NaN in factors and values of tokens that do not count: results and gradients stay those of clean ones."""
     mixing = build(case, bounds=bounds)
     values = values_for(mixing, 3).requires_grad_()
-    counted = mixing.counted()
+    counted = mixing.valid_mask()
 
     def spoil(tensor: Tensor) -> Tensor:
         if tensor.shape[:2] != counted.shape:

@@ -25,20 +25,20 @@ CHUNK = 4
 ROW_DISTANCES = ("frobenius", "relative_frobenius", "cosine")
 DISTANCES = ("kl", "cross_entropy", *ROW_DISTANCES)
 Factors = dict[str, Tensor]
+WHOLE = torch.tensor([[0, TIME]] * BATCH)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def visible(window: int | None = None, causal: bool = True, start: Tensor | None = None, stop: Tensor | None = None):
+def visible(window: int | None = None, causal: bool = True, valid_range: Tensor | None = None):
     """Return the mask of columns visible to a row, bool [batch, 1, time, time]."""
     i, j = torch.arange(TIME)[:, None], torch.arange(TIME)[None]
     seen = (j <= i) if causal else torch.ones(TIME, TIME, dtype=torch.bool)
     if window is not None:
         seen = seen & (i - j < window)
-    first = torch.zeros(BATCH, dtype=torch.int64) if start is None else start
-    last = torch.full((BATCH,), TIME) if stop is None else stop
+    first, last = (WHOLE if valid_range is None else valid_range).unbind(1)
     for position in (i, j):
         inside = (position >= first[:, None, None]) & (position < last[:, None, None])
         seen = seen & inside
@@ -53,7 +53,7 @@ def softmax_logits(factors: Factors, *, scale: float, softcap: float | None = No
 
 def softmax_log(factors: Factors, **options: Any) -> Tensor:
     """Return log M [batch, heads, time, time], -inf where M is 0."""
-    cut = {name: options.pop(name, None) for name in ("window", "start", "stop")}
+    cut = {name: options.pop(name, None) for name in ("window", "valid_range")}
     seen = visible(causal=options.pop("causal", True), **cut)
     z = softmax_logits(factors, **options).masked_fill(~seen, -torch.inf)
     parts = [z.masked_fill(~seen.any(-1, keepdim=True), 0)]
@@ -66,7 +66,7 @@ def softmax_matrix(factors: Factors, **options: Any) -> Tensor:
     return softmax_log(factors, **options).exp()
 
 
-def ssd_matrix(factors: Factors, start: Tensor | None = None, stop: Tensor | None = None) -> Tensor:
+def ssd_matrix(factors: Factors, valid_range: Tensor | None = None) -> Tensor:
     heads, groups = factors["dt"].shape[2], factors["C"].shape[2]
     left, right = (factors[name].repeat_interleave(heads // groups, 2) for name in ("C", "B"))
     rows = []
@@ -81,7 +81,7 @@ def ssd_matrix(factors: Factors, start: Tensor | None = None, stop: Tensor | Non
             entry = between * (left[:, i] * right[:, j]).sum(-1) * factors["dt"][:, j]
             entries.append(entry + factors["D"] if i == j and "D" in factors else entry)
         rows.append(torch.stack(entries, -1))
-    return torch.stack(rows, 2).masked_fill(~visible(start=start, stop=stop), 0)
+    return torch.stack(rows, 2).masked_fill(~visible(valid_range=valid_range), 0)
 
 
 def make_softmax(seed: int, heads: int, key_heads: int, width: int, sinks: bool = False) -> Factors:
@@ -131,8 +131,8 @@ def head_weights(student: int, teacher: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-START, STOP = torch.tensor([0, 2, 5]), torch.tensor([TIME, TIME - 3, 6])
-PADDED = {"start": START, "stop": STOP}
+PADDED = {"valid_range": torch.tensor([[0, TIME], [2, TIME - 3], [5, 6]])}
+RIGHT_PADDED = {"valid_range": torch.tensor([[0, TIME], [0, TIME - 3], [0, 6]])}
 # name -> heads, key heads, sinks of the teacher; heads, key heads, sinks of the student; options of each.
 SOFTMAX_PAIRS: dict[str, tuple[tuple[int, int, bool], tuple[int, int, bool], dict[str, Any], dict[str, Any]]] = {
     "plain": ((2, 2, False), (2, 2, False), {}, {}),
@@ -147,7 +147,7 @@ SOFTMAX_PAIRS: dict[str, tuple[tuple[int, int, bool], tuple[int, int, bool], dic
         (2, 2, False),
         (2, 2, False),
         {"causal": False, "window": 4},
-        {"causal": False, **PADDED, "start": None},
+        {"causal": False, **RIGHT_PADDED},
     ),
 }
 
@@ -155,7 +155,7 @@ SOFTMAX_PAIRS: dict[str, tuple[tuple[int, int, bool], tuple[int, int, bool], dic
 def softmax_pair(name: str, dtype: torch.dtype) -> tuple[Mixing, Mixing, Tensor | None]:
     (heads, keys, sinks), (student_heads, student_keys, student_sinks), options, student_options = SOFTMAX_PAIRS[name]
     if name == "not causal":
-        options = {**options, "stop": STOP}
+        options = {**options, **RIGHT_PADDED}
     teacher = built(SoftmaxMixing, make_softmax(0, heads, keys, 5, sinks), dtype, True, scale=0.7, **options)
     factors = make_softmax(10, student_heads, student_keys, 3, student_sinks)
     student = built(SoftmaxMixing, factors, dtype, True, scale=1.1, **student_options)
@@ -219,11 +219,11 @@ def dense(mixing: Mixing) -> tuple[Tensor, Tensor | None, Factors]:
     """Return the matrix, its logarithm if it is a softmax, and the float64 leaves that both are made of."""
     leaves = {name: factor.detach().double().requires_grad_() for name, factor in mixing.factors.items()}
     if isinstance(mixing, SoftmaxMixing):
-        options = {name: getattr(mixing, name) for name in ("scale", "causal", "window", "softcap", "start", "stop")}
+        options = {name: getattr(mixing, name) for name in ("scale", "causal", "window", "softcap", "valid_range")}
         log = softmax_log(leaves, **options)
         return log.exp(), log, leaves
     if isinstance(mixing, SSDMixing):
-        return ssd_matrix(leaves, mixing.start, mixing.stop), None, leaves
+        return ssd_matrix(leaves, mixing.valid_range), None, leaves
     # Matrices of the other families have tests of their own.
     return dataclasses.replace(mixing, **leaves).dense(), None, leaves
 
@@ -257,7 +257,7 @@ def compare(
     target = matrix.detach() if head_map is None else torch.einsum("st,btij->bsij", head_map.double(), matrix.detach())
     entries, log, leaves = dense(student)
     rows = formula(distance, target, entries, log if distance in ("kl", "cross_entropy") else None)
-    keep = teacher.counted() & student.counted() & (True if mask is None else mask)
+    keep = teacher.valid_mask() & student.valid_mask() & (True if mask is None else mask)
     expected = reduced(rows, keep, reduction)
     upstream = torch.linspace(0.5, 2, expected.numel(), dtype=torch.float64).view(expected.shape)
     assert found.total.dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32)

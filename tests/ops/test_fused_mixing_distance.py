@@ -64,8 +64,7 @@ def ssd(seed: int, heads: int, groups: int, state: int, **settings: Any) -> SSDM
 
 
 def bounds(*pairs: tuple[int, int]) -> dict[str, Tensor]:
-    start, stop = torch.tensor(pairs).unbind(1)
-    return {"start": start, "stop": stop}
+    return {"valid_range": torch.tensor(pairs)}
 
 
 def mixture(student_heads: int, teacher_heads: int) -> Tensor:
@@ -78,10 +77,10 @@ def mixture(student_heads: int, teacher_heads: int) -> Tensor:
 def inside(mixing: Student) -> Tensor:
     """Mask of the pairs of valid tokens, bool [batch, 1, time, time]."""
     position = torch.arange(mixing.time)
-    low = torch.zeros(mixing.batch, dtype=torch.int64) if mixing.start is None else mixing.start
-    high = torch.full((mixing.batch,), mixing.time) if mixing.stop is None else mixing.stop
-    counted = (position >= low[:, None]) & (position < high[:, None])
-    return (counted[:, :, None] & counted[:, None, :])[:, None]
+    whole = torch.tensor([[0, mixing.time]] * mixing.batch)
+    low, high = (whole if mixing.valid_range is None else mixing.valid_range).unbind(1)
+    valid = (position >= low[:, None]) & (position < high[:, None])
+    return (valid[:, :, None] & valid[:, None, :])[:, None]
 
 
 def by_head(tensor: Tensor, heads: int) -> Tensor:
@@ -271,8 +270,8 @@ def test_single_tokens(student: Student) -> None:
 @pytest.mark.parametrize("student", [softmax(1, 2, 1, 16, time=19), ssd(1, 2, 1, 16, time=19)], ids=["softmax", "ssd"])
 def test_what_stands_in_padding_changes_nothing(student: Student) -> None:
     """The second sequence is padding alone: zeros everywhere, whatever the factors hold."""
-    span = bounds((3, 17), (5, 5))
-    teacher, student = softmax(0, 2, 1, 16, time=19, **span), dataclasses.replace(student, **span)
+    ranges = bounds((3, 17), (5, 5))
+    teacher, student = softmax(0, 2, 1, 16, time=19, **ranges), dataclasses.replace(student, **ranges)
     distance = "kl" if isinstance(student, SoftmaxMixing) else "cosine"
     padding = ~inside(student).any(-1).squeeze(1)
 
@@ -334,11 +333,11 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     from xarch_kd.kernels import mixing_distance as kernels
 
     teacher, student, other = softmax(0, 2, 1, 16, time=5), softmax(1, 2, 1, 16, time=5), ssd(1, 2, 1, 16, time=5)
-    span, settings = torch.tensor([[0, 5, 0, 5], [1, 4, 1, 4]], dtype=torch.int32), ([0.2, 0.3], [0.0, 3.0])
+    ranges, settings = torch.tensor([[0, 5, 0, 5], [1, 4, 1, 4]], dtype=torch.int32), ([0.2, 0.3], [0.0, 3.0])
     own = [factor.requires_grad_() for factor in student.factors.values()]
-    pair = (*own, *teacher.factors.values(), span, mixture(2, 2), *settings, [True, True], [0, 3])
+    pair = (*own, *teacher.factors.values(), ranges, mixture(2, 2), *settings, [True, True], [0, 3])
     factors = [factor.requires_grad_() for factor in other.factors.values()]
-    of_ssd = (*factors, *teacher.factors.values(), span, None, 0.3, 3.0, 0)
+    of_ssd = (*factors, *teacher.factors.values(), ranges, None, 0.3, 3.0, 0)
     return {
         "softmax_divergence": (kernels.softmax_divergence, (*pair, "kl", True)),
         "softmax_statistics": (kernels.softmax_statistics, pair),

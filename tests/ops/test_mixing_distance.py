@@ -168,7 +168,7 @@ def test_a_decay_that_leaves_little_keeps_its_gradient_in_float32() -> None:
 
 def test_what_uncounted_tokens_hold_does_not_matter() -> None:
     teacher, student, _ = ssd_pair("padded", torch.float64)
-    lost = ~(teacher.counted() & student.counted())
+    lost = ~(teacher.valid_mask() & student.valid_mask())
     head_map = head_weights(4, 6)
 
     def spoil(factor: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def test_what_uncounted_tokens_hold_does_not_matter() -> None:
         found.backward()
         for factor in spoiled.factors.values():
             assert factor.grad is not None and bool(torch.isfinite(factor.grad).all())
-            assert factor.grad.dim() == 1 or not bool(factor.grad[~spoiled.counted()].any())
+            assert factor.grad.dim() == 1 or not bool(factor.grad[~spoiled.valid_mask()].any())
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100, None])

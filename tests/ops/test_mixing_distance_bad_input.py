@@ -81,7 +81,8 @@ def test_devices_that_differ() -> None:
         mixing_distance(attention(), attention(), head_map=torch.eye(2, device="meta"))
 
 
-LATE = torch.tensor([0, 2, 1])
+LATE = torch.tensor([[0, TIME], [2, TIME], [1, TIME]])
+EARLY = torch.tensor([[0, 5], [0, 7], [0, 6]])
 NARROW: dict[str, Any] = {"window": 3}
 
 
@@ -94,8 +95,8 @@ NARROW: dict[str, Any] = {"window": 3}
         (attention(), attention(**NARROW), "a window of 3 in the student, of any length"),
         (attention(window=4), attention(**NARROW), "a window of 3 in the student, of 4"),
         (attention(causal=False), attention(), "a causal student"),
-        (attention(), attention(start=LATE), "starts later for the student"),
-        (attention(causal=False), attention(causal=False, stop=LATE + 5), "stops earlier for the student"),
+        (attention(), attention(valid_range=LATE), "starts later for the student"),
+        (attention(causal=False), attention(causal=False, valid_range=EARLY), "stops earlier for the student"),
     ],
 )
 def test_pairs_whose_logarithms_are_infinite(teacher: Mixing, student: Mixing, message: str, distance: str) -> None:
@@ -111,7 +112,9 @@ def test_pairs_that_only_look_infinite_have_a_distance() -> None:
     torch.testing.assert_close(wide, full, rtol=1e-12, atol=0)
     mask = torch.ones(BATCH, TIME, dtype=torch.bool)
     mask[1:] = False
-    late = mixing_distance(attention(), attention(seed=5, start=LATE), distance="kl", mask=mask, impl="streaming").total
+    late = mixing_distance(
+        attention(), attention(seed=5, valid_range=LATE), distance="kl", mask=mask, impl="streaming"
+    ).total
     alone = mixing_distance(attention(), attention(seed=5), distance="kl", mask=mask, impl="streaming").total
     torch.testing.assert_close(late, alone, rtol=1e-12, atol=0)
 
@@ -136,8 +139,7 @@ def test_kernels_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_no_row_that_counts(impl: str) -> None:
-    nothing = torch.zeros(BATCH, dtype=torch.int64)
-    student = state_space(start=nothing, stop=nothing)
+    student = state_space(valid_range=torch.zeros(BATCH, 2, dtype=torch.int64))
     with pytest.raises(UsageError, match="no token counts"):
         mixing_distance(attention(), student, distance="frobenius", impl=impl)
     found = mixing_distance(attention(), student, distance="frobenius", reduction="sum", impl=impl).total
@@ -150,8 +152,7 @@ def test_no_row_that_counts(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_sequence_that_does_not_count_changes_nothing(impl: str) -> None:
-    stop = torch.tensor([TIME, 0, TIME])
-    teacher, student = attention(), state_space(stop=stop)
+    teacher, student = attention(), state_space(valid_range=torch.tensor([[0, TIME], [0, 0], [0, TIME]]))
     found = mixing_distance(teacher, student, distance="frobenius", impl=impl, seed=0)
     found.total.backward()
     kept = torch.tensor([0, 2])

@@ -156,7 +156,7 @@ def relative_error(value: Tensor, expected: Tensor, counted: Tensor) -> float:
 def test_the_matrix_times_the_values_is_the_inner_output(name: str, padding: str, training: bool) -> None:
     mask = mask_of(padding)
     found = read(CASES[name], model_of(CASES[name]).train(training), mask)
-    counted = found.mixing.counted()
+    counted = found.mixing.valid_mask()
     assert counted.equal(torch.ones(2, TIME, dtype=torch.bool) if mask is None else mask.bool())
     for mixed in (found.by_entries, found.mixing.apply(found.values)):
         assert relative_error(found.seen(mixed), found.inner, counted) <= 3 * ERRORS[found.mixing.kind]
@@ -175,7 +175,7 @@ def test_gradients_reach_what_the_matrix_depends_on_and_nothing_else(name: str) 
 def test_gradients_are_those_of_the_mixer(name: str) -> None:
     found = read(CASES[name], model_of(CASES[name]), mask_of(paddings(name)[1]))
     probe = torch.randn(found.inner.shape, generator=torch.Generator().manual_seed(7))
-    probe = probe * found.mixing.counted()[..., None]
+    probe = probe * found.mixing.valid_mask()[..., None]
     names, parameters = zip(*found.mixer.named_parameters(), strict=True)
     through_mixer, through_matrix = (
         torch.autograd.grad((output * probe).sum(), parameters, retain_graph=True, materialize_grads=True)
@@ -192,7 +192,7 @@ def test_gradients_are_those_of_the_mixer(name: str) -> None:
 @torch.no_grad()
 def test_a_sequence_of_one_token(name: str) -> None:
     found = read(CASES[name], model_of(CASES[name]), None, time=1)
-    counted = found.mixing.counted()
+    counted = found.mixing.valid_mask()
     assert relative_error(found.seen(found.by_entries), found.inner, counted) <= 3 * ERRORS[found.mixing.kind]
 
 
@@ -204,7 +204,7 @@ def test_a_model_in_bfloat16(name: str) -> None:
     for factor in ("log_decay", "dt", "beta"):
         assert getattr(found.mixing, factor, torch.zeros(())).dtype == torch.float32
     # A rounding to 8 bits errs by 2^-9 at most; the mixers round a few times where the factors are kept in float32.
-    assert relative_error(found.seen(found.by_entries), found.inner, found.mixing.counted()) <= 4 * 2**-9
+    assert relative_error(found.seen(found.by_entries), found.inner, found.mixing.valid_mask()) <= 4 * 2**-9
 
 
 def test_every_reader_is_tested() -> None:
@@ -254,7 +254,7 @@ def test_the_bias_of_a_short_convolution_is_no_part_of_the_matrix(name: str) -> 
     found = read(CASES[name], model_of(CASES[name], conv_bias=True), mask_of("right"))
     row_scale = found.reading.projected["in_proj"].chunk(3, dim=-1)[1]
     mixed = found.seen(found.by_entries) + row_scale * found.mixer.get_parameter("conv.bias")
-    assert relative_error(mixed, found.inner, found.mixing.counted()) <= 3 * ERRORS["banded"]
+    assert relative_error(mixed, found.inner, found.mixing.valid_mask()) <= 3 * ERRORS["banded"]
 
 
 @torch.no_grad()

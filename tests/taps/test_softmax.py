@@ -147,7 +147,7 @@ def test_dense_equals_the_probabilities_of_eager_attention(case, training, mask,
         found = trace(layout, input_ids, attention_mask, taps=["mixing"], layers=layers)["mixing"]
     assert list(found) == layers and layers
     for layer, mixing in found.items():
-        rows = mixing.counted()[:, None, :, None]
+        rows = mixing.valid_mask()[:, None, :, None]
         # A score of width d is rounded in d sums of products, in either order, and a probability by its exponent.
         bound = 2 * EPSILON * (1 + largest_score(mixing))
         assert ((mixing.dense() - expected[layer]) * rows).abs().max().item() <= bound
@@ -176,7 +176,7 @@ def test_what_shapes_the_scores_is_in_the_mixing(build, input_ids):
     assert (gpt2.heads, gpt2.scale) == (4, 0.25)
     llama = first("llama")
     assert (llama.query.shape, llama.key.shape) == ((2, 13, 4, 16), (2, 13, 2, 16))
-    assert llama.start is None and llama.stop is None and llama.causal
+    assert llama.valid_range is None and llama.causal
 
 
 def test_a_window_as_long_as_the_sequence_is_none(build, input_ids):
@@ -187,8 +187,7 @@ def test_a_window_as_long_as_the_sequence_is_none(build, input_ids):
 def test_padding_bounds_the_tokens_that_count(build, input_ids):
     mask = right_padded(input_ids) * torch.tensor([[0, 0] + [1] * 11])
     mixing = first_mixing(build("llama"), input_ids, mask)
-    assert mixing.start is not None and mixing.start.tolist() == [2, 2]
-    assert mixing.stop is not None and mixing.stop.tolist() == [13, 9]
+    assert mixing.valid_range is not None and mixing.valid_range.tolist() == [[2, 13], [2, 9]]
 
 
 def test_a_sequence_of_padding_alone_has_no_rows(build, input_ids):

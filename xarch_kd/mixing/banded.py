@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.mixing.checks import check_bounds, check_factors, check_rank, check_shape
+from xarch_kd.mixing.checks import check_factors, check_rank, check_shape, check_valid_range
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +40,7 @@ class BandedMixing(Mixing):
         for name in ("row_scale", "column_scale"):
             if name in self.factors:
                 check_shape(self.kind, name, self.factors[name], "batch, time, channels", sizes)
-        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
+        check_valid_range(self.kind, self.valid_range, self.batch, self.time, self.device)
 
     @property
     def _scale(self) -> Tensor:
@@ -78,14 +78,14 @@ class BandedMixing(Mixing):
         dtype = torch.promote_types(self.dtype, values.dtype)
         values = values.to(dtype)
         if self.column_scale is not None:
-            values = values * self._kept(self.column_scale).to(dtype)[..., None]
+            values = values * self._zero_invalid(self.column_scale).to(dtype)[..., None]
         taps = self.taps.to(dtype)
         result = values * taps[:, 0, None]
         for back in range(1, min(self.taps.shape[1], self.time)):
             shifted = values[:, :-back] * taps[:, back, None]
             result = result + torch.nn.functional.pad(shifted, (0, 0, 0, 0, back, 0))
         if self.row_scale is not None:
-            result = result * self._kept(self.row_scale).to(dtype)[..., None]
+            result = result * self._zero_invalid(self.row_scale).to(dtype)[..., None]
         return result
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
@@ -96,8 +96,8 @@ class BandedMixing(Mixing):
         entries = self.taps.to(self.dtype)[:, back.clamp(0, kernel_size - 1)].masked_fill(~inside, 0)
         entries = entries.expand(self.batch, *entries.shape)
         if self.row_scale is not None:
-            entries = entries * self._kept(self.row_scale)[:, rows].to(self.dtype).transpose(1, 2)[..., None]
+            entries = entries * self._zero_invalid(self.row_scale)[:, rows].to(self.dtype).transpose(1, 2)[..., None]
         if self.column_scale is not None:
-            scale = self._kept(self.column_scale)[:, columns].to(self.dtype)
+            scale = self._zero_invalid(self.column_scale)[:, columns].to(self.dtype)
             entries = entries * scale.transpose(1, 2)[..., None, :]
         return entries

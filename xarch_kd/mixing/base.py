@@ -21,16 +21,15 @@ DENSE_LIMIT: Final = 1 << 26
 class Mixing(ABC):
     """Token-mixing matrices M, one per sequence and head, y = M v, stored as factors.
 
-    `start` and `stop` [batch] (int64) bound the tokens of each sequence that count, start <= t < stop; None means 0 and
-    the whole length. Every entry whose row or column does not count is 0, whatever the factors hold there.
+    `valid_range` [batch, 2] (int64) bounds the valid tokens of each sequence, start <= t < stop; None: all are valid.
+    Entries whose row or column is not valid are 0, whatever the factors hold there.
 
     Factors keep their dtype and their graph: `apply`, `block`, `row_sums` and `dense` are differentiable.
     """
 
     kind: ClassVar[str]
 
-    start: Tensor | None = None
-    stop: Tensor | None = None
+    valid_range: Tensor | None = None
 
     @property
     @abstractmethod
@@ -59,7 +58,7 @@ class Mixing(ABC):
         """
         self._check_values(values)
         with torch.autocast(self.device.type, enabled=False):
-            return self._kept(self._apply(self._kept(values))).to(values.dtype)
+            return self._zero_invalid(self._apply(self._zero_invalid(values))).to(values.dtype)
 
     def block(self, rows: slice, columns: slice) -> Tensor:
         """Return the entries [batch, heads, rows, columns] of M, in the accumulation dtype of the factors.
@@ -69,18 +68,18 @@ class Mixing(ABC):
         rows, columns = self._bounds(rows), self._bounds(columns)
         with torch.autocast(self.device.type, enabled=False):
             entries = self._block(rows, columns)
-        if self.start is None and self.stop is None:
+        if self.valid_range is None:
             return entries
-        counted = self.counted()
-        return entries.masked_fill(~(counted[:, None, rows, None] & counted[:, None, None, columns]), 0)
+        valid = self.valid_mask()
+        return entries.masked_fill(~(valid[:, None, rows, None] & valid[:, None, None, columns]), 0)
 
     @abstractmethod
     def _apply(self, values: Tensor) -> Tensor:
-        """Return M v for checked values, 0 at tokens that do not count; those rows of the result are ignored."""
+        """Return M v for checked values that are 0 where tokens are not valid; those rows may hold anything finite."""
 
     @abstractmethod
     def _block(self, rows: slice, columns: slice) -> Tensor:
-        """Return entries for slices inside the sequence; entries of tokens that do not count are ignored."""
+        """Return entries for slices with bounds inside the sequence; those that are not valid may hold anything."""
 
     def row_sums(self) -> Tensor:
         """Return Σ_j M_ij [batch, time, heads]."""
@@ -114,15 +113,12 @@ class Mixing(ABC):
         """Device of the factors."""
         return next(iter(self.factors.values())).device
 
-    def counted(self) -> Tensor:
-        """Return which tokens count, bool [batch, time]."""
+    def valid_mask(self) -> Tensor:
+        """Return the mask of valid tokens, bool [batch, time]."""
+        if self.valid_range is None:
+            return torch.ones(self.batch, self.time, dtype=torch.bool, device=self.device)
         position = torch.arange(self.time, device=self.device)
-        counted = torch.ones(self.batch, self.time, dtype=torch.bool, device=self.device)
-        if self.start is not None:
-            counted &= position >= self.start[:, None]
-        if self.stop is not None:
-            counted &= position < self.stop[:, None]
-        return counted
+        return (position >= self.valid_range[:, :1]) & (position < self.valid_range[:, 1:])
 
     def map_factors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the same mixing with `function` applied to each factor, e.g. `torch.Tensor.detach`."""
@@ -132,11 +128,11 @@ class Mixing(ABC):
         """Return the same mixing without the graph of its factors."""
         return self.map_factors(torch.Tensor.detach)
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        """Return tensor [batch, time, ...] with 0 at tokens that do not count."""
-        if self.start is None and self.stop is None:
+    def _zero_invalid(self, tensor: Tensor) -> Tensor:
+        """Return tensor [batch, time, ...] with 0 at tokens that are not valid."""
+        if self.valid_range is None:
             return tensor
-        return tensor.masked_fill(~self.counted().view(self.batch, self.time, *[1] * (tensor.dim() - 2)), 0)
+        return tensor.masked_fill(~self.valid_mask().view(self.batch, self.time, *[1] * (tensor.dim() - 2)), 0)
 
     def _bounds(self, part: slice) -> slice:
         start, stop, step = part.indices(self.time)

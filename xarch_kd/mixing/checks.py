@@ -75,31 +75,30 @@ def check_factors(kind: str, factors: Mapping[str, Tensor], sizes: tuple[int, in
             )
 
 
-def check_bounds(kind: str, start: Tensor | None, stop: Tensor | None, batch: int, time: int, device: object) -> None:
-    """Raise UsageError unless start and stop are int64 [batch] on the device.
+def check_valid_range(kind: str, valid_range: Tensor | None, batch: int, time: int, device: object) -> None:
+    """Raise UsageError unless the valid range is None or int64 [batch, 2] on the device.
 
-    On a CPU also unless 0 <= start <= stop <= time; elsewhere reading them would synchronize with the device.
+    On a CPU also unless 0 <= start <= stop <= time; elsewhere reading it would synchronize with the device.
     """
-    for name, bound in (("start", start), ("stop", stop)):
-        if bound is None:
-            continue
-        if bound.shape != (batch,) or bound.dtype != torch.int64:
-            raise UsageError(
-                f"'{name}' of a {kind} mixing does not fit.",
-                found=f"{list(bound.shape)} of {bound.dtype}",
-                allowed=f"[batch] = [{batch}] of torch.int64",
-            )
-        if bound.device != device:
-            raise UsageError(f"'{name}' and the factors are on one device.", found=bound.device, allowed=device)
-    first, last = start, stop
-    if (first is None and last is None) or str(device) != "cpu":
+    if valid_range is None:
         return
-    first = torch.zeros(batch, dtype=torch.int64) if first is None else first
-    last = torch.full((batch,), time) if last is None else last
-    if bool(((first < 0) | (first > last) | (last > time)).any()):
+    if valid_range.shape != (batch, 2) or valid_range.dtype != torch.int64:
         raise UsageError(
-            f"The tokens that count in a {kind} mixing do not lie in the sequence.",
-            found=f"start {first.tolist()}, stop {last.tolist()}",
+            f"The valid range of a {kind} mixing has another form.",
+            found=f"{list(valid_range.shape)} of {valid_range.dtype}",
+            allowed=f"[batch, 2] = [{batch}, 2] of torch.int64",
+        )
+    if valid_range.device != device:
+        raise UsageError(
+            "The valid range and the factors are not on one device.", found=valid_range.device, allowed=device
+        )
+    if str(device) != "cpu":
+        return
+    start, stop = valid_range.unbind(1)
+    if bool(((start < 0) | (start > stop) | (stop > time)).any()):
+        raise UsageError(
+            f"The valid range of a {kind} mixing is not inside the sequence.",
+            found=f"start {start.tolist()}, stop {stop.tolist()}",
             allowed=f"0 <= start <= stop <= {time}",
         )
 

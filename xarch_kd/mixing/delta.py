@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing.checks import (
-    check_bounds,
     check_decay,
     check_factors,
     check_rank,
     check_scale,
     check_shape,
     check_sign,
+    check_valid_range,
 )
 from xarch_kd.mixing.decay import TILE
 from xarch_kd.mixing.delta_rule import delta_rows, delta_segment
@@ -49,9 +49,9 @@ class DeltaMixing(QueryKeyMixing):
         if self.log_decay is not None:
             check_decay(self.kind, self.log_decay, tuple(self.query.shape))
         check_scale(self.kind, self.scale)
-        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
+        check_valid_range(self.kind, self.valid_range, self.batch, self.time, self.device)
         if self.log_decay is not None:
-            check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
+            check_sign(self.kind, "log_decay", self._zero_invalid(self.log_decay), negative=True)
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -71,7 +71,9 @@ class DeltaMixing(QueryKeyMixing):
         return delta_rows(*factors, rows, columns, size=CHUNK if factors[3].dim() == 3 else TILE)
 
     def _head_first(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return query (scaled), key, beta and log decay as [batch, heads, time, ...], 0 where tokens do not count."""
-        query, key, beta = (self._kept(factor).transpose(1, 2) for factor in (self.query, self.key, self.beta))
-        log_decay = torch.zeros_like(beta) if self.log_decay is None else self._kept(self.log_decay).transpose(1, 2)
+        """Return query (scaled), key, beta and log decay as [batch, heads, time, ...], 0 where tokens are not valid."""
+        query, key, beta = (self._zero_invalid(factor).transpose(1, 2) for factor in (self.query, self.key, self.beta))
+        log_decay = (
+            torch.zeros_like(beta) if self.log_decay is None else self._zero_invalid(self.log_decay).transpose(1, 2)
+        )
         return query.to(dtype) * self.scale, key.to(dtype), beta.to(dtype), log_decay

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing.checks import (
-    check_bounds,
     check_decay,
     check_divides,
     check_factors,
@@ -17,6 +16,7 @@ from xarch_kd.mixing.checks import (
     check_scale,
     check_shape,
     check_sign,
+    check_valid_range,
 )
 from xarch_kd.mixing.decay import (
     TILE,
@@ -61,9 +61,9 @@ class LinearMixing(QueryKeyMixing):
         if self.log_decay is not None:
             check_decay(self.kind, self.log_decay, tuple(self.query.shape))
         check_scale(self.kind, self.scale)
-        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
+        check_valid_range(self.kind, self.valid_range, self.batch, self.time, self.device)
         if self.log_decay is not None:
-            check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
+            check_sign(self.kind, "log_decay", self._zero_invalid(self.log_decay), negative=True)
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -80,11 +80,11 @@ class LinearMixing(QueryKeyMixing):
     def _plain_apply(self, values: Tensor) -> Tensor:
         """Return the unnormalized rows applied to values."""
         dtype = torch.promote_types(self.dtype, values.dtype)
-        query, key = (self._kept(factor).to(dtype).transpose(1, 2) for factor in (self.query, self.key))
+        query, key = (self._zero_invalid(factor).to(dtype).transpose(1, 2) for factor in (self.query, self.key))
         if self.log_decay is None:
             log_decay = query.new_zeros(self.batch, self.heads, self.time)
         else:
-            log_decay = self._kept(self.log_decay).transpose(1, 2)
+            log_decay = self._zero_invalid(self.log_decay).transpose(1, 2)
         size = TILE if log_decay.dim() == 4 else chunk_size(query.shape[-1] * values.shape[-1])
         inputs = values.to(dtype).transpose(1, 2)
         return scan(query * self.scale, key, log_decay, inputs, size=size).transpose(1, 2)
@@ -99,12 +99,12 @@ class LinearMixing(QueryKeyMixing):
         return entries / _divisor(self._plain_apply(ones)[:, rows].transpose(1, 2))
 
     def _plain_block(self, rows: slice, columns: slice) -> Tensor:
-        query = self._kept(self.query)[:, rows].to(self.dtype).transpose(1, 2) * self.scale
-        key = self._kept(self.key)[:, columns].to(self.dtype).transpose(1, 2)
+        query = self._zero_invalid(self.query)[:, rows].to(self.dtype).transpose(1, 2) * self.scale
+        key = self._zero_invalid(self.key)[:, columns].to(self.dtype).transpose(1, 2)
         causal = causal_pairs(rows, columns, self.device)
         if self.log_decay is None:
             return grouped_product(query, key, self.heads).masked_fill(~causal, 0)
-        sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)
+        sums = running_sum(self._zero_invalid(self.log_decay), 1).transpose(1, 2)
         if self.log_decay.dim() == 3:
             return scalar_pairs(query, key, sums[:, :, rows, None], sums[:, :, columns, None], causal)
         return decayed_entries(query, spread(key, self.heads), sums[:, :, rows], sums[:, :, columns], rows, columns)

@@ -28,7 +28,7 @@ class RowSoftmax(NamedTuple):
 class Pattern:
     """Logits and visibility of softmax attention for rows from `first` on, among `time` columns (see SoftmaxMixing).
 
-    `counted` [batch, time] is true for tokens that count; None means all.
+    `valid` [batch, time] bool is the mask of valid tokens; None: all are.
     """
 
     first: int
@@ -37,7 +37,7 @@ class Pattern:
     softcap: float | None
     causal: bool
     window: int | None
-    counted: Tensor | None
+    valid: Tensor | None
 
     def visible(self, rows: slice, columns: slice, device: torch.device) -> Tensor:
         """Return the mask of visible entries, bool [batch or 1, 1, rows, columns]."""
@@ -47,9 +47,9 @@ class Pattern:
         seen = column <= row if self.causal else torch.ones_like(column <= row)
         if self.window is not None:
             seen = seen & (row - column < self.window)
-        if self.counted is None:
+        if self.valid is None:
             return seen[None, None]
-        return seen & self.counted[:, None, here, None] & self.counted[:, None, None, columns]
+        return seen & self.valid[:, None, here, None] & self.valid[:, None, None, columns]
 
     def reach(self, rows: slice) -> slice:
         """Return the range of columns that are visible to any of these rows."""

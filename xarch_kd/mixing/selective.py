@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
+from xarch_kd.mixing.checks import check_divides, check_factors, check_rank, check_shape, check_sign, check_valid_range
 from xarch_kd.mixing.decay import TILE, decayed_entries, same_pairs, spread
 from xarch_kd.mixing.scan import scan
 
@@ -45,8 +45,8 @@ class SelectiveMixing(Mixing):
             check_shape(self.kind, "D", self.D, "channels", sizes[2:])
         if self.C.dim() == 4:
             check_divides(self.kind, self.C.shape[2], self.heads, "groups")
-        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
-        check_sign(self.kind, "dt", self._kept(self.dt), negative=False)
+        check_valid_range(self.kind, self.valid_range, self.batch, self.time, self.device)
+        check_sign(self.kind, "dt", self._zero_invalid(self.dt), negative=False)
         check_sign(self.kind, "A", self.A, negative=True)
 
     @property
@@ -74,7 +74,7 @@ class SelectiveMixing(Mixing):
         dtype = torch.promote_types(self.dtype, values.dtype)
         values = values.to(dtype)
         left, right = self._grouped(self.C).to(dtype), self._grouped(self.B).to(dtype)
-        dt = self._kept(self.dt).transpose(1, 2)
+        dt = self._zero_invalid(self.dt).transpose(1, 2)
         inputs = values.transpose(1, 2) * dt.to(dtype)[..., None]
         result = scan(left, right, dt, inputs, size=TILE, rate=self.A).transpose(1, 2)
         return result if self.D is None else result + self.D.to(dtype)[:, None] * values
@@ -82,7 +82,7 @@ class SelectiveMixing(Mixing):
     def _block(self, rows: slice, columns: slice) -> Tensor:
         left = spread(self._grouped(self.C)[:, :, rows], self.heads)
         right = spread(self._grouped(self.B)[:, :, columns], self.heads)
-        dt = self._kept(self.dt).transpose(1, 2)
+        dt = self._zero_invalid(self.dt).transpose(1, 2)
         right = right * dt[..., columns].to(self.dtype)[..., None]
         elapsed = dt.double().cumsum(-1)[..., None]
         sums = elapsed[:, :, rows], elapsed[:, :, columns]
@@ -93,5 +93,5 @@ class SelectiveMixing(Mixing):
 
     def _grouped(self, factor: Tensor) -> Tensor:
         """Return C or B as [batch, groups, time, state]."""
-        factor = self._kept(factor).to(self.dtype)
+        factor = self._zero_invalid(factor).to(self.dtype)
         return factor[:, None] if factor.dim() == 3 else factor.transpose(1, 2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xarch_kd.errors import UsageError
-from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_scale, check_shape
+from xarch_kd.mixing.checks import check_divides, check_factors, check_rank, check_scale, check_shape, check_valid_range
 from xarch_kd.mixing.decay import grouped_product, spread
 from xarch_kd.mixing.query_key import QueryKeyMixing
 from xarch_kd.mixing.row_softmax import Pattern, row_softmax
@@ -51,7 +51,7 @@ class SoftmaxMixing(QueryKeyMixing):
         if self.softcap is not None and not self.softcap > 0:
             raise UsageError("A softcap must be positive.", asked=self.softcap, allowed="> 0, or None for no cap")
         check_scale(self.kind, self.scale)
-        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
+        check_valid_range(self.kind, self.valid_range, self.batch, self.time, self.device)
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -64,9 +64,9 @@ class SoftmaxMixing(QueryKeyMixing):
         return self._pattern(rows).visible(slice(0, rows.stop - rows.start), columns, self.device)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """Return z [batch, heads, rows, columns], capped; −∞ for tokens that are not visible."""
-        query = self._kept(self.query)[:, rows].to(self.dtype).transpose(1, 2)
-        key = self._kept(self.key)[:, columns].to(self.dtype).transpose(1, 2)
+        """Return z [batch, heads, rows, columns], capped; −∞ where a token is not visible."""
+        query = self._zero_invalid(self.query)[:, rows].to(self.dtype).transpose(1, 2)
+        key = self._zero_invalid(self.key)[:, columns].to(self.dtype).transpose(1, 2)
         logits = grouped_product(query * self.scale, key, self.heads)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -83,8 +83,9 @@ class SoftmaxMixing(QueryKeyMixing):
         return row_softmax(query[:, :, rows], key, nothing, self.sinks, self._pattern(rows)).log_normalizer
 
     def _head_first(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return query and key [batch, heads, time, dim], 0 at tokens that do not count."""
-        return self._kept(self.query).to(dtype).transpose(1, 2), self._kept(self.key).to(dtype).transpose(1, 2)
+        """Return query and key [batch, heads, time, dim], 0 where tokens are not valid."""
+        query, key = (self._zero_invalid(factor).to(dtype).transpose(1, 2) for factor in (self.query, self.key))
+        return query, key
 
     def _pattern(self, rows: slice) -> Pattern:
         return Pattern(
@@ -94,7 +95,7 @@ class SoftmaxMixing(QueryKeyMixing):
             softcap=self.softcap,
             causal=self.causal,
             window=self.window,
-            counted=None if self.start is None and self.stop is None else self.counted(),
+            valid=None if self.valid_range is None else self.valid_mask(),
         )
 
     def _apply(self, values: Tensor) -> Tensor:
@@ -108,19 +109,19 @@ class SoftmaxMixing(QueryKeyMixing):
         return row_softmax(query, key, values, self.sinks, self._pattern(slice(0, self.time))).values.transpose(1, 2)
 
     def _plain(self, dtype: torch.dtype) -> bool:
-        """Return True if PyTorch's attention computes this without a mask or a time × time tensor."""
-        bounded = self.start is not None or self.stop is not None
+        """Return true if PyTorch's attention computes this without a mask or a time × time tensor."""
         windowed = self.window is not None and self.window < self.time
         # There is no GPU attention kernel for float64.
         fast = self.device.type == "cpu" or dtype != torch.float64
         extras = self.softcap is not None or self.sinks is not None
-        return fast and not extras and not windowed and (self.causal or not bounded)
+        return fast and not extras and not windowed and (self.causal or self.valid_range is None)
 
     def _by_sdpa(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        query, key = self._kept(self.query).to(dtype), self._kept(self.key).to(dtype)
-        if self.start is not None:
-            # Tokens before the start are rolled to the end, where no counted token attends to them.
-            query, key, values = (_rolled(tensor, self.start) for tensor in (query, key, values))
+        query, key = self._zero_invalid(self.query).to(dtype), self._zero_invalid(self.key).to(dtype)
+        start = None if self.valid_range is None else self.valid_range[:, 0]
+        if start is not None:
+            # Tokens before the start are rolled to the end, where no valid token attends to them.
+            query, key, values = (_rolled(tensor, start) for tensor in (query, key, values))
         key = spread(key.transpose(1, 2), self.heads)
         # Kernels need equal head dims, on GPUs a multiple of 8; otherwise PyTorch builds a time × time tensor.
         step = 1 if self.device.type == "cpu" else 8
@@ -131,7 +132,7 @@ class SoftmaxMixing(QueryKeyMixing):
         )
         result = functional.scaled_dot_product_attention(query, key, padded, is_causal=self.causal, scale=self.scale)
         result = result[..., : values.shape[-1]].transpose(1, 2)
-        return result if self.start is None else _rolled(result, -self.start)
+        return result if start is None else _rolled(result, -start)
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
         return (self.logits(rows, columns) - self.log_normalizer(rows)[..., None]).exp()

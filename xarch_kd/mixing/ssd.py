@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing.base import Mixing
-from xarch_kd.mixing.checks import check_bounds, check_divides, check_factors, check_rank, check_shape, check_sign
+from xarch_kd.mixing.checks import check_divides, check_factors, check_rank, check_shape, check_sign, check_valid_range
 from xarch_kd.mixing.decay import causal_pairs, running_sum, same_pairs, scalar_pairs
 from xarch_kd.mixing.scan import chunk_size, scan
 
@@ -44,8 +44,8 @@ class SSDMixing(Mixing):
         if self.D is not None:
             check_shape(self.kind, "D", self.D, "heads", sizes[2:])
         check_divides(self.kind, self.C.shape[2], self.heads, "groups")
-        check_bounds(self.kind, self.start, self.stop, self.batch, self.time, self.device)
-        check_sign(self.kind, "log_decay", self._kept(self.log_decay), negative=True)
+        check_valid_range(self.kind, self.valid_range, self.batch, self.time, self.device)
+        check_sign(self.kind, "log_decay", self._zero_invalid(self.log_decay), negative=True)
 
     @property
     def batch(self) -> int:
@@ -72,7 +72,7 @@ class SSDMixing(Mixing):
         dtype = torch.promote_types(self.dtype, values.dtype)
         values = values.to(dtype)
         left, right, log_decay, dt = (
-            self._kept(factor).transpose(1, 2) for factor in (self.C, self.B, self.log_decay, self.dt)
+            self._zero_invalid(factor).transpose(1, 2) for factor in (self.C, self.B, self.log_decay, self.dt)
         )
         size = chunk_size(left.shape[-1] * values.shape[-1])
         inputs = values.transpose(1, 2) * dt.to(dtype)[..., None]
@@ -80,11 +80,11 @@ class SSDMixing(Mixing):
         return result if self.D is None else result + self.D.to(dtype)[:, None] * values
 
     def _block(self, rows: slice, columns: slice) -> Tensor:
-        left = self._kept(self.C)[:, rows].to(self.dtype).transpose(1, 2)
-        right = self._kept(self.B)[:, columns].to(self.dtype).transpose(1, 2)
-        sums = running_sum(self._kept(self.log_decay), 1).transpose(1, 2)[..., None]
+        left = self._zero_invalid(self.C)[:, rows].to(self.dtype).transpose(1, 2)
+        right = self._zero_invalid(self.B)[:, columns].to(self.dtype).transpose(1, 2)
+        sums = running_sum(self._zero_invalid(self.log_decay), 1).transpose(1, 2)[..., None]
         causal = causal_pairs(rows, columns, self.device)
-        dt = self._kept(self.dt)[:, columns].to(self.dtype).transpose(1, 2)
+        dt = self._zero_invalid(self.dt)[:, columns].to(self.dtype).transpose(1, 2)
         entries = scalar_pairs(left, right, sums[:, :, rows], sums[:, :, columns], causal) * dt[..., None, :]
         if self.D is None:
             return entries

@@ -68,7 +68,7 @@ def check_inputs(
     if head_map is not None:
         _check_head_map(head_map, distance)
         head_map = head_map.detach().to(dtype)
-    keep = teacher.counted() & student.counted()
+    keep = teacher.valid_mask() & student.valid_mask()
     if mask is not None:
         keep = keep & mask
     if distance in OF_LOGARITHMS:
@@ -194,9 +194,9 @@ def _sees_all(teacher: SoftmaxMixing, student: SoftmaxMixing, keep: Tensor) -> I
         student.window is None or student.window >= window,
     )
     used = keep.any(1)
-    if student.start is not None:
-        start = 0 if teacher.start is None else teacher.start
-        yield "a sequence that starts later for the student", ~((student.start > start) & used).any()
-    if not teacher.causal and student.stop is not None:
-        end = teacher.time if teacher.stop is None else teacher.stop
-        yield "a sequence that stops earlier for the student", ~((student.stop < end) & used).any()
+    if student.valid_range is None:
+        return
+    start, stop = (0, teacher.time) if teacher.valid_range is None else teacher.valid_range.unbind(1)
+    yield "a sequence that starts later for the student", ~((student.valid_range[:, 0] > start) & used).any()
+    if not teacher.causal:
+        yield "a sequence that stops earlier for the student", ~((student.valid_range[:, 1] < stop) & used).any()

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.softmax import SoftmaxMixing
 from xarch_kd.ops import checks
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 # Arguments that change the scores in a way that SoftmaxMixing cannot represent.
 FOREIGN_ARGUMENTS = ("position_bias", "score_mod", "indices", "block_indices")
@@ -68,7 +68,6 @@ class AttentionCall:
                 found=f"an argument {foreign[0]}" if foreign else "more keys than queries: a cache or a prefix",
                 allowed="queries and keys of the same tokens, a softcap, sinks, a window",
             )
-        start, stop = (bound if bound is None else bound.to(self.query.device) for bound in span_of(attention_mask))
         scale = self.arguments.get("scaling")
         mixing = SoftmaxMixing(
             query=self.query.transpose(1, 2),
@@ -78,8 +77,7 @@ class AttentionCall:
             window=self._window(),
             softcap=self.arguments.get("softcap"),
             sinks=self.arguments.get("s_aux"),
-            start=start,
-            stop=stop,
+            valid_range=valid_range_of(attention_mask, self.query.device),
         )
         self._check_mask(mixing)
         return mixing
@@ -102,7 +100,7 @@ class AttentionCall:
         visible = mask if mask.dtype == torch.bool else mask >= 0
         rows = _three_rows(mixing)
         position = torch.arange(mixing.time, device=mixing.device)
-        expected = mixing.counted()[:, None, :].expand(-1, rows.shape[1], -1)
+        expected = mixing.valid_mask()[:, None, :].expand(-1, rows.shape[1], -1)
         if mixing.causal:
             expected = expected & (position <= rows[..., None])
         if mixing.window is not None:
@@ -110,7 +108,7 @@ class AttentionCall:
         found = visible.expand(mixing.batch, -1, -1, -1).gather(
             2, rows[:, None, :, None].expand(-1, visible.shape[1], -1, visible.shape[3])
         )
-        is_empty = ~mixing.counted().any(1)
+        is_empty = ~mixing.valid_mask().any(1)
         name = type(self.module).__name__
         checks.require(
             ((found == expected[:, None]) | is_empty[:, None, None, None]).all(),
@@ -125,10 +123,10 @@ class AttentionCall:
 
 
 def _three_rows(mixing: SoftmaxMixing) -> Tensor:
-    """Return the first, middle and last row that count, [batch, 3]."""
-    counted = mixing.counted()
-    number = counted.sum(1)
-    first = counted.int().argmax(1)
+    """Return the first, middle and last valid row, [batch, 3]."""
+    valid = mixing.valid_mask()
+    number = valid.sum(1)
+    first = valid.int().argmax(1)
     steps = torch.stack([torch.zeros_like(number), number // 2, (number - 1).clamp(min=0)], dim=1)
     return (first[:, None] + steps).clamp(max=mixing.time - 1)
 

@@ -43,25 +43,26 @@ def rows(
     frobenius pp − 2 pm + mm, relative_frobenius that over pp + ε, cosine 1 − pm / √((pp + ε)(mm + ε)). Gradients go to
     the student's factors. Call it where `obstacle` returns None.
     """
-    span = torch.stack([*_span(student), *_span(teacher)], 1).to(torch.int32)
+    ranges = torch.cat([_valid_range(student), _valid_range(teacher)], 1).to(torch.int32)
     with torch.autocast(student.device.type, enabled=False):
         if distance in DIVERGENCES:
             assert isinstance(student, SoftmaxMixing)
-            values = _divergence(teacher, student, distance, head_map, span)
+            values = _divergence(teacher, student, distance, head_map, ranges)
         else:
-            values = _distance(_statistics(teacher, student, head_map, span), distance, epsilon).float()
+            values = _distance(_statistics(teacher, student, head_map, ranges), distance, epsilon).float()
     values = values.transpose(1, 2)
-    return torch.where((teacher.counted() & student.counted())[..., None], values, 0.0)
+    return torch.where((teacher.valid_mask() & student.valid_mask())[..., None], values, 0.0)
 
 
 def _widths(mixing: SoftmaxMixing | SSDMixing) -> int:
     return (mixing.query if isinstance(mixing, SoftmaxMixing) else mixing.C).shape[-1]
 
 
-def _span(mixing: Mixing) -> tuple[Tensor, Tensor]:
-    start = torch.zeros(mixing.batch, dtype=torch.int64, device=mixing.device) if mixing.start is None else mixing.start
-    stop = torch.full_like(start, mixing.time) if mixing.stop is None else mixing.stop
-    return start.clamp(min=0), stop.clamp(max=mixing.time)
+def _valid_range(mixing: Mixing) -> Tensor:
+    """Return start and stop of each sequence, [batch, 2], inside the sequence."""
+    if mixing.valid_range is None:
+        return torch.tensor([0, mixing.time], device=mixing.device).expand(mixing.batch, 2)
+    return mixing.valid_range.clamp(min=0, max=mixing.time)
 
 
 def _alike(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,17 +82,17 @@ def _settings(student: SoftmaxMixing, teacher: SoftmaxMixing) -> tuple[list[floa
 
 
 def _divergence(
-    teacher: SoftmaxMixing, student: SoftmaxMixing, kind: str, head_map: Tensor | None, span: Tensor
+    teacher: SoftmaxMixing, student: SoftmaxMixing, kind: str, head_map: Tensor | None, ranges: Tensor
 ) -> Tensor:
     from xarch_kd.kernels import mixing_distance as kernels
 
     slopes = torch.is_grad_enabled() and student.query.requires_grad
     tensors = (*_alike(student.query, student.key), *_alike(teacher.query.detach(), teacher.key.detach()))
-    return kernels.softmax_divergence(*tensors, span, head_map, *_settings(student, teacher), kind, slopes)[0]
+    return kernels.softmax_divergence(*tensors, ranges, head_map, *_settings(student, teacher), kind, slopes)[0]
 
 
 def _statistics(
-    teacher: SoftmaxMixing, student: SoftmaxMixing | SSDMixing, head_map: Tensor | None, span: Tensor
+    teacher: SoftmaxMixing, student: SoftmaxMixing | SSDMixing, head_map: Tensor | None, ranges: Tensor
 ) -> Tensor:
     """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, student heads, time]."""
     from xarch_kd.kernels import mixing_distance as kernels
@@ -100,9 +101,9 @@ def _statistics(
     if isinstance(student, SSDMixing):
         factors = (*_alike(student.C, student.B), student.log_decay, student.dt, student.D)
         settings = (float(teacher.scale), float(teacher.softcap or 0.0), teacher.window or 0)
-        return kernels.ssd_statistics(*factors, *of_teacher, span, head_map, *settings)[0]
+        return kernels.ssd_statistics(*factors, *of_teacher, ranges, head_map, *settings)[0]
     tensors = (*_alike(student.query, student.key), *of_teacher)
-    return kernels.softmax_statistics(*tensors, span, head_map, *_settings(student, teacher))[0]
+    return kernels.softmax_statistics(*tensors, ranges, head_map, *_settings(student, teacher))[0]
 
 
 def _distance(statistics: Tensor, distance: str, epsilon: float) -> Tensor:

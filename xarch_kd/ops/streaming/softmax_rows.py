@@ -113,7 +113,7 @@ class SoftmaxRows:
 
     def _hide(self, logits: Tensor, rows: slice, columns: slice) -> None:
         mixing = self.mixing
-        plain = mixing.causal and mixing.window is None and mixing.start is None and mixing.stop is None
+        plain = mixing.causal and mixing.window is None and mixing.valid_range is None
         # Without windows and starts all columns left of the block's first row are visible.
         seen_by_all = min(rows.start, columns.stop) - columns.start if plain else 0
         row = torch.arange(rows.start, rows.stop, device=logits.device)[:, None]
@@ -121,15 +121,14 @@ class SoftmaxRows:
         hidden = (column > row) if mixing.causal else torch.zeros_like(row + column, dtype=torch.bool)
         if mixing.window is not None:
             hidden = hidden | (row - column >= mixing.window)
-        if mixing.start is not None:
-            hidden = hidden | (column < mixing.start[:, None, None, None])
-        if mixing.stop is not None:
-            hidden = hidden | (column >= mixing.stop[:, None, None, None])
+        if mixing.valid_range is not None:
+            start, stop = mixing.valid_range[:, :, None, None, None].unbind(1)
+            hidden = hidden | (column < start) | (column >= stop)
         logits[..., seen_by_all:].masked_fill_(hidden, UNSEEN)
 
 
 def _clean(mixing: SoftmaxMixing, factor: Tensor) -> Tensor:
     """Return the factor with 0 at tokens that do not count, which may hold anything."""
-    if mixing.start is None and mixing.stop is None:
+    if mixing.valid_range is None:
         return factor
-    return factor.masked_fill(~mixing.counted()[:, :, None, None], 0)
+    return factor.masked_fill(~mixing.valid_mask()[:, :, None, None], 0)

@@ -34,11 +34,11 @@ class SSDRows:
     def __init__(self, mixing: SSDMixing, dtype: torch.dtype, wanted: frozenset[str] = frozenset()) -> None:
         self.mixing, self.dtype = mixing, dtype
         factors = {name: factor.detach() for name, factor in mixing.factors.items()}
-        if mixing.start is not None or mixing.stop is not None:
-            counted = mixing.counted()
+        if mixing.valid_range is not None:
+            valid = mixing.valid_mask()
             for name in ("C", "B", "log_decay", "dt"):
                 factors[name] = factors[name].masked_fill(
-                    ~counted.view(*counted.shape, *[1] * (factors[name].dim() - 2)), 0
+                    ~valid.view(*valid.shape, *[1] * (factors[name].dim() - 2)), 0
                 )
         # [batch, groups, time, state] and [batch, groups, heads of a group, time].
         self.c, self.b = (factors[name].to(dtype).transpose(1, 2).contiguous() for name in ("C", "B"))
@@ -133,7 +133,7 @@ class SSDRows:
             "C": sums["C"].transpose(1, 2),
             "B": sums["B"].transpose(1, 2),
             "dt": sums["dt"].flatten(1, 2).transpose(1, 2),
-            "log_decay": steps.masked_fill(~self.mixing.counted()[:, :, None], 0),
+            "log_decay": steps.masked_fill(~self.mixing.valid_mask()[:, :, None], 0),
             "D": sums["D"],
         }
         return {name: results[name].to(self.dtype) for name in results if name in self.wanted}

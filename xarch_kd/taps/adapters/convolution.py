@@ -12,18 +12,16 @@ from torch import Tensor
 
 from xarch_kd.mixing.banded import BandedMixing
 from xarch_kd.taps.adapters.base import MixerAdapter
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> BandedMixing:
     column_scale, row_scale, _ = projected["in_proj"].chunk(3, dim=-1)
-    start, stop = span_of(attention_mask, row_scale.device)
     return BandedMixing(
         taps=mixer.conv.weight.squeeze(1).flip(-1),
         row_scale=row_scale,
         column_scale=column_scale,
-        start=start,
-        stop=stop,
+        valid_range=valid_range_of(attention_mask, row_scale.device),
     )
 
 

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from xarch_kd.mixing.delta import DeltaMixing
 from xarch_kd.taps.adapters.base import MixerAdapter
 from xarch_kd.taps.adapters.parts import accumulated, short_convolution, unit_length
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 Projected = Mapping[str, Tensor]
 
@@ -32,15 +32,13 @@ def _mixing(
     query_key = short_convolution(query_key, mixer.conv1d, ACT2FN[mixer.activation], channels)
     query, key = unit_length(rearrange(query_key, "b t (two h d) -> two b t h d", two=2, d=head_dim))
     served = beta.shape[-1] // query.shape[2]
-    start, stop = span_of(attention_mask, query.device)
     return DeltaMixing(
         query=repeat(query, "b t h d -> b t (h served) d", served=served),
         key=repeat(key, "b t h d -> b t (h served) d", served=served),
         beta=accumulated(beta),
         log_decay=log_decay,
         scale=head_dim**-0.5,
-        start=start,
-        stop=stop,
+        valid_range=valid_range_of(attention_mask, query.device),
     )
 
 

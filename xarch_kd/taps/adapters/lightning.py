@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xarch_kd.mixing.linear import LinearMixing
 from xarch_kd.taps.adapters.base import MixerAdapter
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 
 def _heads(mixer: Any, projected: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,13 +27,11 @@ def _heads(mixer: Any, projected: Mapping[str, Tensor]) -> tuple[Tensor, Tensor,
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> LinearMixing:
     query, key, _ = _heads(mixer, projected)
     batch, time = query.shape[:2]
-    start, stop = span_of(attention_mask, query.device)
     return LinearMixing(
         query=query,
         key=key,
         log_decay=repeat(-mixer.slope_rate.float(), "h 1 1 -> b t h", b=batch, t=time),
-        start=start,
-        stop=stop,
+        valid_range=valid_range_of(attention_mask, query.device),
     )
 
 

@@ -19,12 +19,13 @@ from xarch_kd.mixing.ssd import SSDMixing
 from xarch_kd.ops import checks
 from xarch_kd.taps.adapters.base import MixerAdapter
 from xarch_kd.taps.adapters.parts import accumulated, short_convolution
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> SSDMixing:
-    start, stop = span_of(attention_mask, projected["linear_x"].device)
-    if start is not None:
+    valid_range = valid_range_of(attention_mask, projected["linear_x"].device)
+    if valid_range is not None:
+        start = valid_range[:, 0]
         checks.require(
             ~(start > 0).any(),
             lambda: TapError(
@@ -48,8 +49,7 @@ def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor |
         log_decay=log_decay,
         dt=torch.where(is_first, 1.0, root) * accumulated(_gate(values, unit.input_gate_weight, unit.input_gate_bias)),
         D=None,
-        start=start,
-        stop=stop,
+        valid_range=valid_range,
     )
 
 

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from xarch_kd.mixing.selective import SelectiveMixing
 from xarch_kd.taps.adapters.base import MixerAdapter
 from xarch_kd.taps.adapters.parts import accumulated, short_convolution
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 
 def _build(mixer: Any, projected: Mapping[str, Tensor], attention_mask: Tensor | None) -> SelectiveMixing:
@@ -38,15 +38,13 @@ def selective_mixing(
     states]. `dt_proj`, `A_log` and `D` have these names in transformers and in mamba_ssm.
     """
     step = accumulated(functional.linear(rank, mixer.dt_proj.weight)) + accumulated(mixer.dt_proj.bias)
-    start, stop = span_of(attention_mask, rank.device)
     return SelectiveMixing(
         C=query,
         B=key,
         dt=functional.softplus(step),
         A=-torch.exp(accumulated(mixer.A_log)),
         D=mixer.D,
-        start=start,
-        stop=stop,
+        valid_range=valid_range_of(attention_mask, rank.device),
     )
 
 
@@ -68,15 +66,13 @@ def _build_in_heads(mixer: Any, projected: Mapping[str, Tensor], attention_mask:
     step = accumulated(einsum(rank, mixer.dt_proj_weight, "b t h r, h d r -> b t h d")) + accumulated(
         mixer.dt_proj_bias
     )
-    start, stop = span_of(attention_mask, rank.device)
     return SelectiveMixing(
         C=query,
         B=key,
         dt=rearrange(functional.softplus(step), "b t h d -> b t (h d)"),
         A=rearrange(-torch.exp(accumulated(mixer.A_log)), "h d n -> (h d) n"),
         D=rearrange(mixer.D, "h d -> (h d)"),
-        start=start,
-        stop=stop,
+        valid_range=valid_range_of(attention_mask, rank.device),
     )
 
 

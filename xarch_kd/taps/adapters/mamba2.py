@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from xarch_kd.mixing.ssd import SSDMixing
 from xarch_kd.taps.adapters.base import MixerAdapter
 from xarch_kd.taps.adapters.parts import accumulated, short_convolution
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 
 def _split(mixer: Any, projected: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,15 +58,13 @@ def ssd_mixing(
     """
     # Summed in float32 as the fused kernels do; the plain implementation rounds the step to the model's dtype.
     step = functional.softplus(accumulated(step) + accumulated(mixer.dt_bias)).clamp(*limit)
-    start, stop = span_of(attention_mask, step.device)
     return SSDMixing(
         C=query,
         B=key,
         log_decay=-torch.exp(accumulated(mixer.A_log)) * step,
         dt=step,
         D=mixer.D,
-        start=start,
-        stop=stop,
+        valid_range=valid_range_of(attention_mask, step.device),
     )
 
 

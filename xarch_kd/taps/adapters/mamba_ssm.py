@@ -21,7 +21,7 @@ from xarch_kd.taps.adapters.base import OWN_INPUT, MixerAdapter
 from xarch_kd.taps.adapters.mamba import selective_mixing
 from xarch_kd.taps.adapters.mamba2 import ssd_mixing
 from xarch_kd.taps.adapters.parts import short_convolution
-from xarch_kd.taps.span import span_of
+from xarch_kd.taps.valid_range import valid_range_of
 
 Projected = Mapping[str, Tensor]
 
@@ -87,15 +87,13 @@ def _build_attention(mixer: Any, projected: Projected, attention_mask: Tensor | 
     if mixer.rotary_emb_dim > 0:
         # With the mixer's own module, which may write into its input.
         query, pair = mixer.rotary_emb(query, pair.clone(), seqlen_offset=0, max_seqlen=None)
-    start, stop = span_of(attention_mask, query.device)
     scale = mixer.softmax_scale
     return SoftmaxMixing(
         query=query,
         key=pair[:, :, 0],
         scale=mixer.head_dim**-0.5 if scale is None else scale,
         causal=mixer.causal,
-        start=start,
-        stop=stop,
+        valid_range=valid_range_of(attention_mask, query.device),
     )
 
 
