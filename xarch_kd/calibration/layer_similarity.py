@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from xarch_kd.data.rows import select_rows
 from xarch_kd.errors import DataError
 from xarch_kd.ops.similarity import LayerSimilarity
 from xarch_kd.planning.layer_maps import entry_key
@@ -61,8 +62,7 @@ def chosen_rows(plan: Plan, rows: Tensor) -> Tensor:
             allowed=f"at least {FEWEST_ROWS} rows",
             fix="give more text or a smaller data.sequence_length, or use a strategy that needs no calibration",
         )
-    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(plan.mapping.seed))
-    return rows[order[:count]]
+    return select_rows(rows, count, seed=plan.mapping.seed)
 
 
 @torch.no_grad()

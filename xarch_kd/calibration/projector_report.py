@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xarch_kd.calibration.initialize import observations
 from xarch_kd.data.batches import Batch
+from xarch_kd.data.rows import select_rows
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import write_text
 from xarch_kd.mapping_file.objectives import AttentionBridge
@@ -135,8 +136,7 @@ def halves(rows: Tensor, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     They are the last in the order of which calibration takes the first, so that with enough text no closed form was
     fitted to them.
     """
-    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
-    chosen = rows[order[-max(2, tokens // rows.shape[1]) :]]
+    chosen = select_rows(rows, max(2, tokens // rows.shape[1]), seed=seed, from_end=True)
     return chosen[1::2], chosen[::2]
 
 

@@ -55,6 +55,15 @@ def pack(
     return torch.tensor(tokens[: rows * length], dtype=torch.int64).view(rows, length)
 
 
+def select_rows(rows: torch.Tensor, count: int, *, seed: int, from_end: bool = False) -> torch.Tensor:
+    """Return `count` rows, or all if there are fewer, in the order that the seed gives.
+
+    The last rows of that order with `from_end`: with enough text they are other rows than the first ones.
+    """
+    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
+    return rows[order[-count:] if from_end else order[:count]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchOrder:
     """Rows of each micro-batch of a stage, a pure function of (seed, stage, index).

@@ -6,7 +6,6 @@ import math
 import time
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from xarch_kd.calibration.initialize import prepare, tokens_to_prepare
 from xarch_kd.calibration.layer_similarity import measure_similarities
 from xarch_kd.data.batches import Batch
+from xarch_kd.data.rows import select_rows
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import write_tensors
 from xarch_kd.job.models import RunModels, load_models, load_run_tokenizer
@@ -90,7 +90,7 @@ def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Tensor, 
         aligner.load_trained_state(start, student=False)
         return
     began = time.perf_counter()
-    chosen = calibration_rows(rows, wanted, seed=plan.mapping.seed)
+    chosen = select_rows(rows, max(1, math.ceil(wanted / rows.shape[1])), seed=plan.mapping.seed)
     with reporter.work(f"stage {stage.stage.name}: calibrating", chosen.numel(), "tokens") as work:
         parts = work.track(chosen.split(stage.batch_size), lambda part: part.numel())
         notices = prepare(aligner, (Batch(input_ids=part, origin="calibration text") for part in parts))
@@ -100,12 +100,6 @@ def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Tensor, 
     reporter.line(
         f"stage {stage.stage.name}: fitted to {chosen.numel():,} tokens in {time.perf_counter() - began:.1f} s"
     )
-
-
-def calibration_rows(rows: Tensor, tokens: int, *, seed: int) -> Tensor:
-    """Return rows of training text with about `tokens` tokens, in an order drawn from the seed."""
-    order = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(seed))
-    return rows[order[: max(1, math.ceil(tokens / rows.shape[1]))]]
 
 
 def report_maps(stage: StagePlan, aligner: Aligner, folder: RunFolder, reporter: Reporter) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xarch_kd.errors import TapError, UsageError
-from xarch_kd.mapping_file.objectives import MIXER_TAPS
 from xarch_kd.mapping_file.schema import Data, Stage
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
+from xarch_kd.planning.block_inputs import block_input, runs_mixers_alone
 from xarch_kd.planning.cost import BYTES, Rates, Work, stage_cost
 from xarch_kd.planning.mixing_sizes import mixing_size
 from xarch_kd.planning.models import ModelHandle, ModelPair
@@ -17,8 +17,7 @@ from xarch_kd.planning.pairs import align_pairs
 from xarch_kd.planning.plan import PairPlan, StagePlan
 from xarch_kd.planning.problems import Diagnostics, one_line
 from xarch_kd.taps.layout import trainable_names
-
-Site = tuple[str, int | None]
+from xarch_kd.taps.sites import Site
 
 
 def stage_plan(
@@ -132,7 +131,7 @@ def _work(resolved: _Resolved, models: ModelPair) -> Work:
         teacher_blocks=max((_blocks_run(site, models.teacher.depth) for site in sites), default=0),
         teacher_passes=resolved.distinct if resolved.is_cached else resolved.micro_batches,
         student_blocks=_student_blocks(stage, pairs, models.student.depth),
-        mixers_alone=_mixers_alone(stage, pairs),
+        mixers_alone=runs_mixers_alone(stage, (pair.tap for pair in pairs)),
         student_passes=resolved.micro_batches,
         trainable=frozenset(resolved.trainable),
         projector_parameters=sum(pair.projector_parameters for pair in pairs),
@@ -231,24 +230,14 @@ def _reach(stage: Stage, pair: PairPlan, models: ModelPair) -> set[str]:
     return models.student.reached(pair.tap, pair.student_layer, alone=stage.inputs == "teacher")
 
 
-def _mixers_alone(stage: Stage, pairs: Sequence[PairPlan]) -> bool:
-    """Return True if only the student's mixers run: nothing else is matched or trained."""
-    alone = {pair.tap for pair in pairs} <= MIXER_TAPS and set(stage.train) == {"mixers"}
-    return stage.inputs == "teacher" and alone
-
-
 def _teacher_sites(stage: Stage, pairs: Sequence[PairPlan]) -> tuple[Site, ...]:
     """Return what is read of the teacher: the targets, and what the student's blocks or mixers are fed."""
-    sites: dict[Site, None] = {(pair.tap, pair.teacher_layer): None for pair in pairs}
+    sites = {Site(pair.tap, pair.teacher_layer): None for pair in pairs}
     for pair in pairs if stage.inputs == "teacher" else ():
-        same_block = [other for other in pairs if other.student_layer == pair.student_layer]
-        layer = pair.teacher_layer or 0
-        if _mixers_alone(stage, same_block):
-            sites["mixer_input", layer] = None
-        else:
-            sites[("hidden", layer - 1) if layer else ("embedding", None)] = None
+        taps = [other.tap for other in pairs if other.student_layer == pair.student_layer]
+        sites[block_input(stage, taps, pair.teacher_layer)] = None
     if stage.tokens is not None:
-        sites["head_input", None] = None
+        sites[Site("head_input", None)] = None
     return tuple(sites)
 
 
@@ -265,7 +254,7 @@ def _student_blocks(stage: Stage, pairs: Sequence[PairPlan], depth: int) -> tupl
         return tuple(sorted({pair.student_layer for pair in pairs if pair.student_layer is not None}))
     if stage.tokens is not None:
         return tuple(range(depth))
-    return tuple(range(max(_blocks_run((pair.tap, pair.student_layer), depth) for pair in pairs)))
+    return tuple(range(max(_blocks_run(Site(pair.tap, pair.student_layer), depth) for pair in pairs)))
 
 
 def _cache_fits(resolved: _Resolved, needed: int, diagnostics: Diagnostics) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from xarch_kd.data.batches import Batch
-from xarch_kd.mapping_file.objectives import MIXER_TAPS
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.objectives.alignment import ActivePair
 from xarch_kd.objectives.base import tensor
+from xarch_kd.planning.block_inputs import block_input
 from xarch_kd.taps.layout import Layout
 from xarch_kd.taps.replay import block_calls, read_block, read_mixer
 from xarch_kd.taps.sites import Site
@@ -22,16 +22,8 @@ StudentFeatures = Mapping[Site, Feature]
 
 def block_input_site(stage: Stage, active_pairs: Sequence[ActivePair], pair: ActivePair) -> Site:
     """Return the teacher's site whose feature is the input of a pair's student block under `inputs: teacher`."""
-    layer = pair.site.layer or 0
-    if _mixer_alone(stage, active_pairs, pair.student_layer):
-        return Site("mixer_input", layer)
-    return Site("hidden", layer - 1) if layer else Site("embedding", None)
-
-
-def _mixer_alone(stage: Stage, active_pairs: Sequence[ActivePair], student_layer: int | None) -> bool:
-    """Return whether the mixer alone need run: only its own taps are matched and nothing around it trains."""
-    taps = {pair.site.tap for pair in active_pairs if pair.student_layer == student_layer}
-    return taps <= MIXER_TAPS and set(stage.train) == {"mixers"}
+    taps = (other.site.tap for other in active_pairs if other.student_layer == pair.student_layer)
+    return block_input(stage, taps, pair.site.layer)
 
 
 def traced(layout: Layout, stage: Stage, active_pairs: Sequence[ActivePair], batch: Batch) -> StudentFeatures:
