@@ -6,9 +6,9 @@ import torch
 
 from xarch_kd.taps.families import FAMILIES
 
-# An RWKV has no reader.
+# An RWKV has no adapter.
 READABLE = [family for family in FAMILIES if family != "rwkv"]
-# One family a way of reading: attention, and each reader of a recurrent mixer.
+# One family per kind of tap: attention, and each adapter of a recurrent mixer.
 HYBRIDS = ("bamba", "qwen3_5_text", "kimi_linear", "jamba", "recurrent_gemma", "minimax", "lfm3", "zamba2")
 
 

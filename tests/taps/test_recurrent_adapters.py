@@ -1,4 +1,4 @@
-"""The matrix that a reader makes of a real mixer, times what it mixes, is what the mixer computed; gradients too."""
+"""The matrix that an adapter builds, times its values, is what the real mixer computed; gradients too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from xarch_kd.errors import TapError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.adapters import ADAPTERS
-from xarch_kd.testing.recurrent import Reading, read_mixer, recurrent_model
+from xarch_kd.testing.recurrent import Recorded, read_mixer, recurrent_model
 from xarch_kd.testing.tiny import VOCABULARY
 
 TIME = 37
@@ -96,11 +96,11 @@ CASES = {
 READS_PADDING = ("recurrent_gemma",)
 
 
-class Read(NamedTuple):
+class Built(NamedTuple):
     """A mixer of a model, what was read of it in one pass, and what it makes of M v where its inner output is seen."""
 
     mixer: nn.Module
-    reading: Reading
+    recorded: Recorded
     mixing: Mixing
     values: Tensor
     gate: Tensor | None
@@ -115,21 +115,21 @@ class Read(NamedTuple):
 
     @property
     def inner(self) -> Tensor:
-        return self.reading.inner.reshape(self.seen(self.values).shape)
+        return self.recorded.inner.reshape(self.seen(self.values).shape)
 
 
 def model_of(case: Case, **overrides: Any) -> PreTrainedModel:
     return recurrent_model(case.model_type, **{**case.overrides, **overrides})
 
 
-def read(case: Case, model: PreTrainedModel, mask: Tensor | None, time: int = TIME) -> Read:
-    reader = ADAPTERS[case.mixer]
+def read(case: Case, model: PreTrainedModel, mask: Tensor | None, time: int = TIME) -> Built:
+    adapter = ADAPTERS[case.mixer]
     mixer = next(module for module in model.modules() if type(module).__name__ == case.mixer)
     ids = torch.randint(1, VOCABULARY, (2, time), generator=torch.Generator().manual_seed(5))
-    reading = read_mixer(model, mixer, reader.projections, case.inner, ids, mask)
-    mixing = reader.build(mixer, reading.projected, mask)
-    values = reader.values(mixer, reading.projected, mask)
-    return Read(mixer, reading, mixing, values, case.gate and case.gate(mixer, reading.projected))
+    recorded = read_mixer(model, mixer, adapter.projections, case.inner, ids, mask)
+    mixing = adapter.build(mixer, recorded.projected, mask)
+    values = adapter.values(mixer, recorded.projected, mask)
+    return Built(mixer, recorded, mixing, values, case.gate and case.gate(mixer, recorded.projected))
 
 
 def mask_of(padding: str) -> Tensor | None:
@@ -218,7 +218,7 @@ def test_what_padding_holds_is_no_part_of_the_matrix(name: str) -> None:
     assert mask is not None
     found = read(case, model_of(case), mask)
     changed = {
-        path: torch.where(mask[..., None] == 1, projected, 7.0) for path, projected in found.reading.projected.items()
+        path: torch.where(mask[..., None] == 1, projected, 7.0) for path, projected in found.recorded.projected.items()
     }
     assert ADAPTERS[case.mixer].build(found.mixer, changed, mask).dense().equal(found.mixing.dense())
 
@@ -252,7 +252,7 @@ def test_a_mixer_that_reads_padding_as_tokens_takes_none_on_the_left() -> None:
 @torch.no_grad()
 def test_the_bias_of_a_short_convolution_is_no_part_of_the_matrix(name: str) -> None:
     found = read(CASES[name], model_of(CASES[name], conv_bias=True), mask_of("right"))
-    row_scale = found.reading.projected["in_proj"].chunk(3, dim=-1)[1]
+    row_scale = found.recorded.projected["in_proj"].chunk(3, dim=-1)[1]
     mixed = found.seen(found.by_entries) + row_scale * found.mixer.get_parameter("conv.bias")
     assert relative_error(mixed, found.inner, found.mixing.valid_mask()) <= 3 * ERRORS["banded"]
 

@@ -77,7 +77,7 @@ def test_a_layer_out_of_range_is_refused(layer, build, input_ids):
 
 @pytest.mark.parametrize(("taps", "layers"), [([], None), (["hidden"], [])])
 def test_asking_for_nothing_is_refused(taps, layers, build, input_ids):
-    with pytest.raises(UsageError, match="Nothing was asked for"):
+    with pytest.raises(UsageError, match="No site was requested"):
         trace(build("llama"), input_ids, taps=taps, layers=layers)
 
 

@@ -20,9 +20,7 @@ EXTRAS = {
     "gguf": {"gguf": "gguf"},
     "mamba": {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"},
     "data": {"datasets": "datasets"},
-    "report": {"matplotlib": "matplotlib"},
-    "eval": {"lm-eval": "lm_eval", "sacrebleu": "sacrebleu", "rouge-score": "rouge_score"},
-    "bench": {"liger-kernel": "liger_kernel", "trl": "trl"},
+    "bench": {"liger-kernel": "liger_kernel", "matplotlib": "matplotlib", "trl": "trl"},
 }
 
 

@@ -1,9 +1,13 @@
-"""The student's model card: where it comes from, the mapping file verbatim, what was measured."""
+"""The student's model card: its origin, the mapping file verbatim, and the measured figures."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
+
+from huggingface_hub import ModelCard, ModelCardData
 
 import xarch_kd
 from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
@@ -13,13 +17,16 @@ from xarch_kd.models.loading.licence import licence_of
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.folder import RunFolder
 
-TEMPLATE = """---
-{front}---
+HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Of Jinja: {{ card_data }} is the metadata as YAML, the other names are values of `card`.
+TEMPLATE: Final = """---
+{{ card_data }}
+---
 
-# {title}
+# {{ title }}
 
-A {student_type} student distilled from the Transformer `{teacher}` with xarch_kd {version}.
-{change}
+A {{ student.model_type }} student distilled from the Transformer `{{ teacher.reference }}` with xarch_kd {{ version }}.
+{{ change }}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,74 +34,78 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 student = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
-No code comes with this checkpoint: it is a stock `{student_type}` model of transformers.
+No code comes with this checkpoint: it is a stock `{{ student.model_type }}` model of transformers.
 
 | | teacher | student |
 |---|---|---|
-| reference | `{teacher}`{revision} | this folder |
-| type | {teacher_type} | {student_type} |
-| parameters | {teacher_parameters:,} | {student_parameters:,} |
-| licence | {licence} | the teacher's applies to what was inherited |
+| reference | `{{ teacher.reference }}`{% if revision %}, revision `{{ revision }}`{% endif %} | this folder |
+| type | {{ teacher.model_type }} | {{ student.model_type }} |
+| parameters | {{ "{:,}".format(teacher.parameters) }} | {{ "{:,}".format(student.parameters) }} |
+| licence | {{ licence or "not stated by the teacher's checkpoint" }} | the teacher's applies to what was inherited |
 
 ## Measured
 
-{figures}
+{{ figures }}
 
 ## Training
 
-{stages}
-{projectors}
-Data: {data}. The figures of every step are in the run's `events.jsonl`.
+{% for stage in stages -%}
+- `{{ stage.stage.name }}`: {{ stage.stage.steps }} steps, {{ "{:,}".format(stage.tokens) }} tokens,
+  {{ "{:,}".format(stage.trainable_parameters) }} parameters trained
+{% endfor %}
+{%- for warning in warnings %}
+Warning of {{ warning }}
+{% endfor %}
+Data: {{ data }}. The figures of every step are in the run's `events.jsonl`.
 
 ## Mapping file
 
 ```yaml
-{mapping}
+{{ mapping }}
 ```
 """
 
 
 def write_card(plan: Plan, folder: RunFolder) -> None:
-    """Write `student/README.md` from the plan and what the run measured, of it and of its projectors."""
+    """Write `student/README.md` from the plan, the evaluation of the run and the reports on its projectors."""
     reports = read_reports(folder.projector_reports) if folder.projector_reports.is_file() else ()
     write_text(folder.student / "README.md", card(plan, folder.evaluation, reports))
 
 
 def card(plan: Plan, evaluation: Path, reports: Sequence[ProjectorReport] = ()) -> str:
-    """Return the text of the model card; of the projectors it holds what they are warned of."""
-    teacher, student = plan.teacher, plan.student
-    replaced = [str(row.index) for row in student.layers if row.replaced]
+    """Return the text of the model card, with the warnings of `reports` on the projectors."""
+    teacher = plan.teacher
+    replaced = [str(row.index) for row in plan.student.layers if row.replaced]
     licence = licence_of(teacher.reference, plan.mapping.teacher.revision)
-    front = ["library_name: transformers", "tags: [distillation, xarch_kd]"]
-    if licence:
-        front.append(f"license: {licence}")
-    return TEMPLATE.format(
-        front="".join(f"{line}\n" for line in front),
+    is_on_hub = HUB_ID.fullmatch(teacher.reference) is not None and not Path(teacher.reference).exists()
+    data = plan.mapping.data
+    made = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            license=licence,
+            base_model=teacher.reference if is_on_hub else None,
+            tags=["distillation", "xarch_kd"],
+        ),
+        template_str=TEMPLATE,
         title=folder_title(plan),
-        student_type=student.model_type,
-        teacher=teacher.reference,
-        teacher_type=teacher.model_type,
+        student=plan.student,
+        teacher=teacher,
         version=xarch_kd.__version__,
         change=(
-            f"The attention of {len(replaced)} of {len(student.layers)} blocks ({', '.join(replaced)}) was replaced by "
-            "state-space mixers."
+            f"The attention of {len(replaced)} of {len(plan.student.layers)} blocks ({', '.join(replaced)}) was "
+            "replaced by new mixers."
             if replaced
             else "The student's mixers were not made from the teacher's."
         ),
-        revision=f", revision `{plan.mapping.teacher.revision}`" if plan.mapping.teacher.revision else "",
-        teacher_parameters=teacher.parameters,
-        student_parameters=student.parameters,
-        licence=licence or "not stated by the teacher's checkpoint",
+        revision=plan.mapping.teacher.revision,
+        licence=licence,
         figures=_figures(evaluation),
-        stages="\n".join(
-            f"- `{stage.stage.name}`: {stage.stage.steps} steps, {stage.tokens:,} tokens, "
-            f"{stage.trainable_parameters:,} parameters trained"
-            for stage in plan.stages
-        ),
-        projectors="".join(f"\nWarning of {warning}\n" for warning in warnings_of(reports)),
-        data=plan.mapping.data.builtin or plan.mapping.data.dataset or ", ".join(plan.mapping.data.files or ()),
+        stages=plan.stages,
+        warnings=list(warnings_of(reports)),
+        data=data.builtin or data.dataset or ", ".join(data.files or ()),
         mapping=plan.source.rstrip(),
     )
+    return f"{made}\n"
 
 
 def folder_title(plan: Plan) -> str:

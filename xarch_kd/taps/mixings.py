@@ -39,15 +39,15 @@ def mixing_tap(layout: Layout, layer: int, taps: Collection[str] = ("mixing",)) 
     """
     asked = " and ".join(taps)
     block, mixer = layout.blocks[layer], layout.mixers[layer]
-    reader = adapter_of(mixer)
-    if reader is not None:
-        return RecurrentTap(block, mixer, reader)
+    adapter = adapter_of(mixer)
+    if adapter is not None:
+        return RecurrentTap(block, mixer, adapter)
     if layout.mixer_kinds[layer] != "attention":
         raise TapError(
-            f"The mixing matrix of {type(eager_module(mixer)).__name__} cannot be read: its class has no reader.",
+            f"The mixing matrix of {type(eager_module(mixer)).__name__} cannot be built: its class has no adapter.",
             asked=f"{asked} of block {layer}",
             allowed=f"softmax attention, {', '.join(sorted(ADAPTERS))}",
-            fix="leave its layer out, or read mixer_output instead",
+            fix="leave its layer out, or use mixer_output instead",
         )
     if not calls_attention_interface(mixer):
         raise never_called(mixer, asked)
@@ -57,7 +57,7 @@ def mixing_tap(layout: Layout, layer: int, taps: Collection[str] = ("mixing",)) 
 def adapter_of(mixer: nn.Module) -> MixerAdapter | None:
     """Return the adapter of a mixer, by the name of its class or a base class; None for attention of transformers."""
     inner = eager_module(mixer)
-    foreign = (reader for name, reader in MAMBA_SSM_ADAPTERS.items() if is_of_mamba_ssm(inner, name))
+    foreign = (adapter for name, adapter in MAMBA_SSM_ADAPTERS.items() if is_of_mamba_ssm(inner, name))
     names = (parent.__name__ for parent in type(inner).__mro__)
     return next(foreign, None) or next((ADAPTERS[name] for name in names if name in ADAPTERS), None)
 
@@ -119,16 +119,16 @@ class SoftmaxTap:
 class RecurrentTap:
     """Tap that records the outputs of a recurrent mixer's projections while its block runs."""
 
-    def __init__(self, block: nn.Module, mixer: nn.Module, reader: MixerAdapter) -> None:
+    def __init__(self, block: nn.Module, mixer: nn.Module, adapter: MixerAdapter) -> None:
         self.block = block
         self.mixer = mixer
-        self.reader = reader
+        self.adapter = adapter
         self.projected: dict[str, Tensor] = {}
 
     def attach(self, stack: ExitStack, arrived: Callable[[], None]) -> None:
         """See `MixingTap`."""
         running = Running(self.block, stack)
-        for path in self.reader.projections:
+        for path in self.adapter.projections:
             keep = self._keeper(path, running, arrived)
             if path == OWN_INPUT:
                 handle = self.mixer.register_forward_pre_hook(_on_input(keep))
@@ -141,21 +141,21 @@ class RecurrentTap:
         def keep(tensor: Tensor) -> None:
             if running.now and path not in self.projected:
                 self.projected[path] = tensor
-                if len(self.projected) == len(self.reader.projections):
+                if len(self.projected) == len(self.adapter.projections):
                     arrived()
 
         return keep
 
     def mixing(self, attention_mask: Tensor | None) -> Mixing:
         """See `MixingTap`. Raises TapError if a projection was never called."""
-        return self.reader.build(eager_module(self.mixer), self._all_projected("mixing"), attention_mask)
+        return self.adapter.build(eager_module(self.mixer), self._all_projected("mixing"), attention_mask)
 
     def values(self, attention_mask: Tensor | None) -> Tensor:
         """See `MixingTap`. Raises TapError if a projection was never called."""
-        return self.reader.values(eager_module(self.mixer), self._all_projected("values"), attention_mask)
+        return self.adapter.values(eager_module(self.mixer), self._all_projected("values"), attention_mask)
 
     def _all_projected(self, tap: str) -> dict[str, Tensor]:
-        missing = [path for path in self.reader.projections if path not in self.projected]
+        missing = [path for path in self.adapter.projections if path not in self.projected]
         if missing:
             raise TapError(
                 f"A projection of {type(self.mixer).__name__} was never called in this pass.",

@@ -13,9 +13,9 @@ from xarch_kd.errors import TapError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout
 from xarch_kd.taps.mixings import MixingTap, Running, mixing_tap
-from xarch_kd.taps.sites import INSIDE_TAPS, MIXING_TAPS, Site, is_checkpointing, said
+from xarch_kd.taps.sites import INSIDE_TAPS, MIXING_TAPS, Site, is_checkpointing, site_text
 
-Read = Tensor | Mixing
+Feature = Tensor | Mixing
 
 
 class StopPass(Exception):
@@ -35,18 +35,18 @@ def recording(
     used if a module is called again. With `stops` the pass ends as soon as all sites are recorded, or at the end of the
     block if that block will be recomputed. `head_input` is not recorded here: the base model returns it.
     """
-    values: dict[Site, Read] = {}
-    reader = _Reader(layout, [site for site in sites if site.tap != "head_input"], values, stops)
+    values: dict[Site, Feature] = {}
+    recorder = _Recorder(layout, [site for site in sites if site.tap != "head_input"], values, stops)
     with ExitStack() as stack:
-        reader.attach(stack)
+        recorder.attach(stack)
         try:
             yield values
         except StopPass as reached:
-            if reached.owner is not reader:
+            if reached.owner is not recorder:
                 raise
             # The frames of the aborted pass would keep its tensors alive until a garbage collection.
             reached.__traceback__ = None
-    reader.finish(attention_mask)
+    recorder.finish(attention_mask)
 
 
 def first_tensor(output: object) -> Tensor:
@@ -64,10 +64,10 @@ def hidden_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     return first_tensor(args[0] if args else kwargs.get("hidden_states"))
 
 
-class _Reader:
+class _Recorder:
     """State of one recording: the missing sites and the hooks that record them."""
 
-    def __init__(self, layout: Layout, sites: Sequence[Site], values: dict[Site, Read], stops: bool) -> None:
+    def __init__(self, layout: Layout, sites: Sequence[Site], values: dict[Site, Feature], stops: bool) -> None:
         self.layout = layout
         self.sites = sites
         self.values = values
@@ -87,8 +87,8 @@ class _Reader:
 
     def attach(self, stack: ExitStack) -> None:
         """Register the hooks on the model until `stack` closes."""
-        for read, sites in self.mixings:
-            read.attach(stack, lambda sites=sites: self._arrived(*sites))
+        for tap, sites in self.mixings:
+            tap.attach(stack, lambda sites=sites: self._arrived(*sites))
         for site in self.sites:
             if site.tap not in MIXING_TAPS:
                 self._attach(stack, site)
@@ -113,20 +113,20 @@ class _Reader:
     def _input_hook(
         self, site: Site, running: Running | None
     ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if running is None or running.now:
                 self.values.setdefault(site, hidden_argument(args, kwargs))
                 self._arrived(site)
 
-        return read
+        return record
 
     def _output_hook(self, site: Site, running: Running | None) -> Callable[[nn.Module, tuple[Any, ...], object], None]:
-        def read(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if running is None or running.now:
                 self.values.setdefault(site, self._residual(output) if site.tap == "hidden" else first_tensor(output))
                 self._arrived(site)
 
-        return read
+        return record
 
     def _residual(self, output: object) -> Tensor:
         if self.layout.family.block_returns == "pair" and isinstance(output, tuple) and output[1] is not None:
@@ -144,15 +144,15 @@ class _Reader:
     def finish(self, attention_mask: Tensor | None) -> None:
         """Return the requested features. Raises TapError for a site that the pass did not reach."""
         # Built here, not in the hooks, so that nothing is added to a graph that checkpointing will recompute.
-        for read, sites in self.mixings:
+        for tap, sites in self.mixings:
             for site in sites:
-                value = read.mixing(attention_mask) if site.tap == "mixing" else read.values(attention_mask)
+                value = tap.mixing(attention_mask) if site.tap == "mixing" else tap.values(attention_mask)
                 # A factor may be a parameter, which has its own gradient.
                 self.values[site] = value if torch.is_grad_enabled() else value.detach()
-        missing = [said(site) for site in self.sites if site not in self.values]
+        missing = [site_text(site) for site in self.sites if site not in self.values]
         if missing:
             raise TapError(
-                "A module that a tap reads was never called in this pass.",
+                "The module of a tap was never called in this pass.",
                 asked=", ".join(missing),
                 fix="check `paths:`; some models pass such a module's weights to a function instead of calling it",
             )

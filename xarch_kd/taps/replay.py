@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout, eager_module, layout_of, run_base
-from xarch_kd.taps.recording import Read, hidden_argument, recording
+from xarch_kd.taps.recording import Feature, hidden_argument, recording
 from xarch_kd.taps.sites import BLOCK_TAPS, MIXING_TAPS, WHOLE_TAPS, Site, is_checkpointing, refuse_unreadable, sites_of
 
 
@@ -141,7 +141,7 @@ def read_mixer(
     return found
 
 
-def _run_mixer(layout: Layout, sites: Sequence[Site], mixer_input: Tensor, call: BlockCall) -> dict[str, Read]:
+def _run_mixer(layout: Layout, sites: Sequence[Site], mixer_input: Tensor, call: BlockCall) -> dict[str, Feature]:
     def feed(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -47,7 +47,7 @@ def sites_of(
             continue
         if tap == "mlp_output" and layout.mlp_outputs is None:
             raise TapError(
-                f"A model of type {layout.model_type} has no tap mlp_output: its blocks have no MLP that is known.",
+                f"A model of type {layout.model_type} has no tap mlp_output: its family's table names no MLP.",
                 asked=tap,
                 allowed=", ".join(name for name in TAPS if name != tap),
                 fix="leave this tap out, or, if its blocks have one, give it: `paths: {mlp: …}`",
@@ -92,7 +92,7 @@ def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
         if site.tap in INSIDE_TAPS and _is_compiled(block):
             raise TapError(
                 "A tap inside a compiled block cannot be read: compiled code does not call hooks that are added later.",
-                asked=said(site),
+                asked=site_text(site),
                 found="a block compiled by torch.compile",
                 allowed="embedding, hidden, head_input",
                 fix="read `hidden`, or compile the mixer and the MLP of the block instead of the whole block",
@@ -100,14 +100,14 @@ def refuse_unreadable(layout: Layout, sites: Sequence[Site]) -> None:
         if site.tap in MIXING_TAPS and _is_compiled(layout.mixers[site.layer or 0]):
             raise TapError(
                 f"The {site.tap} of a compiled mixer cannot be read: it is read inside the mixer.",
-                asked=said(site),
+                asked=site_text(site),
                 found="a mixer compiled by torch.compile",
                 fix="read `mixer_output`, or leave the mixer uncompiled",
             )
 
 
-def said(site: Site) -> str:
-    """The site in words."""
+def site_text(site: Site) -> str:
+    """Return the site in words."""
     return site.tap if site.layer is None else f"{site.tap} of block {site.layer}"
 
 

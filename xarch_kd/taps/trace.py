@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout, layout_of, run_base
-from xarch_kd.taps.recording import Read, recording
+from xarch_kd.taps.recording import Feature, recording
 from xarch_kd.taps.sites import WHOLE_TAPS, Site, refuse_unreadable, sites_of
 
 
@@ -29,7 +29,7 @@ class Trace:
     final-normed hidden state.
     """
 
-    def __init__(self, values: Mapping[Site, Read]) -> None:
+    def __init__(self, values: Mapping[Site, Feature]) -> None:
         self._values = dict(values)
 
     @overload
@@ -94,7 +94,7 @@ def trace(
     layout = layout_of(model, paths)
     sites = sites_of(layout, taps, layers)
     if not sites:
-        raise UsageError("Nothing was asked for: taps or layers are empty.", fix='e.g. taps=["hidden"]')
+        raise UsageError("No site was requested: taps or layers are empty.", fix='e.g. taps=["hidden"]')
     refuse_unreadable(layout, sites)
     head_site = Site("head_input", None)
     with recording(layout, sites, attention_mask=attention_mask, stops=head_site not in sites) as values:

@@ -24,10 +24,8 @@ from xarch_kd.mixing import (
     SoftmaxMixing,
     SSDMixing,
 )
+from xarch_kd.taps.recording import Feature
 from xarch_kd.taps.sites import Site
-
-Feature = Tensor | Mixing
-
 
 Features = dict[Site, Feature]
 

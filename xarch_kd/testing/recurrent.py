@@ -173,7 +173,7 @@ def _perturb(name: str, parameter: nn.Parameter) -> None:
         parameter.copy_(1.2 * fan_in**-0.5 * noise)
 
 
-class Reading(NamedTuple):
+class Recorded(NamedTuple):
     """Records of one forward pass at a mixer: the outputs of its projections by path, and its inner output."""
 
     projected: dict[str, Tensor]
@@ -187,7 +187,7 @@ def read_mixer(
     inner: str,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-) -> Reading:
+) -> Recorded:
     """Run the model once; return the outputs of the mixer's `projections` and the input of its module `inner`.
 
     If `inner` ends with `()`, the output of that module is returned instead.
@@ -213,4 +213,4 @@ def read_mixer(
     finally:
         for handle in handles:
             handle.remove()
-    return Reading({name: seen[name] for name in projections}, seen[inner])
+    return Recorded({name: seen[name] for name in projections}, seen[inner])

@@ -25,6 +25,8 @@ def parameter_groups(student: nn.Module, settings: Optimizer, mixers: Collection
 
 
 def _by_decay(parameters: list[nn.Parameter], settings: Optimizer, **rate: float) -> list[dict[str, Any]]:
+    # By shape, not by `Trainer.get_decay_parameter_names`: that decays every parameter whose name has neither "norm"
+    # nor "bias", among them `A_log` and `D` of state-space mixers.
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay, **rate},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, **rate},
