@@ -1,4 +1,4 @@
-"""Batches: what is refused, what follows from their values, and by what a cache recognizes them."""
+"""Batches: refusals, derived quantities, and the cache key."""
 
 from __future__ import annotations
 

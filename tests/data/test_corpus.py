@@ -1,4 +1,4 @@
-"""Corpora: what they hold, how they are split, and what is said of bad input."""
+"""Corpora: content, splits, and messages for bad input."""
 
 from __future__ import annotations
 

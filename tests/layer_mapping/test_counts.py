@@ -28,7 +28,7 @@ from xarch_kd.layer_mapping.counts import (
 
 
 def chosen(layer_map: LayerMap) -> list[int]:
-    """The one teacher layer of each student layer, all of weight 1."""
+    """Return the teacher layer of each student layer, all of weight 1."""
     pairs = layer_map.pairs()
     assert [student for student, _, _ in pairs] == list(range(layer_map.weights.shape[0]))
     assert all(weight == 1 for _, _, weight in pairs)
@@ -110,7 +110,7 @@ def test_every_takes_the_end_of_each_k_layers() -> None:
 
 
 def test_block_average_is_the_mean_of_spans_that_cut_the_teacher_up() -> None:
-    # The spans end where `uniform` points: 16 of 28 layers end at 2, 4, 6, 7, …
+    # The ranges end at the targets of `uniform`: 16 of 28 layers end at 2, 4, 6, 7, …
     weights = block_average(16, 28).weights
     assert weights[0, :2].tolist() == [0.5, 0.5] and weights[3, 6].item() == 1
     assert torch.equal((weights > 0).sum(0), torch.ones(28, dtype=torch.int64))

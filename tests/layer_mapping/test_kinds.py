@@ -15,18 +15,18 @@ def kinds(pattern: str) -> list[str]:
 @pytest.mark.parametrize(
     ("student", "teacher", "expected"),
     [
-        # Alike: each block to itself.
+        # Equal types: layer i to layer i.
         ("MMAMMA", "MMAMMA", {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5}),
-        # A teacher of attention alone: recurrent layers at their own depth, ⌈(i + 1) · 2⌉ - 1; the one attention block
+        # A teacher of attention alone: recurrent layers at their own depth, ⌈(i + 1) · 2⌉ - 1; the one attention layer
         # is the last of its kind, so it learns from the last of the teacher's.
         ("MAM", "AAAAAA", {0: 1, 1: 5, 2: 5}),
         # Attention by ordinal: the first of two to the second of four.
         ("AMMA", "AMAMAMAM", {0: 2, 1: 3, 2: 5, 3: 6}),
-        # Other recurrent kinds will do. Between depths, the later block: 1/4 is as far from 1/6 as from 2/6.
+        # Other recurrent kinds are accepted. Ties go to the later layer: 1/4 is as far from 1/6 as from 2/6.
         ("MMMM", "DADADA", {0: 0, 1: 2, 2: 4, 3: 4}),
         # 1/2 lies in the middle of 1/4 and 3/4: the later one.
         ("MM", "DADA", {0: 2, 1: 2}),
-        # MLPs alone: to such layers, if there are any.
+        # MLP layers: to such layers, if there are any.
         ("M-A-", "A-A-", {0: 0, 1: 1, 2: 2, 3: 3}),
         ("M-A-", "AAAA", {0: 0, 2: 3}),
         # More attention than the teacher has: shared, in order.

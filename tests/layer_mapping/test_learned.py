@@ -48,7 +48,7 @@ def test_the_student_and_the_map_have_gradients_of_their_own() -> None:
 def test_the_match_is_the_weighted_sum_of_losses() -> None:
     learned = LearnedMap(2, 2, initial=explicit([(0, 0), (0, 1), (1, 1)], 2, 2))
     match = learned(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), 0.0).student
-    # A start from a given map leaves a tenth to all layers: (0.5, 0.5) and (0.05, 0.95).
+    # An initial map leaves a tenth to all layers: (0.5, 0.5) and (0.05, 0.95).
     torch.testing.assert_close(match, torch.tensor([2.0, 0.05 * 5 + 0.95 * 7]))
 
 
@@ -83,7 +83,7 @@ def test_the_floor_of_entropy_holds_a_collapsed_map_up() -> None:
     collapsed = explicit([(student, 3) for student in range(4)], 4, 6)
     free, held = (LearnedMap(4, 6, initial=collapsed, usage_floor=floor) for floor in (0.0, 0.5))
     assert free.layer_map(0.0).collapsed() is not None
-    # All losses alike: only the floor speaks. The rows are (0.9 + 0.1/6, 0.1/6 × 5).
+    # Equal losses: only the floor has a gradient. The rows are (0.9 + 0.1/6, 0.1/6 × 5).
     entropy = -((0.9 + 0.1 / 6) * math.log(0.9 + 0.1 / 6) + 5 * 0.1 / 6 * math.log(0.1 / 6))
     difference = held(flat, 0.0).map - free(flat, 0.0).map
     # Weights are float32, of about 24 terms.

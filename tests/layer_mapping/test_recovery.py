@@ -64,7 +64,7 @@ def test_copies_out_of_order_are_found(strategy: str) -> None:
 
 
 def test_order_finds_copies_that_single_matches_miss() -> None:
-    # So noisy that the best match alone goes back somewhere.
+    # Enough noise that the map by maximum is not monotone.
     copied = [0, 2, 4, 6, 7]
     gained = 0
     for seed in range(4):

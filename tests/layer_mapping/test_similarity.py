@@ -60,7 +60,7 @@ def test_monotone_is_the_best_of_all_maps(students: int, teachers: int) -> None:
 
 
 def test_monotone_by_hand() -> None:
-    # The best match of each layer would go back (2, 0, 1).
+    # The maximum of each row would not be monotone (2, 0, 1).
     similarity = torch.tensor([[0.0, 0.1, 0.9, 0.0], [0.8, 0.0, 0.2, 0.1], [0.0, 0.9, 0.0, 0.3]])
     assert chosen(cka(similarity)) == [2, 0, 1]
     assert chosen(monotone(similarity)) == [1, 2, 3]

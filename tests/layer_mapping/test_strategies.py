@@ -55,7 +55,7 @@ def test_options_and_what_is_known_reach_the_strategy() -> None:
     assert build_layer_map("cka", 2, 4, similarity=SIMILARITY).pairs() == ((0, 0, 1.0), (1, 3, 1.0))
     by_cost = build_layer_map("optimal_transport", 2, 4, options={"cost": 1 - SIMILARITY})
     assert by_cost.pairs() == build_layer_map("optimal_transport", 2, 4, similarity=SIMILARITY).pairs()
-    # A cost takes the place of what was measured.
+    # A cost replaces the measured similarity.
     assert build_layer_map("optimal_transport", 2, 4, **KNOWN, options={"cost": SIMILARITY}).pairs() != by_cost.pairs()
     assert build_layer_map("type_aware", 2, 4, **KNOWN).pairs() == ((0, 1, 1.0), (1, 3, 1.0))
     learned = build_layer_map("learned", 2, 4, options={"initial": uniform(2, 4)})

@@ -32,7 +32,7 @@ def assigned(cost: Tensor, students: list[int], teachers: list[int]) -> Tensor:
 def test_the_exact_plan_is_the_best_assignment_of_units(students: int, teachers: int) -> None:
     cost = random_cost(students, teachers)
     plan = transport_plan(cost)
-    # Shares of at most 1 in float64, through a programme solved to 1e-9.
+    # Shares of at most 1 in float64, through a program solved to 1e-9.
     torch.testing.assert_close(plan, assigned(cost, [teachers] * students, [students] * teachers), atol=1e-8, rtol=0)
 
 
@@ -96,7 +96,7 @@ def test_the_entropic_plan_goes_to_the_exact_one_and_to_an_even_one() -> None:
     for entropy in (1.0, 0.1, 0.02, 0.005):
         plan = transport_plan(cost, entropy=entropy)
         excess = (plan * cost).sum().item() - least
-        # F minimises Σ F C - ε H(F), and 0 <= H(F) <= log(4 · 9): the excess is at most ε log 36.
+        # F minimizes Σ F C - ε H(F), and 0 <= H(F) <= log(4 · 9): the excess is at most ε log 36.
         assert -1e-8 <= excess <= entropy * quantile_half(cost) * math.log(36)
         rows = plan / plan.sum(1, keepdim=True)
         used.append(torch.special.entr(rows).sum(1).exp().mean().item())
@@ -119,8 +119,8 @@ def test_an_order_term_keeps_depths_together() -> None:
 
 
 def test_groups_of_layers_that_nearly_split_off_have_an_entropic_plan() -> None:
-    # Two groups whose shares are equal, and which ε keeps apart: exp(-1 / 0.01) of coupling. Sweeps alone would bring
-    # their shares nearer by 1 / k after k of them.
+    # Two groups whose shares are equal, and which ε keeps apart: exp(-1 / 0.01) of coupling. Sinkhorn iterations
+    # alone would reduce the error of the shares as 1 / k.
     cost = torch.block_diag(random_cost(2, 4), random_cost(2, 4, seed=1))
     cost = cost + (cost == 0) * 2.0
     plan = transport_plan(cost, entropy=0.01)

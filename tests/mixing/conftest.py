@@ -1,4 +1,4 @@
-"""Mixings of every family and option, and what their entries are: formulas and recurrences, token by token."""
+"""Mixings of every family and option, and their entries by formulas and recurrences, token by token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOUNDS = {
 
 
 class Make:
-    """Random factors of one seed, all leaves that want gradients, in one dtype."""
+    """Random factors of one seed, all leaves that require gradients, in one dtype."""
 
     def __init__(self, dtype: torch.dtype, batch: int, time: int, seed: int) -> None:
         self.dtype, self.batch, self.time = dtype, batch, time

@@ -1,4 +1,4 @@
-"""Factors, options and values that do not fit: each an error that says what is allowed."""
+"""Factors, options and values that do not fit: each raises an error with the allowed ones."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_factors_that_do_not_fit(kind: type[Mixing], change: dict[str, Any], mes
 
 @pytest.fixture(params=list(GOOD), ids=lambda kind: kind.__name__)
 def made(request: pytest.FixtureRequest) -> Callable[..., Mixing]:
-    """A function that makes a mixing of each kind, with more fields."""
+    """Return a function that builds a mixing of each kind, with extra fields."""
     return lambda **more: request.param(**GOOD[request.param], **more)
 
 

@@ -207,7 +207,7 @@ def test_autocast_changes_nothing(build: Build, case: str) -> None:
 @pytest.mark.parametrize("strength", [200.0, float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_strong_decay(build: Build, formula: Formula, case: str, strength: float, dtype: torch.dtype) -> None:
-    """Every third token forgets everything: nothing overflows and nothing of before is left."""
+    """Every third token has decay to 0: nothing overflows and earlier tokens have weight 0."""
     mixing = build(case, dtype=dtype)
     every = torch.arange(mixing.time) % 3 == 0
     # A time step has no infinity; its decays are the time step times A.

@@ -1,4 +1,4 @@
-"""How much work `apply` makes: numbers written, counted, not timed; and no map of tokens by tokens anywhere."""
+"""Work of `apply`, as counted numbers written, not time; no time × time tensor anywhere."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ LINEAR = [
     "softmax-all",
 ]
 SCANNED = ["ssd", "selective", "linear-channel-decay", "delta-head-decay", "delta-channel-decay"]
-# One decay a head and a small state: chunks of 16.
+# One decay per head and a small state: chunks of 16.
 SHORT_CHUNKS = ["ssd-small-state", "recurrent-unit", "linear", "linear-normalized", "linear-head-decay"]
 QUADRATIC = ["softmax-grouped", "softmax-capped", "softmax-sinks", "softmax-bidirectional"]
 
 
 class Written(TorchDispatchMode):
-    """Adds up the numbers that every operation writes, forward and backward, and keeps the largest tensor's size."""
+    """Mode that counts the numbers written by every operation, forward and backward, and the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_a_block_of_one_column_holds_no_map(build: Build, pieces: None, case: st
     "case", ["selective", "linear-channel-decay", "delta-channel-decay", "delta-head-decay", "ssd"]
 )
 def test_a_block_of_rows_makes_no_exponent_of_each_pair_and_channel(build: Build, case: str) -> None:
-    """Rows × columns × heads entries; with one exponent a channel they would be 4 or 8 times as many."""
+    """Rows × columns × heads entries; with one exponent per channel there would be 4 or 8 times as many."""
     mixing = build(case, batch=1, time=2048, dtype=torch.float32)
     with Written() as written, torch.no_grad():
         mixing.block(slice(1984, 2048), slice(0, 2048))

@@ -57,7 +57,7 @@ def rotation(size: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_ridge_is_the_least_squares_solution(bias: bool, rank: int | None) -> None:
-    """Ridge is least squares with √λ rows more; of a rank, what is left of its fit by the leading directions."""
+    """Ridge equals least squares with √λ extra rows; at lower rank, its fit projected onto the leading directions."""
     x, y = pair()
     own, target = (centre(x), centre(y)) if bias else (x, y)
     strength = 0.1 * own.square().sum() / own.numel() * TOKENS
@@ -105,7 +105,7 @@ def test_a_rotated_student_is_rotated_back() -> None:
     for kind, how in (("orthogonal", "procrustes"), ("orthogonal", "pca"), ("linear", "procrustes")):
         projector = build_projector(kind, 6, 6, bias=True)
         assert projector is not None
-        # pca takes the student's rotation too where nothing has to be left out.
+        # pca has the student's rotation too at full rank.
         target = teacher if kind == "linear" else x @ turn.T + 4
         initialize(projector, of(x, target), how)
         torch.testing.assert_close(projector(x.float()), target.float(), rtol=0, atol=1e-4)

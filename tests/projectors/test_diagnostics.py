@@ -1,4 +1,4 @@
-"""Diagnoses of projectors that were made good, narrow, useless, ill-conditioned or too able on purpose."""
+"""Diagnoses of projectors that are good, narrow, useless, ill-conditioned or too expressive by construction."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def built(kind: str = "linear", **options: Any) -> Projector:
 
 
 def layers(seed: int, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
-    """Return (student, teacher) of which the teacher is a fixed map of the student and a little noise."""
+    """Return (student, teacher); the teacher is a fixed map of the student plus noise."""
     x = normal(tokens, STUDENT, seed=seed)
     return x, x @ normal(STUDENT, TEACHER, seed=99) + 0.1 * normal(tokens, TEACHER, seed=seed + 50)
 
@@ -58,7 +58,7 @@ def test_a_student_that_learned_is_fine(kind: str, options: dict[str, int]) -> N
     x, y = layers(1)
     before = normal(TOKENS, STUDENT, seed=5)
     alone = explained_alone(projector, of(before, y), of(normal(TOKENS, STUDENT, seed=6), layers(2)[1]))
-    # Noise explains nothing of tokens that nothing was fitted to; of those it was fitted to, some dim / tokens.
+    # Noise explains nothing on held-out tokens, and about dim / tokens on the tokens of the fit.
     assert alone < 0.005
     initialize(projector, of(x, y))
     found = diagnose(projector, trained_on(projector, *layers(2)), alone=alone)
@@ -124,7 +124,7 @@ def test_a_projector_that_does_the_students_work_is_named() -> None:
 
 
 def test_a_wide_projector_explains_noise_of_the_tokens_it_was_fitted_to() -> None:
-    """The figure of independent features is about dim / tokens in sample, and not above 0 out of it."""
+    """Independent features give about dim / tokens in sample, and at most 0 out of sample."""
     wide = build_projector("linear", 100, 4, bias=True)
     assert wide is not None
     fitted, held_out = (of(normal(200, 100, seed=seed), normal(200, 4, seed=seed + 9)) for seed in (1, 2))

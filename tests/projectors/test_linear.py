@@ -1,4 +1,4 @@
-"""Projectors of every kind: what they are at the start, what they cost, and that objectives see the same map."""
+"""Projectors of every kind: initialization, number of parameters, and equality of `split` and `forward`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROUNDING = 2e-6
 
 
 def made(kind: str, student: int, teacher: int, options: dict[str, Any], seed: int = 0) -> Projector:
-    """Return a projector all of whose parameters were moved, so that no start is special."""
+    """Return a projector with all parameters perturbed, so that no initialization is special."""
     generator = torch.Generator().manual_seed(seed)
     projector = build_projector(kind, student, teacher, generator=generator, **options)
     assert projector is not None

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def build() -> Callable[..., PreTrainedModel]:
-    """A tiny model of any type, by the builder that knows it, else of Llama's sizes with random weights."""
+    """Return a builder of tiny models of any type; unknown types get Llama's sizes and random weights."""
 
     def build(model_type: str, **overrides: Any) -> PreTrainedModel:
         if model_type in SIZES:

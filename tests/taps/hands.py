@@ -1,4 +1,4 @@
-"""What tests of traces compare with: which taps there are, how near is equal, how often a module ran."""
+"""Helpers for tests of traces: available taps, tolerances, counts of module calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def close(actual, expected):
 
 
 def count_calls(modules):
-    """How often the forward of each module ran, kept up to date."""
+    """Return a live count of the forward calls of each module."""
     calls = [0] * len(modules)
 
     def counted(index, forward):

@@ -1,4 +1,4 @@
-"""A program: what is read at the taps of live models of mamba_ssm, written into their folders."""
+"""Program that writes the features at the taps of live models of mamba_ssm into their folders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAPS = ("embedding", "hidden", "mixer_input", "mixer_output", "head_input", "mix
 
 
 def rebuilt(mixer: Any, entered: Tensor, mixing: Tensor, values: Tensor) -> Tensor:
-    """Return a mixer's output from its matrix [batch, heads, time, time] and what that is applied to."""
+    """Return a mixer's output from its matrix [batch, heads, time, time] and its values."""
     heads = mixing.shape[1] // values.shape[2]
     mixed = torch.einsum("bhij,bjhd->bihd", mixing, values.repeat_interleave(heads, dim=2))
     mixed = rearrange(mixed, "b t h d -> b t (h d)")

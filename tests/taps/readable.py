@@ -1,4 +1,4 @@
-"""The model types whose token-mixing matrices are read, and masks for them."""
+"""Model types with token-mixing matrices, and masks for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HYBRIDS = ("bamba", "qwen3_5_text", "kimi_linear", "jamba", "recurrent_gemma", "
 
 
 def padded(input_ids, model_type):
-    """Padded on the left, but for the family whose recurrence takes such padding for tokens."""
+    """Return a mask with left padding, but right padding for the family whose recurrence ignores the mask."""
     mask = torch.ones_like(input_ids)
     mask[1, :4] = 0
     return mask.flip(1) if model_type == "recurrent_gemma" else mask

@@ -1,4 +1,4 @@
-"""Live models of mamba_ssm are read at every tap, and give there what the stock model of the same weights gives."""
+"""Taps of live models of mamba_ssm equal those of the stock model with the same weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the program read, by case."""
+    """Return the features that the program wrote, by case."""
     root = tmp_path_factory.mktemp("live")
     torch.save({"ids": IDS, "mask": MASK}, root / "ids.pt")
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""The tap `mixing`: what a pass that reads it runs, changes and keeps, in `trace` and in replay."""
+"""The tap `mixing`: modules that run, side effects and memory, in `trace` and in replay."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from xarch_kd.taps.layout import layout_of
 from xarch_kd.taps.softmax import AttentionCall
 from xarch_kd.taps.trace import trace
 
-# The attention half of a block that mixes twice.
+# The attention half of a block that mixes tokens twice.
 SECOND = {
     "falcon_h1": {"blocks": "model.layers", "mixer": "self_attn"},
     "zamba": {"blocks": "model.layers", "mixer": "shared_transf.self_attn|mamba"},
@@ -110,7 +110,7 @@ def attention_layers(layout):
 
 
 def attentions_of(model, input_ids, attention_mask):
-    """The probabilities that the mixer of each block returns, by block."""
+    """Return the attention probabilities of each block's mixer."""
     found: dict[int, Any] = {}
     handles = []
     for layer, mixer in enumerate(layout_of(model, SECOND.get(model.config.model_type)).mixers):
@@ -148,7 +148,7 @@ def test_dense_equals_the_probabilities_of_eager_attention(case, training, mask,
     assert list(found) == layers and layers
     for layer, mixing in found.items():
         rows = mixing.valid_mask()[:, None, :, None]
-        # A score of width d is rounded in d sums of products, in either order, and a probability by its exponent.
+        # A score of dim d is rounded in d sums of products, in either order, and a probability by its exponent.
         bound = 2 * EPSILON * (1 + largest_score(mixing))
         assert ((mixing.dense() - expected[layer]) * rows).abs().max().item() <= bound
         assert not (mixing.dense() * ~rows).any()

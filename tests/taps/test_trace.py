@@ -1,4 +1,4 @@
-"""What a trace yields, against calls of the modules by hand; when it stops, and what it leaves behind."""
+"""Traces against direct calls of the modules; early stop, and no traces left in the model."""
 
 from __future__ import annotations
 

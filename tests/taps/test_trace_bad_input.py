@@ -1,4 +1,4 @@
-"""Families outside the table, taps that are not there, and what is asked for wrongly."""
+"""Families outside the table, missing taps, and wrong arguments."""
 
 from __future__ import annotations
 

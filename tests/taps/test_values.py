@@ -1,4 +1,4 @@
-"""The tap `values`: times the mixing matrix it is what the mixer computed, and both are read in one pass."""
+"""The tap `values`: the mixing matrix times it equals the mixer's output, and both are recorded in one pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EPSILON = torch.finfo(torch.float32).eps
 
 
 def spread(values, heads):
-    """Values [batch, time, key heads, width] once a head."""
+    """Return values [batch, time, key heads, dim] repeated per head."""
     return values.repeat_interleave(heads // values.shape[2], dim=2)
 
 

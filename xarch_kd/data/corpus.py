@@ -16,11 +16,11 @@ from pathlib import Path
 
 from xarch_kd.errors import DataError, UsageError
 
-# Distributions of the core dependencies whose licence texts are prose of another kind than any documentation.
+# Core dependencies whose licence texts are used as out-of-domain prose.
 LICENSED = ("torch", "numpy", "scipy", "transformers", "safetensors", "pydantic", "einops", "Jinja2", "rich", "typer")
 
 
-# Shorter paragraphs (headings, signatures) recur without giving anything away.
+# Shorter paragraphs (headings, signatures) may recur in the held-out part.
 SHORTEST_PARAGRAPH = 40
 
 
@@ -36,7 +36,7 @@ def _without(document: str, seen: Set[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A named list of documents. `description` is one line for tables; `sha256` covers every document in order."""
+    """Named list of documents. `description` is one line for tables; `sha256` covers all documents in order."""
 
     name: str
     description: str
@@ -55,9 +55,9 @@ class Corpus:
         """Return (training, held-out) corpora that share no document.
 
         Documents are shuffled by `seed` and moved to the held-out side until it has at least `held_out` of all
-        characters. A corpus of one document is cut in two at the nearest line break instead. Then the held-out side
-        loses every paragraph that the training side holds too, so that nothing measured was learned by heart. Raises
-        `DataError` when nothing is left.
+        characters. A corpus of one document is split at the nearest line break instead. Paragraphs that occur in the
+        training side too are then removed from the held-out side, so that memorized text is not measured. Raises
+        `DataError` if nothing remains.
         """
         training, held = self._cut(held_out) if len(self.documents) == 1 else self._shuffled(held_out, seed)
         seen = {paragraph for document in training.documents for paragraph in _paragraphs(document)}
@@ -67,7 +67,7 @@ class Corpus:
         if not own:
             raise DataError(
                 f"every paragraph of the held-out part of '{self.name}' occurs in its training part too",
-                fix="give text that repeats itself less, or another data.held_out or seed",
+                fix="give less repetitive text, or another data.held_out or seed",
             )
         return training, replace(held, documents=own)
 
@@ -96,7 +96,7 @@ class Corpus:
 def python_docs() -> Corpus:
     """Return the reference topics of the Python documentation that the standard library carries.
 
-    Many topics are sections of longer ones: each paragraph stays only in the longest topic that has it.
+    Many topics are sections of longer ones: each paragraph is kept only in the longest topic that has it.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     seen: set[str] = set()
@@ -152,8 +152,8 @@ def read_corpus(
 ) -> Corpus:
     """Return the corpus that exactly one of `builtin`, `files` and `dataset` names.
 
-    `files` are paths or glob patterns: `.jsonl` gives one document a line (its `column`), anything
-    else one document a file. Raises `DataError` for what is missing, unreadable or empty.
+    `files` are paths or glob patterns: `.jsonl` gives one document per line (its `column`), any
+    other file one document. Raises `DataError` for missing, unreadable or empty files.
     """
     if builtin is not None:
         corpus = BUILTIN[builtin]()
