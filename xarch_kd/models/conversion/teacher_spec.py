@@ -68,7 +68,7 @@ class TeacherSpec(AttentionSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Why no stock hybrid class holds a family, and the nearest thing that works."""
+    """Refusal of a model family: the reason, and the nearest supported alternative."""
 
     reason: str
     instead: str
