@@ -15,7 +15,7 @@ from xarch_kd.errors import ConversionError, TapError
 from xarch_kd.models.conversion.check import logits_tolerance
 from xarch_kd.models.conversion.convert import IN_PLACE, convert
 from xarch_kd.models.conversion.epsilon import with_epsilon
-from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.conversion.frozen_parameters import frozen_parameters
 from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.models.conversion.teacher_spec import REFUSALS, SPECS
 from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
@@ -154,7 +154,7 @@ def check_student(student: PreTrainedModel, claimed: ConversionSupport, mixer: s
         assert student.config.model_type.removesuffix("_text") == target and TARGETS[target].mixer == mixer
     kinds = layout_of(student).mixer_kinds
     assert kinds[-1] == mixer and set(kinds[:-1]) == {ATTENTION}
-    assert bool(frozen_names(student)) is (claimed.fit == "frozen")
+    assert bool(frozen_parameters(student)) is (claimed.fit == "frozen")
     with torch.no_grad():
         assert bool(student(token_ids()).logits.isfinite().all())
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from xarch_kd.errors import ConversionError, UsageError
 from xarch_kd.models.conversion.check import logits_tolerance
 from xarch_kd.models.conversion.convert import convert, plan_conversion
-from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.conversion.frozen_parameters import frozen_parameters
 from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.models.conversion.teacher_spec import teacher_spec
 from xarch_kd.models.loading.save import save_student
@@ -124,7 +124,7 @@ def test_saved_and_loaded_by_transformers_alone_the_student_is_the_same(name: st
     assert torch.equal(loaded(tokens()).logits, student(tokens()).logits)
     is_tied = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
     assert is_tied is ("tied" in name)
-    assert frozen_names(loaded) == frozen_names(student)
+    assert frozen_parameters(loaded) == frozen_parameters(student)
 
 
 @pytest.mark.parametrize("name", ["granite", "qwen3", "llama", "olmo2"])
@@ -328,7 +328,7 @@ def test_norms_of_a_bfloat16_teacher_are_not_rounded_anew() -> None:
 def test_an_exact_student_has_nothing_frozen() -> None:
     for name in ("qwen3", "granite", "olmo2"):
         student = CASES[name].convert(replace=[1])
-        assert frozen_names(student) == ()
+        assert frozen_parameters(student) == ()
         assert all(parameter.requires_grad for parameter in student.parameters())
 
 
@@ -337,7 +337,7 @@ def test_what_must_stay_frozen_is_known_from_the_plan_and_from_the_student(name:
     case = CASES[name]
     student = case.convert(keep_attention=[0, 2])
     planned = plan_conversion(case.teacher().config, mixer=case.mixer, keep_attention=[0, 2]).frozen
-    assert set(frozen_names(student)) == set(planned)
+    assert set(frozen_parameters(student)) == set(planned)
     assert {name for name, parameter in student.named_parameters() if not parameter.requires_grad} == set(planned)
     assert len(planned) == 2 * (6 if case.overrides else 4)
     assert any("stay frozen" in told for told in warned(case.teacher().config, keep_attention=[0, 2]))
@@ -348,7 +348,7 @@ def test_one_step_on_what_must_stay_frozen_destroys_the_student_and_one_on_the_r
     for thaws in (False, True):
         student = CASES["llama"].convert(keep_attention="all").requires_grad_(thaws)
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(thaws or name not in frozen_names(student))
+            parameter.requires_grad_(thaws or name not in frozen_parameters(student))
         before = student(tokens()).logits.detach()
         optimiser = torch.optim.AdamW([one for one in student.parameters() if one.requires_grad], lr=1e-4)
         student(tokens(), labels=tokens()).loss.backward()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.conversion.convert import convert, plan_conversion
-from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.conversion.frozen_parameters import frozen_parameters
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
@@ -88,4 +88,4 @@ def test_no_stage_trains_what_must_stay_frozen(tmp_path: Path) -> None:
     later = plan_of(folder, {"model": str(tmp_path / "student")}, "all", tokens=tokens)
     Aligner(later, teacher=teacher, student=again)
     assert {name for name, parameter in again.named_parameters() if not parameter.requires_grad} == frozen
-    assert set(frozen_names(again)) == frozen
+    assert set(frozen_parameters(again)) == frozen

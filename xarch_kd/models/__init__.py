@@ -1,1 +1,1 @@
-"""Loading models, and turning a Transformer teacher into a stock hybrid student."""
+"""Models: loading, conversion of a Transformer into a hybrid student, fresh students, export."""

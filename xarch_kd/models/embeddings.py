@@ -1,8 +1,8 @@
-"""The teacher's token embeddings for a student of another dimension: what keeps their inner products best.
+"""Transfer of the teacher's token embeddings to a student of another dimension, preserving inner products.
 
 Of all maps onto k dimensions the one onto the k leading right singular vectors of E [tokens, dim] keeps E Eᵀ best
-(Eckart and Young 1936). E is not centred: centring keeps differences best instead, and what a model does with an
-embedding, attention scores and logits of a tied head among it, are inner products.
+(Eckart and Young 1936). E is not centred: centring would preserve differences, while models use embeddings in inner
+products, such as attention scores and the logits of a tied head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK = 8192
 
 @dataclass(frozen=True)
 class Transfer:
-    """One matrix that a student got. `kept` is the share of the squared length that is left before `scale`."""
+    """Record of one transferred matrix. `kept` is the fraction of the squared norm that remains before `scale`."""
 
     part: str
     rows: int
@@ -34,7 +34,7 @@ class Transfer:
 
 @torch.no_grad()
 def transfer_embeddings(teacher: PreTrainedModel, student: PreTrainedModel, *, rows: int) -> tuple[Transfer, ...]:
-    """Give the student's first `rows` token embeddings, and head rows if it is not tied, the teacher's of equal index.
+    """Set the student's first `rows` token embeddings, and head rows if it is not tied, from the teacher's.
 
     Equal dimensions: a copy. A wider student: a copy with zeros beyond (an isometry). A narrower one: projection onto
     the leading singular directions, times one factor that brings the mean square to that of the rows it replaces: the

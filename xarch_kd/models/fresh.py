@@ -1,4 +1,4 @@
-"""Configs of fresh students as a mapping file writes them: every key known, sizes that fit, tokens as the teacher's."""
+"""Configs of fresh students from a mapping file: keys are checked, sizes must fit, tokens are the teacher's."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _EXPANDED = {
 
 @dataclasses.dataclass(frozen=True)
 class ConfigProblem:
-    """One thing that is wrong with a config: the key that it is about, None for the whole, and what it is."""
+    """Problem of a config: its key (None for the whole config) and a message."""
 
     key: str | None
     message: str
@@ -61,7 +61,7 @@ class FreshConfigError(ModelError):
 
 
 def fresh_config(values: Mapping[str, Any], teacher: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config that `values` (with a `model_type`) describes, for a student of `teacher`.
+    """Return the config of `values` (with a `model_type`), for a student of `teacher`.
 
     The vocabulary's size and the ids of special tokens are the teacher's unless given. Head and embedding are tied
     unless `tie_word_embeddings: false` is given, whatever the class's default: with the vocabulary of a large teacher
@@ -109,7 +109,7 @@ def _model_type(values: Mapping[str, Any]) -> str:
 
 
 def _own(model_type: str, key: str) -> str:
-    """The class's own name of a key: GPT-2 calls `hidden_size` `n_embd`."""
+    """Return the class's own name of a key: GPT-2 calls `hidden_size` `n_embd`."""
     return CONFIG_MAPPING[model_type].attribute_map.get(key, key)
 
 
@@ -197,7 +197,7 @@ def _token_problems(config: PreTrainedConfig, written: Mapping[str, Any]) -> Ite
 def _size_problems(
     model_type: str, given: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]
 ) -> list[ConfigProblem]:
-    """Return what is wrong with sizes that have to fit one another, each with what would fit."""
+    """Return the problems of sizes that do not fit one another, each with what would fit."""
 
     def size(key: str) -> Any:
         own = _own(model_type, key)
@@ -269,7 +269,7 @@ def _listed(numbers: Iterator[int]) -> str:
 def _built(
     arguments: dict[str, Any], problems: list[ConfigProblem], written: Mapping[str, Any]
 ) -> PreTrainedConfig | None:
-    """Return the config, having built its model without storage; notes every value that its class refuses."""
+    """Return the config after building its model on the meta device; append a problem for each refused value."""
     model_type = str(arguments.pop("model_type"))
     kind = CONFIG_MAPPING[model_type]
     while True:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
-from xarch_kd.models.conversion.frozen_parameters import frozen_names
+from xarch_kd.models.conversion.frozen_parameters import frozen_parameters
 from xarch_kd.models.mamba_ssm.weights import own_names
 from xarch_kd.planning.plan import Plan, StagePlan
 
@@ -26,7 +26,7 @@ def freeze_others(student: PreTrainedModel, trainable: Iterable[str]) -> None:
             found=type(student).__name__,
         )
     # A student that was converted earlier and is trained further carries no plan that lists these.
-    wanted -= set(frozen_names(student))
+    wanted -= set(frozen_parameters(student))
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in wanted)
 

@@ -1,8 +1,8 @@
 """Activation statistics of a teacher's blocks, measured on random tokens; no text is needed.
 
-A gated delta mixer has no biases. But what a block's attention reads has, in trained models, a mean that every token
-shares: on SmolLM2-135M-Instruct, the best multiple of the projection on the mean over random tokens is between 0.67
-and 1.03 on text, with a standard deviation of 0.07 to 0.14. So a row along that mean is a bias in all but name.
+A gated delta mixer has no biases. In trained models the input of a block's attention has a mean that all tokens share:
+on SmolLM2-135M-Instruct, the best multiple of the projection on the mean over random tokens is between 0.67 and 1.03 on
+text, with a standard deviation of 0.07 to 0.14. So a row of weights along that mean acts as a bias.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ROWS, TOKENS = 16, 128
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationStats:
-    """Measures of one block of a teacher.
+    """Activation statistics of one block of a teacher.
 
-    `constant` [width]: constant · x is near 1 for every x that the attention reads. The sizes are root mean squares
-    over the width, averaged over tokens: of what attention and MLP read and return.
+    `constant` [hidden size]: constant · x is near 1 for every input x of the attention. The sizes are root mean squares
+    over the hidden size, averaged over tokens, of the inputs and outputs of attention and MLP.
     """
 
     constant: Tensor
@@ -38,7 +38,7 @@ class ActivationStats:
 
 @torch.no_grad()
 def activation_stats(teacher: PreTrainedModel, blocks: Sequence[int]) -> dict[int, ActivationStats]:
-    """Return the stats of the named blocks, on `ROWS` × `TOKENS` random tokens, always the same.
+    """Return the statistics of these blocks on `ROWS` × `TOKENS` random tokens, always the same.
 
     Half of the rows gives the mean μ of the attention's input; the other half gives the factor a for which a μ·x is
     nearest to 1 in mean square, and the sizes.
@@ -73,7 +73,7 @@ def _size(values: Tensor) -> float:
 
 @contextmanager
 def _watched(teacher: PreTrainedModel, blocks: Sequence[int]) -> Iterator[dict[tuple[int, str], tuple[Tensor, Tensor]]]:
-    """Keep what attention and MLP of the named blocks read and return, in float32, of the latest pass."""
+    """Record inputs and outputs of attention and MLP of these blocks, in float32, of the latest forward pass."""
     seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def watch(index: int, name: str) -> Any:

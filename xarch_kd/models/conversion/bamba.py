@@ -1,4 +1,4 @@
-"""The writer for Bamba, the stock Transformers class of Llama-shaped blocks with attention or Mamba-2 mixers."""
+"""Conversion target Bamba: the stock class of Llama-shaped blocks with attention or Mamba-2 mixers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def bamba_unsupported_reason(spec: TeacherSpec) -> str | None:
 def mixer_head_dim(spec: AttentionSpec) -> tuple[int, int]:
     """Return (expansion, channels per mixer head), the smallest that hold the teacher's heads.
 
-    A mixer is `expansion × width` channels wide, an integer, split evenly over the heads. A head of the teacher
-    that is narrower fills the first channels of its mixer head and leaves the others zero.
+    A mixer has `expansion × hidden size` channels, split evenly over the heads; `expansion` is an integer. A narrower
+    head of the teacher fills the first channels of its mixer head; the others are zero.
     """
     for expansion in range(1, 65):
         channels, rest = divmod(expansion * spec.width, spec.heads)
@@ -47,7 +47,7 @@ def mixer_head_dim(spec: AttentionSpec) -> tuple[int, int]:
 def bamba_config(spec: TeacherSpec, kept: Sequence[int], teacher: PreTrainedConfig) -> BambaConfig:
     """Return the config of a Bamba student that keeps attention in the blocks `kept`.
 
-    It is built field by field: a teacher's dict may carry keys (quantisation, code) that a student must not have.
+    It is built field by field: a teacher's config may have keys (quantization, code) that a student must not have.
     Raises `ConversionError` if the kept blocks do not agree on whether they use rotary positions.
     """
     return BambaConfig(
@@ -97,7 +97,7 @@ def mamba2_fields(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def mamba2_shape(config: PreTrainedConfig) -> MixerShape:
-    """Return the sizes of the Mamba-2 mixers of a config that was made here or in `granitemoehybrid.py`."""
+    """Return the sizes of the Mamba-2 mixers of a config of Bamba or GraniteMoeHybrid."""
     sizes: Any = config
     return MixerShape(
         width=sizes.hidden_size,
@@ -109,9 +109,9 @@ def mamba2_shape(config: PreTrainedConfig) -> MixerShape:
 
 
 def bamba_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Return every weight of a Bamba student but those of its mixers, under Bamba's names.
+    """Return all weights of a Bamba student except those of its mixers, under Bamba's names.
 
-    Tensors that need no fold are the teacher's own; whoever trains them copies them first.
+    Tensors into which nothing is folded are the teacher's own, not copies.
     """
     state = {"model.embed_tokens.weight": weights.embedding, "model.final_layernorm.weight": weights.final_norm}
     state["lm_head.weight"] = weights.head
@@ -127,14 +127,14 @@ def bamba_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tenso
 
 
 def attention_state(place: str, block: BlockWeights, spec: TeacherSpec) -> dict[str, Tensor]:
-    """Return the weights of an attention with four projections, under its place in the student."""
+    """Return the weights of an attention with four projections, under the prefix `place`."""
     named = {"q_proj": block.query, "k_proj": block.key, "v_proj": block.value, "o_proj": block.output}
     # The classes have one switch for the four biases; one that the teacher lacks is zero.
     return projections(place, named, with_bias=spec.input_bias or spec.output_bias)
 
 
 def projections(place: str, named: Mapping[str, LinearWeights], *, with_bias: bool) -> dict[str, Tensor]:
-    """Return weights, and biases if the class has them, under `place`; a bias that is missing is zero."""
+    """Return weights, and biases if the class has them, under the prefix `place`; missing biases are zero."""
     state = {f"{place}.{name}.weight": projection.weight for name, projection in named.items()}
     if with_bias:
         for name, projection in named.items():

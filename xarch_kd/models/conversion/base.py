@@ -1,4 +1,4 @@
-"""A conversion, planned from a teacher's config alone: the student's config, its warnings, and the student itself."""
+"""Base of all conversions: planned from the teacher's config alone, then built from the teacher's weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BOOKKEEPING = {"dtype", "_name_or_path", "transformers_version", "architectures
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion(ABC):
-    """A teacher whose blocks outside `kept` get new mixers.
+    """Conversion of one teacher, whose blocks outside `kept` get new mixers.
 
     `config` is the student's config, `warnings` are sentences for the user, and `frozen` names the parameters of the
     student that must not train. `all_recurrent` is the warning for a student that keeps no attention.

@@ -1,4 +1,4 @@
-"""The check that ends every conversion: with all attention kept, the student's logits are the teacher's.
+"""Exactness check of conversions: with all attention kept, the student's logits must equal the teacher's.
 
 Some config fields are silently dropped by a class (a rotary share, a multiplier, a mask). Only a comparison of logits
 shows that, so every conversion makes it, on a short batch, with the weights that it writes.

@@ -1,4 +1,4 @@
-"""Conversion of a Transformer teacher into a stock hybrid student whose kept blocks are the teacher's, exactly."""
+"""Conversion of a Transformer teacher into a stock hybrid student whose kept blocks equal the teacher's exactly."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def plan_conversion(
 
 @dataclass(frozen=True, kw_only=True)
 class StockConversion(Conversion):
-    """A conversion into the stock class `target`."""
+    """Conversion into the stock class `target`."""
 
     all_recurrent: ClassVar[str] = NO_ATTENTION
 
@@ -97,7 +97,7 @@ class StockConversion(Conversion):
     target: Target
 
     def state(self, teacher: PreTrainedModel, dtype: torch.dtype, *, seed: int | None) -> dict[str, Tensor]:
-        """See `Conversion`. Raises ConversionError for weights that the student has no place for."""
+        """See `Conversion`. Raises ConversionError for weights without a place in the student."""
         weights = TeacherWeights(teacher, self.target.read_as(self.spec))
         made = self.target.state(weights, self.kept)
         if weights.unread():

@@ -1,23 +1,24 @@
-"""First weights of a gated delta mixer: made from the attention it replaces, or random.
+"""Initial weights of a gated delta mixer, from the attention that it replaces or random.
 
 A mixer (Yang, Kautz and Hatamizadeh 2024, https://arxiv.org/abs/2412.06464, equation 10) keeps in each head a matrix
 
     S_t = exp(−a δ_t) S_{t−1} (I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ,    y_t = S_t q_t / √d
 
 with q, k, v = silu(conv(projections)), q and k divided by their lengths, β a sigmoid and δ a softplus of projections,
-and returns output(norm(y) × silu(gate)), the norm of each head apart with weights that the heads share.
+and returns output(norm(y) × silu(gate)), where each head is normalized separately with shared weights.
 
 The recipe `attention` gives q, k, v and o of the attention to the four projections of these names, the norms of queries
 and keys multiplied into their rows. The rest:
 
 - No projection has a bias. `ActivationStats.constant` is a row whose product with every input is near 1; the biases of
   the attention, the gate and β are multiples of it. The gate starts where silu(gate) = 1, β at `WRITTEN`.
-- The convolution is the identity, its last tap alone being set. silu bends what passes it. Let r be the root mean
+- The convolution is the identity, its last tap alone being set. silu is not linear. Let r be the root mean
   square of a head's projection if its input were white with the weights of the block's norm. With its tap at
   `LINEAR / r`, v stays where silu is nearly linear, and the norm undoes the scale. The taps of q and k are `SHARP / r`:
-  as only directions count, silu then nearly cuts off what is negative, and a head's kernel is nearly nowhere negative.
-- Decay: exp(−1/τ) per token, τ log-spaced over the heads from `SHORTEST` to `LONGEST`, whatever the token.
-- The norm makes each head's output 1 in size, as in `mixers.py`, and its weight is `AVERAGED`. The heads' own sizes r
+  only their directions matter, and silu then nearly removes negative values, so that a head's kernel is nearly
+  non-negative.
+- Decay: exp(−1/τ) per token, τ log-spaced over the heads from `SHORTEST` to `LONGEST`, equal for all tokens.
+- The norm gives each head's output unit size, as in `mixers.py`, and its weight is `AVERAGED`. The heads' own sizes r
   are multiplied into the output projection.
 
 The constants were chosen on four blocks of SmolLM2-135M-Instruct (6, 13, 20 and 27 of 30) by the relative squared error

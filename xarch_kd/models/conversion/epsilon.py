@@ -1,9 +1,9 @@
-"""The same teacher with another epsilon in its norms, for students whose format has one epsilon built in.
+"""Change of the epsilon of a teacher's norms, for student formats with a fixed epsilon.
 
     RMSNorm(x; ε₁) = RMSNorm(√(ε₂/ε₁) x; ε₂)
 
-so the whole residual stream is scaled: the embedding, and what attention and MLPs add. A head that is the embedding is
-scaled with it, which the weight of the final norm takes back.
+so the whole residual stream is scaled: the embedding and the outputs of attention and MLPs. A tied head is scaled with
+the embedding, which the weight of the final norm undoes.
 """
 
 from __future__ import annotations

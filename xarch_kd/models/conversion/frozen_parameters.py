@@ -1,4 +1,4 @@
-"""Parameters of a student that training must leave as they are, or the student stops being the teacher's."""
+"""Parameters of a student that must not train, because the exactness of its conversion depends on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xarch_kd.models.conversion.teacher_spec import TeacherSpec
 
 
 def frozen_in_blocks(spec: TeacherSpec, target: Target, kept: Sequence[int]) -> tuple[str, ...]:
-    """Return what must stay frozen in a student of `target` that keeps attention in the blocks `kept`."""
+    """Return the parameters to freeze in a student of class `target` that keeps attention in the blocks `kept`."""
     if target.fit(spec) != "frozen":
         return ()
     has_bias = spec.input_bias or spec.output_bias
@@ -24,8 +24,8 @@ def frozen_in_blocks(spec: TeacherSpec, target: Target, kept: Sequence[int]) -> 
     )
 
 
-def frozen_names(student: nn.Module) -> tuple[str, ...]:
-    """Return the parameters of a student, converted now or loaded, that must stay as they are.
+def frozen_parameters(student: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a student, converted or loaded, that must stay frozen.
 
     They are the queries, keys and norms of attention blocks whose norms `qwen3_5.py` made linear. A checkpoint has no
     note of that, but their weights show it: equal in all channels, and thousands of times the usual norm weight.

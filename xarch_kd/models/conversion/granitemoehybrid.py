@@ -1,4 +1,4 @@
-"""The writer for GraniteMoeHybrid without experts: Granite's multipliers as they are, or blocks without positions."""
+"""Conversion target GraniteMoeHybrid without experts: has Granite's multipliers, and blocks without positions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def granitemoehybrid_config(
 
 
 def granitemoehybrid_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Return every weight of a student but those of its mixers; `weights` are read with `unscaled` spec."""
+    """Return all weights of a student except those of its mixers; `weights` are read with the `unscaled` spec."""
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.final_norm}
     state["lm_head.weight"] = weights.head
     for index in range(weights.spec.layers):

@@ -20,7 +20,7 @@ def kept_layers(
 
     Exactly one of `keep_attention` and `replace` (its complement) is given. `every N` selects every Nth block, so the
     blocks N-1, 2N-1, …; `every N from K` selects K, K+N, …. Blocks count from 0. Raises `UsageError` for an index out
-    of range, an index named twice, or words that are not of the language.
+    of range, a repeated index, or words outside the list above.
     """
     if (keep_attention is None) == (replace is None):
         raise UsageError(

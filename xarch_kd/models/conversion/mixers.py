@@ -1,24 +1,24 @@
-"""First weights of a Mamba-2 mixer: made from the attention it replaces, or random.
+"""Initial weights of a Mamba-2 mixer, from the attention that it replaces or random.
 
 A mixer (Dao and Gu 2024, https://arxiv.org/abs/2405.21060, equation 16 and figure 6) computes in each head
 
     y_t = Σ_{s≤t} exp(−a Σ_{s<r≤t} δ_r) δ_s (C_t·B_s) x_s + D x_t
 
-with x, B, C = silu(conv(x, B, C projections)), and returns out_proj(norm(y × silu(z))), the norm of each head apart.
+with x, B, C = silu(conv(x, B, C projections)), and returns out_proj(norm(y × silu(z))), each head normalized on its own.
 
 The recipe `attention` gives q to C, k to B, v to x and o to out_proj, and chooses the rest so that the mixer starts as
 near to attention as it can without data. Let r be the root mean square of v if its input were white with the weights
 of the block's norm, r² = mean over a head's rows of Σ_i (W_v w)²_i:
 
 - The convolution is the identity, its last tap alone being set, and z starts where silu(z) = 1.
-- x: silu bends v. With its tap at `LINEAR / r`, x stays small, where silu(x) = x/2 + x²/4 is nearly linear; the norm
-  undoes the scale.
+- x: silu is not linear. With its tap at `LINEAR / r`, x stays small, where silu(x) = x/2 + x²/4 is nearly linear; the
+  norm undoes the scale.
 - B, C: silu(q)·silu(k) is a nearly positive kernel that grows with q·k, as the softmax's does; their tap is 1.
 - Decay: a = 1 and δ = 1/τ, so a head averages over about τ tokens, log-spaced over the heads from `SHORTEST` to
   `LONGEST`. D = 0: attention has no path around the average.
-- The norm makes each head's output 1 in size, where attention's is the size of an average of v. Its weight starts at
-  `AVERAGED × r`: the best scale of a feature that correlates by ρ with its target is ρ times the target's own, so too
-  large an output does more harm than one too small.
+- The norm gives each head's output unit size, while attention's output has the size of an average of v. Its weight
+  starts at `AVERAGED × r`: the best scale of a feature that correlates by ρ with its target is ρ times the target's, so
+  too large an output does more harm than one too small.
 
 The four constants were chosen on two blocks of SmolLM2-135M-Instruct (13 and 27 of 30, relative squared error of the
 mixer's output on text of Python's documentation, at the start and after 24 steps of AdamW at 0.01): 0.48 and 0.23,
@@ -48,7 +48,7 @@ AVERAGED = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class MixerShape:
-    """Sizes of a mixer whose heads each have their own B and C: `channels` a head, `state` wide, both in numbers."""
+    """Sizes of a mixer whose heads have their own B and C: `channels` per head, `state` numbers per channel."""
 
     width: int
     heads: int
@@ -146,7 +146,7 @@ def _bias(projection: LinearWeights) -> Tensor:
 
 
 def last_tap(taps: Tensor, convolution: int) -> Tensor:
-    """Return a depthwise kernel [channels, 1, convolution] that multiplies the present by `taps` and reads no past."""
+    """Return a depthwise kernel [channels, 1, convolution] that scales the current token by `taps`."""
     return functional.pad(taps[:, None, None], (convolution - 1, 0))
 
 

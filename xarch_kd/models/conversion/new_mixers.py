@@ -1,4 +1,4 @@
-"""The weights of the blocks whose attention is replaced: new mixers, and what their class orders otherwise."""
+"""Weights of the blocks whose attention is replaced: new mixers, and norms where the class differs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_mixers(
 ) -> dict[str, Tensor]:
     """Return the weights of the mixers of every block that is not kept, under their names in the student.
 
-    They are random if a seed is given, another for each block, and made from the block's attention otherwise.
+    They are random if a seed is given (a different one for each block), else made from the block's attention.
     """
     # A class with multipliers of its own scales what a mixer returns, but not the queries that a mixer reads.
     read_as = replace(target.read_as(spec), attention_scale=spec.attention_scale)

@@ -1,8 +1,9 @@
-"""The writer for OLMo Hybrid: OLMo 2's attention blocks as they are, or gated delta mixers in blocks of another order.
+"""Conversion target OLMo Hybrid: OLMo 2's attention blocks, or gated delta mixers in blocks with norms in front.
 
 An attention block of both classes is x + norm(attention(x)), then x + norm(mlp(x)). A recurrent block of OLMo Hybrid
-is x + mixer(norm(x)), then x + mlp(norm(x)): its MLP is the teacher's, but not its order, so a replaced block is near
-the teacher's only as far as a norm is a constant. `olmo_hybrid_norms` chooses that constant from `ActivationStats`.
+is x + mixer(norm(x)), then x + mlp(norm(x)): its MLP is the teacher's but its norms are placed differently, so a
+replaced block is near the teacher's only as far as a norm acts like a constant. `olmo_hybrid_norms` chooses that
+constant from `ActivationStats`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def olmo_hybrid_unsupported_reason(spec: TeacherSpec) -> str | None:
 def olmo_hybrid_config(spec: TeacherSpec, kept: Sequence[int], teacher: PreTrainedConfig) -> OlmoHybridConfig:
     """Return the config of a student that keeps attention in the blocks `kept`.
 
-    The class demands blocks of both kinds. If every block is kept, one more is appended that adds nothing. Raises
+    The class requires blocks of both kinds. If every block is kept, one more is appended that adds nothing. Raises
     `ConversionError` if none is kept.
     """
     if len(kept) == 0:
@@ -61,7 +62,7 @@ def olmo_hybrid_config(spec: TeacherSpec, kept: Sequence[int], teacher: PreTrain
 
 
 def olmo_hybrid_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Return every weight of a student but the mixers and norms of the blocks that are replaced."""
+    """Return all weights of a student except the mixers and norms of the replaced blocks."""
     spec = weights.spec
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.final_norm}
     state["lm_head.weight"] = weights.head
@@ -100,8 +101,8 @@ def olmo_hybrid_mixer(place: str, mixer: dict[str, Tensor]) -> dict[str, Tensor]
 def olmo_hybrid_norms(place: str, block: BlockWeights, stats: ActivationStats) -> dict[str, Tensor]:
     """Return the norms and the MLP's last projection of a replaced block.
 
-    The norm before the MLP multiplies by the usual size of what the teacher's MLP reads, so that the MLP reads nearly
-    the same; the teacher's norm after it becomes a constant scale of `down`, by the usual size of what the MLP returns.
+    The norm before the MLP multiplies by the usual size of the input of the teacher's MLP, so that the MLP's input is
+    nearly the same; the teacher's norm after it becomes a constant scale of `down`, by the usual size of its output.
     """
     ones = widened(block.mlp_norm).new_ones(block.mlp_norm.shape)
     down = widened(block.down.weight) * (widened(block.mlp_norm) / stats.mlp_output_size)[:, None]

@@ -1,13 +1,13 @@
-"""The writer for Qwen3.5's language model: attention with query and key norms, or gated delta mixers.
+"""Conversion target Qwen3.5 (language model): attention with query and key norms, or gated delta mixers.
 
-Three things in its attention need undoing, all exact in binary arithmetic but the last:
+Three features of its attention are undone, the first two exactly in binary arithmetic:
 
 - Each head's output is multiplied by the sigmoid of a gate of its own, whose rows lie beside the query's: gate rows of
   zero make it 1/2, and the output projection is doubled.
 - A norm multiplies by one plus its weight, so weights are written minus one.
 - A teacher without query and key norms: with queries and keys scaled by `BELOW_EPSILON`, their mean square is far below
-  the norm's ε, so that the norm is linear, x / √ε, and its weight √ε / `BELOW_EPSILON` undoes both. Such a norm holds
-  only as it is: one step of an optimiser on it or its projections destroys it, so these parameters must stay frozen.
+  the norm's ε, so that the norm is linear, x / √ε, and its weight √ε / `BELOW_EPSILON` undoes both. One
+  optimizer step on such a norm or its projections destroys this, so these parameters must stay frozen.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def qwen3_5_config(spec: TeacherSpec, kept: Sequence[int], teacher: PreTrainedCo
 def delta_fields(spec: AttentionSpec) -> dict[str, Any]:
     """Return the sizes of gated delta mixers with one key and one value head for each query head of the teacher.
 
-    The class serves several value heads by one key head but not the reverse, so shared key and value heads of a
+    In this class several value heads can share a key head but not the reverse, so shared key and value heads of a
     teacher are repeated.
     """
     return {
@@ -74,7 +74,7 @@ def delta_fields(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def delta_shape(config: PreTrainedConfig) -> MixerShape:
-    """Return the sizes of the mixers of a config that was made here or in `olmo_hybrid.py`."""
+    """Return the sizes of the mixers of a config of Qwen3.5 or OLMo Hybrid."""
     sizes = config.to_dict()
     return MixerShape(
         width=sizes["hidden_size"],
@@ -86,7 +86,7 @@ def delta_shape(config: PreTrainedConfig) -> MixerShape:
 
 
 def qwen3_5_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Return every weight of a student but those of its mixers."""
+    """Return all weights of a student except those of its mixers."""
     spec = weights.spec
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": _minus_one(weights.final_norm)}
     state["lm_head.weight"] = weights.head

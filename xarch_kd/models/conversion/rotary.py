@@ -34,7 +34,7 @@ def is_rotary(spec: TeacherSpec, kept: Sequence[int]) -> bool:
 def rotary_parameters(spec: TeacherSpec, kept: Sequence[int]) -> dict[str, Any]:
     """Return the student's `rope_parameters`, always with the rotated fraction of a head.
 
-    The classes' own defaults for that share differ: a half (Bamba), a quarter (Qwen3.5).
+    The classes' defaults for that fraction differ: a half (Bamba), a quarter (Qwen3.5).
     """
     if is_rotary(spec, kept):
         return dict(spec.rope_parameters)

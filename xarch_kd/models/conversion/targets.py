@@ -1,4 +1,4 @@
-"""The stock classes that a teacher can become, what each of them holds, and which one `auto` means."""
+"""Table of the stock student classes, with the teachers that each can represent; choice of the class for `auto`."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def _with_norms(spec: TeacherSpec) -> Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A student class: `obstacle` returns the reason why it cannot represent a teacher, `fit` the exactness if it can.
+    """Student class: `unsupported_reason` returns why it cannot represent a teacher, `fit` how exactly it does.
 
-    `read_as` gives the spec with which the teacher's weights are read: without the multipliers that the class has
-    itself. `config` and `state` make its config and every weight but those of its mixers.
+    `read_as` returns the spec for reading the teacher's weights: without the multipliers that the class has itself.
+    `config` and `state` return its config and all weights except those of its mixers.
     """
 
     name: str

@@ -16,7 +16,7 @@ from xarch_kd.errors import ConversionError
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """The sizes of an attention, and the `epsilon` of its norm, which comes before it unless `norm_after`."""
+    """Sizes of an attention, and the `epsilon` of its norm, which comes before it unless `norm_after`."""
 
     width: int
     heads: int
@@ -28,7 +28,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec(AttentionSpec):
-    """A Transformer with rotary attention and a gated MLP, in numbers.
+    """Specification of a Transformer with rotary attention and a gated MLP.
 
     `norm_offset` is added to every norm weight (gemma: 1). `attention_scale` multiplies q·k, `residual_scale` what a
     mixer or MLP adds to the residual stream, `embedding_scale` the embedding, `logit_scale` the logits.
@@ -75,7 +75,7 @@ class Refusal:
 
 
 def teacher_spec(config: PreTrainedConfig) -> TeacherSpec:
-    """Return the spec of a teacher's config. Raises `ConversionError` with the reason and what works instead."""
+    """Return the spec of a teacher's config. Raises `ConversionError` with the reason and an alternative."""
     refusal = REFUSALS.get(config.model_type)
     if refusal is not None:
         raise ConversionError(
@@ -97,7 +97,7 @@ def teacher_spec(config: PreTrainedConfig) -> TeacherSpec:
 
 
 def or_in_place(model_type: str, fix: str) -> str:
-    """Return `fix` with the other way out in front of it where there is one: new mixers in the teacher's own class."""
+    """Return `fix`, preceded by conversion in the teacher's own class if the family supports it."""
     from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 
     if model_type not in IN_PLACE_TEACHERS:
@@ -127,7 +127,7 @@ def _refuse_window(config: PreTrainedConfig) -> None:
 
 
 def _llama_like(config: PreTrainedConfig) -> TeacherSpec:
-    """Facts under the names that Llama's config gave them; a family's own deviations are replaced afterwards."""
+    """Return the spec read from Llama's config names; each family then replaces what differs."""
     values: Any = config
     head_dim = getattr(config, "head_dim", None) or values.hidden_size // values.num_attention_heads
     attention_bias = bool(getattr(config, "attention_bias", False))

@@ -1,4 +1,4 @@
-"""One canonical view of a teacher's weights: separate projections, plain norms, multipliers folded in."""
+"""Canonical view of a teacher's weights: separate projections, plain norms, multipliers folded in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xarch_kd.models.conversion.teacher_spec import TeacherSpec
 
 @dataclass(frozen=True, kw_only=True)
 class LinearWeights:
-    """A linear map: `weight` [out, in], `bias` [out] or None."""
+    """Linear map: `weight` [out, in], `bias` [out] or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -30,7 +30,7 @@ class LinearWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
-    """One attention: o(attention(q, k, v of norm(x))), or the norm of o(…), depending on the spec.
+    """Weights of an attention: o(attention(q, k, v of norm(x))), or the norm of o(…), depending on the spec.
 
     `query` [heads × head_dim, width], `key` and `value` [key_value_heads × head_dim, width], `mixer_norm` [width]. The
     norms of queries and keys are [head_dim], or as wide as all their heads, or None.
@@ -47,7 +47,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWeights(AttentionWeights):
-    """One block: x + its attention, then x + down(act(gate) × up) of the second norm, or after it, as in attention."""
+    """Weights of a block: x + attention, then x + down(act(gate) × up), with the second norm before or after it."""
 
     gate: LinearWeights
     up: LinearWeights
@@ -59,7 +59,7 @@ class TeacherWeights:
     """A teacher's weights under canonical names, with its four multipliers folded into them.
 
     The fold: embedding × embedding_scale; q × attention_scale × √head_dim; o and down × residual_scale; head ×
-    logit_scale. Where a multiplier is 1 the tensors are the teacher's own, not copies. Blocks are made on demand.
+    logit_scale. If a multiplier is 1 the tensors are the teacher's own, not copies. Blocks are built on demand.
     """
 
     def __init__(self, teacher: PreTrainedModel, spec: TeacherSpec) -> None:

@@ -1,4 +1,4 @@
-"""The weights of one attention of the families that are converted in place, in one canonical form."""
+"""Canonical weights of the attention of families that are converted in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 def attention_of(teacher: PreTrainedModel, layer: int) -> AttentionWeights:
     """Return the weights of the attention of one block of a teacher, in float32.
 
-    Norms of queries and keys are folded into their projections, at the size that white input gives them.
+    Norms of queries and keys are folded into their projections, at the size that they have for white input.
     """
     family = IN_PLACE_TEACHERS[teacher.config.model_type]
     blocks: Any = getattr(teacher.base_model, family.blocks)
@@ -57,7 +57,7 @@ def _separate(block: nn.Module, config: PreTrainedConfig, norm_offset: float) ->
 
 
 def _transposed(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> AttentionWeights:
-    """GPT-2 keeps its weights transposed, queries, keys and values in one, and scales scores in its own ways."""
+    """Return the weights of GPT-2's attention: transposed, with joint queries, keys and values and its own scaling."""
     sizes = attention_sizes(config)
     weights, biases = _weight(block, "attn.c_attn").T.chunk(3), _bias(block, "attn.c_attn").chunk(3)
     query, key, value = (LinearWeights(weight=one, bias=other) for one, other in zip(weights, biases, strict=True))
@@ -70,7 +70,7 @@ def _transposed(block: nn.Module, config: PreTrainedConfig, norm_offset: float) 
 
 
 def _fused_heads(block: nn.Module, config: PreTrainedConfig, norm_offset: float) -> AttentionWeights:
-    """GPT-NeoX keeps queries, keys and values in one, head by head."""
+    """Return the weights of GPT-NeoX's attention, whose joint projection interleaves q, k and v head by head."""
     fused, heads = _linear(block.get_submodule("attention"), "query_key_value"), attention_sizes(config).heads
     weights = rearrange(fused.weight, "(h part d) w -> part (h d) w", h=heads, part=3)
     biases: Any = [None] * 3
@@ -83,7 +83,7 @@ def _fused_heads(block: nn.Module, config: PreTrainedConfig, norm_offset: float)
 
 
 def _normed(projection: LinearWeights, norm: Tensor, weight: Tensor, heads: int) -> LinearWeights:
-    """Return rows that have, for white input after `norm`, the size that a norm of each head with `weight` gives."""
+    """Return the projection scaled to the size, for white input after `norm`, of heads normalized with `weight`."""
     squares = reduce((projection.weight * norm).square().sum(1), "(h d) -> h 1", "mean", h=heads)
     scale = rearrange(weight * squares.clamp_min(1e-12).rsqrt(), "h d -> (h d)")
     bias = None if projection.bias is None else projection.bias * scale

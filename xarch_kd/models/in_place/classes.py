@@ -1,7 +1,7 @@
 """A teacher's own classes with recurrent mixers in some of their blocks: base models and language models.
 
-One of each is made for every row of `in_place_teachers.FAMILIES`. A replaced block is the teacher's block, norms and
-MLP included, with one of transformers' own mixers where its attention was. Its cache is transformers' too: the
+One of each is made for every row of `teachers.py`. A replaced block is the teacher's block, norms and
+MLP included, with one of transformers' mixers in place of its attention. Its cache is transformers' too: the
 config's `layer_types` are `linear_attention` there, as those of Bamba and Qwen3.5 do.
 """
 
@@ -47,7 +47,7 @@ class InPlaceMamba2(BambaMixer):
         super().__init__(mixer_config, layer)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Return what the block adds, [batch, time, width], and no map of attention."""
+        """Return the addition to the residual stream, [batch, time, hidden size], and no attention map."""
         return super().forward(hidden_states, **mixer_arguments(kwargs)), None
 
 
@@ -64,7 +64,7 @@ class InPlaceGatedDeltaNet(Qwen3_5GatedDeltaNet):
         super().__init__(mixer_config, layer)  # type: ignore[arg-type]  # the text part of Qwen3.5's config
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Return what the block adds, [batch, time, width], and no map of attention."""
+        """Return the addition to the residual stream, [batch, time, hidden size], and no attention map."""
         return super().forward(hidden_states, **mixer_arguments(kwargs)), None
 
 
@@ -72,7 +72,7 @@ MIXER_CLASSES: dict[str, type[nn.Module]] = {"mamba2": InPlaceMamba2, "gated_del
 
 
 def mixer_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a mixer takes of what a block gives its attention."""
+    """Return a mixer's arguments, out of those that a block passes to its attention."""
     caches = (given.get(name) for name in ("past_key_values", "layer_past"))
     packing = {name: given[name] for name in PACKING if given.get(name) is not None}
     return {
@@ -107,7 +107,7 @@ class InPlaceBase(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the teacher's forward with `padding_mask` [batch, time] beside its own masks, for the mixers."""
+        """Run the teacher's forward with `padding_mask` [batch, time] for the mixers in addition to its own masks."""
         # Masks are made from the sizes, device and type of an embedding alone.
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         meta = torch.empty((*tokens.shape[:2], 0), dtype=self.dtype, device=tokens.device)
@@ -161,7 +161,7 @@ class InPlaceCausalLM(PreTrainedModel):
 def init_mixer(module: nn.Module) -> bool:
     """Initialize the parameters of a mixer as its class does; return True if `module` is a mixer.
 
-    The teacher's rule would take a gated norm for one of its own, and may set its weight to 0.
+    The teacher's rule would treat a gated norm as one of its own and may set its weight to 0.
     """
     if isinstance(module, BambaMixer):
         module.init_bamba_weights()

@@ -1,8 +1,8 @@
 """Configs of a teacher's own classes with recurrent mixers in some blocks, registered with transformers.
 
 No modeling module is imported here: transformers imports its automatic classes in the middle of importing its modeling
-modules, and each of those would then be found half made. The model classes are registered by stand-ins, which import
-`classes.py` when a model is built.
+modules, and each of those would then be only partly initialized. The model classes are registered by stand-ins, which
+import `classes.py` when a model is built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NEEDS = "the package xarch_kd: import xarch_kd before this model is loaded"
 
 
 class InPlaceConfig:
-    """A teacher's config, and which of its blocks have a mixer instead of attention.
+    """A teacher's config, with the blocks that have a mixer instead of attention.
 
     `replaced_layers` are their indices, `mixer` is `mamba2` or `gated_delta`, and `mixer_settings` are fields of the
     config of the class that the mixer is from (Bamba, Qwen3.5). `needs` names the package that loads such a model.

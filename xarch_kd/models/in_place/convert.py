@@ -1,13 +1,13 @@
 """Students that are the teacher's own class with recurrent mixers in some blocks, where no stock class is exact.
 
 Everything but the replaced attention is the teacher's: norms after sub-blocks, norms of queries and keys, windows, soft
-caps, learned positions, parallel residuals. The price is that transformers alone does not know the class. Importing
+caps, learned positions, parallel residuals. But transformers alone cannot load such a class. Importing
 this package registers the classes with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`, so
 
     import xarch_kd
     student = AutoModelForCausalLM.from_pretrained(folder)
 
-loads such a student; its config has that under `needs`.
+loads such a student; the field `needs` of its config names this package.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from xarch_kd.models.in_place.mixers import new_mixers
 from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 
 NEEDS_PACKAGE = (
-    "The student is the teacher's own class with other mixers, which transformers alone does not know: whoever loads "
-    "it needs this package, and `import xarch_kd` before."
+    "The student is the teacher's own class with other mixers, which transformers alone cannot load: install "
+    "this package and `import xarch_kd` before loading it."
 )
 ALL_RECURRENT = (
-    "No block keeps its attention, and transformers' cache does not know its length then: such a student generates "
-    "only with use_cache=False. Keep at least one attention block if it is to generate."
+    "No block keeps its attention, and transformers' cache then has no length: such a student generates only "
+    "with use_cache=False. Keep at least one attention block if it has to generate."
 )
 
 
@@ -74,7 +74,7 @@ def plan_in_place(
 
 @dataclass(frozen=True, kw_only=True)
 class InPlaceConversion(Conversion):
-    """A conversion within the teacher's own class. Students are exact by construction, up to the new mixers."""
+    """Conversion within the teacher's own class, exact up to the new mixers."""
 
     all_recurrent: ClassVar[str] = ALL_RECURRENT
 
@@ -121,7 +121,7 @@ def _student_config(
 
 
 def mixer_places(config: PreTrainedConfig) -> dict[int, str]:
-    """Return what the names of the weights of each new mixer begin with, by block."""
+    """Return the prefix of the weights of each new mixer, by block."""
     values: Any = config
     name = config.model_type.removeprefix(PREFIX)
     family, prefix = IN_PLACE_TEACHERS[name], CLASSES[name].model.base_model_prefix
@@ -129,7 +129,7 @@ def mixer_places(config: PreTrainedConfig) -> dict[int, str]:
 
 
 def _classes(teacher: PreTrainedConfig) -> InPlaceClasses:
-    """Return the classes for a teacher, or raise `ConversionError` with the reason why there are none."""
+    """Return the classes for a teacher. Raises `ConversionError` with the reason if there are none."""
     if getattr(teacher, "use_bidirectional_attention", False) or getattr(teacher, "add_cross_attention", False):
         raise ConversionError(
             "The teacher attends to more than the past of its own text, which a recurrent mixer cannot.",
@@ -156,7 +156,7 @@ def _classes(teacher: PreTrainedConfig) -> InPlaceClasses:
 
 
 def _stock(teacher: PreTrainedConfig) -> str | None:
-    """Return what to write for the first stock class that holds a teacher, or None if there is none."""
+    """Return the options that select the first stock class that holds a teacher, or None."""
     try:
         spec = teacher_spec(teacher)
     except ConversionError:
@@ -166,7 +166,7 @@ def _stock(teacher: PreTrainedConfig) -> str | None:
 
 
 def _copied(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return copies; what shares memory before does so after, as tied weights."""
+    """Return copies in which tied weights share memory as before."""
     copies: dict[tuple[int, torch.Size], Tensor] = {}
     for value in state.values():
         copies.setdefault((value.data_ptr(), value.shape), value.to(dtype, copy=True))

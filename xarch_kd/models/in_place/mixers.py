@@ -1,4 +1,4 @@
-"""First weights of mixers that are put into a teacher's own blocks, by the recipes for stock students."""
+"""Initial weights of mixers in a teacher's own blocks, by the recipes for stock students."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xarch_kd.models.in_place.attention import attention_of, attention_sizes
 def new_mixers(teacher: PreTrainedModel, config: PreTrainedConfig, *, seed: int | None) -> dict[int, dict[str, Tensor]]:
     """Return the state of the mixer of each block that an in-place config replaces, in float32.
 
-    Mixers are random if a seed is given, another for each block, and made from the block's attention otherwise.
+    They are random if a seed is given (a different one for each block), else made from the block's attention.
     """
     values: Any = config
     make = _mamba2 if values.mixer == "mamba2" else _gated_delta

@@ -1,4 +1,4 @@
-"""The families whose own class can hold a recurrent mixer, and where each keeps its attention: one visible table.
+"""Table of the families whose own class can hold a recurrent mixer, with the location of their attention.
 
 Classes are named as transformers names them. Nothing is imported here, and nothing else of this package in
 `configs.py`, so that the classes can be registered in the middle of any import of either package.

@@ -1,4 +1,4 @@
-"""A model config from a GGUF file's metadata, in milliseconds: no tensor is read and no token table is decoded.
+"""Model config from a GGUF file's metadata, in milliseconds: no tensor is read and no token table is decoded.
 
 The layout read here is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """

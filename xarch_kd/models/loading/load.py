@@ -1,4 +1,4 @@
-"""Reading models, configs and tokenizers: no code from a checkpoint, no pickle but mamba_ssm's, plain tensors."""
+"""Loading of models, configs and tokenizers: no code from a checkpoint, no pickle but mamba_ssm's, plain tensors."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the causal language model of a reference, in eval mode, every weight a plain tensor of `dtype`.
 
-    Without a `dtype` it is that of the checkpoint. A folder in mamba_ssm's format comes as the stock class it equals.
-    Raises `ModelError` for weights that are missing, cut short, pickled, or not those of the config.
+    By default `dtype` is the checkpoint's. A folder in mamba_ssm's format is loaded as the stock class that it equals.
+    Raises `ModelError` for weights that are missing, truncated, pickled, or not those of the config.
     """
     source = resolve(reference, revision)
     if source.path is not None and is_mamba_ssm_folder(source):
@@ -152,7 +152,7 @@ def load_tokenizer(reference: str, revision: str | None = None) -> PreTrainedTok
 
 
 def fresh_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a randomly initialised model of `config` in eval mode; the same seed gives the same weights."""
+    """Return a randomly initialized model of `config` in eval mode; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()

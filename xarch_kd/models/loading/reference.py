@@ -1,7 +1,7 @@
 """Model references: a hub id, a local folder, a `.gguf` file, or a data file inside an installed distribution.
 
-What a reference leads to is checked here before any library reads it: nothing in a checkpoint can name code to run,
-only safetensors and GGUF are read, and a file that is cut short is named. Only the standard library is imported.
+References are checked here before any library reads them: nothing in a checkpoint can name code to run, only
+safetensors and GGUF are read, and truncated files are reported. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Source:
 
 
 def resolve(reference: str, revision: str | None = None) -> Source:
-    """Return where `reference` leads. Raises `ModelError` if it leads nowhere or to something that is not a model."""
+    """Return the location of `reference`. Raises `ModelError` if nothing or no model is there."""
     if reference.startswith("package:"):
         return _gguf(reference, _packaged(reference), revision)
     path = Path(reference).expanduser()

@@ -1,4 +1,4 @@
-"""Writing a student as a stock checkpoint: whole or not at all."""
+"""Saving of a student as a stock checkpoint, whole or not at all."""
 
 from __future__ import annotations
 

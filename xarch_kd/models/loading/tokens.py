@@ -23,10 +23,10 @@ def shared_vocabulary(
     teacher_rows: int,
     student_rows: int,
 ) -> int:
-    """Return how many first rows of both output layers stand for the same tokens.
+    """Return the number of leading rows of both output layers that stand for the same tokens.
 
     Rows past the tokens (a padded vocabulary) and tokens that only one side has at the end are cut off, with a
-    warning. Raises `ModelError` if an id stands for different tokens, also when both tables are equally long.
+    warning. Raises `ModelError` if an id stands for different tokens, even if both tables have equal length.
     """
     teacher, student = _table(teacher_tokenizer), _table(student_tokenizer)
     differing = sorted(index for index in teacher.keys() & student.keys() if teacher[index] != student[index])

@@ -1,8 +1,8 @@
 """Configs of `mamba_ssm.MambaLMHeadModel` (https://github.com/state-spaces/mamba) and of the stock classes it equals.
 
-Its network is Bamba's where attention, Mamba-2 mixers or an MLP are mixed, and otherwise Mamba's or Mamba-2's own. Its
-config has no fields for the norms' epsilon (1e-5), for the activation (silu) and for scaled rotary positions, so what
-needs them is refused. Nothing of the package `mamba_ssm` is imported.
+Its network is Bamba's if it mixes attention, Mamba-2 mixers or MLPs, and otherwise Mamba's or Mamba-2's. Its config has
+no fields for the norms' epsilon (1e-5), the activation (silu) and scaled rotary positions, so models that need other
+values are refused. Nothing of the package `mamba_ssm` is imported.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def stock_config(values: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     """Return the config of the stock class that equals a model of mamba_ssm's config.
 
     Sizes of a config with padding (`pad_vocab_size_multiple`) are those with it. Raises `ModelError` naming `where` for
-    a field that is not known and for what no stock class holds.
+    an unknown field and for a model that no stock class holds.
     """
     given = {**FIELDS, **values}
     mixer = dict(given["ssm_cfg"] or {})
@@ -247,7 +247,7 @@ def stock_config(values: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
 
 
 def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], fixed: Mapping[str, Any], *, where: str) -> None:
-    """Raise `ModelError` for a field of another name, or of a value that no stock class has."""
+    """Raise `ModelError` for an unknown field, or a value that no stock class supports."""
     for name, value in given.items():
         if name not in (*known, *fixed, *IGNORED):
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Checkpoints that `mamba_ssm.MambaLMHeadModel.from_pretrained` reads: writing one, and reading one as a stock model.
+"""Checkpoints of `mamba_ssm.MambaLMHeadModel.from_pretrained`: export, and import as a stock model.
 
 Such a folder holds `config.json` and `pytorch_model.bin`. The latter is a Python pickle; it is read by torch's loader
 for tensors alone, which runs no code. Nothing of the package `mamba_ssm` is imported.
@@ -36,7 +36,7 @@ def export_mamba_ssm(
 ) -> Path:
     """Write a Bamba, Mamba-2 or Mamba model to `folder` in mamba_ssm's format, and return the folder.
 
-    The weights are the model's own, in its dtype; ids of special tokens stay beside them for the way back. Written
+    The weights are the model's own, in its dtype; ids of special tokens are stored for a later import. Written
     whole or not at all. Raises `ConversionError` for what the format cannot hold, `UsageError` if `folder` holds
     something and `overwrite` is False, `ModelError` for NaN or infinite weights, `CheckpointError` if it cannot be
     written.

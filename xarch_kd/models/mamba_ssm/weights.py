@@ -52,7 +52,7 @@ def mamba_ssm_name(name: str) -> str:
 
 
 def own_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return what `model` calls the stock parameters `names`: the same, except in a `mamba_ssm.MambaLMHeadModel`."""
+    """Return the names in `model` of the stock parameters `names`; they differ in `mamba_ssm.MambaLMHeadModel`."""
     return [mamba_ssm_name(name) for name in names] if is_mamba_ssm_model(model) else list(names)
 
 
@@ -79,7 +79,7 @@ def _rank(name: str) -> int:
 
 
 def _padded(weight: Tensor, name: str) -> Tensor:
-    """fc2's columns, or one half of fc1's rows, to a multiple of 128."""
+    """Pad fc2's columns, or one half of fc1's rows, to a multiple of 128."""
     size = weight.shape[1] if ".fc2." in name else weight.shape[0]
     missing = -size % MULTIPLE
     return functional.pad(weight, (0, missing) if ".fc2." in name else (0, 0, 0, missing))
