@@ -4,7 +4,7 @@ A mixer (Dao and Gu 2024, https://arxiv.org/abs/2405.21060, equation 16 and figu
 
     y_t = Σ_{s≤t} exp(−a Σ_{s<r≤t} δ_r) δ_s (C_t·B_s) x_s + D x_t
 
-with x, B, C = silu(conv(x, B, C projections)), and returns out_proj(norm(y × silu(z))), each head normalized on its own.
+with x, B, C = silu(conv(x, B, C projections)), and returns out_proj(norm(y × silu(z))), heads normalized separately.
 
 The recipe `attention` gives q to C, k to B, v to x and o to out_proj, and chooses the rest so that the mixer starts as
 near to attention as it can without data. Let r be the root mean square of v if its input were white with the weights
