@@ -46,15 +46,15 @@ COMMANDS: dict[str, CommandHelp] = {
         ("xarch-kd evaluate runs/first",),
     ),
     "show": CommandHelp(
-        "Show a run's result: the table, generated text, code that loads the student.",
+        "Show a run's figures, generated text and code to load the student.",
         ("xarch-kd show runs/first", 'xarch-kd show runs/first --prompt "Once upon a time" --tokens 60'),
     ),
     "convert": CommandHelp(
-        "Convert a Transformer into an untrained hybrid checkpoint of a stock class.",
+        "Convert a Transformer into an untrained stock hybrid checkpoint.",
         ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),
     ),
     "export": CommandHelp(
-        "Convert a student to the format of mamba_ssm, or back to that of transformers.",
+        "Convert a student to the format of mamba_ssm, or back.",
         (
             "xarch-kd export runs/first --format mamba_ssm --output ./for-mamba-ssm",
             "xarch-kd export ./for-mamba-ssm --format transformers --output ./student",
@@ -65,7 +65,7 @@ COMMANDS: dict[str, CommandHelp] = {
         ("xarch-kd inspect ./teacher", "xarch-kd inspect ./teacher --json"),
     ),
     "doctor": CommandHelp(
-        "Report what runs on this machine: versions, devices, optional packages.",
+        "Report what runs here: versions, devices, optional packages.",
         ("xarch-kd doctor", "xarch-kd doctor --json"),
     ),
 }

@@ -27,7 +27,7 @@ def command(
     ] = None,
     replace: Annotated[str | None, typer.Option(help="Layers whose attention is replaced, in the same form.")] = None,
     init: Annotated[
-        Literal["attention", "random"], typer.Option(help="Where the new mixers start from.")
+        Literal["attention", "random"], typer.Option(help="Initialization of the new mixers.")
     ] = "attention",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random initialization.")] = 0,
