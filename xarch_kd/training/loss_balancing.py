@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from xarch_kd.errors import CheckpointError, UsageError
-from xarch_kd.files import write_text
+from xarch_kd.files import write_json
 from xarch_kd.losses.balance import Balance
 from xarch_kd.planning.plan import StagePlan
 
@@ -39,7 +39,7 @@ def balance_of(stage: StagePlan) -> Balance | None:
 
 def write_balance(balance: Balance, beside: Path) -> None:
     """Write a balance beside a file of trained tensors. Raises CheckpointError if it can't."""
-    write_text(beside.with_name(BALANCE_FILE), json.dumps(balance.state(), indent=2) + "\n")
+    write_json(beside.with_name(BALANCE_FILE), balance.state())
 
 
 def read_balance(balance: Balance, beside: Path) -> Balance:
