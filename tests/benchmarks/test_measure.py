@@ -42,17 +42,17 @@ def test_contenders_run_in_processes_of_their_own() -> None:
         assert found["fused"].missing == "needs a GPU"
 
 
-def test_a_contender_that_is_not_there_is_said_not_raised() -> None:
+def test_a_missing_contender_is_reported_not_raised() -> None:
     asked = {"operation": "projected_distance", "case": CASES[0].name, "contender": "no such", "root": "nowhere"}
     one = Remote({**asked, "device": "cpu", "quick": True, "threads": 1}, Checkout(), 120.0)
     try:
         # The imported package is this checkout's.
-        assert one.begin()["failed"].startswith("ImportError: the package that was imported is not")
+        assert one.begin()["failed"].startswith("ImportError: the imported package is not")
     finally:
         one.close()
 
 
-def test_a_process_that_dies_is_said(tmp_path: Path) -> None:
+def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
     one = Remote(ASKED, checkout(tmp_path, "raise SystemExit(3)"), 60.0)
     try:
         assert one.begin() == {"failed": "its process ended with code 3"}
