@@ -1,4 +1,4 @@
-"""Report on a stage's projectors: whether they, rather than the student, fit the teacher.
+"""Report on a stage's projectors: does the student fit the teacher, or the projector?
 
 Measured before and after the stage on the same calibration text: a projector alone is fitted to one half of it, and
 that projector and the trained one are measured on the other half. Both results are kept in the stage's folder.

@@ -1,1 +1,1 @@
-"""Floor 6: how much worse a student predicts than its teacher, on the same tokens, with intervals."""
+"""Evaluation of a student against its teacher on the same tokens, with confidence intervals."""

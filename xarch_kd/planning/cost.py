@@ -155,7 +155,7 @@ def _student_flops(work: Work, student: ModelHandle) -> float:
 
 
 def _lowest_trained(work: Work, student: ModelHandle) -> int:
-    """Index of the lowest block that needs gradients; blocks fed by the teacher stand each alone."""
+    """Return the index of the lowest block that needs gradients; with teacher inputs each block is separate."""
     layout = student.layout
     if work.stage.inputs == "teacher" or student.names_of(layout.embedding.parameters()) & work.trainable:
         return 0
@@ -203,7 +203,7 @@ def _peak_bytes(work: Work, teacher: ModelHandle, student: ModelHandle) -> int:
 
 
 def _kept_numbers(layout: Layout, index: int, work: Work) -> float:
-    """Numbers a token that the backward pass of one block keeps."""
+    """Return the numbers per token that are stored for the backward pass of one block."""
     config = layout.model.config.get_text_config()
     kept = 8.0 * layout.dim
     if layout.mlps is not None and not work.mixers_alone:

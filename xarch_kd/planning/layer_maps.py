@@ -107,7 +107,7 @@ def is_measured(align: Align) -> bool:
 
 
 def entry_key(stage: int, name: str) -> str:
-    """The name under which the similarity of an entry's layers is kept: its stage's index and its own name."""
+    """Return the key of the similarity of an entry's layers: the stage's index and the entry's name."""
     return f"{stage}.{name}"
 
 

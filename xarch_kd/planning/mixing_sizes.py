@@ -12,7 +12,7 @@ from xarch_kd.taps.layout import Layout
 
 @dataclass(frozen=True)
 class MixingSize:
-    """`heads` matrices, `numbers` a token that their factors have, `head_dim` of the products that give one entry.
+    """Sizes of `heads` matrices: `numbers` per token of their factors, `head_dim` of the products of one matrix entry.
 
     `query` and `key` are the sizes of queries and keys, or of C and B, of all heads or groups together.
     """
@@ -54,7 +54,7 @@ def mixing_size(layout: Layout, layer: int) -> MixingSize | None:
 
 
 def mamba2_sizes(mixer: nn.Module) -> tuple[int, int, int, int]:
-    """(heads, head_dim, state, chunk) of a Mamba-2 mixer; all of transformers' have them under the same names."""
+    """Return (heads, head_dim, state, chunk) of a Mamba-2 mixer; all classes of transformers use the same names."""
     return (
         number_of(mixer, "num_heads"),
         number_of(mixer, "head_dim"),

@@ -1,4 +1,4 @@
-"""Teacher and student as a plan sees them: config, a model without storage, and where its parts are."""
+"""Teacher and student of a plan: config, a model without storage, and its layout."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ModelHandle:
 
     @property
     def depth(self) -> int:
-        """The number of blocks."""
+        """Number of blocks."""
         return len(self.layout.blocks)
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """Number of rows of the embedding."""
         return int(self.layout.model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
 
     @cached_property
@@ -98,7 +98,7 @@ def parameter_count(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Both models, the blocks of the student whose mixer was replaced, and what a calibration pass measured.
+    """Both models, the student's blocks with replaced mixers, and the result of a calibration pass.
 
     `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
     stage may train; `inherits` is true if the student was converted from the teacher, `fresh` if it is untrained;

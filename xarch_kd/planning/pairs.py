@@ -1,4 +1,4 @@
-"""The pairs of one `align` entry: which layers, which projector, and whether both models can serve it."""
+"""Pairs of one `align` entry: layers, projector, and checks of both models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AlignPairs = tuple[list[PairPlan], LayerMap | None]
 
 
 def align_pairs(align: Align, stage: Stage, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> AlignPairs:
-    """Return the pairs of one `align` entry and its layer map; what does not fit goes to `findings`."""
+    """Return the pairs of one `align` entry and its layer map; problems are added to `diagnostics`."""
     source = _Source(align, models, place, diagnostics)
     if align.tap in WHOLE_TAPS:
         if stage.inputs == "teacher":

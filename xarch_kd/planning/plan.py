@@ -1,4 +1,4 @@
-"""A plan: a mapping file resolved and checked against both configs, before any weight is read."""
+"""Plan: a mapping file resolved and checked against both configs, before any weight is read."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class PairPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `estimate.py` for their derivation.
+    """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `cost.py` for their derivation.
 
     `layer_map_plots` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` with
     `mixer_lr` as their rate.
@@ -101,7 +101,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that `train` needs to know, checked. `source` is the mapping file's text as it was read.
+    """Complete, checked input of `train`. `source` is the text of the mapping file.
 
     `student_config` is the student's config as a dict (of the class named by its `model_type`); `trainable` of each
     stage lists parameter names of the student. `timing_assumptions` is one line with the assumptions behind the

@@ -16,7 +16,7 @@ class Diagnostics:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, problem: Problem) -> None:
-        """Note a problem that many pairs may share, once."""
+        """Add a problem that many pairs may share, once."""
         if problem not in self.problems:
             self.problems.append(problem)
 

@@ -1,4 +1,4 @@
-"""A plan shown: rich tables for people, plain data for programs."""
+"""Rendering of a plan: rich tables for people, plain data for programs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _models(plan: Plan) -> Table:
 
 
 def _blocks(plan: Plan) -> Table:
-    """Blocks of both models, neighbours alike in one row; side by side when the depths are equal."""
+    """Return a table of the blocks of both models; equal neighbours share a row, equal depths are side by side."""
     table = _table("blocks", "teacher", "student", "", title="Blocks")
     teacher, student = plan.teacher, plan.student
     if len(teacher.layers) == len(student.layers):

@@ -210,7 +210,7 @@ def _side(
 
 @contextmanager
 def _placed(place: YamlPath, source_map: SourceMap | None) -> Iterator[None]:
-    """Name the place in the file in front of what is wrong with a model that the file names there."""
+    """Prefix problems of a model with the place in the file that names the model."""
     try:
         yield
     except ModelError as error:

@@ -84,7 +84,7 @@ class _Resolved:
         return self.stage.cache_place != "off"
 
     def cache_bytes(self, teacher: ModelHandle) -> int:
-        """Bytes of the teacher's features at every site that is read, over all distinct batches."""
+        """Return the bytes of the teacher's features at all sites, over all distinct batches."""
         token = sum(_numbers(site, teacher) for site in _teacher_sites(self.stage, self.pairs)) * BYTES[teacher.dtype]
         return self.distinct * self.rows * self.length * token if self.is_cached else 0
 
@@ -141,7 +141,7 @@ def _work(resolved: _Resolved, models: ModelPair) -> Work:
 
 
 def _numbers(site: Site, side: ModelHandle) -> int:
-    """Numbers a token that are read at a site."""
+    """Return the numbers per token of the features of a site."""
     tap, layer = site
     size = mixing_size(side.layout, layer) if tap == "mixing" and layer is not None else None
     return side.layout.dim if size is None else size.numbers
@@ -199,7 +199,7 @@ def _check_inputs(stage: Stage, models: ModelPair, place: YamlPath, diagnostics:
 def _reached_pairs(
     stage: Stage, pairs: tuple[PairPlan, ...], trainable: set[str], models: ModelPair, diagnostics: Diagnostics
 ) -> tuple[PairPlan, ...]:
-    """Leave out pairs that no trained parameter reaches: they would cost time and be constants of the loss."""
+    """Leave out pairs without a trained parameter: they would cost time and be constants of the loss."""
     kept = [pair for pair in pairs if _reach(stage, pair, models) & trainable]
     for align in stage.align:
         without = [pair.student_layer for pair in pairs if pair.align == align.name and pair not in kept]
