@@ -26,7 +26,7 @@ from xarch_kd.training.checkpoints import SOURCE_FILE
 from xarch_kd.training.trainer import StageTrainer
 
 DEPTH = 7
-STEPS = 3
+STEPS = 2
 # Code that reads on a host alone (`test_what_is_not_counted…`), and the two parts of a step that are no reads of a
 # device: AdamW's step counters are tensors of the host, and logging is counted apart.
 HOST_ONLY = {
