@@ -75,7 +75,7 @@ class StageTrainer(Trainer):
         self._checks = checks.DeferredChecks()
         super().__init__(
             model=aligner,
-            args=_arguments(plan, folder=folder, seed=seed, cpu=cpu, tracking=tracking),
+            args=_arguments(plan, self.processes, folder=folder, seed=seed, cpu=cpu, tracking=tracking),
         )
         # `compute_loss` divides sums by the normalizers of the whole step, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = True
@@ -331,7 +331,9 @@ class _Guard(TrainerCallback):
             control.should_training_stop = True
 
 
-def _arguments(plan: StagePlan, *, folder: Path, seed: int, cpu: bool, tracking: tuple[str, ...]) -> TrainingArguments:
+def _arguments(
+    plan: StagePlan, processes: Processes, *, folder: Path, seed: int, cpu: bool, tracking: tuple[str, ...]
+) -> TrainingArguments:
     settings = plan.stage.optimizer
     return TrainingArguments(
         output_dir=str(folder),
@@ -351,7 +353,8 @@ def _arguments(plan: StagePlan, *, folder: Path, seed: int, cpu: bool, tracking:
         ddp_find_unused_parameters=True,
         # Buffers are constants here; sending them at each forward would change them under autograd.
         ddp_broadcast_buffers=False,
-        ddp_backend="gloo" if cpu else None,
+        # accelerate takes a backend for a process group, which one process does not have.
+        ddp_backend="gloo" if cpu and processes.world_size > 1 else None,
         report_to=list(tracking) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
