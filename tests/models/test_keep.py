@@ -38,9 +38,9 @@ def test_replacing_every_seventh_of_thirty_blocks() -> None:
     [
         ([0, 10], "names block 10, but the model has 10 blocks"),
         ([-1], "names block -1"),
-        ([3, 3, 5], "names a block twice: 3"),
+        ([3, 3, 5], "has a block twice: 3"),
         ([True], "not a block index"),
-        ("every other", "not understood"),
+        ("every other", "not a selection of blocks"),
         ("every 0", "the model lacks"),
         ("every 11", "the model lacks"),
         ("every 2 from 10", "the model lacks"),

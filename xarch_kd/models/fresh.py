@@ -17,10 +17,10 @@ from xarch_kd.errors import ModelError, suggest
 from xarch_kd.models.loading.load import meta_model
 from xarch_kd.models.loading.reference import CODE_KEYS
 
-# What a student needs to have as its teacher has it, taken from there when it is not given.
+# Fields in which a student must agree with its teacher; the teacher's values are the defaults.
 SHARED_WITH_TEACHER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# Deeper ones are typing errors, and would be built block by block before any other check.
+# Larger depths are typing errors, and would be built block by block before any other check.
 DEEPEST = 1024
 
 _OTHERS_BUSINESS = {
@@ -294,7 +294,7 @@ def _built(
             problems += [] if problems else [ConfigProblem(None, _last_line(error))]
             return None
         except Exception as error:
-            # Classes build their parts without a look at the sizes: what comes out of that has no common type.
+            # Classes do not check their sizes, and the errors that follow have no common type.
             reason = f"{type(error).__name__}: {_last_line(error)}"
             problems.append(ConfigProblem(None, f"no {model_type} can be built with these values: {reason}"))
             return None

@@ -48,7 +48,7 @@ def _select(name: str, selection: str | Sequence[int], count: int) -> tuple[int,
             )
     twice = sorted({index for index in selection if list(selection).count(index) > 1})
     if twice:
-        raise UsageError(f"{name} names a block twice: {', '.join(map(str, twice))}.", asked=list(selection))
+        raise UsageError(f"{name} has a block twice: {', '.join(map(str, twice))}.", asked=list(selection))
     return tuple(sorted(selection))
 
 
@@ -66,5 +66,5 @@ def _select_words(name: str, words: str, count: int) -> tuple[int, ...]:
         if size <= count:
             return tuple(range(size)) if match[1] == "first" else tuple(range(count - size, count))
     else:
-        raise UsageError(f"{name} is not understood.", asked=repr(words), allowed=ALLOWED)
+        raise UsageError(f"{name} is not a selection of blocks.", asked=repr(words), allowed=ALLOWED)
     raise UsageError(f"{name} selects blocks that the model lacks.", asked=repr(words), found=f"{count} blocks")

@@ -41,7 +41,7 @@ def olmo_hybrid_config(spec: TeacherSpec, kept: Sequence[int], teacher: PreTrain
     """
     if len(kept) == 0:
         raise ConversionError(
-            "OLMo Hybrid demands at least one block with attention.",
+            "OLMo Hybrid requires at least one block with attention.",
             asked="no block keeps its attention",
             fix="keep one, e.g. keep_attention: last 1",
         )

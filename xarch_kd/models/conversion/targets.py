@@ -22,8 +22,8 @@ from xarch_kd.models.conversion.qwen3_5 import qwen3_5_config, qwen3_5_state, qw
 from xarch_kd.models.conversion.teacher_spec import TeacherSpec, or_in_place
 from xarch_kd.models.conversion.weights import TeacherWeights
 
-# How near a student with all attention kept is to its teacher, best first: the same weights; multipliers folded into
-# weights, which differs by roundings; exact only while some weights stay frozen.
+# Exactness of a student with all attention kept, best first: the same weights; multipliers folded into weights, which
+# differs by rounding; exact only while some weights stay frozen.
 Fit = Literal["exact", "folded", "frozen"]
 FITS: tuple[Fit, ...] = ("exact", "folded", "frozen")
 

@@ -115,7 +115,7 @@ def _refuse_window(config: PreTrainedConfig) -> None:
     if window is None or window >= config.max_position_embeddings:
         return
     raise ConversionError(
-        f"The teacher attends through a sliding window of {window} tokens, and no stock hybrid class masks so.",
+        f"The teacher attends through a sliding window of {window} tokens, and no stock hybrid class has one.",
         asked=f"sliding_window: {window}, max_position_embeddings: {config.max_position_embeddings}",
         allowed="a teacher without a window",
         fix=or_in_place(

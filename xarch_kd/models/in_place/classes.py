@@ -87,7 +87,7 @@ class InPlaceBase(PreTrainedModel):
 
     config: Any
     family: InPlaceTeacher
-    # Recurrent states cannot be taken back, which generation with an assistant would need.
+    # Recurrent states cannot be rolled back, which assisted generation would need.
     _is_stateful = True
 
     def __init__(self, config: Any) -> None:

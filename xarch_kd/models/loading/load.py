@@ -76,7 +76,7 @@ def _from_values(values: dict[str, Any], *, where: str) -> PreTrainedConfig:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         known = list(CONFIG_MAPPING.keys())
         raise ModelError(
-            f"The config of {where} has a model_type that this version of transformers does not know."
+            f"The config of {where} has a model_type that this version of transformers does not have."
             f"{suggest(str(model_type), known)}",
             found=f"model_type: {model_type}",
         )
@@ -126,7 +126,7 @@ def load_model(
     check_placed(report, model.config, where=reference)
     check_weights_finite(model, where=reference)
     follow_loaded_head(model, where=reference)
-    # A GGUF model keeps its quantiser, which would stop it from being saved, long after its weights are plain.
+    # A GGUF model keeps its quantizer, which would stop it from being saved, long after its weights are plain.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -10,7 +10,7 @@ from typing import Any
 import transformers.modeling_gguf_pytorch_utils as gguf
 from transformers.utils import logging
 
-# Called with the tensors that were read and the number of them all.
+# Called with the number of tensors that were read and their total number.
 Progress = Callable[[int, int | None], None]
 
 

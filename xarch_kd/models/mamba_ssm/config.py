@@ -71,7 +71,7 @@ SHARED: dict[str, str] = {
 }
 MAMBA1_NAMES = {**SHARED, "dt_rank": "time_step_rank"}
 MAMBA2_NAMES = {**SHARED, "headdim": "head_dim", "ngroups": "n_groups", "chunk_size": "chunk_size"}
-# What a stock class holds at one value only.
+# Fields that a stock class supports at one value only.
 FIXED: dict[str, dict[str, Any]] = {
     "Mamba1": {},
     "Mamba2": {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False},
@@ -83,9 +83,9 @@ FIXED: dict[str, dict[str, Any]] = {
         "rotary_emb_interleaved": False,
     },
 }
-# The value that a field of `FIXED` has in mamba_ssm when it is not written, where that is another one.
+# Defaults of fields of `FIXED` in mamba_ssm that differ from the supported value.
 UNWRITTEN = {"causal": False}
-# How weights are first drawn and which kernels run; neither changes what a checkpoint computes.
+# Initialization of weights and choice of kernels; neither changes what a checkpoint computes.
 IGNORED = (
     *("A_init_range", "conv_init", "dt_init", "dt_init_floor", "dt_max", "dt_min", "dt_scale"),
     *("layer_idx", "process_group", "sequence_parallel", "use_fast_path", "use_mem_eff_path"),
