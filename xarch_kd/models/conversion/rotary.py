@@ -18,7 +18,7 @@ def is_rotary(spec: TeacherSpec, kept: Sequence[int]) -> bool:
     if rotary == {True, False}:
         without = [index for index in kept if not spec.rotary_layers[index]]
         raise ConversionError(
-            "The kept blocks mix attention with and without rotary positions; a stock class has one switch for all blocks.",
+            "The kept blocks mix attention with and without rotary positions; a stock class has one switch for all.",
             asked=f"keep attention in {list(kept)}",
             found=f"blocks without rotary positions: {without} of {list(kept)}",
             fix=or_in_place(
