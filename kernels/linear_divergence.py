@@ -61,7 +61,7 @@ def log_student_over_mixture(x, teacher_share):
 
 
 @triton.jit
-def summand(log_p, log_q, share, KIND: tl.constexpr):
+def summand(log_q, log_p, share, KIND: tl.constexpr):
     """F of each entry, and f' or, for forward KL, alpha and Rényi, R without its constant factor.
 
     Products with a p or q of 0 are 0, which is their limit; NaN stays NaN.
@@ -90,10 +90,12 @@ def summand(log_p, log_q, share, KIND: tl.constexpr):
         r = log_student_over_mixture(x, 1.0 - share)
         value = tl.where(q == 0.0, 0.0, q * r)
         slope = r - share * tl.exp(r)
-    else:
+    elif KIND == "alpha" or KIND == "renyi":
         overlap = tl.exp(share * log_p + (1.0 - share) * log_q)
         value = overlap - share * p - (1.0 - share) * q
         slope = -overlap
+    else:
+        tl.static_assert(False, "unknown KIND of divergence")
     return value, slope
 
 
@@ -206,7 +208,7 @@ def divergence_row(
     if not R_FORM:
         # Several lanes may hold the maximum; any of their entries is a valid centre.
         at_top = tl.max(tl.where(student_max == top, teacher_there, float("-inf")), 0)
-        _, centre = summand(at_top - teacher_lse, top * inverse_temperature - student_lse, share, KIND)
+        _, centre = summand(top * inverse_temperature - student_lse, at_top - teacher_lse, share, KIND)
 
     value_sum = tl.zeros([BLOCK], tl.float32)
     slope_sum = tl.zeros([BLOCK], tl.float32)
@@ -221,7 +223,7 @@ def divergence_row(
                 TEACHER, TEACHER_BIAS, v, teacher_width, vocabulary, teacher_scale, teacher_cap, T_BIASED, T_CAPPED
             )
             log_q = zs * inverse_temperature - student_lse
-            value, slope = summand(zt * inverse_temperature - teacher_lse, log_q, share, KIND)
+            value, slope = summand(log_q, zt * inverse_temperature - teacher_lse, share, KIND)
             value_sum += tl.where(inside, value, 0.0)
             if not R_FORM:
                 q = tl.exp(log_q)
@@ -251,7 +253,7 @@ def divergence_row(
                 TEACHER, TEACHER_BIAS, v, teacher_width, vocabulary, teacher_scale, teacher_cap, T_BIASED, T_CAPPED
             )
             log_q = zs * inverse_temperature - student_lse
-            value, slope = summand(zt * inverse_temperature - teacher_lse, log_q, share, KIND)
+            value, slope = summand(log_q, zt * inverse_temperature - teacher_lse, share, KIND)
             q = tl.exp(log_q)
             if KIND == "forward_kl":
                 value_sum += tl.where(inside, value, 0.0)

@@ -99,17 +99,21 @@ def softmax_rows(
                 value += tl.sum(p * tl.where(p == 0, 0.0, tl.log(tl.maximum(p, 1e-37)) - log_s), 1)
             elif KIND == "cross_entropy":
                 value -= tl.sum(p * tl.where(p == 0, 0.0, log_s), 1)
-            else:
+            elif KIND == "statistics":
                 s = tl.exp(log_s)
                 value += tl.sum(p * p, 1)
                 pm += tl.sum(p * s, 1)
                 mm += tl.sum(s * s, 1)
+            else:
+                tl.static_assert(False, "unknown KIND of a row of two softmax maps")
         if WRITE_SLOPES:
             s = tl.exp(log_s)
             if KIND == "statistics":
                 dz = s * (a[:, None] * p + b[:, None] * s - c[:, None])
-            else:
+            elif KIND == "kl" or KIND == "cross_entropy":
                 dz = tl.where(seen, total * s - p, 0.0)
+            else:
+                tl.static_assert(False, "unknown KIND of a row of two softmax maps")
             slope = slope_dot(dz * softcap_slope(z, cap_s, CAPPED_S), key, slope)
     if WRITE_VALUES:
         tl.store(VALUES + of_rows + rows, value, mask=rows < time)
@@ -174,8 +178,10 @@ def softmax_columns(
                 b = load_rows(UPSTREAM + plane + of_rows, rows, first, last, 0.0)
                 c = load_rows(UPSTREAM + plane + plane + of_rows, rows, first, last, 0.0)
                 dz = s * (a[:, None] * p + b[:, None] * s - c[:, None])
-            else:
+            elif KIND == "kl" or KIND == "cross_entropy":
                 dz = tl.where(seen, total * s - p, 0.0) * a[:, None]
+            else:
+                tl.static_assert(False, "unknown KIND of a row of two softmax maps")
             slope = slope_dot(tl.trans(dz * softcap_slope(z, cap_s, CAPPED_S)), query, slope)
     base = (
         SLOPES + share.to(tl.int64) * slope_part + batch.to(tl.int64) * slope_batch + key_head.to(tl.int64) * slope_head

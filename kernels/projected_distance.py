@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xarch_kd.kernels.tiles import INTERPRETED, Specimen
 
-KINDS = ("mse", "squared_error", "huber", "l2", "relative_mse", "cosine", "normalised_mse")
+KINDS = ("mse", "squared_error", "huber", "l2", "cosine", "normalised_mse")
 # Columns per block. Rows in the interpreter are short, and should still have several blocks.
 BLOCK = 64 if INTERPRETED else 2048
 WARPS = 4
@@ -66,8 +66,10 @@ def distance_row(
         elif KIND == "huber":
             bounded = tl.minimum(tl.maximum(y - t, -delta), delta)
             squared += bounded * (y - t - 0.5 * bounded)
-        else:
+        elif KIND == "mse" or KIND == "squared_error" or KIND == "l2" or KIND == "normalised_mse":
             squared += (y - t) * (y - t)
+        else:
+            tl.static_assert(False, "unknown KIND of distance")
         if KIND == "cosine" or KIND == "normalised_mse":
             teacher_length += t * t
     if KIND == "cosine":
@@ -77,11 +79,14 @@ def distance_row(
         along = cosine * inverse * inverse
         value = 1.0 - cosine
     else:
-        divisor = 1.0
         if KIND == "mse" or KIND == "huber" or KIND == "l2":
             divisor = width * 1.0
-        if KIND == "normalised_mse":
+        elif KIND == "normalised_mse":
             divisor = tl.sum(teacher_length, 0) + epsilon
+        elif KIND == "squared_error":
+            divisor = 1.0
+        else:
+            tl.static_assert(False, "unknown KIND of distance")
         value = tl.sum(squared, 0) / divisor
         across = 2.0 / divisor
         if KIND == "l2":
@@ -96,11 +101,14 @@ def distance_row(
             inside = c < width
             y = projected_of(PROJECTED, BIAS, c, inside, BIASED)
             t = tl.load(TEACHER + c, mask=inside, other=0.0).to(tl.float32)
-            gradient = across * (y - t)
-            if KIND == "huber":
-                gradient = tl.minimum(tl.maximum(y - t, -delta), delta) / divisor
             if KIND == "cosine":
                 gradient = along * y - across * t
+            elif KIND == "huber":
+                gradient = tl.minimum(tl.maximum(y - t, -delta), delta) / divisor
+            elif KIND == "mse" or KIND == "squared_error" or KIND == "l2" or KIND == "normalised_mse":
+                gradient = across * (y - t)
+            else:
+                tl.static_assert(False, "unknown KIND of distance")
             gradient = (gradient * scale).to(GRADIENT.dtype.element_ty)
             if PACKED:
                 # This block's entries may overwrite what other threads have not yet loaded.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ def ours(impl: str) -> Contender:
         from xarch_kd.ops.linear_divergence import linear_divergence
 
         def run(inputs: Inputs) -> Tensor:
-            given: dict[str, Any] = dict(inputs)
-            return linear_divergence(**given, divergence=options["divergence"], impl=impl).total
+            given = [inputs[f"{side}_{part}"] for side in ("student", "teacher") for part in ("hidden", "weight")]
+            return linear_divergence(*given, divergence=options["divergence"], impl=impl).total
 
         return run
 

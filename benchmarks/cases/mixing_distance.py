@@ -127,7 +127,7 @@ def ours(impl: str, **more: Any) -> Contender:
         def run(inputs: Inputs) -> Tensor:
             teacher, student = map(mixing_of, sides(inputs))
             distance = options["distance"]
-            return mixing_distance(teacher, student, distance=distance, epsilon=EPSILON, impl=impl, **more).total
+            return mixing_distance(student, teacher, distance=distance, epsilon=EPSILON, impl=impl, **more).total
 
         return run
 

@@ -48,7 +48,7 @@ def ours(impl: str) -> Contender:
 
         def run(inputs: Inputs) -> Tensor:
             given: dict[str, Any] = dict(inputs)
-            return projected_distance(**given, distance=options["distance"], epsilon=EPSILON, impl=impl)
+            return projected_distance(**given, distance=options["distance"], epsilon=EPSILON, impl=impl).total
 
         return run
 

@@ -47,7 +47,7 @@ def ours(impl: str, dtype: torch.dtype = torch.float64) -> Contender:
 
         def run(inputs: Inputs) -> Tensor:
             given: dict[str, Any] = dict(inputs)
-            return similarity(**given, impl=impl, dtype=dtype).cka
+            return similarity(**given, impl=impl, dtype=dtype).total
 
         return run
 

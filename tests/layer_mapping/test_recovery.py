@@ -29,7 +29,7 @@ def measured(copied: Sequence[int], seed: int, noise: float) -> Tensor:
         teacher = updates.cumsum(0)
         noisy = [teacher[layer] + noise * draw(TOKENS, WIDTH) for layer in copied]
         sums.update([layer @ rotation for layer, rotation in zip(noisy, rotations, strict=True)], list(teacher))
-    return sums.result().cka
+    return sums.result().total
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -124,7 +124,7 @@ def test_equal_queries_and_keys_need_no_map_and_have_no_loss() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     student, teacher = sides()
-    with pytest.raises(UsageError, match="one normaliser"):
+    with pytest.raises(UsageError, match="one normalizer"):
         attention_bridge(student, teacher, normalizer=1.0, kind="relative_mse")
     with pytest.raises(UsageError, match="differ in width"):
         attention_bridge(student, teacher, normalizer=1.0)

@@ -53,7 +53,7 @@ def test_value_and_gradient_equal_the_dense_formula(offset: float) -> None:
     # Digits are lost where the formula subtracts Gram entries as large as the offset squared.
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(own.grad, again.grad, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(1 - loss.detach(), similarity(student, teacher).cka, rtol=1e-10, atol=0)
+    torch.testing.assert_close(1 - loss.detach(), similarity(student, teacher).total, rtol=1e-10, atol=0)
 
 
 def test_float32_keeps_its_digits_next_to_an_offset_and_a_massive_token() -> None:
@@ -131,7 +131,7 @@ def test_no_tensor_of_tokens_by_tokens() -> None:
     assert watch.seen > 0 and not watch.found
 
 
-def test_the_teacher_is_standardised_and_the_student_if_it_shares_the_basis() -> None:
+def test_the_teacher_is_standardized_and_the_student_if_it_shares_the_basis() -> None:
     student, teacher = pair()
     scale = torch.logspace(-1, 1, 9, dtype=torch.float64)
     statistics = FeatureStatistics()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
-from xarch_kd.losses.features import DISTANCES, feature_loss, feature_normalizer, teacher_energy, token_count
+from xarch_kd.losses.features import LOSSES, feature_loss, feature_normalizer, teacher_energy, token_count
 from xarch_kd.projectors import LinearProjector
 
 ROWS, TIME, STUDENT_WIDTH, TEACHER_WIDTH = 8, 5, 6, 9
@@ -24,7 +24,7 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
-@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_four_micro_batches_of_two_equal_one_batch_of_eight(kind: str, dtype: torch.dtype, tolerance: float) -> None:
     """The tolerance is some ten roundings; the last micro-batch has no token at all."""
     student, teacher, mask = batch(dtype)
@@ -46,7 +46,7 @@ def test_four_micro_batches_of_two_equal_one_batch_of_eight(kind: str, dtype: to
         assert (whole - added).abs().max() <= tolerance * whole.abs().max()
 
 
-@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_the_value_is_the_mean_over_tokens_or_the_ratio_of_sums(kind: str) -> None:
     _, teacher, mask = batch(torch.float64)
     student = teacher * torch.linspace(0.5, 2, ROWS, dtype=torch.float64)[:, None, None]
@@ -85,7 +85,7 @@ def test_counts_and_energies() -> None:
     assert teacher_energy(poisoned.requires_grad_()).requires_grad is False
 
 
-@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_a_step_without_tokens_has_no_loss(kind: str) -> None:
     student, teacher, mask = batch(torch.float32)
     inputs = student[..., :4].clone().requires_grad_()

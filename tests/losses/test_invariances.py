@@ -38,18 +38,18 @@ def statistics(teacher: Tensor) -> Standardizer:
     return taken.standardizer()
 
 
-def tokenwise(kind: str, standardise: bool = False) -> Loss:
+def tokenwise(kind: str, standardize: bool = False) -> Loss:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        standardizer = statistics(teacher) if standardise else None
+        standardizer = statistics(teacher) if standardize else None
         normalizer = feature_normalizer(kind, teacher, standardizer=standardizer)
         return feature_loss(kind, student, teacher, normalizer=normalizer, standardizer=standardizer, epsilon=0.0)
 
     return loss
 
 
-def related(function: Callable[..., Tensor], standardise: bool = False, shared_basis: bool = True) -> Loss:
+def related(function: Callable[..., Tensor], standardize: bool = False, shared_basis: bool = True) -> Loss:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        options = {"standardizer": statistics(teacher), "shared_basis": shared_basis} if standardise else {}
+        options = {"standardizer": statistics(teacher), "shared_basis": shared_basis} if standardize else {}
         return function(student, teacher, normalizer=TOKENS, **options)
 
     return loss
@@ -94,13 +94,13 @@ CHANGES: Final[dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
 }
 LOSSES: Final[dict[str, Loss]] = {
     **{kind: tokenwise(kind) for kind in ("mse", "huber", "l2", "relative_mse", "normalised_mse", "cosine")},
-    **{f"{kind} standardised": tokenwise(kind, True) for kind in ("huber", "normalised_mse", "cosine")},
+    **{f"{kind} standardized": tokenwise(kind, True) for kind in ("huber", "normalised_mse", "cosine")},
     "gram": related(gram_loss),
-    "gram standardised": related(gram_loss, True),
-    "gram, teacher standardised": related(gram_loss, True, False),
+    "gram standardized": related(gram_loss, True),
+    "gram, teacher standardized": related(gram_loss, True, False),
     "cka": related(cka_loss),
-    "cka standardised": related(cka_loss, True),
-    "cka, teacher standardised": related(cka_loss, True, False),
+    "cka standardized": related(cka_loss, True),
+    "cka, teacher standardized": related(cka_loss, True, False),
     "relation": relation(False),
     "causal relation": relation(True),
 }
@@ -112,15 +112,15 @@ EXPECTED: Final = {
     "relative_mse": "seen seen seen seen blind blind seen",
     "normalised_mse": "seen seen seen seen blind blind seen",
     "cosine": "same seen seen same blind blind seen",
-    "huber standardised": "seen seen seen seen kept kept seen",
-    "normalised_mse standardised": "seen seen seen seen kept kept seen",
-    "cosine standardised": "kept seen seen kept kept kept seen",
+    "huber standardized": "seen seen seen seen kept kept seen",
+    "normalised_mse standardized": "seen seen seen seen kept kept seen",
+    "cosine standardized": "kept seen seen kept kept kept seen",
     "gram": "same same seen seen blind blind zero",
-    "gram standardised": "kept seen seen seen kept kept kept",
-    "gram, teacher standardised": "same same seen seen seen seen kept",
+    "gram standardized": "kept seen seen seen kept kept kept",
+    "gram, teacher standardized": "same same seen seen seen seen kept",
     "cka": "same same same seen kept blind zero",
-    "cka standardised": "same seen same seen kept kept kept",
-    "cka, teacher standardised": "same same same seen kept seen kept",
+    "cka standardized": "same seen same seen kept kept kept",
+    "cka, teacher standardized": "same same same seen kept seen kept",
     "relation": "seen same seen seen blind blind zero",
     "causal relation": "seen same seen seen blind blind zero",
 }
@@ -143,6 +143,6 @@ def test_what_a_loss_sees(name: str) -> None:
     assert words == EXPECTED[name], {change: round(ratio, 4) for change, ratio in ratios.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if "teacher standardised" not in name])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "teacher standardized" not in name])
 def test_equal_features_have_no_loss(name: str) -> None:
     assert abs(float(LOSSES[name](teacher(), teacher()))) < 1e-12

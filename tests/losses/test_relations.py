@@ -68,7 +68,7 @@ def test_gram_equals_its_formula(masked: bool, rows: int, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("shared_basis", [True, False])
-def test_gram_of_standardised_features(shared_basis: bool) -> None:
+def test_gram_of_standardized_features(shared_basis: bool) -> None:
     mask, teacher = some_mask(), normal(1, BATCH, TIME, 9)
     mean, deviation = 5 * normal(2, 9), normal(3, 9).abs() + 0.1
     student, again = normal(0, BATCH, TIME, 9).requires_grad_(), normal(0, BATCH, TIME, 9).requires_grad_()

@@ -1,4 +1,4 @@
-"""Standardised features: the statistics, their fold into a projector, and token-wise losses with them."""
+"""Standardized features: the statistics, their fold into a projector, and token-wise losses with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
-from xarch_kd.losses.features import DISTANCES, feature_loss, feature_normalizer
+from xarch_kd.losses.features import LOSSES, feature_loss, feature_normalizer
 from xarch_kd.losses.standardize import LEAST_SHARE, FeatureStatistics, Standardizer
 from xarch_kd.projectors import LinearProjector
 
@@ -57,7 +57,7 @@ def test_a_large_offset_costs_no_digits() -> None:
     )
 
 
-def test_standardised_tokens_have_mean_0_and_deviation_1() -> None:
+def test_standardized_tokens_have_mean_0_and_deviation_1() -> None:
     teacher = a_teacher()
     statistics = FeatureStatistics()
     statistics.update(teacher)
@@ -74,8 +74,8 @@ def test_a_dimension_that_does_not_vary_gets_no_weight_without_bound() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("projected", [True, False])
-@pytest.mark.parametrize("kind", DISTANCES)
-def test_a_loss_is_that_of_standardised_features(kind: str, projected: bool, bias: bool) -> None:
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_loss_is_that_of_standardized_features(kind: str, projected: bool, bias: bool) -> None:
     teacher, mask = a_teacher(), some_mask()
     statistics = FeatureStatistics()
     statistics.update(teacher)
@@ -127,7 +127,7 @@ def test_a_massive_dimension_that_differs_takes_no_more_than_its_share() -> None
     assert share(statistics.standardizer()) < 3 / TEACHER_WIDTH
 
 
-def test_narrow_features_are_standardised_wide_and_stay_in_the_graph() -> None:
+def test_narrow_features_are_standardized_wide_and_stay_in_the_graph() -> None:
     standardizer = Standardizer(torch.full((3,), 2.0), torch.full((3,), 4.0))
     narrow = torch.full((2, 3), 3.0, dtype=torch.bfloat16, requires_grad=True)
     found = standardizer.apply(narrow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,21 +128,18 @@ def test_divergence_and_logits_dtype_are_those_of_the_operation(divergence: Any,
     found = token_loss(student, student_head, teacher, teacher_head, labels, normalizer=label_count(labels), **how)
     wanted = linear_divergence(
         student,
-        student_head.weight,
+        student_head,
         teacher,
-        teacher_head.weight,
-        student_bias=student_head.bias,
-        student_scale=student_head.scale,
-        teacher_softcap=teacher_head.softcap,
+        teacher_head,
         labels=labels,
         **how,
     )
     torch.testing.assert_close(found.divergence, wanted.divergence, rtol=1e-6, atol=0)
     exact = linear_divergence(
-        *(tensor.double() for tensor in (student, student_head.weight, teacher, teacher_head.weight)),
-        student_bias=student_head.bias,
-        student_scale=student_head.scale,
-        teacher_softcap=teacher_head.softcap,
+        student.double(),
+        replace(student_head, weight=student_head.weight.double()),
+        teacher.double(),
+        replace(teacher_head, weight=teacher_head.weight.double()),
         labels=labels,
         divergence=divergence,
     )

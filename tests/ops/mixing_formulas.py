@@ -103,7 +103,7 @@ def built(kind: type[Mixing], factors: Factors, dtype: torch.dtype, grad: bool, 
     return kind(**{name: f.detach().to(dtype).clone().requires_grad_(grad) for name, f in factors.items()}, **options)
 
 
-def formula(distance: str, target: Tensor, matrix: Tensor, log_matrix: Tensor | None) -> Tensor:
+def formula(distance: Any, target: Tensor, matrix: Tensor, log_matrix: Tensor | None) -> Tensor:
     """Return rows [batch, heads, time] from whole matrices."""
     if log_matrix is not None:
         finite = log_matrix.masked_fill(target == 0, 0)
@@ -232,7 +232,7 @@ def compare(
     teacher: Mixing,
     student: Mixing,
     head_map: Tensor | None,
-    distance: str,
+    distance: Any,
     impl: str,
     *,
     reduction: str = "mean",
@@ -242,8 +242,8 @@ def compare(
 ) -> None:
     """Check value and gradients of one call against the formula; tolerances are relative to the largest number."""
     found = mixing_distance(
-        teacher,
         student,
+        teacher,
         distance=distance,
         head_map=head_map,
         mask=mask,

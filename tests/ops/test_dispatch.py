@@ -84,7 +84,7 @@ def test_explain_answers_for_kernels_that_can_run(monkeypatch: pytest.MonkeyPatc
     features = torch.ones(3, 8)
     text = ops.explain("projected_distance", features, features)
     assert "runs 'streaming'" in text
-    assert "fused: Triton kernels: no large intermediate, on a GPU (taken only by name)" in text
+    assert "fused: Triton kernels: no large intermediate, on a GPU (only if asked for by name)" in text
     assert "runs 'fused'" in ops.explain("projected_distance", features, features, impl="fused")
     wide = features.double()
     text = ops.explain("projected_distance", wide, wide)
@@ -93,7 +93,7 @@ def test_explain_answers_for_kernels_that_can_run(monkeypatch: pytest.MonkeyPatc
 
 def test_explain_names_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "reference")
-    assert f"runs 'reference', which the environment variable {ENVIRONMENT} names" in ops.explain("linear_divergence")
+    assert f"runs 'reference', named by the environment variable {ENVIRONMENT}" in ops.explain("linear_divergence")
 
 
 def test_explain_refuses_what_the_operation_refuses() -> None:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.flat import flat_divergence
 from xarch_kd.errors import NonFiniteLoss, UsageError
-from xarch_kd.ops import linear_divergence
 from xarch_kd.ops.dispatch import interpreted
-from xarch_kd.ops.divergences import DEFAULTS, PARAMETERS
+from xarch_kd.ops.divergences import FORMULAS, as_divergence
 from xarch_kd.ops.teacher import TeacherTopK
 
 DEVICE = "cpu" if interpreted() else "cuda"
-KINDS = tuple(PARAMETERS)
+KINDS = tuple(FORMULAS)
 # Two blocks of the interpreted kernel, the second not full; both heads have rows that are padding.
 VOCABULARY, STUDENT_ROWS, TEACHER_ROWS = 157, 170, 160
 TOKENS = 5
@@ -87,7 +87,10 @@ def _dense(
     student, teacher = logits("student"), logits("teacher").detach()
     kind = options["divergence"]
     rows = options.get("divergence_weight", 1.0) * _divergence(
-        kind, DEFAULTS.get(kind, 0.0), (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
+        kind,
+        as_divergence(kind).parameter or 0.0,
+        (teacher / temperature).log_softmax(-1),
+        (student / temperature).log_softmax(-1),
     )
     weights = torch.ones_like(rows)
     labels = wide.get("labels")
@@ -147,7 +150,7 @@ def _run(total: Callable[..., Tensor], inputs: dict[str, Tensor], *options: Any)
 
 
 def _fused(inputs: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
-    return linear_divergence(**inputs, vocabulary=VOCABULARY, impl="fused", **options).total
+    return flat_divergence(**inputs, vocabulary=VOCABULARY, impl="fused", **options).total
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -227,9 +230,7 @@ def test_a_mixture_that_is_nearly_the_student_keeps_its_digits() -> None:
     divergence = {"kind": "jsd", "beta": 0.01}
     double = {name: value.double() for name, value in inputs.items()}
     exact = _run(
-        lambda leaves: (
-            linear_divergence(**leaves, vocabulary=VOCABULARY, divergence=divergence, impl="reference").total
-        ),
+        lambda leaves: flat_divergence(**leaves, vocabulary=VOCABULARY, divergence=divergence, impl="reference").total,
         double,
     )
     found = _run(_fused, inputs, {"divergence": divergence})
@@ -290,9 +291,7 @@ def test_reductions_agree_with_streaming(reduction: str) -> None:
     upstream = torch.linspace(0.0, 2.0, TOKENS, device=DEVICE)
 
     def total(leaves: dict[str, Tensor], impl: str) -> Tensor:
-        result = linear_divergence(
-            **leaves, **FULL, vocabulary=VOCABULARY, reduction=reduction, impl=impl, chunk_size=2
-        )
+        result = flat_divergence(**leaves, **FULL, vocabulary=VOCABULARY, reduction=reduction, impl=impl, chunk_size=2)
         assert result.cross_entropy is not None and not result.cross_entropy.requires_grad
         parts.append((result.divergence, result.cross_entropy))
         return (result.total * upstream).sum() if reduction == "none" else result.total
@@ -312,7 +311,7 @@ def test_a_normalised_jsd_and_a_divergence_at_the_end_of_its_range() -> None:
         found = _run(_fused, inputs, {"divergence": divergence})
         expected = _run(
             lambda leaves, chosen: (
-                linear_divergence(**leaves, vocabulary=VOCABULARY, divergence=chosen, impl="reference").total
+                flat_divergence(**leaves, vocabulary=VOCABULARY, divergence=chosen, impl="reference").total
             ),
             {name: value.double() for name, value in inputs.items()},
             divergence,
@@ -343,7 +342,7 @@ def test_a_teacher_as_its_likeliest_entries_has_no_kernel() -> None:
     logits = inputs.pop("teacher_hidden") @ inputs.pop("teacher_weight").T
     top = TeacherTopK.from_logits(logits[..., :VOCABULARY], 4)
     with pytest.raises(UsageError, match="no kernel for a teacher given as its likeliest entries"):
-        linear_divergence(
+        flat_divergence(
             inputs["student_hidden"], inputs["student_weight"], teacher_top_k=top, vocabulary=VOCABULARY, impl="fused"
         )
 

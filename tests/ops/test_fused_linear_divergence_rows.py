@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from xarch_kd.kernels import linear_divergence as kernels
-from xarch_kd.ops import linear_divergence
+from xarch_kd.ops import divergences, linear_divergence
 from xarch_kd.ops.dispatch import interpreted
-from xarch_kd.ops.divergences import PARAMETERS
 
 DEVICE = "cpu" if interpreted() else "cuda"
 # Three blocks of the interpreted kernel, the last not full.
@@ -87,7 +86,7 @@ def test_without_a_gradient_the_logits_stay_and_the_values_are_the_same() -> Non
         assert steepest.shape == (0,)
 
 
-@pytest.mark.parametrize("kind", PARAMETERS)
+@pytest.mark.parametrize("kind", divergences.FORMULAS)
 def test_steepest_is_the_largest_slope_of_the_divergence_alone(kind: str) -> None:
     """Not that of the cross-entropy, whatever scale, weight and softcap make of it."""
     inputs = _rows(4)

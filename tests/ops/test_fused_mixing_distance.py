@@ -16,6 +16,7 @@ from torch import Tensor
 from xarch_kd.mixing import DeltaMixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops import mixing_distance
 from xarch_kd.ops.fused.mixing_distance import rows, unsupported_reason
+from xarch_kd.ops.row_distances import FORMULAS
 
 Student = SoftmaxMixing | SSDMixing
 EPSILON = 1e-6
@@ -117,7 +118,7 @@ def ssd_map(mixing: SSDMixing) -> Tensor:
     return torch.where(pairs, entries, 0)
 
 
-def dense_rows(teacher: SoftmaxMixing, student: Student, distance: str, head_map: Tensor | None) -> Tensor:
+def dense_rows(teacher: SoftmaxMixing, student: Student, distance: Any, head_map: Tensor | None) -> Tensor:
     """The distance of each row [batch, time, heads], in the dtype of the factors."""
     log_p, seen = log_softmax_map(teacher)
     p = torch.where(seen, log_p.exp(), 0)
@@ -155,12 +156,12 @@ def measure(
     return found
 
 
-def fused(distance: str, head_map: Tensor | None = None) -> Callable[..., Tensor]:
-    return lambda teacher, student: rows(teacher, student, distance, head_map, EPSILON)
+def fused(distance: Any, head_map: Tensor | None = None) -> Callable[..., Tensor]:
+    return lambda teacher, student: rows(student, teacher, FORMULAS[distance], head_map, EPSILON)
 
 
-def check(teacher: SoftmaxMixing, student: Student, distance: str, head_map: Tensor | None = None) -> None:
-    assert unsupported_reason(teacher, student, distance, head_map) is None
+def check(teacher: SoftmaxMixing, student: Student, distance: Any, head_map: Tensor | None = None) -> None:
+    assert unsupported_reason(student, teacher, FORMULAS[distance], head_map) is None
 
     def dense(teacher: SoftmaxMixing, student: Student) -> Tensor:
         return dense_rows(teacher, student, distance, head_map)
@@ -183,34 +184,34 @@ RAGGED = bounds((0, 45), (7, 8), (5, 41))
 
 
 @pytest.mark.parametrize("distance", [*DIVERGENCES, *SQUARES])
-def test_softmax_with_mixtures_windows_caps_and_lengths(distance: str) -> None:
+def test_softmax_with_mixtures_windows_caps_and_lengths(distance: Any) -> None:
     teacher = softmax(0, 3, 1, 40, batch=3, window=7, softcap=5.0, **RAGGED)
     student = softmax(1, 2, 1, 24, batch=3, window=11, softcap=2.0, **RAGGED)
     check(teacher, student, distance, mixture(2, 3))
 
 
 @pytest.mark.parametrize("distance", ["kl", "cosine"])
-def test_softmax_with_grouped_heads_on_both_sides(distance: str) -> None:
+def test_softmax_with_grouped_heads_on_both_sides(distance: Any) -> None:
     teacher, student = softmax(0, 4, 2, 16, batch=1, time=33), softmax(1, 4, 1, 20, batch=1, time=33)
     check(teacher, student, distance)
     check(student, teacher, distance)
 
 
 @pytest.mark.parametrize(("distance", "student_causal"), [("kl", False), ("frobenius", True)])
-def test_softmax_that_is_not_causal(distance: str, student_causal: bool) -> None:
+def test_softmax_that_is_not_causal(distance: Any, student_causal: bool) -> None:
     ragged = bounds((0, 20), (3, 17))
     teacher = softmax(0, 1, 1, 16, time=20, causal=False, window=9, **ragged)
     check(teacher, softmax(1, 1, 1, 16, time=20, causal=student_causal, **ragged), distance)
 
 
 @pytest.mark.parametrize("distance", ["kl", "cosine"])
-def test_each_map_has_its_own_span(distance: str) -> None:
+def test_each_map_has_its_own_span(distance: Any) -> None:
     teacher, student = softmax(0, 1, 1, 16, time=37, **bounds((18, 37), (2, 30))), softmax(1, 1, 1, 16, time=37)
     check(teacher, student, distance)
 
 
 @pytest.mark.parametrize("distance", SQUARES)
-def test_ssd_with_mixtures_windows_caps_and_lengths(distance: str) -> None:
+def test_ssd_with_mixtures_windows_caps_and_lengths(distance: Any) -> None:
     teacher = softmax(0, 3, 1, 40, batch=3, window=7, softcap=5.0, **RAGGED)
     check(teacher, ssd(1, 4, 2, 24, batch=3, **RAGGED), distance, mixture(4, 3))
 
@@ -257,7 +258,7 @@ def test_small_upstream_gradients_survive_float16() -> None:
     query, key = (student.query * 500).requires_grad_(), (student.key / 500).requires_grad_()
     student = SoftmaxMixing(query=query, key=key, scale=student.scale)
     true = measure(lambda t, s: dense_rows(t, s, "kl", None) * 1e-6, teacher, student, torch.float64)["key"]
-    found = measure(lambda t, s: rows(t, s, "kl", None, EPSILON) * 1e-6, teacher, student)["key"]
+    found = measure(lambda t, s: rows(s, t, FORMULAS["kl"], None, EPSILON) * 1e-6, teacher, student)["key"]
     # The gradient itself is written in float16: half of its smallest step, on top of its rounding.
     assert bool(((found - true).abs() <= 2.0**-10 * true.abs() + 2.0**-24).all())
 
@@ -366,7 +367,7 @@ def test_the_operation_runs_it_when_asked(student: Student) -> None:
 
     def run(impl: str) -> Callable[..., Tensor]:
         return lambda teacher, student: mixing_distance(
-            teacher, student, head_map=mixture(2, 3), mask=mask, impl=impl
+            student, teacher, head_map=mixture(2, 3), mask=mask, impl=impl
         ).total[None, None]
 
     expected, found = measure(run("reference"), teacher, student), measure(run("fused"), teacher, student)
@@ -376,7 +377,7 @@ def test_the_operation_runs_it_when_asked(student: Student) -> None:
 
 PLAIN, SMALL_SSD = softmax(0, 1, 1, 8, time=4, batch=1), ssd(0, 1, 1, 8, time=4, batch=1)
 DELTA = DeltaMixing(query=PLAIN.query, key=PLAIN.key, beta=torch.ones(1, 4, 1))
-OBSTACLES: dict[str, tuple[Any, Any, str, str]] = {
+UNSUPPORTED: dict[str, tuple[Any, Any, str, str]] = {
     "student": (PLAIN, DELTA, "cosine", "not for softmax with delta"),
     "teacher": (SMALL_SSD, PLAIN, "cosine", "not for ssd with softmax"),
     "divergence": (PLAIN, SMALL_SSD, "kl", "kl compares probabilities"),
@@ -388,13 +389,13 @@ OBSTACLES: dict[str, tuple[Any, Any, str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("teacher", "student", "distance", "reason"), OBSTACLES.values(), ids=OBSTACLES)
-def test_obstacles_say_why(teacher: Any, student: Any, distance: str, reason: str) -> None:
-    found = unsupported_reason(teacher, student, distance, None)
+@pytest.mark.parametrize(("teacher", "student", "distance", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_the_reason_for_what_is_unsupported(teacher: Any, student: Any, distance: Any, reason: str) -> None:
+    found = unsupported_reason(student, teacher, FORMULAS[distance], None)
     assert found is not None and reason in found
 
 
 def test_tensors_of_the_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    found = unsupported_reason(PLAIN, PLAIN, "kl", None)
+    found = unsupported_reason(PLAIN, PLAIN, FORMULAS["kl"], None)
     assert found is not None and "need a GPU" in found

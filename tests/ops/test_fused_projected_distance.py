@@ -17,10 +17,10 @@ from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.kernels import projected_distance as kernels
 from xarch_kd.ops import projected_distance
 from xarch_kd.ops.dispatch import interpreted
-from xarch_kd.ops.projected_inputs import DISTANCES
+from xarch_kd.ops.feature_distances import FORMULAS
 
 DEVICE = "cpu" if interpreted() else "cuda"
-KINDS = tuple(DISTANCES)
+KINDS = tuple(FORMULAS)
 # Three blocks of the interpreted kernel, the last not full.
 TEACHER_WIDTH, STUDENT_WIDTH, TOKENS = 131, 9, 5
 EPSILON = torch.finfo(torch.float32).eps
@@ -85,7 +85,7 @@ def _run(total: Callable[..., Tensor], inputs: dict[str, Tensor], *options: Any)
 
 
 def _fused(inputs: dict[str, Tensor], kind: str, **options: Any) -> Tensor:
-    return projected_distance(**inputs, distance=kind, epsilon=SMALL, impl="fused", **options)
+    return projected_distance(**inputs, distance=kind, epsilon=SMALL, impl="fused", **options).total
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -150,7 +150,7 @@ def test_one_value_a_token(kind: str) -> None:
             distance=kind,
             reduction="none",
             impl=impl,
-        )
+        ).total
         return (rows * upstream).sum()
 
     inputs.pop("bias")
@@ -177,7 +177,7 @@ def test_huber_turns_at_delta_and_l2_has_no_gradient_at_the_goal() -> None:
     inputs.pop("mask")
 
     def total(leaves: dict[str, Any], impl: str) -> Tensor:
-        return projected_distance(**leaves, distance="huber", delta=0.5, impl=impl)
+        return projected_distance(**leaves, distance="huber", delta=0.5, impl=impl).total
 
     found, expected = _run(total, inputs, "fused"), _run(total, inputs, "reference")
     for name, value in expected.items():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from xarch_kd.ops import DivergenceLoss, linear_divergence
+from tests.ops.flat import flat_divergence
+from xarch_kd.ops import DivergenceLoss
 from xarch_kd.ops.divergences import as_divergence
 from xarch_kd.ops.streaming.row_gradients import rows_with_gradient
 
@@ -92,7 +93,7 @@ def make_inputs(
 
 
 def call(inputs: Inputs, **options: Any) -> DivergenceLoss:
-    return linear_divergence(
+    return flat_divergence(
         inputs.student_hidden,
         inputs.student_weight,
         inputs.teacher_hidden,
@@ -234,7 +235,7 @@ def test_nearly_one_hot_students_keep_the_digits_of_their_gradient(name: str) ->
     gradients = []
     for dtype in (torch.float32, torch.float64):
         log_p, log_q = (z.to(dtype).log_softmax(-1) for z in (logits_p, logits_q))
-        _, gradient = rows_with_gradient(as_divergence(FORMULAS[name][0]), log_p, log_q, True)
+        _, gradient = rows_with_gradient(as_divergence(FORMULAS[name][0]), log_q, log_p, True)
         assert gradient is not None
         gradients.append(gradient.double())
     errors = (gradients[0] - gradients[1]).norm(dim=-1) / gradients[1].norm(dim=-1)
@@ -328,7 +329,7 @@ def test_a_head_tied_to_an_embedding_adds_up() -> None:
         inputs = make_inputs()
         tied = inputs.student_weight
         hidden = tied[:21].view(3, 7, 16) * 2
-        linear_divergence(hidden, tied, hidden, tied * 1.5, impl=impl, chunk_size=4).total.backward()
+        flat_divergence(hidden, tied, hidden, tied * 1.5, impl=impl, chunk_size=4).total.backward()
         gradients.append(tied.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-13)
 
@@ -337,5 +338,5 @@ def test_a_head_tied_to_an_embedding_adds_up() -> None:
 def test_identical_models_have_no_divergence(name: str) -> None:
     given = make_inputs()
     head, hidden = given.student_weight.detach(), given.student_hidden.detach()
-    total = linear_divergence(hidden, head, hidden, head, divergence=FORMULAS[name][0]).total
+    total = flat_divergence(hidden, head, hidden, head, divergence=FORMULAS[name][0]).total
     assert abs(float(total)) < 1e-14

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.flat import flat_divergence
 from xarch_kd.errors import UsageError
-from xarch_kd.ops import linear_divergence
 
 TOKENS, VOCABULARY, WIDTH = 24, 300, 32
 NAMES = ("student_hidden", "student_weight", "student_bias")
@@ -36,7 +36,7 @@ def make(dtype: torch.dtype, *, distance: float = 1.0) -> dict[str, Tensor]:
 
 
 def value_and_gradients(given: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    total = linear_divergence(**given, **options).total  # pyright: ignore[reportArgumentType]
+    total = flat_divergence(**given, **options).total  # pyright: ignore[reportArgumentType]
     total.backward()
     gradients = [given[name].grad for name in NAMES]
     return [total.detach().double(), *(gradient.double() for gradient in gradients if gradient is not None)]
@@ -116,6 +116,6 @@ def test_a_head_gradient_is_summed_up_in_float32(monkeypatch: pytest.MonkeyPatch
 )
 def test_what_is_refused(dtype: torch.dtype, asked: str, words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        linear_divergence(**make(dtype), logits_dtype=asked)  # pyright: ignore[reportArgumentType]
+        flat_divergence(**make(dtype), logits_dtype=asked)  # pyright: ignore[reportArgumentType]
     for word in words:
         assert word in str(caught.value)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.flat import flat_divergence
 from xarch_kd.errors import NonFiniteLoss, UsageError
-from xarch_kd.ops import TeacherTopK, linear_divergence
+from xarch_kd.ops import TeacherTopK
 
 IMPLEMENTATIONS = ("reference", "streaming")
 TOKENS, VOCABULARY, WIDTH, NAMED, TEMPERATURE = (3, 7), 53, 8, 6, 1.5
@@ -104,7 +105,7 @@ def test_a_teacher_given_as_logits(divergence: Any, impl: str) -> None:
     """A teacher with five more columns than the student has rows, which are padding."""
     ours, theirs = make(), make()
     padded = torch.cat([ours[2], torch.full((*TOKENS, 5), 9.0, dtype=torch.float64)], -1)
-    total = linear_divergence(
+    total = flat_divergence(
         *ours[:2], teacher_logits=padded, divergence=divergence, impl=impl, chunk_size=4, **options()
     ).total
     p = (theirs[2] / TEMPERATURE).softmax(-1)
@@ -118,7 +119,7 @@ def test_a_teacher_given_as_logits(divergence: Any, impl: str) -> None:
 def test_a_teacher_given_as_top_k_is_compared_by_buckets(divergence: Any, impl: str) -> None:
     ours, theirs = make(), make()
     top = TeacherTopK.from_logits(ours[2], NAMED, temperature=TEMPERATURE)
-    total = linear_divergence(
+    total = flat_divergence(
         *ours[:2], teacher_top_k=top, divergence=divergence, impl=impl, chunk_size=4, **options()
     ).total
     p = buckets((theirs[2] / TEMPERATURE).softmax(-1), top.indices)
@@ -129,11 +130,11 @@ def test_a_teacher_given_as_top_k_is_compared_by_buckets(divergence: Any, impl: 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_top_k_is_a_lower_bound_that_grows_with_k(divergence: Any) -> None:
     hidden, weight, logits = make()
-    full = linear_divergence(hidden, weight, teacher_logits=logits, divergence=divergence, reduction="none").total
+    full = flat_divergence(hidden, weight, teacher_logits=logits, divergence=divergence, reduction="none").total
     previous = torch.zeros(TOKENS, dtype=torch.float64)
     for k in (1, 5, 20, VOCABULARY - 1):
         top = TeacherTopK.from_logits(logits, k)
-        rows = linear_divergence(hidden, weight, teacher_top_k=top, divergence=divergence, reduction="none").total
+        rows = flat_divergence(hidden, weight, teacher_top_k=top, divergence=divergence, reduction="none").total
         assert bool((rows >= previous - 1e-12).all()) and bool((rows <= full + 1e-12).all())
         previous = rows
     # All but one entry named: the tail is that entry, so nothing is merged.
@@ -151,7 +152,7 @@ def test_a_teacher_without_a_tail_stays_finite(impl: str) -> None:
     q = buckets(torch.einsum("btd,vd->btv", hidden, weight).double().softmax(-1), top.indices)
     p = torch.tensor([0.75, 0.25, 2.0**-23], dtype=torch.float64)
     for divergence in ("forward_kl", "reverse_kl", {"kind": "jsd", "beta": 0.3}):
-        found = linear_divergence(hidden, weight, teacher_top_k=top, divergence=divergence, impl=impl).total
+        found = flat_divergence(hidden, weight, teacher_top_k=top, divergence=divergence, impl=impl).total
         # The buckets' sum is 1 + 2⁻²³, which is divided out.
         wanted = divergence_of(divergence, p / p.sum(), q).mean()
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
@@ -164,7 +165,7 @@ def test_a_student_without_a_tail_keeps_its_gradient(impl: str) -> None:
     weight = torch.full((5, 1), -200.0)
     weight[:2] = torch.tensor([[0.0], [0.5]])
     top = TeacherTopK(indices=torch.tensor([[0, 1]]), log_probabilities=torch.tensor([[0.4, 0.4]]).log())
-    total = linear_divergence(hidden, weight, teacher_top_k=top, impl=impl).total
+    total = flat_divergence(hidden, weight, teacher_top_k=top, impl=impl).total
     z = weight.double().view(-1)
     log_q = z.log_softmax(0)
     log_b = torch.cat([log_q[:2], log_q[2:].logsumexp(0, keepdim=True)])
@@ -186,7 +187,7 @@ def relative_errors(form: str, dtype: torch.dtype, impl: str, divergence: Any) -
         top = TeacherTopK.from_logits(base[2], NAMED)
         top = replace(top, log_probabilities=top.log_probabilities.to(dtype).to(kind))
         given: dict[str, Any] = {"teacher_logits": logits} if form == "logits" else {"teacher_top_k": top}
-        total = linear_divergence(hidden, weight, **given, divergence=divergence, impl=how, chunk_size=5).total
+        total = flat_divergence(hidden, weight, **given, divergence=divergence, impl=how, chunk_size=5).total
         total.backward()
         results.append([total.detach(), hidden.grad, weight.grad])
     return [float((mine.double() - true).abs().max() / true.abs().max()) for mine, true in zip(*results, strict=True)]
@@ -211,10 +212,10 @@ def test_what_a_masked_token_names_does_not_matter(impl: str) -> None:
     top = TeacherTopK.from_logits(logits, NAMED)
     mask = torch.ones(TOKENS, dtype=torch.bool)
     mask[1, 3] = False
-    wanted = linear_divergence(hidden, weight, teacher_top_k=top, mask=mask, impl=impl).total
+    wanted = flat_divergence(hidden, weight, teacher_top_k=top, mask=mask, impl=impl).total
     top.indices[1, 3], top.log_probabilities[1, 3], logits[1, 3] = -7, float("nan"), float("nan")
-    assert torch.equal(linear_divergence(hidden, weight, teacher_top_k=top, mask=mask, impl=impl).total, wanted)
-    assert torch.isfinite(linear_divergence(hidden, weight, teacher_logits=logits, mask=mask, impl=impl).total)
+    assert torch.equal(flat_divergence(hidden, weight, teacher_top_k=top, mask=mask, impl=impl).total, wanted)
+    assert torch.isfinite(flat_divergence(hidden, weight, teacher_logits=logits, mask=mask, impl=impl).total)
 
 
 def top_k(indices: Any = None, probabilities: Any = None) -> TeacherTopK:
@@ -229,28 +230,19 @@ FULL = torch.full((VOCABULARY,), 1 / VOCABULARY)
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, ["exactly one form", "no teacher", "teacher_hidden with teacher_weight | teacher_logits | teacher_top_k"]),
+        ({"teacher_hidden": torch.zeros(*TOKENS, 4)}, ["teacher_head is missing", "TeacherLogits(tensor)"]),
+        ({"teacher_hidden": [[0.0]]}, ["in no known form", "list", "TeacherLogits | TeacherTopK"]),
         (
-            {"teacher_logits": torch.zeros(*TOKENS, VOCABULARY), "teacher_top_k": top_k()},
-            ["exactly one form", "teacher_logits and teacher_top_k"],
+            {"teacher_top_k": top_k(), "teacher_weight": torch.zeros(VOCABULARY, 4)},
+            ["given as TeacherTopK takes no teacher_head"],
         ),
         (
-            {"teacher_hidden": torch.zeros(*TOKENS, 4), "teacher_logits": torch.zeros(*TOKENS, VOCABULARY)},
-            ["exactly one form", "teacher_hidden with teacher_weight and teacher_logits"],
+            {"teacher_logits": torch.zeros(*TOKENS, VOCABULARY), "teacher_weight": torch.zeros(VOCABULARY, 4)},
+            ["given as TeacherLogits takes no teacher_head", "to the logits"],
         ),
-        ({"teacher_hidden": torch.zeros(*TOKENS, 4)}, ["teacher_weight is missing"]),
-        ({"teacher_weight": torch.zeros(VOCABULARY, 4)}, ["teacher_hidden is missing"]),
-        (
-            {"teacher_top_k": top_k(), "teacher_bias": torch.zeros(VOCABULARY)},
-            ["teacher_top_k takes no teacher_bias"],
-        ),
-        (
-            {"teacher_logits": torch.zeros(*TOKENS, VOCABULARY), "teacher_softcap": 3.0, "teacher_scale": 2.0},
-            ["teacher_logits takes no teacher_scale and no teacher_softcap", "to the logits"],
-        ),
-        ({"teacher_logits": torch.zeros(3, 6, VOCABULARY)}, ["teacher_logits", "[3, 6, 53]", "[3, 7, 53]"]),
-        ({"teacher_logits": torch.zeros(())}, ["teacher_logits", "[]"]),
-        ({"teacher_logits": torch.zeros(*TOKENS, VOCABULARY, dtype=torch.long)}, ["teacher_logits", "floating point"]),
+        ({"teacher_logits": torch.zeros(3, 6, VOCABULARY)}, ["teacher.values", "[3, 6, 53]", "[3, 7, 53]"]),
+        ({"teacher_logits": torch.zeros(())}, ["teacher.values", "[]"]),
+        ({"teacher_logits": torch.zeros(*TOKENS, VOCABULARY, dtype=torch.long)}, ["teacher.values", "floating point"]),
         (
             {"teacher_logits": torch.zeros(*TOKENS, VOCABULARY + 1025)},
             ["more than padding", "53 student", "vocabulary="],
@@ -258,7 +250,7 @@ FULL = torch.full((VOCABULARY,), 1 / VOCABULARY)
         ({"teacher_logits": torch.zeros(*TOKENS, 40), "vocabulary": 41}, ["41", "40 teacher rows"]),
         (
             {"teacher_logits": torch.zeros(*TOKENS, VOCABULARY, device="meta")},
-            ["different devices", "teacher_logits on meta"],
+            ["different devices", "teacher.values on meta"],
         ),
         ({"teacher_top_k": top_k([0, VOCABULARY])}, ["index is outside the vocabulary", "53", "0 to 52"]),
         ({"teacher_top_k": top_k([0, -1])}, ["index is outside the vocabulary", "-1"]),
@@ -268,23 +260,23 @@ FULL = torch.full((VOCABULARY,), 1 / VOCABULARY)
         ({"teacher_top_k": top_k(None, [0.7, 0.4])}, ["sum to more than 1", "1.1", "at the temperature of the call"]),
         ({"teacher_top_k": top_k(None, [0.5, 0.0])}, ["must be finite", "fewer entries"]),
         ({"teacher_top_k": top_k(None, [0.5, float("nan")])}, ["must be finite"]),
-        ({"teacher_top_k": top_k(torch.arange(VOCABULARY), FULL)}, ["no entry for its tail", "k=53", "teacher_logits"]),
+        ({"teacher_top_k": top_k(torch.arange(VOCABULARY), FULL)}, ["no entry for its tail", "k=53", "TeacherLogits"]),
         ({"teacher_top_k": top_k(torch.arange(3), FULL[:3]), "vocabulary": 3}, ["no entry for its tail", "1 to 2"]),
         (
             {"teacher_top_k": top_k(torch.empty(0, dtype=torch.long), torch.empty(0))},
             ["names no entry", "k=0"],
         ),
-        ({"teacher_top_k": top_k([0, 1, 2])}, ["teacher_top_k.log_probabilities", "[3, 7, 2]", "[3, 7, 3]"]),
+        ({"teacher_top_k": top_k([0, 1, 2])}, ["teacher.log_probabilities", "[3, 7, 2]", "[3, 7, 3]"]),
         (
             {"teacher_top_k": TeacherTopK(indices=torch.zeros(21, 1).long(), log_probabilities=torch.zeros(21, 1))},
-            ["teacher_top_k.indices", "[21, 1]", "[3, 7, 1]"],
+            ["teacher.indices", "[21, 1]", "[3, 7, 1]"],
         ),
     ],
 )
 def test_what_is_refused(given: dict[str, Any], words: list[str]) -> None:
     hidden, weight, _ = make(torch.float32)
     with pytest.raises(UsageError) as caught:
-        linear_divergence(hidden, weight, **given)
+        flat_divergence(hidden, weight, **given)
     for word in words:
         assert word in str(caught.value)
 
@@ -297,10 +289,10 @@ def test_a_mass_rounded_above_1_is_taken_as_1() -> None:
         indices=torch.tensor([0, 1]).expand(*TOKENS, 2), log_probabilities=named.log().bfloat16().expand(*TOKENS, 2)
     )
     assert float(top.log_probabilities[0, 0].float().exp().sum()) > 1 + 1e-4
-    assert torch.isfinite(linear_divergence(hidden, weight, teacher_top_k=top).total)
+    assert torch.isfinite(flat_divergence(hidden, weight, teacher_top_k=top).total)
     wide = replace(top, log_probabilities=top.log_probabilities.float())
     with pytest.raises(UsageError, match="sum to more than 1"):
-        linear_divergence(hidden, weight, teacher_top_k=wide)
+        flat_divergence(hidden, weight, teacher_top_k=wide)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -309,7 +301,7 @@ def test_logits_that_are_not_finite_are_named(impl: str, value: float) -> None:
     hidden, weight, logits = make(torch.float32)
     logits[1, 1, 1] = value
     with pytest.raises(NonFiniteLoss, match="divergence is not finite"):
-        linear_divergence(hidden, weight, teacher_logits=logits, impl=impl)
+        flat_divergence(hidden, weight, teacher_logits=logits, impl=impl)
 
 
 def test_a_top_k_cannot_run_fused() -> None:
@@ -317,4 +309,4 @@ def test_a_top_k_cannot_run_fused() -> None:
     with pytest.raises(
         UsageError, match="cannot run as 'fused': there is no kernel for a teacher given as its likeliest"
     ):
-        linear_divergence(hidden, weight, teacher_top_k=TeacherTopK.from_logits(logits, 3), impl="fused")
+        flat_divergence(hidden, weight, teacher_top_k=TeacherTopK.from_logits(logits, 3), impl="fused")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -49,13 +50,13 @@ def test_the_mean_over_all_signs_is_the_distance(reduction: str, chunk_size: int
     teacher, student, head_map = ssd_pair("two groups", torch.float64)
     teacher, student = shortened(teacher, tokens), shortened(student, tokens)
     mask = some_mask()[:, :tokens]
-    problem = check_inputs(teacher, student, distance="frobenius", head_map=head_map, mask=mask, epsilon=1e-8)
-    weights = problem.keep[..., None].double()
+    inputs = check_inputs(student, teacher, distance="frobenius", head_map=head_map, mask=mask, epsilon=1e-8)
+    weights = inputs.valid_mask[..., None].double()
     if reduction == "mean":
-        weights /= problem.keep.sum() * student.heads
-    found, _ = sketch.estimate(problem, every_sign(tokens), weights, reduction, chunk_size)
+        weights /= inputs.valid_mask.sum() * student.heads
+    found, _ = sketch.estimate(inputs, every_sign(tokens), weights, reduction, chunk_size)
     expected = mixing_distance(
-        teacher, student, distance="frobenius", head_map=head_map, mask=mask, reduction=reduction, impl="reference"
+        student, teacher, distance="frobenius", head_map=head_map, mask=mask, reduction=reduction, impl="reference"
     ).total
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     upstream = torch.linspace(0.5, 2, found.numel(), dtype=torch.float64).view(found.shape)
@@ -71,11 +72,11 @@ def test_the_standard_error_covers_the_distance_as_often_as_it_says(chunk_size: 
     teacher, student, head_map = ssd_pair("padded", torch.float64)
     options = {"distance": "frobenius", "head_map": head_map, "mask": some_mask()}
     with torch.no_grad():
-        exact = mixing_distance(teacher, student, impl="reference", **options).total.item()
+        exact = mixing_distance(student, teacher, impl="reference", **options).total.item()
         inside, errors = 0, []
         for seed in range(200):
             found = mixing_distance(
-                teacher, student, impl="sketch", probes=32, seed=seed, chunk_size=chunk_size, **options
+                student, teacher, impl="sketch", probes=32, seed=seed, chunk_size=chunk_size, **options
             )
             assert found.standard_error is not None
             errors.append(found.total.item() - exact)
@@ -91,7 +92,7 @@ def test_more_probes_and_the_same_seed() -> None:
 
     def run(probes: int, seed: int | torch.Generator | None) -> tuple[float, float]:
         found = mixing_distance(
-            teacher, student, distance="frobenius", head_map=head_map, impl="sketch", probes=probes, seed=seed
+            student, teacher, distance="frobenius", head_map=head_map, impl="sketch", probes=probes, seed=seed
         )
         assert found.standard_error is not None and not found.standard_error.requires_grad
         return found.total.item(), float(found.standard_error)
@@ -108,8 +109,8 @@ def test_probes_may_be_applied_a_few_at_a_time(reduction: str) -> None:
     teacher, student, head_map = ssd_pair("padded", torch.float64)
     whole, parts = (
         mixing_distance(
-            teacher,
             student,
+            teacher,
             distance="frobenius",
             head_map=head_map,
             reduction=reduction,
@@ -128,20 +129,21 @@ def test_probes_may_be_applied_a_few_at_a_time(reduction: str) -> None:
 def test_the_gradient_is_that_of_the_estimate(reduction: str) -> None:
     teacher, student, head_map = ssd_pair("padded", torch.float64)
     found = mixing_distance(
-        teacher, student, distance="frobenius", head_map=head_map, reduction=reduction, impl="sketch", probes=3, seed=5
+        student, teacher, distance="frobenius", head_map=head_map, reduction=reduction, impl="sketch", probes=3, seed=5
     )
-    problem = check_inputs(teacher, student, distance="frobenius", head_map=head_map, mask=None, epsilon=1e-8)
-    signs = sketch.draw_signs(problem, 3, 5).double()
+    inputs = check_inputs(student, teacher, distance="frobenius", head_map=head_map, mask=None, epsilon=1e-8)
+    signs = sketch.draw_signs(inputs, 3, 5).double()
     assert set(signs.unique().tolist()) == {-1, 1}
     target = torch.einsum("st,btij->bsij", head_map, teacher.dense().detach())
     rows = torch.einsum("bsij,bjp->bsip", target - student.dense(), signs).square().mean(-1).transpose(1, 2)
-    expected = rows if reduction == "none" else (rows * problem.keep[..., None]).sum() / (problem.keep.sum() * 4)
-    torch.testing.assert_close(found.total, expected * (problem.keep[..., None] if reduction == "none" else 1))
+    valid = inputs.valid_mask[..., None]
+    expected = rows if reduction == "none" else (rows * valid).sum() / (valid.sum() * 4)
+    torch.testing.assert_close(found.total, expected * (valid if reduction == "none" else 1))
     assert found.standard_error is not None and found.standard_error.shape == found.total.shape
     upstream = torch.linspace(0.5, 2, found.total.numel(), dtype=torch.float64).view(found.total.shape)
     factors = list(student.factors.values())
     mine = torch.autograd.grad((found.total * upstream).sum(), factors)
-    kept = problem.keep[..., None] if reduction == "none" else 1
+    kept = valid if reduction == "none" else 1
     theirs = torch.autograd.grad((expected * kept * upstream).sum(), factors)
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
@@ -152,8 +154,8 @@ def test_any_mixer_has_a_sketch(name: str) -> None:
     student = other_student(name, torch.float64)
     teacher = built(SoftmaxMixing, make_softmax(0, 2, 1, 5), torch.float64, False, scale=0.7, **PADDED)
     options = {"distance": "frobenius", "head_map": head_weights(3, 2)}
-    exact = mixing_distance(teacher, student, impl="reference", **options).total.item()
-    found = mixing_distance(teacher, student, impl="sketch", probes=512, seed=0, **options)
+    exact = mixing_distance(student, teacher, impl="reference", **options).total.item()
+    found = mixing_distance(student, teacher, impl="sketch", probes=512, seed=0, **options)
     assert found.standard_error is not None
     assert abs(found.total.item() - exact) < 4 * float(found.standard_error)
     found.total.backward()
@@ -161,10 +163,10 @@ def test_any_mixer_has_a_sketch(name: str) -> None:
 
 
 @pytest.mark.parametrize("distance", ["cosine", "relative_frobenius"])
-def test_other_distances_have_none(distance: str) -> None:
+def test_other_distances_have_none(distance: Any) -> None:
     teacher, student, head_map = ssd_pair("two groups", torch.float64)
     with pytest.raises(UsageError, match="without bias"):
-        mixing_distance(teacher, student, distance=distance, head_map=head_map, impl="sketch")
+        mixing_distance(student, teacher, distance=distance, head_map=head_map, impl="sketch")
 
 
 @pytest.mark.parametrize("probes", [1, 0, -3])
@@ -172,4 +174,4 @@ def test_fewer_than_two_probes_have_no_spread(probes: int) -> None:
     student = built(SSDMixing, make_ssd(10, 2, 2), torch.float64, False)
     teacher = built(SSDMixing, make_ssd(0, 2, 2), torch.float64, False)
     with pytest.raises(UsageError, match="needs a spread"):
-        mixing_distance(teacher, student, distance="frobenius", impl="sketch", probes=probes)
+        mixing_distance(student, teacher, distance="frobenius", impl="sketch", probes=probes)

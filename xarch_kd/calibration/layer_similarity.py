@@ -77,7 +77,7 @@ def layer_similarity(tap: str, teacher: Layout, student: Layout, rows: Tensor, w
     sums = LayerSimilarity()
     for position in range(len(positions)):
         sums.update([layer[:, position] for layer in ours], [layer[:, position] for layer in theirs])
-    return sums.result().cka.cpu().double()
+    return sums.result().total.cpu().double()
 
 
 def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor, work: Work | None) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import DataError, NonFiniteLoss, UsageError
-from xarch_kd.ops.divergence_inputs import Side
+from xarch_kd.ops.heads import Head
 from xarch_kd.ops.streaming.logits import logits_into
 from xarch_kd.taps.layout import Layout, layout_of
 
@@ -106,14 +106,12 @@ def _batch_nll(layout: Layout, rows: Tensor, chunk_size: int | None) -> Tensor:
     weight = layout.head_weight
     rows = rows.to(weight.device)
     hidden = layout.base(input_ids=rows, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    head = Side(
-        hidden=hidden, weight=weight, bias=layout.head_bias, scale=layout.logit_scale, softcap=layout.logit_softcap
-    )
-    values = streamed_nll(head, rows[:, 1:].flatten().long(), chunk_size)
+    head = Head(weight, layout.head_bias, layout.logit_scale, layout.logit_softcap)
+    values = streamed_nll(hidden, head, rows[:, 1:].flatten().long(), chunk_size)
     return values.view(rows.shape[0], -1).cpu()
 
 
-def streamed_nll(head: Side, labels: Tensor, chunk_size: int | None = None) -> Tensor:
+def streamed_nll(hidden: Tensor, head: Head, labels: Tensor, chunk_size: int | None = None) -> Tensor:
     """Return -log softmax(logits)[label] of each token [tokens], float32, in nats."""
     vocabulary = head.weight.shape[0]
     chunk = min(chunk_size or max(1, CHUNK_ELEMENTS // vocabulary), labels.shape[0])
@@ -121,7 +119,7 @@ def streamed_nll(head: Side, labels: Tensor, chunk_size: int | None = None) -> T
     values = torch.empty(labels.shape[0], dtype=torch.float32, device=labels.device)
     for start in range(0, labels.shape[0], chunk):
         at = slice(start, min(start + chunk, labels.shape[0]))
-        logits = logits_into(buffer[: at.stop - at.start], head.hidden[at].float(), head)
+        logits = logits_into(buffer[: at.stop - at.start], hidden[at].float(), head)
         picked = logits.gather(-1, labels[at, None]).squeeze(-1)
         # exp in place: logsumexp would hold a second chunk of logits.
         largest = logits.amax(-1, keepdim=True)

@@ -1,4 +1,5 @@
-"""Floor 3: objectives. Each is a sum over tokens over a count of the whole step, so micro-batches add up.
+"""Objectives as functions of tensors, student first. Each is a sum over tokens divided by a normalizer of the whole
+optimizer step, so that micro-batches add up.
 
 `cka_loss` alone is not: its micro-batches add up to the mean of their own.
 """
@@ -13,7 +14,8 @@ from xarch_kd.losses.mixing import mixing_loss
 from xarch_kd.losses.relations import gram_loss, relation_heads, relation_loss
 from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.losses.standardize import FeatureStatistics, Standardizer
-from xarch_kd.losses.tokens import Head, TokenLoss, label_count, next_token_labels, token_loss
+from xarch_kd.losses.tokens import TokenLoss, label_count, next_token_labels, token_loss
+from xarch_kd.ops.heads import Head
 
 __all__ = [
     "Balance",

@@ -60,10 +60,10 @@ class Balance:
         return self._scale(self.ratios.get(part, ()))
 
     def observe(self, norms: Mapping[str, float]) -> Balance:
-        """Return the balance that has also seen these norms of gradients on the student, by part.
+        """Return the balance after these norms of gradients on the student, by part.
 
-        Parts that are missing, or whose norm or the anchor's is 0, are not counted: a micro-batch without a token that
-        counts says nothing. Several ranks must observe the same norms, say their mean.
+        Parts that are missing, or whose norm or the anchor's is 0, are not counted: a micro-batch without a valid token
+        has no norm. Several ranks must observe the same norms, for example their mean.
 
         Raises NonFiniteLoss for a norm that is NaN or infinite.
         """

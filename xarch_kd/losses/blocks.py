@@ -40,9 +40,9 @@ def sum_of_blocks(student: Tensor, time: int, rows: int, part: Callable[[Tensor,
 
 
 def paired(student: Tensor, teacher: Tensor, mask: Tensor | None, axes: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return student and teacher in the dtype of accumulation, 0 where no token counts, and which do [batch, time].
+    """Return student and teacher in the dtype of accumulation, 0 at invalid tokens, and the valid mask [batch, time].
 
-    The teacher has no gradient. `axes` names those of both. Rows of products of tokens that do not count are then alike
+    The teacher has no gradient. `axes` names those of both. Rows of products of invalid tokens are then alike
     in student and teacher, and add nothing to a distance of rows. Raises UsageError when the tensors do not fit.
     """
     checks.check_floating(student=student, teacher=teacher)

@@ -7,8 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
-from xarch_kd.losses.features import Projection, feature_loss
+from xarch_kd.losses.features import LOSSES, FeatureLossKind, Projection, feature_loss
 from xarch_kd.mixing import DeltaMixing, LinearMixing, Mixing, SelectiveMixing, SoftmaxMixing, SSDMixing
+from xarch_kd.ops import checks
+from xarch_kd.ops.tables import look_up
 
 
 class QueriesAndKeys(NamedTuple):
@@ -57,7 +59,7 @@ def attention_bridge(
     query_map: Projection | None = None,
     key_map: Projection | None = None,
     mask: Tensor | None = None,
-    kind: str = "normalised_mse",
+    kind: FeatureLossKind = "normalised_mse",
     epsilon: float = 1e-6,
     delta: float = 1.0,
     impl: str = "auto",
@@ -66,7 +68,7 @@ def attention_bridge(
 
     `query_map` and `key_map` take the student's dimension (`bridge_dims`) to the teacher's. They are held outside and
     must train with the student; None where the dimensions are equal. `kind` is one of the feature losses that are means
-    over tokens, `normaliser` the number of tokens of the whole step.
+    over tokens, `normalizer` the number of tokens of the whole step.
 
     Invariant to what the maps can undo, for linear ones any invertible linear map of all heads together, and to nothing
     else that its `kind` sees; blinded by what blinds its `kind`, and by maps that are too free: they can learn the
@@ -75,11 +77,12 @@ def attention_bridge(
 
     Raises:
         UsageError: shapes that do not fit, or `relative_mse`, whose divisor would be one for queries and one for keys.
-        NonFiniteLoss: a feature of a counted token is NaN or infinite.
+        NonFiniteLoss: a feature of a valid token is NaN or infinite.
     """
-    if kind == "relative_mse":
+    checks.refuse_swapped_sides(student, teacher)
+    if look_up("feature loss", kind, LOSSES).over_teacher_energy:
         raise UsageError(
-            "A bridge has two distances and one normaliser, the number of tokens.",
+            "A bridge has two distances and one normalizer, the number of tokens.",
             asked=kind,
             allowed="a mean over tokens, e.g. normalised_mse",
         )
@@ -87,7 +90,7 @@ def attention_bridge(
         feature_loss(
             kind,
             own.flatten(2),
-            target.flatten(2),
+            target.detach().flatten(2),
             normalizer=normalizer,
             mask=mask,
             projector=projector,

@@ -49,14 +49,15 @@ def cka_loss(
 
     Invariant to a rotation, a scale and a shift of the student; not to scales of single tokens or dimensions. Blinded
     by a massive dimension that both share and that varies over tokens (a constant one is a shift). The teacher's
-    `standardiser` cures it: with `shared_basis`, where the dimensions of the student are those of the teacher, as in a
-    converted one, both are standardised, and a rotation is seen; without, the teacher alone is, and the student learns
+    `standardizer` cures it: with `shared_basis`, where the dimensions of the student are those of the teacher, as in a
+    converted one, both are standardized, and a rotation is seen; without, the teacher alone is, and the student learns
     to do without massive dimensions.
 
     Raises:
         UsageError: tensors that do not fit.
-        NonFiniteLoss: a feature of a counted token is NaN or infinite.
+        NonFiniteLoss: a feature of a valid token is NaN or infinite.
     """
+    checks.refuse_swapped_sides((student,), (teacher,))
     checks.check_floating(student=student, teacher=teacher)
     leading = tuple(student.shape[:-1])
     checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, teacher dim]")
@@ -64,22 +65,22 @@ def cka_loss(
     checks.check_mask(mask)
     checks.check_device(student=student, teacher=teacher, mask=mask)
     dtype = checks.accumulation_dtype(student, teacher)
-    kept = checks.counted_tokens(math.prod(leading), mask, student.device)
+    valid_indices = checks.valid_token_indices(math.prod(leading), mask, student.device)
     x, y = (features.flatten(0, -2) for features in (student, teacher.detach()))
-    if kept is not None:
-        x, y = x.index_select(0, kept), y.index_select(0, kept)
+    if valid_indices is not None:
+        x, y = x.index_select(0, valid_indices), y.index_select(0, valid_indices)
     tokens = x.shape[0]
     with torch.autocast(student.device.type, enabled=False):
-        x, y = standardised(x.to(dtype), y.to(dtype), standardizer, shared_basis)
+        x, y = standardized(x.to(dtype), y.to(dtype), standardizer, shared_basis)
         if tokens < LEAST_TOKENS:
             return x.sum() * 0
         return finite((1 - _cka(x, y)) * (tokens / divisor(normalizer, x)), "cka")
 
 
-def standardised(
+def standardized(
     student: Tensor, teacher: Tensor, standardizer: Standardizer | None, shared_basis: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the teacher standardised, and the student too if its dimensions are the teacher's.
+    """Return the teacher standardized, and the student too if its dimensions are the teacher's.
 
     Raises UsageError for a shared basis of unequal dimensions.
     """
@@ -92,7 +93,7 @@ def standardised(
             "Models of unequal dimensions do not share their dimensions.",
             asked="shared_basis=True",
             found=f"student {student.shape[-1]}, teacher {teacher.shape[-1]}",
-            fix="shared_basis=False: the teacher alone is standardised",
+            fix="shared_basis=False: the teacher alone is standardized",
         )
     return standardizer.apply(student), standardizer.apply(teacher)
 

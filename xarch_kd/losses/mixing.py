@@ -8,10 +8,11 @@ from torch import Tensor
 from xarch_kd.losses.features import divisor
 from xarch_kd.mixing import Mixing
 from xarch_kd.ops.mixing_distance import mixing_distance
+from xarch_kd.ops.row_distances import MixingDistanceName
 
 
 def mixing_loss(
-    distance: str,
+    distance: MixingDistanceName,
     student: Mixing,
     teacher: Mixing,
     *,
@@ -24,17 +25,17 @@ def mixing_loss(
 ) -> Tensor:
     """Return this micro-batch's share of the mean over tokens and student heads of the rows' distance, a scalar.
 
-    `normaliser` is the number of tokens [of mask, or all] of the whole step, all micro-batches and ranks; `head_map`
+    `normalizer` is the number of tokens [of mask, or all] of the whole step, all micro-batches and ranks; `head_map`
     [student heads, teacher heads] mixes the teacher's heads (None: one to one); `probes` and `seed` are those of
     `impl="sketch"`. The teacher gets no gradient.
 
     Raises:
         UsageError: matrices, head map or distance do not fit each other.
-        NonFiniteLoss: the distance of a counted row is NaN or infinite.
+        NonFiniteLoss: the distance of a valid row is NaN or infinite.
     """
     total = mixing_distance(
-        teacher,
         student,
+        teacher,
         distance=distance,
         head_map=head_map,
         mask=mask,

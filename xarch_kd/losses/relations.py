@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from xarch_kd.errors import UsageError
 from xarch_kd.losses.blocks import block_rows, finite, paired, sum_of_blocks
-from xarch_kd.losses.cka import standardised
+from xarch_kd.losses.cka import standardized
 from xarch_kd.losses.features import divisor
 from xarch_kd.losses.standardize import Standardizer
+from xarch_kd.ops import checks
 
 # Score of a token that is not seen: exp of it is 0 and differences of two are finite.
 UNSEEN: Final = -1e30
@@ -34,25 +35,26 @@ def gram_loss(
 
     k_i are the products x_i·x_j with all tokens j of its sequence, t_i the teacher's (similarity-preserving
     distillation, Tung & Mori 2019, arXiv:1907.09682, within a sequence); student and teacher are [batch, time, dim],
-    each of its own dimension. `normaliser` is the number of tokens of the whole step. A block of rows of the
+    each of its own dimension. `normalizer` is the number of tokens of the whole step. A block of rows of the
     tokens × tokens products is in memory at a time.
 
     Invariant to a rotation and a scale of the student; not to a shift nor to scales of single tokens. Blinded by a
-    massive dimension that both share, constant or not. `standardiser` and `shared_basis` cure it as in `cka_loss`.
+    massive dimension that both share, constant or not. `standardizer` and `shared_basis` cure it as in `cka_loss`.
 
     Raises:
         UsageError: tensors that do not fit.
-        NonFiniteLoss: a feature of a counted token is NaN or infinite.
+        NonFiniteLoss: a feature of a valid token is NaN or infinite.
     """
-    student, teacher = standardised(student, teacher, standardizer, shared_basis)
-    own, target, counted = paired(student, teacher, mask, "batch, time, dim")
+    checks.refuse_swapped_sides((student,), (teacher,))
+    student, teacher = standardized(student, teacher, standardizer, shared_basis)
+    own, target, valid_mask = paired(student, teacher, mask, "batch, time, dim")
 
     def part(leaf: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
             expected = _directions(target, rows)
         return (_directions(leaf, rows) - expected).square().sum()
 
-    batch, time = counted.shape
+    batch, time = valid_mask.shape
     total = sum_of_blocks(own, time, block_rows(batch, 1, time, own.device), part)
     return finite(total / divisor(normalizer, total), "gram")
 
@@ -71,7 +73,7 @@ def relation_loss(
     The queries, or keys, or values of a layer [batch, time, heads, dim], of either model, are put side by side and
     split anew into `heads` relation heads (None: `relation_heads`), so that head counts need not agree; a row is
     softmax over the tokens j that i sees of x_i·x_j / √(dim of a relation head) (MiniLMv2, arXiv:2012.15828).
-    `causal` is for decoders; a sequence's first row is then 0. `normaliser` is the number of tokens of the whole step.
+    `causal` is for decoders; a sequence's first row is then 0. `normalizer` is the number of tokens of the whole step.
     A block of rows of the relations is in memory at a time.
 
     Invariant to a rotation inside each relation head, and to nothing else: scales change how sharp a relation is.
@@ -81,19 +83,20 @@ def relation_loss(
 
     Raises:
         UsageError: tensors that do not fit, or a number of heads that does not divide both dimensions.
-        NonFiniteLoss: a feature of a counted token is NaN or infinite.
+        NonFiniteLoss: a feature of a valid token is NaN or infinite.
     """
-    own, target, counted = paired(student, teacher, mask, "batch, time, heads, dim")
+    checks.refuse_swapped_sides((student,), (teacher,))
+    own, target, valid_mask = paired(student, teacher, mask, "batch, time, heads, dim")
     own, target = own.flatten(2), target.flatten(2)
     heads = relation_heads(own.shape[-1], target.shape[-1], heads)
     own, target = (features.unflatten(2, (heads, -1)).transpose(1, 2) for features in (own, target))
-    batch, time = counted.shape
+    batch, time = valid_mask.shape
 
     def part(leaf: Tensor, rows: slice) -> Tensor:
         columns = slice(0, rows.stop if causal else time)
-        hidden = ~counted[:, None, None, columns]
+        hidden = ~valid_mask[:, None, None, columns]
         if causal:
-            position = torch.arange(columns.stop, device=counted.device)
+            position = torch.arange(columns.stop, device=valid_mask.device)
             hidden = hidden | (position > position[rows, None])
         found = _log_relations(leaf, rows, columns, hidden)
         with torch.no_grad():
@@ -107,7 +110,7 @@ def relation_loss(
 def relation_heads(student_dim: int, teacher_dim: int, wanted: int | None = None) -> int:
     """Return into how many relation heads two dimensions (of all heads together) are split.
 
-    By default as many as leave both at least 32 numbers a head, or 1.
+    By default as many as leave both at least 32 numbers per head, or 1.
 
     Raises:
         UsageError: `wanted` does not divide both.

@@ -1,8 +1,8 @@
-"""Standardised features: each dimension less the teacher's mean, over the teacher's deviation, both from calibration.
+"""Standardized features: each dimension less the teacher's mean, over the teacher's deviation, both from calibration.
 
 Features of language models have massive dimensions. Where student and teacher share one, angles and products of tokens
 are those of that dimension alone, and objectives made of them go blind; where they do not, it takes all of a squared
-error. Standardised, every dimension weighs the same. The statistics are the teacher's and fixed: those of the student's
+error. Standardized, every dimension weighs the same. The statistics are the teacher's and fixed: those of the student's
 own batch would make the objective blind to its scale, which then drifts.
 """
 
@@ -58,7 +58,7 @@ class Standardizer:
         return Standardizer(self.mean.to(device), self.deviation.to(device))
 
     def apply(self, features: Tensor) -> Tensor:
-        """Return standardised features [..., dim], at least float32; gradients flow through."""
+        """Return standardized features [..., dim], at least float32; gradients flow through."""
         checks.check_shape("features", features, (*features.shape[:-1], self.dim), "[..., dim of the statistics]")
         mean, deviation = self._like(features)
         return (features.to(mean.dtype) - mean) / deviation
@@ -66,7 +66,7 @@ class Standardizer:
     def fold(
         self, features: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return (features, weight, bias) whose projection is the standardised projection of the given ones.
+        """Return (features, weight, bias) whose projection is the standardized projection of the given ones.
 
         features [..., student dim], weight [dim, student dim], bias [dim]; without a weight they are the
         projection. The projected features themselves are not built.
@@ -130,7 +130,7 @@ class FeatureStatistics:
             self._add(other.tokens, other.mean, other._squares)
 
     def standardizer(self) -> Standardizer:
-        """Return the standardiser of these statistics.
+        """Return the standardizer of these statistics.
 
         Raises UsageError for fewer than 2 tokens, or features that do not vary.
         """

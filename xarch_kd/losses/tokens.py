@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError
 from xarch_kd.losses.features import divisor
-from xarch_kd.ops.divergences import Divergence
+from xarch_kd.ops.divergences import Divergence, DivergenceFormula, DivergenceKind
+from xarch_kd.ops.heads import Head
 from xarch_kd.ops.linear_divergence import linear_divergence
 
 IGNORED_LABEL: Final = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """A language-model head: softcap(scale * (hidden weightᵀ + bias)), weight [vocabulary, dim]."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 class TokenLoss(NamedTuple):
@@ -73,41 +63,35 @@ def token_loss(
     labels: Tensor,
     *,
     normalizer: Tensor | float,
-    divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
+    divergence: DivergenceKind | Mapping[str, Any] | Divergence | DivergenceFormula = "forward_kl",
     temperature: float = 1.0,
     weight: float = 1.0,
     cross_entropy: float = 0.0,
     temperature_squared: bool = True,
     vocabulary: int | None = None,
-    logits_dtype: str = "auto",
+    logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     impl: str = "auto",
 ) -> TokenLoss:
     """Return this micro-batch's share of weight * T² * D + cross_entropy * CE, means over the step's tokens.
 
     Hidden states are [batch, time, dim] after the final norm; `labels` [batch, time] come from `next_token_labels`;
-    `normaliser` is the sum over the micro-batches, and ranks, of the step of `label_count`.
+    `normalizer` is the sum over the micro-batches, and ranks, of the step of `label_count`.
 
     Raises:
         UsageError: shapes or options that do not fit.
-        NonFiniteLoss: the value of a counted token is NaN or infinite.
+        NonFiniteLoss: the value of a valid token is NaN or infinite.
     """
     factor = temperature**2 if temperature_squared else 1.0
     sums = linear_divergence(
         student_hidden,
-        student_head.weight,
+        student_head,
         teacher_hidden,
-        teacher_head.weight,
+        teacher_head,
         divergence=divergence,
         temperature=temperature,
         labels=labels,
         divergence_weight=weight * factor,
         cross_entropy=cross_entropy,
-        student_bias=student_head.bias,
-        teacher_bias=teacher_head.bias,
-        student_scale=student_head.scale,
-        teacher_scale=teacher_head.scale,
-        student_softcap=student_head.softcap,
-        teacher_softcap=teacher_head.softcap,
         vocabulary=vocabulary,
         logits_dtype=logits_dtype,
         reduction="sum",

@@ -1,6 +1,6 @@
 """Checks of tensors that several operations share, and the one read of the device that settles all of a step.
 
-A check of values has to read a scalar of the device and so waits for it. Operations hand such checks to `require`: it
+A check of values has to read a scalar of the device and so waits for it. Operations pass such checks to `require`: it
 reads at once, or, inside `DeferredChecks.collecting`, leaves the check to the collector, which reads all of them in one
 go. Nothing that depends on the outcome may follow a deferred check but numbers that are thrown away if it fails.
 """
@@ -8,7 +8,7 @@ go. Nothing that depends on the outcome may follow a deferred check but numbers 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -162,7 +162,7 @@ def check_mask(mask: Tensor | None) -> None:
     """Raise UsageError unless `mask` is None or boolean."""
     if mask is not None and mask.dtype != torch.bool:
         raise UsageError(
-            "mask must be boolean, true where a token counts.",
+            "mask must be boolean, true at valid tokens.",
             found=mask.dtype,
             allowed=torch.bool,
             fix="pass mask.bool()",
@@ -187,19 +187,21 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def counted_tokens(count: int, keep: Tensor | None, device: torch.device, *, of: Tensor | None = None) -> Tensor | None:
-    """Return the indices [k] of the tokens that count, or None when all `count` of them do.
+def valid_token_indices(
+    count: int, mask: Tensor | None, device: torch.device, *, of: Tensor | None = None
+) -> Tensor | None:
+    """Return the indices [k] of the valid ones of `count` tokens, or None when all are.
 
     Finding them reads the device once per mask: a collector keeps them, by the mask or by the labels `of` it came from.
     """
-    if keep is None:
+    if mask is None:
         return None
     collector = _active.get()
-    source = keep if of is None else of
+    source = mask if of is None else of
     known = None if collector is None else collector.indices(source)
     if known is not None:
         return known[1]
-    indices = keep.reshape(-1).nonzero().squeeze(1).to(device)
+    indices = mask.reshape(-1).nonzero().squeeze(1).to(device)
     found = None if indices.numel() == count else indices
     if collector is not None:
         collector.set_indices(source, found)
@@ -207,10 +209,27 @@ def counted_tokens(count: int, keep: Tensor | None, device: torch.device, *, of:
 
 
 def refuse_mean_of_nothing() -> UsageError:
-    """Return the error for a mean over no tokens, which has no value."""
+    """Return the error for a mean over no tokens."""
     return UsageError(
-        "The mean over unmasked tokens has no value: no token counts.",
+        "The mean over valid tokens has no value: no token is valid.",
         found="every token is masked, ignored or has weight 0",
         allowed="at least one token",
-        fix="use reduction='sum' and divide by the count of all micro-batches, or leave the batch out",
+        fix="use reduction='sum' and divide by the count of all micro-batches, or skip the batch",
     )
+
+
+def refuse_swapped_sides(student: Iterable[Tensor | None], teacher: Iterable[Tensor | None]) -> None:
+    """Raise UsageError when gradients are recorded and only the teacher's tensors require them.
+
+    The teacher is detached everywhere, so such a call trains nothing: its two sides are swapped.
+    """
+    if not torch.is_grad_enabled():
+        return
+    trains = [any(tensor is not None and tensor.requires_grad for tensor in side) for side in (student, teacher)]
+    if trains == [False, True]:
+        raise UsageError(
+            "Only the teacher's side requires gradients, and it never gets one.",
+            found="tensors that require gradients where the teacher's belong, and none where the student's belong",
+            allowed="the student first, the teacher second",
+            fix="swap the two, or detach the teacher (torch.no_grad) if nothing is to be trained",
+        )

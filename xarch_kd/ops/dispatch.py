@@ -28,18 +28,18 @@ DESCRIPTIONS: Final = {
     "sketch": "estimated, by applying the mixers to random probes: any mixer, linear time and memory",
     "reference": "dense and differentiated by autograd: the specification, for tests and small inputs",
 }
-# Estimates and specifications are taken only by name; so are kernels while they are interpreted, which is slow.
+# Estimates and specifications run only if asked for by name; so do kernels in the interpreter, which is slow.
 ASKED_FOR_ONLY: Final = ("sketch", "reference")
 KERNEL_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-NO_OBSTACLES: Final[Mapping[str, str]] = MappingProxyType({})
+NONE_UNSUPPORTED: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Inquiry(str):
-    """An `impl` that asks instead of runs: `choose` answers it with an `Explanation`."""
+    """An `impl` for which `choose` raises an `Explanation` instead of returning an implementation."""
 
 
 class Explanation(Exception):
-    """The answer to an inquiry, in a few lines; it ends the call before anything is computed."""
+    """Text of an inquiry's answer; it ends the call before anything is computed."""
 
 
 def interpreted() -> bool:
@@ -48,7 +48,7 @@ def interpreted() -> bool:
 
 
 def by_name_alone() -> tuple[str, ...]:
-    """Return the implementations that `auto` passes over although they can run."""
+    """Return the implementations that `auto` skips although they can run."""
     return (*ASKED_FOR_ONLY, "fused") if interpreted() else ASKED_FOR_ONLY
 
 
@@ -66,10 +66,10 @@ def kernel_unsupported_reason(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def choose(operation: str, impl: str = "auto", unsupported_reasons: Mapping[str, str] = NO_OBSTACLES) -> str:
+def choose(operation: str, impl: str = "auto", unsupported_reasons: Mapping[str, str] = NONE_UNSUPPORTED) -> str:
     """Return the implementation of `operation` that runs when `impl` is asked for.
 
-    `obstacles` say for an implementation why it cannot run on the inputs at hand. `auto` takes the one named by the
+    `unsupported_reasons` gives, by implementation, why it cannot run on these inputs. `auto` takes the one named by the
     environment variable `XARCH_KD_IMPL`, else the first that can run and is neither an estimate nor the specification.
 
     Raises:
@@ -101,17 +101,19 @@ def choose(operation: str, impl: str = "auto", unsupported_reasons: Mapping[str,
     return named
 
 
-def explain_choice(operation: str, impl: str = "auto", unsupported_reasons: Mapping[str, str] = NO_OBSTACLES) -> str:
-    """Say in a few lines which implementation runs for `impl`, and what speaks for and against each.
+def explain_choice(
+    operation: str, impl: str = "auto", unsupported_reasons: Mapping[str, str] = NONE_UNSUPPORTED
+) -> str:
+    """Return a few lines: the implementation that runs for `impl`, and what each is or why it cannot run.
 
     Raises:
         UsageError: as `choose` does.
     """
     lines = [f"{operation}: impl={impl!r} runs '{choose(operation, impl, unsupported_reasons)}'"]
     if impl == "auto" and os.environ.get(ENVIRONMENT):
-        lines[0] += f", which the environment variable {ENVIRONMENT} names"
+        lines[0] += f", named by the environment variable {ENVIRONMENT}"
     for name in IMPLEMENTATIONS[operation]:
-        note = " (taken only by name)" if name in by_name_alone() else ""
+        note = " (only if asked for by name)" if name in by_name_alone() else ""
         lines.append(
             f"  {name}: "
             + (f"cannot run, {unsupported_reasons[name]}" if name in unsupported_reasons else DESCRIPTIONS[name] + note)
@@ -120,8 +122,8 @@ def explain_choice(operation: str, impl: str = "auto", unsupported_reasons: Mapp
 
 
 def machine_unsupported_reasons() -> Mapping[str, str]:
-    """Return which implementations cannot run on this machine, whatever the inputs, and why."""
+    """Return the reason for each implementation that cannot run on this machine, whatever the inputs."""
     reason = kernel_unsupported_reason()
     if reason is None and not torch.cuda.is_available() and not interpreted():
         reason = "Triton kernels need a GPU and there is none"
-    return NO_OBSTACLES if reason is None else {"fused": reason}
+    return NONE_UNSUPPORTED if reason is None else {"fused": reason}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from xarch_kd.errors import UsageError, suggest
 from xarch_kd.ops import checks
 from xarch_kd.ops.divergences import Divergence
-from xarch_kd.ops.teacher import Buckets, Logits, TeacherTopK, check_logits, read_top_k
+from xarch_kd.ops.heads import HeadInputs
+from xarch_kd.ops.teacher import Buckets, TeacherLogits, TeacherTopK, check_logits, read_top_k
 
 IGNORED_LABEL = -100
 LOGITS_DTYPES = ("auto", "float32", "bfloat16")
@@ -20,40 +21,25 @@ MOST_PADDING = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """One model's hidden states [tokens, width] and head: softcap(scale * (hidden weightᵀ + bias)).
-
-    `weight` is [rows, width] and `bias` [rows]; rows past the shared vocabulary are padding. `softcap` c is
-    z ← c tanh(z / c).
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class DivergenceInputs:
-    """`linear_divergence` with every argument checked and the leading axes of length `shape` flattened to tokens.
+    """`linear_divergence` with every argument checked and the leading axes `shape` flattened to tokens.
 
-    `teacher` is a head, logits of every token, or the `Buckets` of the tokens that count.
+    `teacher` is hidden states and a head, logits of every token, or the `Buckets` of the valid tokens.
 
-    `kept` [k] are the indices of the tokens that count (None: all); `weights` [k] multiply their rows; `labels` [k].
-    `dtype` is what values and everything a row needs are computed in; `logits_dtype`, equal to it or bfloat16, is what
-    the products of hidden states and heads, and the gradient that goes back through them, are rounded to.
+    `valid_indices` [k] are the indices of the valid tokens (None: all); `weights` [k] multiply their rows; `labels`
+    [k]. `dtype` is what values and everything a row needs are computed in; `logits_dtype`, equal to it or bfloat16, is
+    what the products of hidden states and heads, and the gradient that goes back through them, are rounded to.
     """
 
-    student: Side
-    teacher: Side | Logits | Buckets
+    student: HeadInputs
+    teacher: HeadInputs | TeacherLogits | Buckets
     divergence: Divergence
     temperature: float
     divergence_weight: float
     cross_entropy_weight: float
     vocabulary: int
     labels: Tensor | None
-    kept: Tensor | None
+    valid_indices: Tensor | None
     weights: Tensor
     shape: torch.Size
     dtype: torch.dtype
@@ -61,35 +47,40 @@ class DivergenceInputs:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that count."""
+        """Number of valid tokens."""
         return self.weights.shape[0]
 
 
-def check_side(name: str, hidden: Tensor, side: Side) -> None:
-    """Raise UsageError unless hidden states and head of one model fit each other."""
-    checks.check_floating(**{f"{name}_hidden": hidden, f"{name}_weight": side.weight, f"{name}_bias": side.bias})
+def check_head(name: str, model: HeadInputs) -> None:
+    """Raise UsageError unless hidden states and head of the model `name` fit each other."""
+    hidden, head = model.hidden, model.head
+    checks.check_floating(**{f"{name}_hidden": hidden, f"{name}_head.weight": head.weight})
+    checks.check_floating(**{f"{name}_head.bias": head.bias})
     if hidden.dim() not in (2, 3):
         raise UsageError(
-            f"{name}_hidden does not fit.", found=list(hidden.shape), allowed="[tokens, width] or [batch, time, width]"
+            f"{name}_hidden does not fit.", found=list(hidden.shape), allowed="[tokens, dim] or [batch, time, dim]"
         )
-    if side.weight.dim() != 2:
-        raise UsageError(f"{name}_weight does not fit.", found=list(side.weight.shape), allowed="[vocabulary, width]")
-    rows = side.weight.shape[0]
-    checks.check_shape(f"{name}_weight", side.weight, (rows, hidden.shape[-1]), f"[vocabulary, width of {name}_hidden]")
-    checks.check_shape(f"{name}_bias", side.bias, (rows,), f"[rows of {name}_weight]")
-    if side.bias is not None:
+    if head.weight.dim() != 2:
+        raise UsageError(f"{name}_head does not fit.", found=list(head.weight.shape), allowed="[vocabulary, dim]")
+    rows = head.weight.shape[0]
+    meaning = f"[vocabulary, dim of {name}_hidden]"
+    checks.check_shape(f"{name}_head.weight", head.weight, (rows, hidden.shape[-1]), meaning)
+    checks.check_shape(f"{name}_head.bias", head.bias, (rows,), f"[rows of {name}_head.weight]")
+    if head.bias is not None:
         checks.require(
-            checks.all_finite(side.bias),
+            checks.all_finite(head.bias),
             lambda: UsageError(
-                f"{name}_bias must be finite.",
+                f"{name}_head.bias must be finite.",
                 found="an infinite or NaN entry",
-                fix="leave padded entries of the vocabulary out with vocabulary=",
+                fix="exclude padded entries of the vocabulary with vocabulary=",
             ),
         )
-    if side.softcap is not None and not side.softcap > 0:
-        raise UsageError(f"{name}_softcap must be positive.", found=side.softcap, allowed="> 0, or None for no softcap")
-    if not math.isfinite(side.scale):
-        raise UsageError(f"{name}_scale must be finite.", found=side.scale)
+    if head.softcap is not None and not head.softcap > 0:
+        raise UsageError(
+            f"{name}_head.softcap must be positive.", found=head.softcap, allowed="> 0, or None for no softcap"
+        )
+    if not math.isfinite(head.scale):
+        raise UsageError(f"{name}_head.scale must be finite.", found=head.scale)
 
 
 def shared_vocabulary(student_rows: int, teacher_rows: int, vocabulary: int | None) -> int:
@@ -126,7 +117,7 @@ def check_scalars(temperature: float, divergence_weight: float, cross_entropy: f
 
 
 def resolve_logits_dtype(asked: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the logits when values are computed in `dtype`: the same, or bfloat16 where it is asked for.
+    """Return the dtype of the logits when values are computed in `dtype`: the same, or bfloat16 if asked.
 
     `float32` means at least float32: float64 inputs keep float64 logits.
     """
@@ -155,15 +146,15 @@ def check_labels(labels: Tensor, vocabulary: int) -> None:
         lambda: UsageError(
             "A label is outside the vocabulary that is compared.",
             found=int(labels[wrong][0]),
-            allowed=f"0 to {vocabulary - 1}, or {IGNORED_LABEL} to leave the token out",
+            allowed=f"0 to {vocabulary - 1}, or {IGNORED_LABEL} to ignore the token",
         ),
     )
 
 
-def token_keep(labels: Tensor | None, mask: Tensor | None, token_weights: Tensor | None) -> Tensor | None:
-    """Return a boolean of the leading axes, true where a token counts, or None when nothing leaves tokens out.
+def token_mask(labels: Tensor | None, mask: Tensor | None, token_weights: Tensor | None) -> Tensor | None:
+    """Return a boolean of the leading axes, true at valid tokens, or None if nothing excludes any.
 
-    A token counts when the mask is true there, its label is not ignored and its weight is not 0.
+    A token is valid when the mask is true there, its label is not ignored and its weight is not 0.
     """
     if token_weights is not None:
         checks.require(
@@ -177,15 +168,15 @@ def token_keep(labels: Tensor | None, mask: Tensor | None, token_weights: Tensor
         parts.append(token_weights > 0)
     if not parts:
         return None
-    keep = parts[0]
+    valid = parts[0]
     for part in parts[1:]:
-        keep = keep & part
-    return keep
+        valid = valid & part
+    return valid
 
 
 def check_inputs(
-    student: Side,
-    teacher: Side | Tensor | TeacherTopK,
+    student: HeadInputs,
+    teacher: HeadInputs | TeacherLogits | TeacherTopK,
     *,
     divergence: Divergence,
     temperature: float,
@@ -197,91 +188,109 @@ def check_inputs(
     vocabulary: int | None,
     logits_dtype: str = "auto",
 ) -> DivergenceInputs:
-    """Check everything and return the problem; hidden states, or a teacher's logits, may have their leading axes."""
-    check_side("student", student.hidden, student)
+    """Check everything and return it with the leading axes of hidden states and teacher flattened.
+
+    Raises UsageError for arguments that do not fit, or sides that are swapped.
+    """
+    check_head("student", student)
     check_scalars(temperature, divergence_weight, cross_entropy, labels)
     leading = student.hidden.shape[:-1]
     for name, tensor in (("labels", labels), ("mask", mask), ("token_weights", token_weights)):
         checks.check_shape(name, tensor, tuple(leading), "[leading axes of student_hidden]")
     checks.check_mask(mask)
     checks.check_floating(token_weights=token_weights)
-    given = {"student_hidden": student.hidden, "student_weight": student.weight, "student_bias": student.bias}
-    given |= _teacher_tensors(teacher, leading)
+    head = student.head
+    own = {"student_hidden": student.hidden, "student_head.weight": head.weight, "student_head.bias": head.bias}
+    given = _teacher_tensors(teacher, leading)
+    # A head that trains does not tell whether the hidden states of the two models are swapped.
+    checks.refuse_swapped_sides((student.hidden,), list(given.values())[:1])
+    checks.refuse_swapped_sides(own.values(), given.values())
     indices = teacher.indices if isinstance(teacher, TeacherTopK) else None
-    checks.check_device(**given, indices=indices, labels=labels, mask=mask, token_weights=token_weights)
-    shared = shared_vocabulary(student.weight.shape[0], _rows(teacher, student), vocabulary)
+    checks.check_device(**own, **given, indices=indices, labels=labels, mask=mask, token_weights=token_weights)
+    shared = shared_vocabulary(head.weight.shape[0], _rows(student, teacher), vocabulary)
     if labels is not None:
         check_labels(labels, shared)
-    device, count, dtype = student.hidden.device, math.prod(leading), checks.accumulation_dtype(*given.values())
+    device, count = student.hidden.device, math.prod(leading)
+    dtype = checks.accumulation_dtype(*own.values(), *given.values())
     alone = labels if mask is None and token_weights is None else None
-    kept = checks.counted_tokens(count, token_keep(labels, mask, token_weights), device, of=alone)
+    valid = token_mask(labels, mask, token_weights)
+    valid_indices = checks.valid_token_indices(count, valid, device, of=alone)
     return DivergenceInputs(
         student=_flat(student),
-        teacher=_read_teacher(teacher, leading, kept, shared),
+        teacher=_read_teacher(teacher, leading, valid_indices, shared),
         divergence=divergence.limit(),
         temperature=temperature,
         divergence_weight=divergence_weight,
         cross_entropy_weight=cross_entropy,
         vocabulary=shared,
         # A label out of range is refused when its check is settled, which may be after it was used as an index.
-        labels=None if labels is None else pick(labels.reshape(-1).long(), kept).clamp(0, shared - 1),
-        kept=kept,
-        weights=_weights(token_weights, kept, count, dtype, device),
+        labels=None if labels is None else pick(labels.reshape(-1).long(), valid_indices).clamp(0, shared - 1),
+        valid_indices=valid_indices,
+        weights=_weights(token_weights, valid_indices, count, dtype, device),
         shape=leading,
         dtype=dtype,
         logits_dtype=resolve_logits_dtype(logits_dtype, dtype),
     )
 
 
-def _teacher_tensors(teacher: Side | Tensor | TeacherTopK, leading: torch.Size) -> dict[str, Tensor | None]:
-    """Return the teacher's floating-point tensors by name, after a check of what does not depend on the vocabulary."""
+def _teacher_tensors(
+    teacher: HeadInputs | TeacherLogits | TeacherTopK, leading: torch.Size
+) -> dict[str, Tensor | None]:
+    """Return the teacher's floating-point tensors by name, what depends on the tokens first.
+
+    They are checked for all that does not depend on the vocabulary.
+    """
     if isinstance(teacher, TeacherTopK):
-        return {"teacher_top_k": teacher.log_probabilities}
-    if isinstance(teacher, Tensor):
-        check_logits(teacher, leading)
-        return {"teacher_logits": teacher}
-    check_side("teacher", teacher.hidden, teacher)
+        return {"teacher.log_probabilities": teacher.log_probabilities}
+    if isinstance(teacher, TeacherLogits):
+        check_logits(teacher.values, leading)
+        return {"teacher.values": teacher.values}
+    check_head("teacher", teacher)
     expected = (*leading, teacher.hidden.shape[-1])
-    checks.check_shape("teacher_hidden", teacher.hidden, expected, "[axes of student_hidden, teacher width]")
-    return {"teacher_hidden": teacher.hidden, "teacher_weight": teacher.weight, "teacher_bias": teacher.bias}
+    checks.check_shape("teacher", teacher.hidden, expected, "[axes of student_hidden, teacher dim]")
+    head = teacher.head
+    return {"teacher": teacher.hidden, "teacher_head.weight": head.weight, "teacher_head.bias": head.bias}
 
 
-def _rows(teacher: Side | Tensor | TeacherTopK, student: Side) -> int:
-    """Return how many vocabulary entries the teacher has; a top-k has those of the student."""
-    if isinstance(teacher, Side):
-        return teacher.weight.shape[0]
-    return teacher.shape[-1] if isinstance(teacher, Tensor) else student.weight.shape[0]
+def _rows(student: HeadInputs, teacher: HeadInputs | TeacherLogits | TeacherTopK) -> int:
+    """Return the number of vocabulary entries of the teacher; a top-k has those of the student."""
+    if isinstance(teacher, HeadInputs):
+        return teacher.head.weight.shape[0]
+    return teacher.values.shape[-1] if isinstance(teacher, TeacherLogits) else student.head.weight.shape[0]
 
 
 def _read_teacher(
-    teacher: Side | Tensor | TeacherTopK, leading: torch.Size, kept: Tensor | None, vocabulary: int
-) -> Side | Logits | Buckets:
-    if isinstance(teacher, Side):
-        return _flat(teacher)
-    if isinstance(teacher, Tensor):
-        return Logits(values=teacher.detach().reshape(-1, teacher.shape[-1]))
-    return read_top_k(teacher, leading, kept, vocabulary)
+    teacher: HeadInputs | TeacherLogits | TeacherTopK,
+    leading: torch.Size,
+    valid_indices: Tensor | None,
+    vocabulary: int,
+) -> HeadInputs | TeacherLogits | Buckets:
+    if isinstance(teacher, HeadInputs):
+        return _flat(teacher).detach()
+    if isinstance(teacher, TeacherLogits):
+        return TeacherLogits(teacher.values.detach().reshape(-1, teacher.values.shape[-1]))
+    return read_top_k(teacher, leading, valid_indices, vocabulary)
 
 
-def _flat(side: Side) -> Side:
-    return replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1]))
+def _flat(model: HeadInputs) -> HeadInputs:
+    return HeadInputs(model.hidden.reshape(-1, model.hidden.shape[-1]), model.head)
 
 
 def _weights(
-    token_weights: Tensor | None, kept: Tensor | None, count: int, dtype: torch.dtype, device: torch.device
+    token_weights: Tensor | None, valid_indices: Tensor | None, count: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if token_weights is None:
-        return torch.ones(count if kept is None else kept.shape[0], dtype=dtype, device=device)
-    return pick(token_weights.detach().reshape(-1).to(dtype), kept)
+        return torch.ones(count if valid_indices is None else valid_indices.shape[0], dtype=dtype, device=device)
+    return pick(token_weights.detach().reshape(-1).to(dtype), valid_indices)
 
 
-def pick(values: Tensor, kept: Tensor | None) -> Tensor:
-    """Return the rows of `values` that `kept` names, or all of them."""
-    return values if kept is None else values.index_select(0, kept)
+def pick(values: Tensor, valid_indices: Tensor | None) -> Tensor:
+    """Return the rows of `values` at `valid_indices`, or all of them."""
+    return values if valid_indices is None else values.index_select(0, valid_indices)
 
 
-def spread(rows: Tensor, kept: Tensor | None, shape: torch.Size) -> Tensor:
-    """Return per-token values [k] in the leading axes `shape`, 0 where a token does not count."""
-    if kept is None:
+def spread(rows: Tensor, valid_indices: Tensor | None, shape: torch.Size) -> Tensor:
+    """Return per-token values [k] in the leading axes `shape`, 0 where a token is not valid."""
+    if valid_indices is None:
         return rows.reshape(shape)
-    return rows.new_zeros(math.prod(shape)).index_copy(0, kept, rows).reshape(shape)
+    return rows.new_zeros(math.prod(shape)).index_copy(0, valid_indices, rows).reshape(shape)

@@ -1,32 +1,179 @@
-"""The divergences between a teacher's distribution p and a student's q: names, parameters and their ranges."""
+"""Divergences between a teacher's distribution p and a student's q: one table of formulas, and how one is chosen.
+
+`FORMULAS` is read by every implementation of `linear_divergence`: `reference` takes `values`, `streaming` takes `rows`,
+`fused` takes `kernel`. A divergence of one's own is a `DivergenceFormula` with `values` alone, and is passed where a
+name is: `streaming` then differentiates it by autograd, one group of rows at a time, and there is no `fused`.
+
+    >>> import torch
+    >>> from xarch_kd.ops import DivergenceFormula, linear_divergence
+    >>> def squared_hellinger(log_q, log_p):
+    ...     return 1 - torch.exp((log_q + log_p) / 2).sum(-1)
+    >>> hellinger = DivergenceFormula(name="hellinger", values=squared_hellinger)
+    >>> hidden, weight = torch.randn(4, 8), torch.randn(16, 8)
+    >>> loss = linear_divergence(hidden.requires_grad_(), weight, torch.randn(4, 8), weight, divergence=hellinger)
+    >>> loss.total.backward()
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
-from xarch_kd.errors import UsageError, suggest
+import torch
+from torch import Tensor
 
-# Name -> the parameter it takes, if any.
-PARAMETERS: Final[Mapping[str, str | None]] = {
-    "forward_kl": None,
-    "reverse_kl": None,
-    "jsd": "beta",
-    "skew_forward_kl": "alpha",
-    "skew_reverse_kl": "alpha",
-    "total_variation": None,
-    "alpha": "alpha",
-    "renyi": "alpha",
-}
-DEFAULTS: Final[Mapping[str, float]] = {
-    "jsd": 0.5,
-    "skew_forward_kl": 0.1,
-    "skew_reverse_kl": 0.1,
-    "alpha": 0.5,
-    "renyi": 0.5,
-}
+from xarch_kd.errors import UsageError
+from xarch_kd.ops import divergence_rows as closed
+from xarch_kd.ops import divergence_values as dense
+from xarch_kd.ops.tables import look_up, table
+
+DivergenceKind = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha", "renyi"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """The one parameter of a divergence: `beta` or `alpha`, its default, and the range in which D is a divergence.
+
+    `limits` are the ends of the range where the formula divides by 0 or is 0, and the divergence without a parameter
+    that it is there.
+    """
+
+    name: Literal["beta", "alpha"]
+    default: float
+    allowed: str
+    contains: Callable[[float], bool]
+    limits: Mapping[float, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceFormula:
+    """Formula of a divergence D(p, q) of the teacher's p and the student's q.
+
+    `values(log_q=, log_p=)` returns D [tokens] from log-probabilities [tokens, entries] of student and teacher, plus
+    the keyword arguments of `parameter`, if any, and `normalised` if `normalizable`. It is called by keyword, so that
+    the two cannot be swapped, and must be differentiable in log_q; the value of a row depends on that row alone.
+
+    `rows(q, p, gradient)` is its closed form (`ops.divergence_rows`), None for autograd; `kernel` is its code in
+    `kernels/linear_divergence.py`, None if there is none. `saturates`: the gradient vanishes where student and teacher
+    share no mass.
+
+    Raises UsageError if `values` takes no `log_q` and `log_p`.
+    """
+
+    name: str
+    values: Callable[..., Tensor]
+    rows: Callable[..., closed.Rows] | None = None
+    kernel: str | None = None
+    parameter: Parameter | None = None
+    normalizable: bool = False
+    saturates: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            inspect.signature(self.values).bind_partial(log_q=None, log_p=None)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"The formula of the divergence '{self.name}' does not fit.",
+                found=str(error),
+                allowed="values(log_q, log_p): log-probabilities [tokens, entries] of student and teacher",
+                fix="name its arguments log_q and log_p",
+            ) from error
+
+
+def _fraction(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _positive(value: float) -> bool:
+    return value > 0 and math.isfinite(value)
+
+
+def _skew(end: str) -> Parameter:
+    allowed = "0 <= alpha < 1 (at 1 it is 0 for every student)"
+    return Parameter(name="alpha", default=0.1, allowed=allowed, contains=_below_one, limits={0.0: end})
+
+
+FORMULAS: Final[Mapping[str, DivergenceFormula]] = table(
+    "divergences",
+    DivergenceKind,
+    (
+        DivergenceFormula(name="forward_kl", values=dense.forward_kl, rows=closed.forward_kl, kernel="forward_kl"),
+        DivergenceFormula(name="reverse_kl", values=dense.reverse_kl, rows=closed.reverse_kl, kernel="reverse_kl"),
+        DivergenceFormula(
+            name="jsd",
+            values=dense.jsd,
+            rows=closed.jsd,
+            kernel="jsd",
+            parameter=Parameter(
+                name="beta",
+                default=0.5,
+                allowed="0 <= beta <= 1",
+                contains=_fraction,
+                limits={0.0: "forward_kl", 1.0: "reverse_kl"},
+            ),
+            normalizable=True,
+            saturates=True,
+        ),
+        DivergenceFormula(
+            name="skew_forward_kl",
+            values=dense.skew_forward_kl,
+            rows=closed.skew_forward_kl,
+            kernel="skew_forward_kl",
+            parameter=_skew("forward_kl"),
+            saturates=True,
+        ),
+        DivergenceFormula(
+            name="skew_reverse_kl",
+            values=dense.skew_reverse_kl,
+            rows=closed.skew_reverse_kl,
+            kernel="skew_reverse_kl",
+            parameter=_skew("reverse_kl"),
+            saturates=True,
+        ),
+        DivergenceFormula(
+            name="total_variation",
+            values=dense.total_variation,
+            rows=closed.total_variation,
+            kernel="total_variation",
+            saturates=True,
+        ),
+        DivergenceFormula(
+            name="alpha",
+            values=dense.alpha_divergence,
+            rows=closed.alpha_divergence,
+            kernel="alpha",
+            parameter=Parameter(
+                name="alpha",
+                default=0.5,
+                allowed="a finite alpha",
+                contains=math.isfinite,
+                limits={1.0: "forward_kl", 0.0: "reverse_kl"},
+            ),
+        ),
+        DivergenceFormula(
+            name="renyi",
+            values=dense.renyi,
+            rows=closed.renyi,
+            kernel="renyi",
+            parameter=Parameter(
+                name="alpha",
+                default=0.5,
+                allowed="a finite alpha > 0",
+                contains=_positive,
+                limits={1.0: "forward_kl"},
+            ),
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,78 +191,101 @@ class Divergence:
     | `alpha` | (Σ p^a q^(1-a) - 1) / (a (a-1)), Amari; forward KL at a=1, reverse KL at a=0 |
     | `renyi` | log Σ p^a q^(1-a) / (a-1), forward KL at a=1 |
 
-    `normalised` (only `jsd`) divides by β(1-β), so that the family runs continuously from forward KL at β=0 to reverse
-    KL at β=1. Without it β=0 is forward KL and β=1 reverse KL too, as in GKD, with a jump: plain JSD tends to 0 there.
+    `kind` is a name of this table or a `DivergenceFormula`. `normalised` (only `jsd`) divides by β(1-β), so that the
+    family runs continuously from forward KL at β=0 to reverse KL at β=1. Without it β=0 is forward KL and β=1 reverse
+    KL too, as in GKD, with a jump: plain JSD tends to 0 there.
+
+    Raises UsageError for an unknown kind, a parameter that the kind does not take, or one out of range.
     """
 
-    kind: str
+    kind: str | DivergenceFormula
     beta: float | None = None
     alpha: float | None = None
     normalised: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in PARAMETERS:
-            raise UsageError(
-                f"There is no such divergence.{suggest(self.kind, PARAMETERS)}",
-                asked=self.kind,
-                allowed=" | ".join(PARAMETERS),
-            )
-        own = PARAMETERS[self.kind]
-        for name in ("beta", "alpha"):
-            if getattr(self, name) is not None and name != own:
+        parameter, name = self.formula.parameter, self.name
+        own = None if parameter is None else parameter.name
+        for other in ("beta", "alpha"):
+            if getattr(self, other) is not None and other != own:
                 raise UsageError(
-                    f"The divergence '{self.kind}' takes no {name}.",
-                    found=f"{name}={getattr(self, name)}",
+                    f"The divergence '{name}' takes no {other}.",
+                    found=f"{other}={getattr(self, other)}",
                     allowed=own or "no parameter",
                 )
-        if self.normalised and self.kind != "jsd":
-            raise UsageError(f"The divergence '{self.kind}' takes no normalised.", allowed="only jsd takes it")
-        if own is not None:
-            if getattr(self, own) is None:
-                object.__setattr__(self, own, DEFAULTS[self.kind])
-            self._check_range(own, getattr(self, own))
-
-    def _check_range(self, name: str, value: float) -> None:
-        """Raise UsageError when the parameter is outside the range in which the divergence means something."""
-        inside, allowed = {
-            "jsd": (0 <= value <= 1, "0 <= beta <= 1"),
-            "skew_forward_kl": (0 <= value < 1, "0 <= alpha < 1 (at 1 it is 0 for every student)"),
-            "skew_reverse_kl": (0 <= value < 1, "0 <= alpha < 1 (at 1 it is 0 for every student)"),
-            "alpha": (math.isfinite(value), "a finite alpha"),
-            "renyi": (value > 0 and math.isfinite(value), "a finite alpha > 0"),
-        }[self.kind]
-        if not inside:
+        if self.normalised and not self.formula.normalizable:
+            takers = " | ".join(row.name for row in FORMULAS.values() if row.normalizable)
+            raise UsageError(f"The divergence '{name}' takes no normalised.", allowed=f"only {takers} takes it")
+        if parameter is None:
+            return
+        if getattr(self, parameter.name) is None:
+            object.__setattr__(self, parameter.name, parameter.default)
+        value = getattr(self, parameter.name)
+        if not parameter.contains(value):
             raise UsageError(
-                f"The {name} of the divergence '{self.kind}' is out of range.", found=f"{name}={value}", allowed=allowed
+                f"The {own} of the divergence '{name}' is out of range.",
+                found=f"{own}={value}",
+                allowed=parameter.allowed,
             )
+
+    @property
+    def formula(self) -> DivergenceFormula:
+        """The formula that every implementation reads."""
+        if isinstance(self.kind, DivergenceFormula):
+            return self.kind
+        return look_up("divergence", self.kind, FORMULAS)
+
+    @property
+    def name(self) -> str:
+        """Name of the divergence."""
+        return self.formula.name
 
     @property
     def parameter(self) -> float | None:
         """The one parameter of this kind, or None."""
-        own = PARAMETERS[self.kind]
-        return None if own is None else getattr(self, own)
+        own = self.formula.parameter
+        return None if own is None else getattr(self, own.name)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the formula."""
+        own = self.formula.parameter
+        given = {} if own is None else {own.name: getattr(self, own.name)}
+        return given | {"normalised": self.normalised} if self.formula.normalizable else given
+
+    def values(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Return D(p, q) [tokens] from log-probabilities [tokens, entries] of the student and of the teacher.
+
+        Raises UsageError if the formula returns another shape, or values without a gradient where `log_q` has one.
+        """
+        found: Any = self.formula.values(log_q=log_q, log_p=log_p, **self.arguments)
+        if not isinstance(found, Tensor) or found.shape != log_q.shape[:-1]:
+            raise UsageError(
+                f"The formula of the divergence '{self.name}' returns the wrong shape.",
+                found=list(found.shape) if isinstance(found, Tensor) else type(found).__name__,
+                allowed=f"{list(log_q.shape[:-1])} [tokens]",
+                fix="sum over the last axis, the entries of the distributions",
+            )
+        if torch.is_grad_enabled() and log_q.requires_grad and not found.requires_grad:
+            raise UsageError(
+                f"The formula of the divergence '{self.name}' has no gradient.",
+                allowed="values that autograd can differentiate in log_q",
+                fix="compute them from log_q by torch operations, without detach, item or numpy",
+            )
+        return found
 
     def limit(self) -> Divergence:
         """Return the Kullback-Leibler divergence that this one is at the end of its range, else itself."""
-        ends = {
-            ("jsd", 0.0): "forward_kl",
-            ("jsd", 1.0): "reverse_kl",
-            ("skew_forward_kl", 0.0): "forward_kl",
-            ("skew_reverse_kl", 0.0): "reverse_kl",
-            ("alpha", 1.0): "forward_kl",
-            ("alpha", 0.0): "reverse_kl",
-            ("renyi", 1.0): "forward_kl",
-        }
-        value = self.parameter
-        end = None if value is None else ends.get((self.kind, float(value)))
+        parameter, value = self.formula.parameter, self.parameter
+        end = None if parameter is None or value is None else parameter.limits.get(float(value))
         return self if end is None else Divergence(kind=end)
 
 
-def as_divergence(value: str | Mapping[str, Any] | Divergence) -> Divergence:
-    """Read a divergence given as a name, as `{"kind": "jsd", "beta": 0.5}` or as a `Divergence`."""
+def as_divergence(value: str | Mapping[str, Any] | Divergence | DivergenceFormula) -> Divergence:
+    """Read a divergence given as a name, `{"kind": "jsd", "beta": 0.5}`, a `Divergence` or a `DivergenceFormula`."""
     if isinstance(value, Divergence):
         return value
-    if isinstance(value, str):
+    if isinstance(value, str | DivergenceFormula):
         return Divergence(kind=value)
     known = ("kind", "beta", "alpha", "normalised")
     unknown = sorted(set(value) - set(known))

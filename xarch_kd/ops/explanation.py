@@ -21,9 +21,9 @@ OPERATIONS: Final[Mapping[str, Callable[..., Any]]] = {
 
 
 def explain(operation: str, *arguments: Any, impl: str = "auto", **options: Any) -> str:
-    """Say which implementation `operation(*arguments, impl=impl, **options)` runs, and why not another.
+    """Return which implementation `operation(*arguments, impl=impl, **options)` runs, and why not another, as text.
 
-    Without arguments the answer is that for any inputs on this machine. Nothing is computed but the checks of the
+    Without arguments the text is about any inputs on this machine. Nothing is computed but the checks of the
     arguments.
 
     Raises:

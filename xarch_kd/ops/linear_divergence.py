@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from torch import Tensor
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
 from xarch_kd.ops.dispatch import choose
-from xarch_kd.ops.divergence_inputs import DivergenceInputs, Side, check_inputs, spread
-from xarch_kd.ops.divergences import Divergence, as_divergence
+from xarch_kd.ops.divergence_inputs import DivergenceInputs, check_inputs, pick, spread
+from xarch_kd.ops.divergences import Divergence, DivergenceFormula, DivergenceKind, as_divergence
 from xarch_kd.ops.fused import linear_divergence as fused
+from xarch_kd.ops.heads import Head, HeadInputs, as_head
 from xarch_kd.ops.reference.linear_divergence import token_values
 from xarch_kd.ops.streaming.autograd import Gradients, attach_gradients, recompute, stored, wanted
 from xarch_kd.ops.streaming.linear_divergence import ForwardBackward, forward_backward
-from xarch_kd.ops.teacher import TeacherTopK
+from xarch_kd.ops.teacher import TeacherLogits, TeacherTopK
 
 
 class DivergenceLoss(NamedTuple):
@@ -35,47 +36,37 @@ class DivergenceLoss(NamedTuple):
 
 def linear_divergence(
     student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    student_head: Head | Tensor,
+    teacher: Tensor | TeacherLogits | TeacherTopK,
+    teacher_head: Head | Tensor | None = None,
     *,
-    teacher_logits: Tensor | None = None,
-    teacher_top_k: TeacherTopK | None = None,
-    divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
+    divergence: DivergenceKind | Mapping[str, Any] | Divergence | DivergenceFormula = "forward_kl",
     temperature: float = 1.0,
     labels: Tensor | None = None,
     divergence_weight: float = 1.0,
     cross_entropy: float = 0.0,
     mask: Tensor | None = None,
     token_weights: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
     vocabulary: int | None = None,
-    logits_dtype: str = "auto",
-    reduction: str = "mean",
+    logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    reduction: Literal["none", "mean", "sum"] = "mean",
     impl: str = "auto",
     chunk_size: int | None = None,
 ) -> DivergenceLoss:
-    """Return divergence_weight * D(p, q) + cross_entropy * CE(labels, q) over the tokens that count.
+    """Return divergence_weight * D(p, q) + cross_entropy * CE(labels, q) over the valid tokens.
 
-    p = softmax(teacher logits / temperature) and q likewise, logits = softcap(scale * (hidden weightᵀ + bias)). The
-    divergence is the plain one at that temperature: a factor T² belongs into `divergence_weight`.
-    Cross-entropy is taken at temperature 1.
+    p = softmax(teacher logits / temperature) and q likewise. The divergence is the plain one at that temperature: a
+    factor T² belongs into `divergence_weight`. Cross-entropy is taken at temperature 1.
 
-    The teacher is given in one of three forms: `teacher_hidden` with `teacher_weight`; `teacher_logits`
-    [..., vocabulary], finite, as they come out of its model, before the temperature; or `teacher_top_k`, its likeliest
-    entries at `temperature`, in which case D is the divergence between buckets that `TeacherTopK` describes.
+    The teacher is given in one of three forms: hidden states with `teacher_head`; `TeacherLogits`, as they come out of
+    its model; or `TeacherTopK`, its likeliest entries at `temperature`, in which case D is the divergence between
+    buckets that `TeacherTopK` describes. A head is a `Head` or, without bias, scale and softcap, its weight.
 
-    Hidden states are [tokens, width] or [batch, time, width], weights [vocabulary, width], biases [vocabulary];
-    `labels` (already shifted: the token that follows that position, -100 to leave the position out), `mask` (boolean)
-    and `token_weights` (>= 0) have the leading axes of the hidden states. A token counts when its mask is true, its
-    label is not ignored and its weight is not 0. `vocabulary` is the number of leading entries that mean the same in
-    both models, by default all that both have if their sizes differ by no more than padding does; the rest is left out
-    of both distributions.
+    Hidden states are [tokens, dim] or [batch, time, dim], weights [vocabulary, dim]; `labels` (already shifted: the
+    token that follows that position, -100 to ignore the position), `mask` (boolean) and `token_weights` (>= 0) have
+    the leading axes of the hidden states. A token is valid when its mask is true, its label is not ignored and its
+    weight is not 0. `vocabulary` is the number of leading entries that mean the same in both models, by default all
+    that both have if their sizes differ by no more than padding does; the rest is excluded from both distributions.
 
     `logits_dtype` is the dtype of hidden weightᵀ and of its gradient; what follows the product is computed in float32.
     `"auto"` is `"float32"`, which float64 inputs widen to float64. `"bfloat16"` multiplies in bfloat16, with half the
@@ -84,38 +75,32 @@ def linear_divergence(
     to 64 %), against 0.3 % at each for float32 logits whose gradient is rounded to bfloat16. Use it for students that
     are far from their teacher.
 
-    `reduction="mean"` divides by the sum of the weights of the counted tokens; `"sum"` does not, and is 0 when no
-    token counts; `"none"` gives one weighted value a token, 0 where it does not count. Gradients go to the student's
-    hidden states, weight and bias; the teacher's tensors never get one. `chunk_size` is the number of tokens held as
-    logits at a time by `impl="streaming"`, whose values allow one backward.
+    `reduction="mean"` divides by the sum of the weights of the valid tokens; `"sum"` does not, and is 0 when no token
+    is valid; `"none"` gives one weighted value per token, 0 where it is not valid. Gradients go to the student's hidden
+    states, weight and bias; the teacher is detached. `chunk_size` is the number of tokens held as logits at a time by
+    `impl="streaming"`, whose values allow one backward.
 
     Raises:
-        UsageError: shapes, dtypes, devices or options that do not fit, or a mean over no tokens.
-        NonFiniteLoss: the divergence or cross-entropy of a counted token is NaN or infinite.
+        UsageError: shapes, dtypes, devices or options that do not fit, a mean over no tokens, or a call in which only
+            the teacher's side requires gradients.
+        NonFiniteLoss: the divergence or cross-entropy of a valid token is NaN or infinite.
 
     Warns:
         UserWarning: more than half of the tokens are far from the teacher and have no gradient (JSD, skew KL and total
             variation saturate); counted by `impl="streaming"` and `"fused"`.
+
+    Example:
+        >>> import torch
+        >>> from xarch_kd.ops import linear_divergence
+        >>> hidden, head = torch.randn(2, 5, 8, requires_grad=True), torch.randn(32, 8)
+        >>> loss = linear_divergence(hidden, head, torch.randn(2, 5, 16), torch.randn(32, 16), divergence="reverse_kl")
+        >>> loss.total.backward()
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
     inputs = check_inputs(
-        Side(
-            hidden=student_hidden,
-            weight=student_weight,
-            bias=student_bias,
-            scale=student_scale,
-            softcap=student_softcap,
-        ),
-        _teacher(
-            teacher_hidden,
-            teacher_weight,
-            teacher_logits,
-            teacher_top_k,
-            bias=teacher_bias,
-            scale=teacher_scale,
-            softcap=teacher_softcap,
-        ),
+        HeadInputs(student_hidden, as_head(student_head)),
+        _teacher(teacher, teacher_head),
         divergence=as_divergence(divergence),
         temperature=temperature,
         divergence_weight=divergence_weight,
@@ -138,7 +123,7 @@ def linear_divergence(
         total = _reduce(_weighted_sum(inputs, rows, cross), inputs, reduction)
     else:
         run = fused.forward_backward if implementation == "fused" else forward_backward
-        total, rows, cross = _swept(run, inputs, reduction, chunk_size)
+        total, rows, cross = _forward_backward(run, inputs, reduction, chunk_size)
     parts = [None if part is None else _reduce(part.detach(), inputs, reduction) for part in (rows, cross)]
     _check_finite(parts[0], parts[1])
     assert parts[0] is not None
@@ -146,48 +131,42 @@ def linear_divergence(
 
 
 def _teacher(
-    hidden: Tensor | None, weight: Tensor | None, logits: Tensor | None, top_k: TeacherTopK | None, **head: Any
-) -> Side | Tensor | TeacherTopK:
-    """Return the one form in which the teacher is given; `head` are the bias, scale and softcap of its head."""
-    forms = {
-        "teacher_hidden with teacher_weight": hidden is not None or weight is not None,
-        "teacher_logits": logits is not None,
-        "teacher_top_k": top_k is not None,
-    }
-    found = [name for name, given in forms.items() if given]
-    if len(found) != 1:
+    teacher: Tensor | TeacherLogits | TeacherTopK, head: Head | Tensor | None
+) -> HeadInputs | TeacherLogits | TeacherTopK:
+    """Return the teacher in the one form in which it is given."""
+    if not isinstance(teacher, Tensor | TeacherLogits | TeacherTopK):
         raise UsageError(
-            "A teacher is given in exactly one form.",
-            found=" and ".join(found) or "no teacher",
-            allowed=" | ".join(forms),
+            "The teacher is in no known form.",
+            found=type(teacher).__name__,
+            allowed="hidden states with teacher_head | TeacherLogits | TeacherTopK",
         )
-    if hidden is not None and weight is not None:
-        return Side(hidden=hidden, weight=weight, **head)
-    form = logits if top_k is None else top_k
-    if form is None:
-        missing = "teacher_hidden" if hidden is None else "teacher_weight"
-        raise UsageError(f"{missing} is missing.", found="the other one alone", allowed=found[0])
-    unused = [
-        f"teacher_{name}" for name, value in head.items() if value is not None and (name, value) != ("scale", 1.0)
-    ]
-    if unused:
+    if isinstance(teacher, Tensor):
+        if head is None:
+            raise UsageError(
+                "teacher_head is missing.",
+                found="a teacher given as a tensor, its hidden states, without a head",
+                allowed="hidden states with teacher_head | TeacherLogits | TeacherTopK",
+                fix="pass teacher_head=, or TeacherLogits(tensor) if it holds logits",
+            )
+        return HeadInputs(teacher, as_head(head))
+    if head is not None:
         raise UsageError(
-            f"{found[0]} takes no {' and no '.join(unused)}.",
-            allowed="only a teacher given as hidden states and a head takes it",
-            fix="apply it to the logits",
+            f"A teacher given as {type(teacher).__name__} takes no teacher_head.",
+            allowed="a head only with hidden states",
+            fix="apply weight, bias, scale and softcap to the logits",
         )
-    return form
+    return teacher
 
 
-def _swept(
+def _forward_backward(
     run: Callable[[DivergenceInputs, Tensor, tuple[bool, ...], int | None], ForwardBackward],
     inputs: DivergenceInputs,
     reduction: str,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the total, with its gradients attached, and the unweighted values of each counted token."""
+    """Return the total, with its gradients attached, and the unweighted values of each valid token."""
     student = inputs.student
-    trained = (student.hidden, student.weight, student.bias)
+    trained = (student.hidden, student.head.weight, student.head.bias)
     needs = wanted(*trained)
     now = needs if reduction != "none" else (False, False, False)
     scale = inputs.weights if reduction == "sum" else inputs.weights / inputs.weights.sum()
@@ -197,7 +176,7 @@ def _swept(
     if reduction == "none" and any(needs):
 
         def backward(upstream: Tensor) -> Gradients:
-            picked = upstream.reshape(-1) if inputs.kept is None else upstream.reshape(-1)[inputs.kept]
+            picked = pick(upstream.reshape(-1), inputs.valid_indices)
             return _gradients(run(inputs, picked * inputs.weights, needs, chunk_size), inputs)
 
         total = recompute(total, trained, backward)
@@ -213,7 +192,7 @@ def _warn_saturated(inputs: DivergenceInputs, result: ForwardBackward) -> None:
     checks.warn_unless(
         torch.as_tensor(2 * saturated <= inputs.tokens),
         lambda: (
-            f"{inputs.divergence.kind} is saturated: {int(saturated)} of {inputs.tokens} tokens are far from "
+            f"{inputs.divergence.name} is saturated: {int(saturated)} of {inputs.tokens} tokens are far from "
             "the teacher and have almost no gradient. Start with forward_kl, or raise the temperature."
         ),
         # The caller of `linear_divergence`.
@@ -223,7 +202,8 @@ def _warn_saturated(inputs: DivergenceInputs, result: ForwardBackward) -> None:
 
 def _gradients(result: ForwardBackward, inputs: DivergenceInputs) -> Gradients:
     student = inputs.student
-    pairs = ((result.hidden, student.hidden), (result.weight, student.weight), (result.bias, student.bias))
+    head = student.head
+    pairs = ((result.hidden, student.hidden), (result.weight, head.weight), (result.bias, head.bias))
     return [stored(gradient, like) for gradient, like in pairs]
 
 
@@ -235,7 +215,7 @@ def _weighted_sum(inputs: DivergenceInputs, divergence: Tensor, cross_entropy: T
 def _reduce(rows: Tensor, inputs: DivergenceInputs, reduction: str) -> Tensor:
     rows = rows * inputs.weights
     if reduction == "none":
-        return spread(rows, inputs.kept, inputs.shape)
+        return spread(rows, inputs.valid_indices, inputs.shape)
     return rows.sum() if reduction == "sum" else rows.sum() / inputs.weights.sum()
 
 

@@ -14,12 +14,14 @@ from xarch_kd.ops import checks, panels, sketch
 from xarch_kd.ops.dispatch import choose
 from xarch_kd.ops.mixing_inputs import MixingDistanceInputs, check_inputs
 from xarch_kd.ops.reference.mixing_distance import row_distances
+from xarch_kd.ops.row_distances import FORMULAS, MixingDistanceName
 from xarch_kd.ops.streaming import mixing_distance as streaming
 from xarch_kd.ops.streaming.autograd import Gradients, attach_gradients, recompute, stored, wanted
+from xarch_kd.ops.tables import look_up
 
 
 class MixingDistance(NamedTuple):
-    """The reduced distance, and how far the estimate may be off: None unless `impl="sketch"`.
+    """The reduced distance, and the standard error of its estimate: None unless `impl="sketch"`.
 
     `standard_error` has the shape of `total` and no gradient.
     """
@@ -29,10 +31,10 @@ class MixingDistance(NamedTuple):
 
 
 def mixing_distance(
-    teacher: Mixing,
     student: Mixing,
+    teacher: Mixing,
     *,
-    distance: str = "cosine",
+    distance: MixingDistanceName = "cosine",
     head_map: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: str = "mean",
@@ -50,75 +52,85 @@ def mixing_distance(
     scale of M, which a state-space student is free in.
 
     `head_map` [student heads, teacher heads] is not negative, has no zero row, and for kl rows that sum to 1; without
-    it head h is compared with head h. A row counts when it does in both mixings and in `mask` [batch, time], boolean.
-    `reduction="mean"` is over rows that count × student heads, `"sum"` is 0 when none counts, `"none"` gives [batch,
-    time, student heads], 0 where a row does not count. Gradients go to the student's factors alone.
+    it head h is compared with head h. A row is valid if it is in both mixings and in `mask` [batch, time], boolean.
+    `reduction="mean"` is over valid rows × student heads, `"sum"` is 0 when none is valid, `"none"` gives [batch, time,
+    student heads], 0 where a row is not valid. Gradients go to the student's factors alone; the teacher is detached.
 
     `impl="streaming"` holds `chunk_size` rows at a time, `"panels"` that many columns, `"sketch"` that many of its
     `probes`, random signs drawn with `seed`; their scalar values allow one backward. The sketch estimates frobenius,
-    without bias, and says its standard error.
+    without bias, and returns its standard error.
 
     Raises:
-        UsageError: mixings, head map, mask or options that do not fit, or a mean over no rows.
-        NonFiniteLoss: the distance of a counted row is NaN or infinite.
+        UsageError: mixings, head map, mask or options that do not fit, a mean over no rows, or a call in which only the
+            teacher's side requires gradients.
+        NonFiniteLoss: the distance of a valid row is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from xarch_kd.mixing import SoftmaxMixing
+        >>> from xarch_kd.ops import mixing_distance
+        >>> query, key = torch.randn(1, 6, 2, 8, requires_grad=True), torch.randn(1, 6, 2, 8)
+        >>> teacher = SoftmaxMixing(query=torch.randn(1, 6, 2, 4), key=torch.randn(1, 6, 2, 4), scale=0.5)
+        >>> mixing_distance(SoftmaxMixing(query=query, key=key, scale=0.35), teacher).total.backward()
     """
     checks.check_reduction(reduction)
     checks.check_chunk_size(chunk_size)
-    inputs = check_inputs(teacher, student, distance=distance, head_map=head_map, mask=mask, epsilon=epsilon)
+    inputs = check_inputs(student, teacher, distance=distance, head_map=head_map, mask=mask, epsilon=epsilon)
     implementation = choose(
-        "mixing_distance", impl, unsupported_reasons(teacher, student, distance=distance, head_map=head_map)
+        "mixing_distance", impl, unsupported_reasons(student, teacher, distance=distance, head_map=head_map)
     )
     weights = _weights(inputs, reduction)
     standard_error = None
     if implementation == "reference":
-        with torch.autocast(inputs.keep.device.type, enabled=False):
+        with torch.autocast(inputs.valid_mask.device.type, enabled=False):
             total = _reduce(row_distances(inputs), weights, reduction)
     elif implementation == "fused":
         from xarch_kd.ops.fused import mixing_distance as fused
 
-        assert isinstance(inputs.teacher, SoftmaxMixing) and isinstance(student, SoftmaxMixing | SSDMixing)
-        rows = fused.rows(inputs.teacher, student, distance, inputs.head_map, epsilon)
-        total = _reduce(torch.where(inputs.keep[:, :, None], rows, 0), weights, reduction)
+        assert isinstance(student, SoftmaxMixing | SSDMixing) and isinstance(inputs.teacher, SoftmaxMixing)
+        rows = fused.rows(student, inputs.teacher, inputs.formula, inputs.head_map, epsilon)
+        total = _reduce(torch.where(inputs.valid_mask[:, :, None], rows, 0), weights, reduction)
     elif implementation == "sketch":
         signs = sketch.draw_signs(inputs, probes, seed)
         total, standard_error = sketch.estimate(inputs, signs, weights, reduction, chunk_size)
     else:
-        total = _swept(inputs, weights, reduction, implementation, chunk_size)
+        total = _forward_backward(inputs, weights, reduction, implementation, chunk_size)
     _check_finite(total, distance)
     return MixingDistance(total, standard_error)
 
 
 def unsupported_reasons(
-    teacher: Mixing, student: Mixing, *, distance: str = "cosine", head_map: Tensor | None = None
+    student: Mixing, teacher: Mixing, *, distance: MixingDistanceName = "cosine", head_map: Tensor | None = None
 ) -> Mapping[str, str]:
-    """Return for each implementation that cannot run on these inputs the reason."""
+    """Return the reason for each implementation that cannot run on these inputs."""
     from xarch_kd.ops.fused import mixing_distance as fused
 
+    formula = look_up("distance", distance, FORMULAS)
     found = {
-        "fused": fused.unsupported_reason(teacher, student, distance, head_map),
+        "fused": fused.unsupported_reason(student, teacher, formula, head_map),
         "streaming": streaming.unsupported_reason(student),
-        "panels": panels.unsupported_reason(distance),
-        "sketch": sketch.unsupported_reason(distance),
+        "panels": panels.unsupported_reason(formula),
+        "sketch": sketch.unsupported_reason(formula),
     }
     return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def _weights(inputs: MixingDistanceInputs, reduction: str) -> Tensor:
-    """Return what each row [batch, time, 1] is multiplied by in the total."""
-    kept = inputs.keep[:, :, None].to(inputs.dtype)
+    """Return the weight of each row [batch, time, 1] in the total."""
+    valid = inputs.valid_mask[:, :, None].to(inputs.dtype)
     if reduction != "mean":
-        return kept
-    count = inputs.keep.sum()
+        return valid
+    count = inputs.valid_mask.sum()
     if not bool(count > 0):
         raise checks.refuse_mean_of_nothing()
-    return kept / (count * inputs.student.heads)
+    return valid / (count * inputs.student.heads)
 
 
 def _reduce(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
     return rows if reduction == "none" else (rows * weights).sum()
 
 
-def _swept(
+def _forward_backward(
     inputs: MixingDistanceInputs, weights: Tensor, reduction: str, implementation: str, chunk_size: int | None
 ) -> Tensor:
     """Return the total of an implementation that makes the gradients itself, with them attached."""

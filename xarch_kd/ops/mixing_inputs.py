@@ -1,4 +1,4 @@
-"""The checked inputs of `mixing_distance`, as every implementation takes them, and which pairs have a distance."""
+"""The checked inputs of `mixing_distance`, as every implementation takes them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from xarch_kd.errors import UsageError, suggest
+from xarch_kd.errors import UsageError
 from xarch_kd.mixing import Mixing, SoftmaxMixing
 from xarch_kd.ops import checks
+from xarch_kd.ops.row_distances import FORMULAS, EntryFormula, LogarithmFormula
+from xarch_kd.ops.tables import look_up
 
-# Name -> what it is for one row, P the teacher's (mixed over heads) and M the student's.
-DISTANCES: Final = {
-    "kl": "Σ P (log P - log M), softmax pairs",
-    "cross_entropy": "-Σ P log M, softmax pairs",
-    "frobenius": "|P - M|²",
-    "relative_frobenius": "|P - M|² / (|P|² + epsilon)",
-    "cosine": "1 - <P, M> / (|P| |M|), epsilon under both roots",
-}
-OF_LOGARITHMS: Final = ("kl", "cross_entropy")
 # How far the rows of a head map may be from summing to 1: what rounding the weights to bfloat16 does to a sum of 8.
 SUM_TOLERANCE: Final = 0.01
 
@@ -32,15 +25,15 @@ SUM_TOLERANCE: Final = 0.01
 class MixingDistanceInputs:
     """`mixing_distance` with every argument checked.
 
-    `teacher` is detached; `head_map` [student heads, teacher heads] is in `dtype`, or None for the identity; `keep`
-    [batch, time] are the rows that count for both mixings and the caller's mask.
+    `teacher` is detached; `head_map` [student heads, teacher heads] is in `dtype`, or None for the identity;
+    `valid_mask` [batch, time] is true at rows that are valid in both mixings and in the caller's mask.
     """
 
-    teacher: Mixing
     student: Mixing
-    distance: str
+    teacher: Mixing
+    formula: EntryFormula | LogarithmFormula
     head_map: Tensor | None
-    keep: Tensor
+    valid_mask: Tensor
     epsilon: float
     dtype: torch.dtype
 
@@ -53,48 +46,49 @@ class MixingDistanceInputs:
 
 
 def check_inputs(
-    teacher: Mixing,
     student: Mixing,
+    teacher: Mixing,
     *,
     distance: str,
     head_map: Tensor | None,
     mask: Tensor | None,
     epsilon: float,
 ) -> MixingDistanceInputs:
-    """Check the arguments and return the problem."""
-    check_distance(distance, epsilon)
-    _check_sizes(teacher, student, head_map, mask)
+    """Check the arguments and return them as every implementation takes them.
+
+    Raises UsageError for arguments that do not fit.
+    """
+    formula = look_up("distance", distance, FORMULAS)
+    check_epsilon(epsilon)
+    checks.refuse_swapped_sides(student.factors.values(), teacher.factors.values())
+    _check_sizes(student, teacher, head_map, mask)
     dtype = torch.promote_types(teacher.dtype, student.dtype)
     if head_map is not None:
-        _check_head_map(head_map, distance)
+        _check_head_map(head_map, formula)
         head_map = head_map.detach().to(dtype)
-    keep = teacher.valid_mask() & student.valid_mask()
+    valid_mask = teacher.valid_mask() & student.valid_mask()
     if mask is not None:
-        keep = keep & mask
-    if distance in OF_LOGARITHMS:
-        _check_support(teacher, student, distance, keep)
+        valid_mask = valid_mask & mask
+    if isinstance(formula, LogarithmFormula):
+        _check_support(student, teacher, formula, valid_mask)
     return MixingDistanceInputs(
-        teacher=teacher.detach(),
         student=student,
-        distance=distance,
+        teacher=teacher.detach(),
+        formula=formula,
         head_map=head_map,
-        keep=keep,
+        valid_mask=valid_mask,
         epsilon=epsilon,
         dtype=dtype,
     )
 
 
-def check_distance(distance: str, epsilon: float) -> None:
-    """Raise UsageError for an unknown distance or an epsilon that is negative or not a number."""
-    if distance not in DISTANCES:
-        raise UsageError(
-            f"There is no such distance.{suggest(distance, DISTANCES)}", asked=distance, allowed=" | ".join(DISTANCES)
-        )
+def check_epsilon(epsilon: float) -> None:
+    """Raise UsageError for an epsilon that is not positive or not finite."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise UsageError("epsilon must be positive.", found=epsilon, allowed="> 0")
 
 
-def _check_sizes(teacher: Mixing, student: Mixing, head_map: Tensor | None, mask: Tensor | None) -> None:
+def _check_sizes(student: Mixing, teacher: Mixing, head_map: Tensor | None, mask: Tensor | None) -> None:
     shape = (student.batch, student.time)
     if (teacher.batch, teacher.time) != shape:
         raise UsageError(
@@ -104,7 +98,7 @@ def _check_sizes(teacher: Mixing, student: Mixing, head_map: Tensor | None, mask
         )
     if student.time < 2:
         raise UsageError(
-            "The mixing of a single token says nothing: it has one entry.",
+            "The mixing of a single token has one entry and cannot be compared.",
             found=f"sequences of {student.time} token" + ("" if student.time == 1 else "s"),
             allowed=">= 2 tokens",
         )
@@ -125,7 +119,7 @@ def _check_sizes(teacher: Mixing, student: Mixing, head_map: Tensor | None, mask
     checks.check_device(**places, head_map=head_map, mask=mask)
 
 
-def _check_head_map(head_map: Tensor, distance: str) -> None:
+def _check_head_map(head_map: Tensor, formula: EntryFormula | LogarithmFormula) -> None:
     checks.check_floating(head_map=head_map)
     checks.require(
         (torch.isfinite(head_map) & (head_map >= 0)).all(),
@@ -142,34 +136,34 @@ def _check_head_map(head_map: Tensor, distance: str) -> None:
             allowed="a positive weight in every row",
         ),
     )
-    if distance == "kl":
+    if isinstance(formula, LogarithmFormula) and formula.with_entropy:
         wrong = (sums - 1).abs() > SUM_TOLERANCE
-        checks.require(~wrong.any(), lambda: _not_a_distribution(sums, int(wrong.nonzero()[0])))
+        checks.require(~wrong.any(), lambda: _not_a_distribution(formula.name, sums, int(wrong.nonzero()[0])))
 
 
-def _not_a_distribution(sums: Tensor, row: int) -> UsageError:
+def _not_a_distribution(distance: str, sums: Tensor, row: int) -> UsageError:
     return UsageError(
-        "kl compares distributions: each row of head_map must sum to 1.",
+        f"{distance} compares distributions: each row of head_map must sum to 1.",
         found=f"row {row} sums to {float(sums[row]):.4g}",
         fix="divide each row by its sum, or use distance='cross_entropy'",
     )
 
 
-def _check_support(teacher: Mixing, student: Mixing, distance: str, keep: Tensor) -> None:
+def _check_support(student: Mixing, teacher: Mixing, formula: LogarithmFormula, valid_mask: Tensor) -> None:
     """Raise UsageError unless both are softmaxes and the student sees whatever the teacher sees."""
-    if not (isinstance(teacher, SoftmaxMixing) and isinstance(student, SoftmaxMixing)):
+    if not (isinstance(student, SoftmaxMixing) and isinstance(teacher, SoftmaxMixing)):
         raise UsageError(
-            f"{distance} compares softmax attention with softmax attention.",
+            f"{formula.name} compares softmax attention with softmax attention.",
             found=f"teacher {teacher.kind}, student {student.kind}",
             fix="use distance='cosine', which any pair has",
         )
-    if distance == "kl" and teacher.sinks is not None:
+    if formula.with_entropy and teacher.sinks is not None:
         raise UsageError(
-            "kl compares distributions, and the rows of a teacher with sinks do not sum to 1.",
+            f"{formula.name} compares distributions, and the rows of a teacher with sinks do not sum to 1.",
             fix="use distance='cross_entropy', whose gradient is the same, or 'cosine'",
         )
-    for found, sees_it in _sees_all(teacher, student, keep):
-        error = partial(_hidden, distance, found)
+    for found, sees_it in _sees_all(student, teacher, valid_mask):
+        error = partial(_hidden, formula.name, found)
         if isinstance(sees_it, Tensor):
             checks.require(sees_it, error)
         elif not sees_it:
@@ -185,7 +179,9 @@ def _hidden(distance: str, found: str) -> UsageError:
     )
 
 
-def _sees_all(teacher: SoftmaxMixing, student: SoftmaxMixing, keep: Tensor) -> Iterator[tuple[str, bool | Tensor]]:
+def _sees_all(
+    student: SoftmaxMixing, teacher: SoftmaxMixing, valid_mask: Tensor
+) -> Iterator[tuple[str, bool | Tensor]]:
     """Yield what the student may fail to see, and true (a boolean, or a boolean scalar) if it sees it."""
     yield "a causal student and a teacher that is not", teacher.causal or not student.causal
     window = min(teacher.window or teacher.time, teacher.time)
@@ -193,7 +189,7 @@ def _sees_all(teacher: SoftmaxMixing, student: SoftmaxMixing, keep: Tensor) -> I
         f"a window of {student.window} in the student, of {teacher.window or 'any length'} in the teacher",
         student.window is None or student.window >= window,
     )
-    used = keep.any(1)
+    used = valid_mask.any(1)
     if student.valid_range is None:
         return
     start, stop = (0, teacher.time) if teacher.valid_range is None else teacher.valid_range.unbind(1)

@@ -1,6 +1,6 @@
 """`mixing_distance` by panels of columns: each mixer applied to columns of the identity, with its own gradient.
 
-It is exact for every mixer that can be applied, and holds tokens × panel numbers a head. A distance whose slope needs
+It is exact for every mixer that can be applied, and holds tokens × panel numbers per head. A distance whose slope needs
 the whole row takes two rounds: the numbers of each row, then the gradients.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing import Mixing, SoftmaxMixing
-from xarch_kd.ops.mixing_inputs import OF_LOGARITHMS, MixingDistanceInputs
-from xarch_kd.ops.row_distances import RowStatistics, measure, row_slopes, row_values
+from xarch_kd.ops.mixing_inputs import MixingDistanceInputs
+from xarch_kd.ops.row_distances import EntryFormula, LogarithmFormula, RowStatistics
 
 COLUMNS: Final = 64
 
@@ -28,11 +28,11 @@ class ForwardBackward:
     gradients: dict[str, Tensor]
 
 
-def unsupported_reason(distance: str) -> str | None:
+def unsupported_reason(formula: EntryFormula | LogarithmFormula) -> str | None:
     """Return why panels cannot give this distance, or None when they can."""
-    if distance not in OF_LOGARITHMS:
+    if isinstance(formula, EntryFormula):
         return None
-    return f"panels hold entries, not their logarithms, and {distance} of an entry that underflows is infinite"
+    return f"panels hold entries, not their logarithms, and {formula.name} of an entry that underflows is infinite"
 
 
 @torch.no_grad()
@@ -46,17 +46,19 @@ def forward_backward(
     """
     with torch.autocast(weights.device.type, enabled=False):
         width = chunk_size or COLUMNS
-        student, teacher = inputs.student.detach(), _Target(inputs)
+        student, teacher, formula = inputs.student.detach(), _Target(inputs), inputs.formula
+        assert isinstance(formula, EntryFormula)
         totals: RowStatistics | None = None
         for columns, identity in _identity_panels(inputs, width):
             entries = _student_panel(student, identity)
-            statistics, _ = measure(inputs.distance, teacher.panel(columns, identity), entries)
+            statistics, _ = formula.measure(entries, teacher.panel(columns, identity))
             totals = statistics if totals is None else _added(totals, statistics)
         assert totals is not None
-        values = torch.where(inputs.keep[:, :, None], row_values(inputs.distance, totals, inputs.epsilon), 0)
+        values = torch.where(inputs.valid_mask[:, :, None], formula.values(totals, inputs.epsilon), 0)
         if not wanted:
             return ForwardBackward(values, {})
-        return ForwardBackward(values, _gradients(inputs, teacher, totals, weights, wanted, width))
+        slopes = formula.slopes(totals, inputs.epsilon)
+        return ForwardBackward(values, _gradients(inputs, teacher, slopes, weights, wanted, width))
 
 
 def leaves(student: Mixing, wanted: frozenset[str]) -> tuple[Mixing, dict[str, Tensor]]:
@@ -71,7 +73,7 @@ def mixed_target(inputs: MixingDistanceInputs, values: Tensor) -> Tensor:
 
 
 class _Target:
-    """Panels of head_map @ teacher. Those of a softmax take its normalisers once, instead of a whole row a panel."""
+    """Panels of head_map @ teacher. Those of a softmax take its normalizers once, instead of a whole row per panel."""
 
     def __init__(self, inputs: MixingDistanceInputs) -> None:
         self.inputs = inputs
@@ -101,12 +103,12 @@ def _student_panel(student: Mixing, values: Tensor) -> Tensor:
 def _gradients(
     inputs: MixingDistanceInputs,
     teacher: _Target,
-    totals: RowStatistics,
+    slopes: tuple[Tensor | float, Tensor | None],
     weights: Tensor,
     wanted: frozenset[str],
     width: int,
 ) -> dict[str, Tensor]:
-    factor, share = row_slopes(inputs.distance, totals, inputs.epsilon)
+    factor, share = slopes
     row = (weights * factor)[..., None]
     student, factors = leaves(inputs.student, wanted)
     gradients = {name: torch.zeros_like(leaf, dtype=inputs.dtype) for name, leaf in factors.items()}

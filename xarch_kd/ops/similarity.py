@@ -29,12 +29,13 @@ CHUNK: Final = 4096
 
 
 class Similarity(NamedTuple):
-    """Debiased CKA, and the HSIC_1 it is made of: scalars, or [student layers, teacher layers] and one a layer.
+    """Debiased CKA, `total`, and the HSIC_1 it is made of: scalars, or [student layers, teacher layers] and one per
+    layer.
 
-    Those of many batches are summed before the division; never average CKA.
+    HSIC_1 of many batches is summed before the division; never average CKA.
     """
 
-    cka: Tensor
+    total: Tensor
     together: Tensor
     student: Tensor
     teacher: Tensor
@@ -49,7 +50,7 @@ def similarity(
     chunk_size: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Similarity:
-    """Return the similarity of features [tokens, student width] and [tokens, teacher width] of the same tokens.
+    """Return the similarity of features [tokens, student dim] and [tokens, teacher dim] of the same tokens.
 
     There may be more leading axes; `mask` has them, boolean, true where a token counts. `chunk_size` tokens are taken
     in at a time by `impl="streaming"`; sums are kept in `dtype`.
@@ -59,6 +60,7 @@ def similarity(
         NonFiniteLoss: a feature is NaN or infinite.
     """
     checks.check_chunk_size(chunk_size)
+    checks.refuse_swapped_sides((student,), (teacher,))
     implementation = choose("similarity", impl)
     student, teacher = _tokens(student, teacher, mask)
     if implementation == "reference":
@@ -73,9 +75,9 @@ def similarity(
 
 
 class SimilaritySums:
-    """Similarity of one pair of layers over all tokens ever taken in: exact, and kept as sums of width × width.
+    """Similarity of one pair of layers over all tokens ever taken in: exact, and kept as sums of dim × dim.
 
-    The sums are of features less a fixed `reference` (student's and teacher's [width]), which changes nothing in exact
+    The sums are of features less a fixed `reference` (student's and teacher's [dim]), which changes nothing in exact
     arithmetic and keeps the digits of features with a large offset. By default it is the mean of the first tokens; sums
     that are to be merged must share it.
     """
@@ -88,9 +90,13 @@ class SimilaritySums:
         if reference is not None:
             self._begin(reference[0].detach().to(dtype), reference[1].detach().to(dtype))
 
-    @torch.no_grad()
     def update(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> None:
         """Take in features of the same tokens, shaped as `similarity` takes them."""
+        checks.refuse_swapped_sides((student,), (teacher,))
+        with torch.no_grad():
+            self._update(student, teacher, mask)
+
+    def _update(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
         student, teacher = (features.to(self.dtype) for features in _tokens(student, teacher, mask))
         if student.shape[0] == 0:
             return
@@ -98,7 +104,7 @@ class SimilaritySums:
             self._begin(student.mean(0), teacher.mean(0))
         assert self.reference is not None and self._moments is not None
         for name, features, mean in zip(("student", "teacher"), (student, teacher), self.reference, strict=True):
-            checks.check_shape(name, features, (features.shape[0], mean.shape[0]), "[tokens, width of the first call]")
+            checks.check_shape(name, features, (features.shape[0], mean.shape[0]), "[tokens, dim of the first call]")
         x, y = student - self.reference[0], teacher - self.reference[1]
         self.tokens += x.shape[0]
         with torch.autocast(x.device.type, enabled=False):
@@ -155,18 +161,19 @@ class LayerSimilarity:
         self._student: Tensor | None = None
         self._teacher: Tensor | None = None
 
-    @torch.no_grad()
     def update(self, students: Sequence[Tensor], teachers: Sequence[Tensor], *, mask: Tensor | None = None) -> None:
         """Take in one batch: the features of the same tokens in each student layer and in each teacher layer."""
         if not students or not teachers:
             raise UsageError("There are no layers to compare.", found=f"{len(students)} and {len(teachers)} layers")
-        student, teacher = self._grams(students, teachers[0], mask), self._grams(teachers, students[0], mask)
-        count = student.shape[1]
-        scale = 1 / (count * (count - 3))
-        with torch.autocast(student.device.type, enabled=False):
-            student, teacher = student.flatten(1), teacher.flatten(1)
-            parts = (student @ teacher.T, student.square().sum(1), teacher.square().sum(1))
-        self._add(*(part * scale for part in parts), batches=1)
+        checks.refuse_swapped_sides(students, teachers)
+        with torch.no_grad():
+            student, teacher = self._grams(students, teachers[0], mask), self._grams(teachers, students[0], mask)
+            count = student.shape[1]
+            scale = 1 / (count * (count - 3))
+            with torch.autocast(student.device.type, enabled=False):
+                student, teacher = student.flatten(1), teacher.flatten(1)
+                parts = (student @ teacher.T, student.square().sum(1), teacher.square().sum(1))
+            self._add(*(part * scale for part in parts), batches=1)
 
     def merge(self, other: LayerSimilarity) -> None:
         """Add the batches that `other` took in, of as many layers."""
@@ -204,18 +211,18 @@ class LayerSimilarity:
 
 
 def _tokens(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return both as [tokens that count, width], after checking that they fit."""
+    """Return both as [tokens that count, dim], after checking that they fit."""
     checks.check_floating(student=student, teacher=teacher)
     if student.dim() < 2:
-        raise UsageError("student does not fit.", found=list(student.shape), allowed="[tokens, width] or more axes")
+        raise UsageError("student does not fit.", found=list(student.shape), allowed="[tokens, dim] or more axes")
     leading = student.shape[:-1]
-    checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, teacher width]")
+    checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, teacher dim]")
     checks.check_shape("mask", mask, tuple(leading), "[leading axes of student]")
     checks.check_mask(mask)
     checks.check_device(student=student, teacher=teacher, mask=mask)
-    kept = checks.counted_tokens(math.prod(leading), mask, student.device)
+    valid_indices = checks.valid_token_indices(math.prod(leading), mask, student.device)
     flat = (features.detach().reshape(-1, features.shape[-1]) for features in (student, teacher))
-    first, second = (features if kept is None else features[kept] for features in flat)
+    first, second = (features if valid_indices is None else features[valid_indices] for features in flat)
     return first, second
 
 

@@ -14,16 +14,21 @@ from torch import Tensor
 from xarch_kd.errors import UsageError
 from xarch_kd.ops.mixing_inputs import MixingDistanceInputs
 from xarch_kd.ops.panels import leaves, mixed_target
+from xarch_kd.ops.row_distances import FORMULAS, EntryFormula, LogarithmFormula
 from xarch_kd.ops.streaming.autograd import Gradients, attach_gradients, recompute, stored, wanted
 
 LEAST_PROBES: Final = 2
 
 
-def unsupported_reason(distance: str) -> str | None:
+def unsupported_reason(formula: EntryFormula | LogarithmFormula) -> str | None:
     """Return why a sketch cannot give this distance, or None when it can."""
-    if distance == "frobenius":
+    if isinstance(formula, EntryFormula) and formula.is_sum_of_squares:
         return None
-    return f"random probes estimate sums of squares without bias, and {distance} is none (frobenius is)"
+    squares = [row.name for row in FORMULAS.values() if isinstance(row, EntryFormula) and row.is_sum_of_squares]
+    return (
+        f"random probes estimate sums of squares without bias, and {formula.name} is none "
+        f"({' and '.join(squares)} {'is' if len(squares) == 1 else 'are'})"
+    )
 
 
 def draw_signs(inputs: MixingDistanceInputs, probes: int, seed: int | torch.Generator | None) -> Tensor:
@@ -50,7 +55,7 @@ def estimate(
     names, factors = zip(*inputs.student.factors.items(), strict=True)
     needs = frozenset(name for name, need in zip(names, wanted(*factors), strict=True) if need)
     now = needs if reduction != "none" else frozenset[str]()
-    samples, found = _sweep(inputs, signs, weights, now, chunk_size, reduction)
+    samples, found = _forward_backward(inputs, signs, weights, now, chunk_size, reduction)
     total = samples.mean
     standard_error = samples.standard_error()
 
@@ -63,13 +68,13 @@ def estimate(
         total = recompute(
             total,
             factors,
-            lambda up: gradients(_sweep(inputs, signs, up * weights, needs, chunk_size, reduction)[1]),
+            lambda up: gradients(_forward_backward(inputs, signs, up * weights, needs, chunk_size, reduction)[1]),
         )
     return total, standard_error
 
 
 class _Samples:
-    """Mean and spread of one number, or one a row, over probes."""
+    """Mean and spread of one number, or one per row, over probes."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -94,7 +99,7 @@ class _Samples:
 
 
 @torch.no_grad()
-def _sweep(
+def _forward_backward(
     inputs: MixingDistanceInputs,
     signs: Tensor,
     weights: Tensor,
@@ -119,6 +124,6 @@ def _sweep(
                 for name, part in zip(factors, parts, strict=True):
                     if part is not None:
                         gradients[name] += part
-            rows = difference.square_().masked_fill_(~inputs.keep[:, :, None, None], 0)
+            rows = difference.square_().masked_fill_(~inputs.valid_mask[:, :, None, None], 0)
             samples.add(rows if reduction == "none" else rows.mul_(weights[..., None]).sum((0, 1, 2)))
     return samples, gradients

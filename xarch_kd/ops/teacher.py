@@ -46,9 +46,12 @@ class TeacherTopK:
         return cls(indices=top.indices, log_probabilities=top.values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Logits:
-    """Teacher logits [tokens, columns], of every token; columns past the shared vocabulary are padding."""
+@dataclass(frozen=True, eq=False)
+class TeacherLogits:
+    """Teacher logits [..., columns] of every token, finite, before the temperature, scale and softcap applied.
+
+    The leading axes are those of the student's hidden states; columns past the shared vocabulary are padding.
+    """
 
     values: Tensor
 
@@ -67,12 +70,12 @@ class Buckets:
 
 def check_logits(logits: Tensor, leading: torch.Size) -> None:
     """Raise UsageError unless `logits` is floating point, [leading axes, columns]."""
-    checks.check_floating(teacher_logits=logits)
+    checks.check_floating(**{"teacher.values": logits})
     columns = logits.shape[-1] if logits.dim() else 0
-    checks.check_shape("teacher_logits", logits, (*leading, columns), "[leading axes of student_hidden, vocabulary]")
+    checks.check_shape("teacher.values", logits, (*leading, columns), "[leading axes of student_hidden, vocabulary]")
 
 
-def read_top_k(given: TeacherTopK, leading: torch.Size, kept: Tensor | None, vocabulary: int) -> Buckets:
+def read_top_k(given: TeacherTopK, leading: torch.Size, valid_indices: Tensor | None, vocabulary: int) -> Buckets:
     """Check the entries of the tokens that count and return them with their tail, in at least float32.
 
     Raises:
@@ -83,7 +86,7 @@ def read_top_k(given: TeacherTopK, leading: torch.Size, kept: Tensor | None, voc
     _check_form(indices, log_probabilities, leading, vocabulary)
     named = indices.shape[-1]
     indices, log_probabilities = (
-        rows.reshape(-1, named) if kept is None else rows.reshape(-1, named).index_select(0, kept)
+        rows.reshape(-1, named) if valid_indices is None else rows.reshape(-1, named).index_select(0, valid_indices)
         for rows in (indices, log_probabilities)
     )
     _check_indices(indices, vocabulary)
@@ -95,19 +98,19 @@ def read_top_k(given: TeacherTopK, leading: torch.Size, kept: Tensor | None, voc
 
 
 def _check_form(indices: Tensor, log_probabilities: Tensor, leading: torch.Size, vocabulary: int) -> None:
-    checks.check_floating(**{"teacher_top_k.log_probabilities": log_probabilities})
+    checks.check_floating(**{"teacher.log_probabilities": log_probabilities})
     if indices.dtype.is_floating_point or indices.dtype == torch.bool:
-        raise UsageError("teacher_top_k.indices must be integers.", found=indices.dtype, allowed="an integer dtype")
+        raise UsageError("teacher.indices must be integers.", found=indices.dtype, allowed="an integer dtype")
     named = indices.shape[-1] if indices.dim() else 0
     expected = (*leading, named)
-    checks.check_shape("teacher_top_k.indices", indices, expected, "[leading axes of student_hidden, k]")
-    checks.check_shape("teacher_top_k.log_probabilities", log_probabilities, expected, "[axes of the indices]")
+    checks.check_shape("teacher.indices", indices, expected, "[leading axes of student_hidden, k]")
+    checks.check_shape("teacher.log_probabilities", log_probabilities, expected, "[axes of the indices]")
     if not 1 <= named < vocabulary:
         raise UsageError(
-            "teacher_top_k leaves no entry for its tail." if named else "teacher_top_k names no entry.",
+            "TeacherTopK leaves no entry for its tail." if named else "TeacherTopK names no entry.",
             found=f"k={named} of a vocabulary of {vocabulary}",
             allowed=f"1 to {vocabulary - 1}",
-            fix="give all of them as teacher_logits" if named else None,
+            fix="give all of them as TeacherLogits" if named else None,
         )
 
 
@@ -115,7 +118,7 @@ def _check_indices(indices: Tensor, vocabulary: int) -> None:
     wrong = (indices < 0) | (indices >= vocabulary)
     if bool(wrong.any()):
         raise UsageError(
-            "A teacher_top_k index is outside the vocabulary that is compared.",
+            "An index of TeacherTopK is outside the vocabulary that is compared.",
             found=int(indices[wrong][0]),
             allowed=f"0 to {vocabulary - 1}",
         )
@@ -123,7 +126,7 @@ def _check_indices(indices: Tensor, vocabulary: int) -> None:
     twice = ordered[:, 1:] == ordered[:, :-1]
     if bool(twice.any()):
         raise UsageError(
-            "teacher_top_k names an entry of the vocabulary twice for one token.",
+            "TeacherTopK names an entry of the vocabulary twice for one token.",
             found=int(ordered[:, 1:][twice][0]),
             allowed="k different indices",
         )
@@ -132,14 +135,14 @@ def _check_indices(indices: Tensor, vocabulary: int) -> None:
 def _check_mass(log_probabilities: Tensor, mass: Tensor, kept_in: torch.dtype) -> None:
     if not bool(torch.isfinite(log_probabilities).all()):
         raise UsageError(
-            "teacher_top_k.log_probabilities must be finite.",
+            "teacher.log_probabilities must be finite.",
             found="a NaN or infinite entry",
             fix="name fewer entries, so that each has a probability above 0",
         )
     allowed = 1 + max(MASS_TOLERANCE, MASS_ROUNDINGS * torch.finfo(kept_in).eps)
     if bool((mass > allowed).any()):
         raise UsageError(
-            "The probabilities that teacher_top_k names sum to more than 1.",
+            "The probabilities that TeacherTopK names sum to more than 1.",
             found=f"{float(mass.max()):.6g}",
             allowed=f"at most {allowed:.6g}",
             fix="give log-probabilities of the full distribution at the temperature of the call, in nats",

@@ -85,7 +85,6 @@ def head_costs(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     return 1 - cross / lengths.where(lengths > 0, 1)
 
 
-@torch.no_grad()
 def head_products(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return inner products over tokens and dim, in float64, from the arguments of `head_costs`.
 
@@ -94,16 +93,18 @@ def head_products(student: Tensor, teacher: Tensor, mask: Tensor | None = None) 
 
     Raises UsageError for tensors that do not fit.
     """
+    checks.refuse_swapped_sides((student,), (teacher,))
     batch, time, _, dim = student.shape
     checks.check_shape("teacher", teacher, (batch, time, teacher.shape[2], dim), "[batch, time, teacher heads, dim]")
     checks.check_shape("mask", mask, (batch, time), "[batch, time]")
     checks.check_mask(mask)
-    kept = checks.counted_tokens(batch * time, mask, student.device)
-    own, other = (
-        (rows if kept is None else rows.index_select(0, kept)).transpose(0, 1).flatten(1).double()
-        for rows in (student.flatten(0, 1), teacher.flatten(0, 1))
-    )
-    return own @ other.T, own.square().sum(1), other @ other.T
+    valid_indices = checks.valid_token_indices(batch * time, mask, student.device)
+    with torch.no_grad():
+        own, other = (
+            (rows if valid_indices is None else rows.index_select(0, valid_indices)).transpose(0, 1).flatten(1).double()
+            for rows in (student.flatten(0, 1), teacher.flatten(0, 1))
+        )
+        return own @ other.T, own.square().sum(1), other @ other.T
 
 
 def _grouped(costs: numpy.ndarray) -> Tensor:

@@ -48,7 +48,6 @@ class PairStatistics:
         student, teacher = self._sums["cross"].shape
         return student, teacher
 
-    @torch.no_grad()
     def update(self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> None:
         """Add features [..., dim] of the same tokens; `mask` has their leading axes and is true for tokens that count.
 
@@ -56,12 +55,17 @@ class PairStatistics:
             UsageError: tensors that do not fit each other, or the earlier ones.
             NonFiniteLoss: a feature of a counted token is NaN or infinite.
         """
+        checks.refuse_swapped_sides((student,), (teacher,))
         checks.check_floating(student=student, teacher=teacher)
         leading = tuple(student.shape[:-1])
         checks.check_shape("teacher", teacher, (*leading, teacher.shape[-1]), "[leading axes of student, dim]")
         checks.check_shape("mask", mask, leading, "[leading axes of student]")
         checks.check_mask(mask)
         checks.check_device(student=student, teacher=teacher, mask=mask)
+        with torch.no_grad():
+            self._take_in(student, teacher, mask)
+
+    def _take_in(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
         x, y = (
             features.reshape(-1, features.shape[-1]) if mask is None else features[mask]
             for features in (student, teacher)

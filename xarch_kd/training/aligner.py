@@ -19,11 +19,12 @@ from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.balance import observed_loss
 from xarch_kd.losses.features import divisor
 from xarch_kd.losses.schedules import WeightSchedule
-from xarch_kd.losses.tokens import Head, TokenLoss, token_loss
+from xarch_kd.losses.tokens import TokenLoss, token_loss
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
 from xarch_kd.objectives.base import tensor
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
+from xarch_kd.ops.heads import Head
 from xarch_kd.planning.plan import PairPlan, Plan
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site

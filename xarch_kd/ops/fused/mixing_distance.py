@@ -9,21 +9,25 @@ from torch import Tensor
 
 from xarch_kd.mixing import Mixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops.dispatch import kernel_unsupported_reason
+from xarch_kd.ops.row_distances import EntryFormula, LogarithmFormula
 
 WIDEST: Final = 256
-DIVERGENCES: Final = ("kl", "cross_entropy")
 
 
-def unsupported_reason(teacher: Mixing, student: Mixing, distance: str, head_map: Tensor | None) -> str | None:
+def unsupported_reason(
+    student: Mixing, teacher: Mixing, formula: EntryFormula | LogarithmFormula, head_map: Tensor | None
+) -> str | None:
     """Return why the kernels cannot compare these two mixings, or None when they can."""
     if not isinstance(teacher, SoftmaxMixing) or not isinstance(student, SoftmaxMixing | SSDMixing):
         return (
             "there are kernels for softmax teachers with softmax and ssd students, "
             f"not for {teacher.kind} with {student.kind}"
         )
+    if (formula.kernel if isinstance(formula, LogarithmFormula) else formula.of_products) is None:
+        return f"there is no kernel for the distance '{formula.name}'"
     if isinstance(student, SSDMixing):
-        if distance in DIVERGENCES:
-            return f"{distance} compares probabilities, and an ssd student's rows are none"
+        if isinstance(formula, LogarithmFormula):
+            return f"{formula.name} compares probabilities, and an ssd student's rows are none"
         if not teacher.causal:
             return "the kernels for ssd students read the teacher's causal half only, and this teacher is not causal"
     if teacher.sinks is not None or (isinstance(student, SoftmaxMixing) and student.sinks is not None):
@@ -35,23 +39,31 @@ def unsupported_reason(teacher: Mixing, student: Mixing, distance: str, head_map
 
 
 def rows(
-    teacher: SoftmaxMixing, student: SoftmaxMixing | SSDMixing, distance: str, head_map: Tensor | None, epsilon: float
+    student: SoftmaxMixing | SSDMixing,
+    teacher: SoftmaxMixing,
+    formula: EntryFormula | LogarithmFormula,
+    head_map: Tensor | None,
+    epsilon: float,
 ) -> Tensor:
     """Return the distance of each row [batch, time, student heads] in float32, 0 where a row does not count.
 
     kl_i = Σ_j P̄_ij log(P̄_ij / S_ij), cross_entropy_i = −Σ_j P̄_ij log S_ij; of pp = Σ_j P̄², pm = Σ_j P̄ M, mm = Σ_j M²:
     frobenius pp − 2 pm + mm, relative_frobenius that over pp + ε, cosine 1 − pm / √((pp + ε)(mm + ε)). Gradients go to
-    the student's factors. Call it where `obstacle` returns None.
+    the student's factors. Call it where `unsupported_reason` returns None.
     """
     ranges = torch.cat([_valid_range(student), _valid_range(teacher)], 1).to(torch.int32)
     with torch.autocast(student.device.type, enabled=False):
-        if distance in DIVERGENCES:
-            assert isinstance(student, SoftmaxMixing)
-            values = _divergence(teacher, student, distance, head_map, ranges)
+        if isinstance(formula, LogarithmFormula):
+            assert isinstance(student, SoftmaxMixing) and formula.kernel is not None
+            values = _divergence(student, teacher, formula.kernel, head_map, ranges)
         else:
-            values = _distance(_statistics(teacher, student, head_map, ranges), distance, epsilon).float()
+            assert formula.of_products is not None
+            # Three numbers per row: in float64 a slope a P + b M that nearly cancels loses nothing to the rounding of
+            # a and b.
+            pp, pm, mm = _statistics(student, teacher, head_map, ranges).double().unbind()
+            values = formula.of_products(pp, pm, mm, epsilon).float()
     values = values.transpose(1, 2)
-    return torch.where((teacher.valid_mask() & student.valid_mask())[..., None], values, 0.0)
+    return torch.where((student.valid_mask() & teacher.valid_mask())[..., None], values, 0.0)
 
 
 def _widths(mixing: SoftmaxMixing | SSDMixing) -> int:
@@ -82,7 +94,7 @@ def _settings(student: SoftmaxMixing, teacher: SoftmaxMixing) -> tuple[list[floa
 
 
 def _divergence(
-    teacher: SoftmaxMixing, student: SoftmaxMixing, kind: str, head_map: Tensor | None, ranges: Tensor
+    student: SoftmaxMixing, teacher: SoftmaxMixing, kind: str, head_map: Tensor | None, ranges: Tensor
 ) -> Tensor:
     from xarch_kd.kernels import mixing_distance as kernels
 
@@ -92,7 +104,7 @@ def _divergence(
 
 
 def _statistics(
-    teacher: SoftmaxMixing, student: SoftmaxMixing | SSDMixing, head_map: Tensor | None, ranges: Tensor
+    student: SoftmaxMixing | SSDMixing, teacher: SoftmaxMixing, head_map: Tensor | None, ranges: Tensor
 ) -> Tensor:
     """Return Σ P̄², Σ P̄ M, Σ M² of each row [3, batch, student heads, time]."""
     from xarch_kd.kernels import mixing_distance as kernels
@@ -104,12 +116,3 @@ def _statistics(
         return kernels.ssd_statistics(*factors, *of_teacher, ranges, head_map, *settings)[0]
     tensors = (*_alike(student.query, student.key), *of_teacher)
     return kernels.softmax_statistics(*tensors, ranges, head_map, *_settings(student, teacher))[0]
-
-
-def _distance(statistics: Tensor, distance: str, epsilon: float) -> Tensor:
-    # Three numbers a row: in float64 a slope a P + b M that nearly cancels loses nothing to the rounding of a and b.
-    pp, pm, mm = statistics.double().unbind()
-    if distance == "cosine":
-        return 1 - pm / ((pp + epsilon).sqrt() * (mm + epsilon).sqrt())
-    squared = pp - 2 * pm + mm
-    return squared / (pp + epsilon) if distance == "relative_frobenius" else squared

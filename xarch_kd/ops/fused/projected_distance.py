@@ -1,4 +1,4 @@
-"""`projected_distance` with a Triton kernel for the rows: products by the matrix library, one program a token."""
+"""`projected_distance` with a Triton kernel for the rows: products by the matrix library, one program per token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from xarch_kd.ops.streaming.projected_distance import ForwardBackward
 
 
 def unsupported_reason(inputs: ProjectedDistanceInputs) -> str | None:
-    """Return why the kernel cannot run on this problem, or None when it can."""
+    """Return why the kernel cannot run on these inputs, or None when it can."""
+    if inputs.formula.kernel is None:
+        return f"there is no kernel for the distance '{inputs.formula.name}'"
     return kernel_unsupported_reason(inputs.student, inputs.teacher, inputs.weight, inputs.bias)
 
 
@@ -20,7 +22,7 @@ def unsupported_reason(inputs: ProjectedDistanceInputs) -> str | None:
 def forward_backward(
     inputs: ProjectedDistanceInputs, scale: Tensor | None, wanted: tuple[bool, ...], chunk: int
 ) -> ForwardBackward:
-    """Go over the counted tokens once. `scale`, a scalar or [k], multiplies each token's part in the gradients."""
+    """Go over the valid tokens once. `scale`, a scalar or [k], multiplies each token's part in the gradients."""
     of = (inputs.student, inputs.weight, inputs.bias)
     gradients = [
         torch.zeros(tensor.shape, dtype=inputs.dtype, device=tensor.device) if need and tensor is not None else None
@@ -39,7 +41,7 @@ def _chunk_pass(inputs: ProjectedDistanceInputs, scale: Tensor | None, result: F
     """Fill the rows `at` of the result and add their part to the gradients."""
     from xarch_kd.kernels import projected_distance as kernels
 
-    rows = at if inputs.kept is None else inputs.kept[at]
+    rows = at if inputs.valid_indices is None else inputs.valid_indices[at]
     student, teacher, weight = inputs.student[rows], inputs.teacher[rows], inputs.weight
     dtype = _gradient_dtype(inputs)
     if weight is None:
@@ -53,7 +55,7 @@ def _chunk_pass(inputs: ProjectedDistanceInputs, scale: Tensor | None, result: F
         teacher if teacher.stride(-1) == 1 else teacher.contiguous(),
         None if inputs.bias is None else inputs.bias.contiguous(),
         None if scale is None else scale[at],
-        inputs.distance,
+        inputs.formula.kernel or "",
         inputs.epsilon,
         dtype,
         inputs.delta,

@@ -1,4 +1,4 @@
-"""The dense specification of `mixing_distance`: whole matrices, one formula a distance, autograd."""
+"""The dense specification of `mixing_distance`: whole matrices, the formula of the distance, autograd."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from xarch_kd.mixing import Mixing, SoftmaxMixing
-from xarch_kd.ops.mixing_inputs import OF_LOGARITHMS, MixingDistanceInputs
+from xarch_kd.ops.mixing_inputs import MixingDistanceInputs
+from xarch_kd.ops.row_distances import LogarithmFormula
 
 
 def row_distances(inputs: MixingDistanceInputs) -> Tensor:
@@ -15,20 +16,14 @@ def row_distances(inputs: MixingDistanceInputs) -> Tensor:
     student_mixing = inputs.student.map_factors(lambda factor: factor.to(inputs.dtype))
     with torch.no_grad():
         teacher = inputs.mixed(inputs.teacher.dense(limit=None).to(inputs.dtype))
-    if inputs.distance in OF_LOGARITHMS:
+    formula = inputs.formula
+    if isinstance(formula, LogarithmFormula):
         rows = -(teacher * _log_matrix(student_mixing, teacher > 0, inputs)).sum(-1)
-        if inputs.distance == "kl":
+        if formula.with_entropy:
             rows = rows + torch.xlogy(teacher, teacher).sum(-1)
     else:
-        student = student_mixing.dense(limit=None)
-        norm = teacher.square().sum(-1) + inputs.epsilon
-        if inputs.distance == "cosine":
-            lengths = (norm * (student.square().sum(-1) + inputs.epsilon)).sqrt()
-            rows = 1 - (teacher * student).sum(-1) / lengths
-        else:
-            rows = (teacher - student).square().sum(-1)
-            rows = rows / norm if inputs.distance == "relative_frobenius" else rows
-    return torch.where(inputs.keep[:, :, None], rows.transpose(1, 2), 0)
+        rows = formula.dense(student_mixing.dense(limit=None), teacher, inputs.epsilon)
+    return torch.where(inputs.valid_mask[:, :, None], rows.transpose(1, 2), 0)
 
 
 def _log_matrix(mixing: Mixing, attended: Tensor, inputs: MixingDistanceInputs) -> Tensor:
@@ -37,4 +32,4 @@ def _log_matrix(mixing: Mixing, attended: Tensor, inputs: MixingDistanceInputs) 
     everything = slice(0, mixing.time)
     logits = mixing.logits(everything, everything)
     normalizer = mixing.log_normalizer(everything)[..., None]
-    return torch.where(attended & inputs.keep[:, None, :, None], logits - normalizer, 0)
+    return torch.where(attended & inputs.valid_mask[:, None, :, None], logits - normalizer, 0)

@@ -14,7 +14,7 @@ Gradients = list[Tensor | None]
 
 
 def wanted(*tensors: Tensor | None) -> tuple[bool, ...]:
-    """Say for each tensor whether a gradient will be asked for; all false under `torch.no_grad`."""
+    """Return for each tensor whether autograd records its gradient; all false under `torch.no_grad`."""
     enabled = torch.is_grad_enabled()
     return tuple(enabled and tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -30,16 +30,16 @@ def stored(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 
 def attach_gradients(value: Tensor, inputs: Sequence[Tensor | None], gradients: Gradients) -> Tensor:
-    """Return the scalar `value`; its backward gives each input its gradient, times what comes from above.
+    """Return the scalar `value`; its backward gives each input its gradient times the upstream one.
 
-    The kept gradients are scaled in place and given away, so that they are never in memory twice; a second backward
+    The stored gradients are scaled in place and released, so that they are never in memory twice; a second backward
     through the same value is refused.
     """
-    return _HandOver.apply(value, gradients, *inputs)
+    return _AttachGradients.apply(value, gradients, *inputs)
 
 
 def recompute(values: Tensor, inputs: Sequence[Tensor | None], backward: Callable[[Tensor], Gradients]) -> Tensor:
-    """Return `values` (one a token); `backward(upstream)` computes the inputs' gradients when they are asked for."""
+    """Return `values` (one per token); `backward(upstream)` computes the inputs' gradients in the backward pass."""
     return _Recompute.apply(values, backward, *inputs)
 
 
@@ -53,7 +53,7 @@ def _refuse_second_derivative() -> None:
         )
 
 
-class _HandOver(torch.autograd.Function):
+class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, *inputs: Tensor | None) -> Tensor:
         ctx.gradients = gradients
@@ -65,12 +65,12 @@ class _HandOver(torch.autograd.Function):
         _refuse_second_derivative()
         if ctx.gradients is None:
             raise UsageError(
-                "The gradient of a streamed operation was already handed over by an earlier backward.",
-                allowed="one backward for each call",
+                "The gradient of a streamed operation was already used by an earlier backward.",
+                allowed="one backward per call",
                 fix="call the operation again, sum the losses before backward, or use impl='reference'",
             )
         gradients, ctx.gradients = ctx.gradients, None
-        # A loss that is minimised alone has 1 above it, and reading that is free on a CPU alone.
+        # The upstream gradient of a loss on which backward is called is 1; reading it is free only on a CPU.
         plain = upstream[0].device.type == "cpu" and float(upstream[0]) == 1.0
         scaled: Gradients = []
         while gradients:

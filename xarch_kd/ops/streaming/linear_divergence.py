@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xarch_kd.ops.divergence_inputs import DivergenceInputs, Side
+from xarch_kd.ops.divergence_inputs import DivergenceInputs
+from xarch_kd.ops.divergence_rows import Distribution, Rows, distribution
+from xarch_kd.ops.heads import HeadInputs
 from xarch_kd.ops.streaming.logits import add_head_gradient, finish_logits, raw_logits_into, through_head
-from xarch_kd.ops.streaming.row_gradients import Distribution, Rows, compare, distribution
+from xarch_kd.ops.streaming.row_gradients import compare
 from xarch_kd.ops.streaming.top_k import rows_with_top_k
-from xarch_kd.ops.teacher import Buckets, Logits
+from xarch_kd.ops.teacher import Buckets, TeacherLogits
 
 # Logits of one model in a chunk and in a group of rows. On a CPU a larger chunk saves passes over the heads and the
 # head's gradient, until its logits are as large as that gradient; on a GPU it also fills the device.
@@ -24,8 +26,7 @@ FROZEN_HEAD_CHUNK_ELEMENTS = {"cpu": 4 << 20, "other": 128 << 20}
 GROUP_ELEMENTS = {"cpu": 1 << 17, "other": 64 << 20}
 # Tokens in a chunk are a multiple of it, the rows that a CPU's library multiplies together.
 CHUNK_MULTIPLE = 16
-# Divergences whose gradient vanishes where teacher and student share no mass, and what counts as such a row.
-SATURATING = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+# A row far from the teacher and without a gradient, of a divergence that saturates.
 SATURATED_GRADIENT, SATURATED_VALUE = 1e-6, 0.1
 
 
@@ -33,7 +34,7 @@ SATURATED_GRADIENT, SATURATED_VALUE = 1e-6, 0.1
 class ForwardBackward:
     """Per-token values [k], and the gradients of student hidden, weight and bias that were wanted.
 
-    `saturated` is the number of tokens that are far from the teacher and yet have no gradient, where it is counted.
+    `saturated` is the number of tokens that are far from the teacher and yet have no gradient, if it is counted.
     """
 
     divergence: Tensor
@@ -62,13 +63,13 @@ def default_chunk(inputs: DivergenceInputs, head_trains: bool) -> int:
 def forward_backward(
     inputs: DivergenceInputs, scale: Tensor, wanted: tuple[bool, ...], chunk_size: int | None
 ) -> ForwardBackward:
-    """Go over the counted tokens once. `scale` [k] multiplies each token's part in the gradients.
+    """Go over the valid tokens once. `scale` [k] multiplies each token's part in the gradients.
 
-    `wanted` says whether the gradients of the student's hidden states, weight and bias are computed.
+    `wanted`: the gradients of the student's hidden states, weight and bias are computed, or not.
     """
     result = _empty(inputs, wanted)
     chunk = min(chunk_size or default_chunk(inputs, wanted[1]), max(1, inputs.tokens))
-    models = 2 if isinstance(inputs.teacher, Side) else 1
+    models = 2 if isinstance(inputs.teacher, HeadInputs) else 1
     buffers = scale.new_empty(models, chunk, inputs.vocabulary, dtype=inputs.logits_dtype)
     with torch.autocast(scale.device.type, enabled=False):
         for start in range(0, inputs.tokens, chunk):
@@ -78,12 +79,12 @@ def forward_backward(
 
 def _empty(inputs: DivergenceInputs, wanted: tuple[bool, ...]) -> ForwardBackward:
     student, tokens = inputs.student, inputs.weights
-    of = (student.hidden, student.weight, student.bias)
+    of = (student.hidden, student.head.weight, student.head.bias)
     hidden, weight, bias = (
         tokens.new_empty(tensor.shape) if need and tensor is not None else None
         for tensor, need in zip(of, wanted, strict=True)
     )
-    if hidden is not None and (inputs.kept is not None or inputs.tokens == 0):
+    if hidden is not None and (inputs.valid_indices is not None or inputs.tokens == 0):
         hidden.zero_()
     if weight is not None:
         # The first chunk writes the rows that are compared.
@@ -91,20 +92,20 @@ def _empty(inputs: DivergenceInputs, wanted: tuple[bool, ...]) -> ForwardBackwar
     if bias is not None:
         bias.zero_()
     cross_entropy = None if inputs.labels is None else torch.empty_like(tokens)
-    counted = inputs.divergence.kind in SATURATING and inputs.divergence_weight > 0 and any(wanted)
-    saturated = torch.zeros((), dtype=torch.long, device=tokens.device) if counted else None
+    is_counted = inputs.divergence.formula.saturates and inputs.divergence_weight > 0 and any(wanted)
+    saturated = torch.zeros((), dtype=torch.long, device=tokens.device) if is_counted else None
     return ForwardBackward(torch.empty_like(tokens), cross_entropy, hidden, weight, bias, saturated)
 
 
 def _chunk_pass(inputs: DivergenceInputs, scale: Tensor, result: ForwardBackward, at: slice, buffers: Tensor) -> None:
     """Fill the rows `at` of the result and add their part to the gradients."""
-    size, side = at.stop - at.start, inputs.student
-    rows = at if inputs.kept is None else inputs.kept[at]
-    hidden = side.hidden[rows].to(buffers.dtype)
-    student = raw_logits_into(buffers[0, :size], hidden, side.weight)
+    size, head = at.stop - at.start, inputs.student.head
+    rows = at if inputs.valid_indices is None else inputs.valid_indices[at]
+    hidden = inputs.student.hidden[rows].to(buffers.dtype)
+    student = raw_logits_into(buffers[0, :size], hidden, head.weight)
     teacher = buffers[-1, :size]
-    if isinstance(inputs.teacher, Side):
-        raw_logits_into(teacher, inputs.teacher.hidden[rows].to(buffers.dtype), inputs.teacher.weight)
+    if isinstance(inputs.teacher, HeadInputs):
+        raw_logits_into(teacher, inputs.teacher.hidden[rows].to(buffers.dtype), inputs.teacher.head.weight)
     device = "cpu" if scale.device.type == "cpu" else "other"
     group = max(1, GROUP_ELEMENTS[device] // inputs.vocabulary)
     for start in range(0, size, group):
@@ -116,7 +117,7 @@ def _chunk_pass(inputs: DivergenceInputs, scale: Tensor, result: ForwardBackward
     if result.weight is not None:
         add_head_gradient(result.weight[: inputs.vocabulary], student, hidden, first=at.start == 0)
     if result.hidden is not None:
-        result.hidden[rows] = through_head(student, side.weight, result.hidden.dtype)
+        result.hidden[rows] = through_head(student, head.weight, result.hidden.dtype)
 
 
 def _group(
@@ -128,7 +129,7 @@ def _group(
     raw_teacher: Tensor,
 ) -> None:
     """Fill the rows `at` of the result and write the gradient of the raw student logits over them."""
-    student = finish_logits(raw_student.to(inputs.dtype), inputs.student)
+    student = finish_logits(raw_student.to(inputs.dtype), inputs.student.head)
     soft = student if inputs.temperature == 1.0 else student / inputs.temperature
     q = None if isinstance(inputs.teacher, Buckets) else distribution(soft)
     result.divergence[at], slope = _divergence(inputs, result.gradient, at, soft, q, raw_teacher)
@@ -146,9 +147,9 @@ def _group(
             factor = torch.ones_like(factor)
     if slope is None:
         return
-    if inputs.student.softcap is not None:
-        slope.mul_(student.div_(inputs.student.softcap).square_().neg_().add_(1))
-    torch.mul(slope, factor * inputs.student.scale, out=raw_student)
+    if inputs.student.head.softcap is not None:
+        slope.mul_(student.div_(inputs.student.head.softcap).square_().neg_().add_(1))
+    torch.mul(slope, factor * inputs.student.head.scale, out=raw_student)
 
 
 def _divergence(
@@ -157,16 +158,16 @@ def _divergence(
     """Return the values and slopes of the rows `at`; `student` are logits over the temperature, `q` softmax of them."""
     teacher = inputs.teacher
     if isinstance(teacher, Buckets):
-        return rows_with_top_k(inputs.divergence, teacher.rows(at), student, gradient)
-    if isinstance(teacher, Logits):
-        rows = at if inputs.kept is None else inputs.kept[at]
+        return rows_with_top_k(inputs.divergence, student, teacher.rows(at), gradient)
+    if isinstance(teacher, TeacherLogits):
+        rows = at if inputs.valid_indices is None else inputs.valid_indices[at]
         logits = teacher.values[rows, : inputs.vocabulary].to(inputs.dtype, copy=True)
     else:
-        logits = finish_logits(raw.to(inputs.dtype), teacher)
+        logits = finish_logits(raw.to(inputs.dtype), teacher.head)
     if inputs.temperature != 1.0:
         logits.div_(inputs.temperature)
     assert q is not None
-    return compare(inputs.divergence, distribution(logits), q, gradient)
+    return compare(inputs.divergence, q, distribution(logits), gradient)
 
 
 def _saturated(slope: Tensor, divergence: Tensor) -> Tensor:

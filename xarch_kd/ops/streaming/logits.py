@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xarch_kd.ops.divergence_inputs import Side
+from xarch_kd.ops.heads import Head
 
 # Entries of a head that are converted, or multiplied on a CPU, at a time: 2 MiB of float32 stay in its cache.
 BLOCK_ELEMENTS = 1 << 19
@@ -13,7 +13,7 @@ FEWEST_ROWS = 256
 
 
 def blocks(rows: int, width: int, whole: bool) -> list[slice]:
-    """Return the row ranges in which a head [rows, width] is read: one, or blocks."""
+    """Return the row ranges in which a head [rows, dim] is read: one, or blocks."""
     step = rows if whole else max(FEWEST_ROWS, BLOCK_ELEMENTS // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -29,20 +29,20 @@ def raw_logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def finish_logits(raw: Tensor, side: Side) -> Tensor:
+def finish_logits(raw: Tensor, head: Head) -> Tensor:
     """Return softcap(scale * (raw + bias)) of a few rows, written over `raw`."""
-    if side.bias is not None:
-        raw.add_(side.bias[: raw.shape[-1]].to(raw.dtype))
-    if side.scale != 1.0:
-        raw.mul_(side.scale)
-    if side.softcap is not None:
-        raw.div_(side.softcap).tanh_().mul_(side.softcap)
+    if head.bias is not None:
+        raw.add_(head.bias[: raw.shape[-1]].to(raw.dtype))
+    if head.scale != 1.0:
+        raw.mul_(head.scale)
+    if head.softcap is not None:
+        raw.div_(head.softcap).tanh_().mul_(head.softcap)
     return raw
 
 
-def logits_into(out: Tensor, hidden: Tensor, side: Side) -> Tensor:
+def logits_into(out: Tensor, hidden: Tensor, head: Head) -> Tensor:
     """Write the logits [tokens, vocabulary] of `hidden`, which has the dtype of `out`, into `out` and return it."""
-    return finish_logits(raw_logits_into(out, hidden, side.weight), side)
+    return finish_logits(raw_logits_into(out, hidden, head.weight), head)
 
 
 def through_head(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,7 +55,7 @@ def through_head(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def add_head_gradient(out: Tensor, gradient: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """Add gradientᵀ hidden [vocabulary, width] to `out`, which may be wider than what is multiplied.
+    """Add gradientᵀ hidden [vocabulary, dim] to `out`, which may be wider than what is multiplied.
 
     The first one is written, whatever `out` holds: it is as large as the head, and need not be filled before.
     """

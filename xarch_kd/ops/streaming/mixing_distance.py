@@ -21,13 +21,13 @@ from xarch_kd.mixing import (
     SoftmaxMixing,
     SSDMixing,
 )
-from xarch_kd.ops.mixing_inputs import OF_LOGARITHMS, MixingDistanceInputs
-from xarch_kd.ops.row_distances import measure, row_slopes, row_values
+from xarch_kd.ops.mixing_inputs import MixingDistanceInputs
+from xarch_kd.ops.row_distances import EntryFormula, LogarithmFormula
 from xarch_kd.ops.streaming.block_rows import BlockRows
 from xarch_kd.ops.streaming.softmax_rows import SoftmaxRows
 from xarch_kd.ops.streaming.ssd_rows import SSDRows
 
-Side = SoftmaxRows | SSDRows | BlockRows
+RowSource = SoftmaxRows | SSDRows | BlockRows
 ROWS: Final = {"cpu": 64, "other": 256}
 LEAST_ROWS: Final = 8
 # Entries of one block above which it gets fewer rows: 32 MiB of float32, or 512.
@@ -54,13 +54,13 @@ def unsupported_reason(student: Mixing) -> str | None:
 
 def default_chunk(inputs: MixingDistanceInputs) -> int:
     """Return how many rows a block has."""
-    device = "cpu" if inputs.keep.device.type == "cpu" else "other"
+    device = "cpu" if inputs.valid_mask.device.type == "cpu" else "other"
     heads = max(inputs.student.heads, inputs.teacher.heads)
     fitting = BLOCK_ELEMENTS[device] // (inputs.student.batch * heads * inputs.student.time)
     return max(LEAST_ROWS, min(ROWS[device], fitting))
 
 
-def source(mixing: Mixing, dtype: torch.dtype, wanted: frozenset[str] = frozenset()) -> Side:
+def source(mixing: Mixing, dtype: torch.dtype, wanted: frozenset[str] = frozenset()) -> RowSource:
     """Return what makes the row blocks of a mixing, and sums the gradients of the wanted factors."""
     if isinstance(mixing, SoftmaxMixing):
         return SoftmaxRows(mixing, dtype, wanted)
@@ -80,26 +80,26 @@ def forward_backward(
     """
     values = weights.new_zeros(inputs.student.batch, inputs.student.time, inputs.student.heads)
     with torch.autocast(values.device.type, enabled=False):
-        teacher = source(inputs.teacher, inputs.dtype)
         student = source(inputs.student, inputs.dtype, wanted)
-        for rows in _blocks(inputs.keep, chunk_size or default_chunk(inputs)):
+        teacher = source(inputs.teacher, inputs.dtype)
+        for rows in _blocks(inputs.valid_mask, chunk_size or default_chunk(inputs)):
             weight = weights[:, rows].transpose(1, 2).expand(-1, values.shape[2], -1)
-            ends = [side.columns(rows) for side in (teacher, student)]
+            ends = [side.columns(rows) for side in (student, teacher)]
             columns = slice(min(end.start for end in ends), max(end.stop for end in ends))
-            step = _logarithms if inputs.distance in OF_LOGARITHMS else _statistics
-            found = step(inputs, teacher, student, rows, columns, weight if wanted else None)
-            values[:, rows] = torch.where(inputs.keep[:, rows, None], found.transpose(1, 2), 0)
+            step = _logarithms if isinstance(inputs.formula, LogarithmFormula) else _statistics
+            found = step(inputs, student, teacher, rows, columns, weight if wanted else None)
+            values[:, rows] = torch.where(inputs.valid_mask[:, rows, None], found.transpose(1, 2), 0)
         return ForwardBackward(values, student.finish() if wanted else {})
 
 
-def _blocks(keep: Tensor, chunk: int) -> Iterator[slice]:
-    """Return the blocks from the first to the last row that counts in any sequence; on a device, all blocks.
+def _blocks(valid_mask: Tensor, chunk: int) -> Iterator[slice]:
+    """Return the blocks from the first to the last row that is valid in any sequence; on a device, all blocks.
 
-    Reading which rows count would wait for the device; blocks without such a row are multiplied by 0.
+    Reading which rows are valid would wait for the device; blocks without such a row are multiplied by 0.
     """
-    first, end = 0, keep.shape[1]
-    if keep.device.type == "cpu":
-        rows = keep.any(0).nonzero()
+    first, end = 0, valid_mask.shape[1]
+    if valid_mask.device.type == "cpu":
+        rows = valid_mask.any(0).nonzero()
         if not rows.numel():
             return
         first, end = int(rows[0]), int(rows[-1]) + 1
@@ -108,15 +108,22 @@ def _blocks(keep: Tensor, chunk: int) -> Iterator[slice]:
 
 
 def _statistics(
-    inputs: MixingDistanceInputs, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
+    inputs: MixingDistanceInputs,
+    student: RowSource,
+    teacher: RowSource,
+    rows: slice,
+    columns: slice,
+    weight: Tensor | None,
 ) -> Tensor:
-    """Return the distance of each row [batch, heads, rows] and hand the student the block's gradient."""
+    """Return the distance of each row [batch, heads, rows] and give the student the block's gradient."""
+    formula = inputs.formula
+    assert isinstance(formula, EntryFormula)
     target = inputs.mixed(teacher.matrix(rows, columns))
     entries = student.matrix(rows, columns)
-    statistics, difference = measure(inputs.distance, target, entries)
-    values = row_values(inputs.distance, statistics, inputs.epsilon)
+    statistics, difference = formula.measure(entries, target)
+    values = formula.values(statistics, inputs.epsilon)
     if weight is not None:
-        factor, share = row_slopes(inputs.distance, statistics, inputs.epsilon)
+        factor, share = formula.slopes(statistics, inputs.epsilon)
         slope = target.addcmul_(entries, share[..., None], value=-1) if share is not None else difference
         assert slope is not None
         student.backward(slope, entries, weight * factor, rows, columns)
@@ -124,14 +131,21 @@ def _statistics(
 
 
 def _logarithms(
-    inputs: MixingDistanceInputs, teacher: Side, student: Side, rows: slice, columns: slice, weight: Tensor | None
+    inputs: MixingDistanceInputs,
+    student: RowSource,
+    teacher: RowSource,
+    rows: slice,
+    columns: slice,
+    weight: Tensor | None,
 ) -> Tensor:
-    """Return Σ P (log P - log M) or -Σ P log M of each row, and hand the student the gradient of the block's logits."""
+    """Return Σ P (log P - log M) or -Σ P log M of each row, and give the student the gradient of the block's logits."""
+    formula = inputs.formula
+    assert isinstance(formula, LogarithmFormula)
     assert isinstance(teacher, SoftmaxRows) and isinstance(student, SoftmaxRows)
     teacher_logits, logits = teacher.logits(rows, columns), student.logits(rows, columns)
     target, entries = teacher.probabilities(teacher_logits), student.probabilities(logits)
     normalizer = student.log_normalizer(logits, entries)
-    one_to_one = inputs.distance == "kl" and inputs.head_map is None
+    one_to_one = formula.with_entropy and inputs.head_map is None
     total = torch.ones_like(normalizer)
     if one_to_one:
         # As Σ P = 1, this is Σ P (log P - log M) without a logarithm of each entry.
@@ -141,7 +155,7 @@ def _logarithms(
         target = inputs.mixed(target)
         total = target.sum(-1)
         values = total * normalizer - (target * logits).sum(-1)
-        if inputs.distance == "kl":
+        if formula.with_entropy:
             values += torch.xlogy(target, target).sum(-1)
     if weight is not None:
         slope = entries if one_to_one else entries.mul_(total[..., None])

@@ -32,7 +32,7 @@ def default_chunk(inputs: ProjectedDistanceInputs) -> int:
 def forward_backward(
     inputs: ProjectedDistanceInputs, scale: Tensor | None, wanted: tuple[bool, ...], chunk: int
 ) -> ForwardBackward:
-    """Go over the counted tokens once. `scale`, a scalar or [k], multiplies each token's part in the gradients."""
+    """Go over the valid tokens once. `scale`, a scalar or [k], multiplies each token's part in the gradients."""
     of = (inputs.student, inputs.weight, inputs.bias)
     gradients = [
         torch.zeros(tensor.shape, dtype=inputs.dtype, device=tensor.device) if need and tensor is not None else None
@@ -48,13 +48,16 @@ def forward_backward(
 
 
 def _chunk(inputs: ProjectedDistanceInputs, scale: Tensor | None, result: ForwardBackward, at: slice) -> None:
-    rows = at if inputs.kept is None else inputs.kept[at]
+    rows = at if inputs.valid_indices is None else inputs.valid_indices[at]
     student, teacher = inputs.student[rows].to(inputs.dtype), inputs.teacher[rows].to(inputs.dtype)
     weight = None if inputs.weight is None else inputs.weight.to(inputs.dtype)
     projected = student if weight is None else student @ weight.T
     if inputs.bias is not None:
         projected = projected.add_(inputs.bias.to(inputs.dtype))
-    result.values[at], slope = _rows(inputs, projected, teacher)
+    if scale is None and inputs.formula.rows is None:
+        result.values[at] = inputs.formula.token_values(projected, teacher, **inputs.arguments)
+        return
+    result.values[at], slope = inputs.formula.rows_with_gradient(projected, teacher, **inputs.arguments)
     if scale is None:
         return
     slope.mul_(scale)
@@ -64,30 +67,3 @@ def _chunk(inputs: ProjectedDistanceInputs, scale: Tensor | None, result: Forwar
         result.weight.addmm_(slope.T, student)
     if result.student is not None:
         result.student[rows] = slope if weight is None else slope @ weight
-
-
-def _rows(inputs: ProjectedDistanceInputs, projected: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distance [rows] and its gradient [rows, width] with respect to the projected student."""
-    if inputs.distance == "cosine":
-        length = (projected.square().sum(-1, keepdim=True) + inputs.epsilon).sqrt()
-        teacher_length = (teacher.square().sum(-1, keepdim=True) + inputs.epsilon).sqrt()
-        cosine = (projected * teacher).sum(-1, keepdim=True) / (length * teacher_length)
-        slope = projected * (cosine / length.square())
-        return 1 - cosine.squeeze(-1), slope.sub_(teacher / (length * teacher_length))
-    difference = projected - teacher
-    if inputs.distance == "huber":
-        slope = difference.clamp(-inputs.delta, inputs.delta)
-        # x² / 2 up to delta and a line beyond: clamp(x) (x - clamp(x) / 2).
-        return difference.sub_(slope / 2).mul_(slope).mean(-1), slope.div_(teacher.shape[-1])
-    if inputs.distance == "l2":
-        # By the norm of the difference, whose squares might overflow or vanish.
-        length = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-        root = teacher.shape[-1] ** 0.5
-        return length.squeeze(-1) / root, difference.mul_(torch.where(length > 0, 1 / (length * root), 0.0))
-    values = difference.square().sum(-1)
-    if inputs.distance == "normalised_mse":
-        norm = teacher.square().sum(-1) + inputs.epsilon
-        return values / norm, difference.mul_(2 / norm[:, None])
-    if inputs.distance == "mse":
-        return values / teacher.shape[-1], difference.mul_(2 / teacher.shape[-1])
-    return values, difference.mul_(2)

@@ -28,10 +28,10 @@ class SoftmaxRows:
         self.query = query.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4) * mixing.scale
         self.key = key.transpose(1, 2).contiguous()
         self.sinks = None if mixing.sinks is None else mixing.sinks.detach().to(dtype)
-        kept = {"query": mixing.query, "key": self.key.transpose(-1, -2), "sinks": mixing.sinks}
+        valid_indices = {"query": mixing.query, "key": self.key.transpose(-1, -2), "sinks": mixing.sinks}
         self.gradients = {
             name: torch.zeros(factor.shape, dtype=dtype, device=factor.device)
-            for name, factor in kept.items()
+            for name, factor in valid_indices.items()
             if factor is not None and name in wanted
         }
         self._cap_slope: Tensor | None = None

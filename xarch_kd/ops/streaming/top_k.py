@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from xarch_kd.ops.divergence_rows import Rows, distribution
 from xarch_kd.ops.divergences import Divergence
-from xarch_kd.ops.streaming.row_gradients import Rows, distribution, rows_with_gradient
+from xarch_kd.ops.streaming.row_gradients import rows_with_gradient
 from xarch_kd.ops.teacher import Buckets
 
 
-def rows_with_top_k(divergence: Divergence, teacher: Buckets, student: Tensor, gradient: bool) -> Rows:
+def rows_with_top_k(divergence: Divergence, student: Tensor, teacher: Buckets, gradient: bool) -> Rows:
     """Return D [rows] over the buckets and, if asked, ∂D/∂student [rows, vocabulary].
 
     `student` are logits over the temperature, which are left as they are. The tail's bucket has the logit
@@ -21,7 +22,7 @@ def rows_with_top_k(divergence: Divergence, teacher: Buckets, student: Tensor, g
     tail = distribution(student.scatter(-1, teacher.indices, -math.inf))
     buckets = torch.cat([student.gather(-1, teacher.indices), tail.top - torch.log(tail.likeliest)], -1)
     value, slope = rows_with_gradient(
-        divergence, teacher.log_probabilities.to(student.dtype, copy=True), buckets, gradient
+        divergence, buckets, teacher.log_probabilities.to(student.dtype, copy=True), gradient
     )
     if slope is None:
         return value, None

@@ -1,0 +1,153 @@
+"""Closed form of each divergence: value and gradient of rows, from logits over the temperature.
+
+With x = log p - log q and the divergence Σ F, the gradient with respect to the student's logits is q ⊙ (f' - Σ q f'),
+f' = ∂F/∂q. Where q is nearly one-hot these two terms cancel, so f' is first centred, which changes nothing in exact
+arithmetic. `forward_kl`, `alpha` and `renyi` are written with R = q f' instead, because f' itself overflows where q
+vanishes.
+
+A group of rows is read from cache, where the number of passes and of transcendental functions is what costs: there is
+one softmax per model and, for the divergences from a mixture, one expm1 and one log1p.
+
+Every function takes the student's distribution q, the teacher's p, which is overwritten, `gradient` (whether one is
+computed) and the parameters of its divergence. It returns D [rows] and its gradient [rows, entries] or None.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# exp of it is far from overflow in float32. Where p / q is larger, p has all of the mixture and q no weight in any sum.
+LARGE_LOG_RATIO = 60.0
+
+Rows = tuple[Tensor, Tensor | None]
+
+
+class Distribution(NamedTuple):
+    """Softmax of each row: log of it is logits - top + log(likeliest), columns `top` and `likeliest` [rows, 1].
+
+    `top` is the largest logit and `likeliest` its probability.
+    """
+
+    logits: Tensor
+    probabilities: Tensor
+    top: Tensor
+    likeliest: Tensor
+
+
+def distribution(logits: Tensor) -> Distribution:
+    """Return the distribution of each row of logits [rows, vocabulary], which is valid_indices, not copied."""
+    probabilities = torch.softmax(logits, -1)
+    top, likeliest = logits.amax(-1, keepdim=True), probabilities.amax(-1, keepdim=True)
+    return Distribution(logits, probabilities, top, likeliest)
+
+
+def forward_kl(q: Distribution, p: Distribution, gradient: bool) -> Rows:
+    """Return KL(p ‖ q); its gradient is q - p."""
+    log_ratio = _log_ratio(q, p)
+    value = _dot(p.probabilities, log_ratio)
+    return value, torch.sub(q.probabilities, p.probabilities, out=log_ratio) if gradient else None
+
+
+def reverse_kl(q: Distribution, p: Distribution, gradient: bool) -> Rows:
+    """Return KL(q ‖ p); f' = -x."""
+    log_ratio = _log_ratio(q, p)
+    value = -_dot(q.probabilities, log_ratio)
+    return value, _centred(q, log_ratio.neg_()) if gradient else None
+
+
+def jsd(q: Distribution, p: Distribution, gradient: bool, beta: float, normalised: bool) -> Rows:
+    """Return β KL(p ‖ m) + (1-β) KL(q ‖ m), over β(1-β) if `normalised`; f' = (1-β) log(q / m)."""
+    log_ratio, excess = _excess(q, p, beta)
+    scale = 1 / (beta * (1 - beta)) if normalised else 1.0
+    from_teacher = _dot(p.probabilities, log_ratio.sub_(excess))
+    value = (beta * from_teacher - (1 - beta) * _dot(q.probabilities, excess)) * scale
+    return value, _centred(q, excess.mul_((beta - 1) * scale)) if gradient else None
+
+
+def skew_forward_kl(q: Distribution, p: Distribution, gradient: bool, alpha: float) -> Rows:
+    """Return KL(p ‖ m), m = a p + (1-a) q; f' = (a-1) p / m."""
+    log_ratio, excess = _excess(q, p, alpha)
+    teacher_over_mixture = log_ratio.sub_(excess)
+    value = _dot(p.probabilities, teacher_over_mixture)
+    return value, _centred(q, teacher_over_mixture.exp_().mul_(alpha - 1)) if gradient else None
+
+
+def skew_reverse_kl(q: Distribution, p: Distribution, gradient: bool, alpha: float) -> Rows:
+    """Return KL(q ‖ m), m = a q + (1-a) p; f' = log(q / m) - a q / m up to a constant."""
+    log_ratio, excess = _excess(q, p, 1 - alpha)
+    student_over_mixture = excess.neg_()
+    value = _dot(q.probabilities, student_over_mixture)
+    if not gradient:
+        return value, None
+    slope = torch.exp(student_over_mixture, out=log_ratio).mul_(-alpha).add_(student_over_mixture)
+    return value, _centred(q, slope)
+
+
+def total_variation(q: Distribution, p: Distribution, gradient: bool) -> Rows:
+    """Return ½ Σ |p - q|; f' = -½ sign(p - q)."""
+    difference = torch.sub(p.probabilities, q.probabilities, out=p.probabilities)
+    value = 0.5 * difference.abs().sum(-1)
+    return value, _centred(q, difference.sign_().mul_(-0.5)) if gradient else None
+
+
+def alpha_divergence(q: Distribution, p: Distribution, gradient: bool, alpha: float) -> Rows:
+    """Return (Σ p^a q^(1-a) - 1) / (a (a-1)); R = -p^a q^(1-a) / a."""
+    overlap, total, excess = _overlap(q, p, alpha)
+    value = excess / (alpha * (alpha - 1))
+    return value, _from_overlap(q, p, overlap, total, torch.full_like(total, 1 / alpha)) if gradient else None
+
+
+def renyi(q: Distribution, p: Distribution, gradient: bool, alpha: float) -> Rows:
+    """Return log Σ p^a q^(1-a) / (a-1); R = -p^a q^(1-a) / Σ p^a q^(1-a)."""
+    overlap, total, excess = _overlap(q, p, alpha)
+    value = torch.log1p(excess) / (alpha - 1)
+    return value, _from_overlap(q, p, overlap, total, total.reciprocal()) if gradient else None
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return torch.linalg.vecdot(one, other)
+
+
+def _log_ratio(q: Distribution, p: Distribution) -> Tensor:
+    """Return log p - log q, written over the logits of p.
+
+    The logits are subtracted first and their offsets next, so that near p = q no digit is lost to the normalizers.
+    """
+    return p.logits.sub_(q.logits).sub_(p.top - q.top).add_(torch.log(p.likeliest / q.likeliest))
+
+
+def _excess(q: Distribution, p: Distribution, teacher_share: float) -> tuple[Tensor, Tensor]:
+    """Return x = log p - log q, and log(m / q) = log1p(s (eˣ - 1)) of the mixture m = s p + (1-s) q."""
+    log_ratio = _log_ratio(q, p).clamp_(max=LARGE_LOG_RATIO)
+    return log_ratio, torch.expm1(log_ratio).mul_(teacher_share).log1p_()
+
+
+def _overlap(q: Distribution, p: Distribution, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the overlap p^a q^(1-a) = q e^(a x), its sum [rows, 1], and that sum less 1 [rows].
+
+    The overlap is computed from log q because eˣ alone overflows. The sum less 1 is written so that near p = q no two
+    numbers close to 1 are subtracted.
+    """
+    log_ratio, log_likeliest = _log_ratio(q, p), torch.log(q.likeliest)
+    overlap = log_ratio.mul_(alpha).add_(q.logits).sub_(q.top).add_(log_likeliest).exp_()
+    total = overlap.sum(-1, keepdim=True)
+    excess = torch.sub(overlap, p.probabilities.mul_(alpha), out=p.probabilities)
+    return overlap, total, excess.sub_(q.probabilities, alpha=1 - alpha).sum(-1)
+
+
+def _from_overlap(q: Distribution, p: Distribution, overlap: Tensor, total: Tensor, scale: Tensor) -> Tensor:
+    return torch.mul(q.probabilities, total, out=p.probabilities).sub_(overlap).mul_(scale)
+
+
+def _centred(q: Distribution, slope: Tensor) -> Tensor:
+    """Return q ⊙ (f' - Σ q f') from f', which is overwritten.
+
+    The mean is subtracted twice: the first leaves values near 0 where q has its mass, the second is the mean of those
+    and so has their digits.
+    """
+    for _ in range(2):
+        slope.sub_(_dot(q.probabilities, slope).unsqueeze(-1))
+    return slope.mul_(q.probabilities)
