@@ -31,9 +31,9 @@ STEPS = 2
 # device: AdamW's step counters are tensors of the host, and logging is counted apart.
 HOST_ONLY = {
     ("xarch_kd/mixing/checks.py", "check_sign"): mixing_checks.check_sign,
-    ("xarch_kd/mixing/checks.py", "check_bounds"): mixing_checks.check_bounds,
+    ("xarch_kd/mixing/checks.py", "check_valid_range"): mixing_checks.check_valid_range,
     ("xarch_kd/ops/streaming/mixing_distance.py", "_blocks"): mixing_distance._blocks,
-    ("xarch_kd/ops/streaming/autograd.py", "backward"): autograd._HandOver.backward,
+    ("xarch_kd/ops/streaming/autograd.py", "backward"): autograd._AttachGradients.backward,
 }
 APART = {("torch/optim/adamw.py", "step"), ("torch/optim/adam.py", "step"), ("xarch_kd/training/trainer.py", "log")} | {
     ("transformers/trainer.py", name) for name in ("_maybe_log_save_evaluate", "_finalize_training")
