@@ -32,8 +32,8 @@ class Block(NamedTuple):
     comment: str
 
 
-def blocks() -> list[Block]:
-    found = FENCE.finditer((ROOT / "README.md").read_text())
+def blocks(page: str = "README.md") -> list[Block]:
+    found = FENCE.finditer((ROOT / page).read_text())
     return [Block(each["language"], each["text"], (each["comment"] or "").strip()) for each in found]
 
 
@@ -81,6 +81,16 @@ def test_block_runs(block: Block, workshop: Path, monkeypatch: pytest.MonkeyPatc
             assert main(arguments) == 0, line
     elif block.language == "python":
         exec(compile(block.text, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_page_on_custom_objects_runs(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapping, example = blocks("docs/custom-objectives.md")
+    for pattern, smaller in SMALLER:
+        mapping = mapping._replace(text=re.sub(pattern, smaller, mapping.text))
+    (tmp_path / "mapping.yaml").write_text(mapping.text.replace("./teacher", str(workshop / "teacher")))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.text, "docs/custom-objectives.md", "exec"), {"__name__": "__main__"})
+    assert (tmp_path / "runs/mine/projectors.safetensors").is_file()
 
 
 def test_links_lead_somewhere() -> None:

@@ -99,6 +99,21 @@ class GateFailed(XarchError):
     exit_code = 1
 
 
+def check_table(what: str, table: Iterable[object], names: Iterable[object]) -> None:
+    """Raise XarchError, on import of the module that owns a table, unless the table has exactly these names."""
+    have, wanted = set(table), set(names)
+    if have != wanted:
+        missing, unknown = (", ".join(sorted(map(_shown, part))) or "none" for part in (wanted - have, have - wanted))
+        raise XarchError(
+            f"The table of {what} does not fit the names that are allowed. This is a bug in xarch-kd.",
+            found=f"missing: {missing}; without a name: {unknown}",
+        )
+
+
+def _shown(name: object) -> str:
+    return name.__name__ if isinstance(name, type) else str(name)
+
+
 def suggest(word: str, options: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the option closest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xarch_kd.errors import NonFiniteLoss, UsageError
-from xarch_kd.losses.cka import cka_loss, cka_tokens
+from xarch_kd.losses.cka import cka_loss
 from xarch_kd.losses.standardize import FeatureStatistics, Standardizer
 from xarch_kd.ops import similarity
 from xarch_kd.testing.allocations import AllocationWatch
@@ -144,10 +144,6 @@ def test_the_teacher_is_standardized_and_the_student_if_it_shares_the_basis() ->
     found = cka_loss(wide, teacher * scale, normalizer=TOKENS, standardizer=standardizer, shared_basis=True)
     expected = dense((wide - mean) / deviation, (teacher * scale - mean) / deviation)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-def test_how_many_tokens_a_micro_batch_should_have() -> None:
-    assert cka_tokens(256, 576) == 2304
 
 
 def test_what_does_not_fit_is_refused() -> None:

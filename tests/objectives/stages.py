@@ -23,7 +23,13 @@ Build = Callable[..., Aligner]
 TOKENS = 2 * 16
 
 
-def plan_of(folders: dict[str, Path], *align: dict[str, Any], student: str = "mamba2", **stage: Any) -> Plan:
+def plan_of(
+    folders: dict[str, Path],
+    *align: dict[str, Any],
+    student: str = "mamba2",
+    objectives: dict[str, Any] | None = None,
+    **stage: Any,
+) -> Plan:
     mapping = {
         "version": 1,
         "teacher": {"model": str(folders["teacher"])},
@@ -32,7 +38,7 @@ def plan_of(folders: dict[str, Path], *align: dict[str, Any], student: str = "ma
         "stages": [{"name": "one", "steps": 10, "train": ["all"], "align": list(align), **stage}],
     }
     # Through JSON, whose lists a strict model takes as tuples.
-    return make_plan(MappingFile.model_validate_json(json.dumps(mapping)))
+    return make_plan(MappingFile.model_validate_json(json.dumps(mapping)), objectives=objectives)
 
 
 def entry(tap: str = "hidden", layers: Any = "uniform", name: str = "e", **more: Any) -> dict[str, Any]:

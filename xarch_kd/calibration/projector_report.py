@@ -22,8 +22,6 @@ from xarch_kd.data.batches import Batch
 from xarch_kd.data.rows import select_rows
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import write_text
-from xarch_kd.mapping_file.objectives import AttentionBridge
-from xarch_kd.objectives.base import PairObjective
 from xarch_kd.planning.plan import Plan
 from xarch_kd.projectors import PairStatistics, Projector, enough_tokens, resolve_init
 from xarch_kd.projectors.closed_form import FORMS
@@ -255,7 +253,7 @@ def _statistics(aligner: Aligner, rows: Tensor, work: Work | None) -> dict[str, 
             projection.key,
             _Seen(
                 projector=projection.projector,
-                scale_free=_is_scale_free(match),
+                scale_free=match.entry.loss.is_scale_free,
                 own=PairStatistics(),
                 last=PairStatistics(),
                 pairs={},
@@ -275,11 +273,6 @@ def _statistics(aligner: Aligner, rows: Tensor, work: Work | None) -> dict[str, 
 
 def _learns(module: object) -> bool:
     return isinstance(module, Projector) and any(True for _ in module.parameters())
-
-
-def _is_scale_free(match: PairObjective) -> bool:
-    loss = match.entry.loss
-    return (loss.distance if isinstance(loss, AttentionBridge) else loss.kind) == "cosine"
 
 
 def _too_few(projector: Projector, tokens: int) -> str | None:

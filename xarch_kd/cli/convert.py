@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 import typer
 
 from xarch_kd.errors import UsageError, renamed
+from xarch_kd.mapping_file.schema import MixerName, TargetName
 
 
 def command(
     teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    mixer: Annotated[Literal["mamba2", "gated_delta"], typer.Option(help="Mixer that replaces attention.")] = "mamba2",
+    mixer: Annotated[MixerName, typer.Option(help="Mixer that replaces attention.")] = "mamba2",
     target: Annotated[
-        Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"],
+        TargetName,
         typer.Option(help="The student's class; auto: the stock class that fits best."),
     ] = "auto",
     keep_attention: Annotated[

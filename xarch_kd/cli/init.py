@@ -23,7 +23,7 @@ def command(
     Edit it, then check it with `xarch-kd plan`. Examples for fresh students, smaller Transformers and staged recipes
     are in mappings/.
     """
-    from xarch_kd.mapping_file.template import mapping_text, write_mapping
+    from xarch_kd.planning.template import mapping_text, write_mapping
 
     text = mapping_text(teacher, mixer=mixer, keep_attention=keep_attention, revision=revision)
     if output is None:

@@ -15,7 +15,7 @@ from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
 from xarch_kd.job.texts import HELD_OUT, evaluation_texts
 from xarch_kd.mapping_file.schema import Evaluate
 from xarch_kd.planning.plan import Plan
-from xarch_kd.planning.resolve import make_plan
+from xarch_kd.planning.resolve import plan_of_run
 from xarch_kd.run.folder import RunFolder
 from xarch_kd.run.report import Reporter
 
@@ -33,7 +33,7 @@ def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | N
             asked=folder.root,
             fix="give the folder that `xarch-kd train … --output` finished",
         )
-    plan = make_plan(folder.mapping)
+    plan = plan_of_run(folder.mapping)
     settings = plan.mapping.evaluate or Evaluate()
     if tokens is not None:
         settings = settings.model_copy(update={"tokens": tokens})

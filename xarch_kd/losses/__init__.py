@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xarch_kd.losses.balance import Balance, observed_loss
 from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_dims, queries_and_keys
-from xarch_kd.losses.cka import cka_loss, cka_tokens
+from xarch_kd.losses.cka import cka_loss
 from xarch_kd.losses.features import feature_loss, feature_normalizer, teacher_energy, token_count
 from xarch_kd.losses.mixing import mixing_loss
 from xarch_kd.losses.relations import gram_loss, relation_heads, relation_loss
@@ -28,7 +28,6 @@ __all__ = [
     "attention_bridge",
     "bridge_dims",
     "cka_loss",
-    "cka_tokens",
     "feature_loss",
     "feature_normalizer",
     "gram_loss",

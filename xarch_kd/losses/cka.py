@@ -16,17 +16,8 @@ from xarch_kd.ops import checks
 
 # HSIC_1 divides by n - 3.
 LEAST_TOKENS: Final = 4
-TOKENS_A_DIMENSION: Final = 4
 # Of features whose tokens have a mean square of 1: the dependence of features that do not vary, without 0/0.
 LEAST_DEPENDENCE: Final = 1e-7
-
-
-def cka_tokens(student_dim: int, teacher_dim: int) -> int:
-    """Return how many tokens a micro-batch should have: with fewer than 4 a dimension CKA is more noise than signal.
-
-    It stays without bias below that, but one batch's value and gradient are then far from those of all tokens.
-    """
-    return TOKENS_A_DIMENSION * max(student_dim, teacher_dim)
 
 
 def cka_loss(
@@ -43,7 +34,8 @@ def cka_loss(
     CKA = HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)) with HSIC_1 (Song et al. 2012, eq. 5; `ops.reference.similarity`),
     which has no bias. The loss is 0 for equal features, near 1 for independent ones, perhaps slightly above. It is no
     sum over tokens: micro-batches add up to the mean of their own 1 - CKA, which is not that of one large batch. A
-    micro-batch of fewer than 4 tokens that count adds 0; see `cka_tokens` for how many it should have.
+    micro-batch of fewer than 4 tokens that count adds 0; with fewer than 4 per dimension value and gradient are more
+    noise than signal.
 
     A massive token, as the first of a sequence may be, costs digits in float32: leave it out by `mask`.
 

@@ -1,1 +1,1 @@
-"""Mapping files: schema, reading, plan."""
+"""The language of mapping files: YAML to checked objects with positions, without torch."""

@@ -1,12 +1,12 @@
-"""Layer maps of a mapping file: which student block learns from which teacher block."""
+"""Layer maps of a mapping file: the teacher blocks that each student block learns from."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import Field
 
-from xarch_kd.mapping_file.scalars import ConfigModel, Fraction, LayerIndex, NonNegative, Positive
+from xarch_kd.mapping_file.scalars import ConfigModel, Fraction, LayerIndex, Name, NonNegative, Positive
 
 
 class LayerPair(ConfigModel):
@@ -44,9 +44,9 @@ class RandomStrategy(ConfigModel):
 
 
 class MonotoneStrategy(ConfigModel):
-    """The order-preserving map of greatest total similarity (by a dynamic programme).
+    """The order-preserving map of greatest total similarity (by dynamic programming).
 
-    `strict`: no teacher block twice; `band`: at most so far from the uniform map, in teacher blocks.
+    `strict`: no teacher block twice; `band`: the largest distance from the uniform map, in teacher blocks.
     """
 
     strategy: Literal["monotone"]
@@ -58,7 +58,7 @@ class MonotoneStrategy(ConfigModel):
 class TransportStrategy(ConfigModel):
     """The cheapest transport of the student's blocks to the teacher's, at cost 1 - similarity.
 
-    `entropy` is relative to the median cost (0: exact, by a linear programme); `order` adds order · (i/S - j/T)².
+    `entropy` is relative to the median cost (0: exact, by linear programming); `order` adds order · (i/S - j/T)².
     """
 
     strategy: Literal["optimal_transport"]
@@ -67,16 +67,23 @@ class TransportStrategy(ConfigModel):
 
 
 class LearnedStrategy(ConfigModel):
-    """Attention over the teacher's blocks, trained with the student: softmax(logits / temperature) a student block.
+    """Attention over the teacher's blocks, trained with the student: a softmax(logits / temperature) per student block.
 
-    With `final_temperature` the temperature goes there over the stage, near one-hot at 0.1. The entropy of the teacher
-    blocks in use is kept above `usage_floor` of its maximum, so that the map does not collapse onto one block.
+    With `final_temperature` the temperature is annealed to it over the stage, near one-hot at 0.1. The entropy of the
+    teacher blocks in use is kept above `usage_floor` of its maximum, so that the map does not collapse onto one block.
     """
 
     strategy: Literal["learned"]
     temperature: Positive = 1.0
     final_temperature: Positive | None = None
     usage_floor: Fraction = 0.5
+
+
+class CustomStrategy(ConfigModel):
+    """Layer map passed from Python as `layer_maps={name: …}`."""
+
+    strategy: Literal["custom"]
+    name: Name
 
 
 PlainName = Literal[
@@ -109,6 +116,8 @@ LayerStrategy = Annotated[
     | RandomStrategy
     | MonotoneStrategy
     | TransportStrategy
-    | LearnedStrategy,
+    | LearnedStrategy
+    | CustomStrategy,
     Field(discriminator="strategy"),
 ]
+STRATEGY_OPTIONS: Final[tuple[type[ConfigModel], ...]] = get_args(get_args(LayerStrategy)[0])

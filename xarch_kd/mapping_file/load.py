@@ -19,7 +19,7 @@ _NEEDS = "It needs the keys version, teacher, student, data and stages; `xarch-k
 
 
 def load_mapping(path: str | Path) -> tuple[MappingFile, str, SourceMap]:
-    """Return the mapping file at `path`, its text, and where each of its values stands.
+    """Return the mapping file at `path`, its text, and the positions of its values.
 
     Raises `MappingFileError` with every problem as `file:line:column: place: what`, the line and a caret.
     """
@@ -30,7 +30,7 @@ def load_mapping(path: str | Path) -> tuple[MappingFile, str, SourceMap]:
 
 
 def parse_mapping(text: str, name: str = "mapping.yaml") -> tuple[MappingFile, SourceMap]:
-    """Return the mapping file written in `text` and its marks; `name` stands for the file in messages."""
+    """Return the mapping file in `text` and the positions of its values; `name` is the file's name in messages."""
     value, source_map, problems = read_yaml(text, name)
     if value is None and not problems:
         raise mapping_error([Problem((), f"the file is empty. {_NEEDS}", at=Position(1, 1))], source_map)
@@ -43,7 +43,7 @@ def parse_mapping(text: str, name: str = "mapping.yaml") -> tuple[MappingFile, S
 
 
 def validate_mapping(value: dict[str, Any], problems: list[Problem], source_map: SourceMap | None) -> MappingFile:
-    """Return the mapping file of plain values (lists as tuples), in which `problems` were found already.
+    """Return the mapping file of plain values (lists as tuples), in which `problems` were found before.
 
     `source_map` is None for values that were not read from a file. Raises `MappingFileError` with every problem.
     """
@@ -86,6 +86,6 @@ def _place_at(source_map: SourceMap | None, problem: Problem) -> YamlPath:
 
 
 def _follows(problem: Problem, spoilt: list[YamlPath]) -> bool:
-    """Say whether `problem` only follows from a value that YAML itself refused, inside it or around it."""
+    """Return true if `problem` only follows from a value that YAML itself refused, inside it or around it."""
     inside = any(outer and problem.place[: len(outer)] == outer for outer in spoilt)
     return inside or (problem.on == "key" and any(inner[: len(problem.place)] == problem.place for inner in spoilt))

@@ -1,155 +1,38 @@
-"""The objectives of a mapping file: what is matched, between which layers, through what, by which loss, and when."""
+"""Objectives of a mapping file: entries of `align` with their losses and schedules, and next-token distributions."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from xarch_kd.mapping_file.layer_maps import LayerPair, LayerStrategy, StrategyName
-from xarch_kd.mapping_file.projectors import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
-from xarch_kd.mapping_file.scalars import BelowOne, ConfigModel, Fraction, Name, NonNegative, Number, Positive
-
-if TYPE_CHECKING:
-    from xarch_kd.losses.schedules import WeightSchedule
-
-Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "values", "mixing", "head_input"]
-# What a mixer gives without the block around it.
-MIXER_TAPS: Final = frozenset({"mixer_output", "mixing", "values"})
-# Losses of the taps that are no features; every other loss is for features.
-LOSSES: Final[dict[str, tuple[str, ...]]] = {
-    "mixing": ("mixing", "relation", "attention_bridge"),
-    "values": ("relation",),
-}
-FEATURE_LOSSES: Final = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", "l2", "cka", "gram")
-# Losses between which and the student stands a projector.
-PROJECTED: Final = ("mse", "relative_mse", "cosine", "normalised_mse", "huber", "l2", "attention_bridge")
-
-
-class Objective(ConfigModel):
-    """Options of every loss: a weight, or `auto` for one that balances gradients."""
-
-    weight: Positive | Literal["auto"] = 1.0
-
-
-class FeatureObjective(Objective):
-    """Options of feature losses: `standardize` with the teacher's statistics."""
-
-    standardize: bool = False
-
-
-class MeanSquaredError(FeatureObjective):
-    """Mean over the dimensions of the squared difference."""
-
-    kind: Literal["mse"]
-
-
-class RelativeMeanSquaredError(FeatureObjective):
-    """Squared difference over squared teacher norm, both summed over all unmasked tokens of the batch."""
-
-    kind: Literal["relative_mse"]
-
-
-class Cosine(FeatureObjective):
-    """One minus the cosine of the angle, per token."""
-
-    kind: Literal["cosine"]
-
-
-class NormalisedMeanSquaredError(FeatureObjective):
-    """Squared difference over squared teacher norm, per token."""
-
-    kind: Literal["normalised_mse"]
-    epsilon: Positive = 1e-6
-
-
-class Huber(FeatureObjective):
-    """Mean over the dimensions of Huber's function of the difference: quadratic up to `delta`, linear beyond."""
-
-    kind: Literal["huber"]
-    delta: Positive = 1.0
-
-
-class EuclideanDistance(FeatureObjective):
-    """The length of the difference, per token: its gradient has the same size however near the student is."""
-
-    kind: Literal["l2"]
-
-
-class CentredKernelAlignment(FeatureObjective):
-    """One minus the similarity (linear CKA, without bias) of student and teacher over the tokens of a micro-batch.
-
-    It sees neither rotation nor scale, so it takes no projector, whatever the dimensions. A micro-batch should have 4
-    tokens per dimension.
-    """
-
-    kind: Literal["cka"]
-
-
-class Gram(FeatureObjective):
-    """Distance of the tokens' products with each other, each token's row with length 1; no projector."""
-
-    kind: Literal["gram"]
-
-
-class Relation(Objective):
-    """Divergence of how tokens relate to each other (MiniLMv2): softmax of their products in `heads` relation heads.
-
-    Of the tap `values`, or, of the tap `mixing`, of its queries or its keys (C and B of a state-space model). `heads`
-    must divide both models' dimensions of all heads together; by default as many as leave 32 dimensions per head.
-    """
-
-    kind: Literal["relation"]
-    of: Literal["queries", "keys"] | None = None
-    heads: Annotated[int, Field(ge=1)] | None = None
-
-
-class AttentionBridge(Objective):
-    """Queries and keys (C and B of a state-space model) of the student, through two learned maps, to the teacher's.
-
-    The maps are those of `projector`, which `auto` leaves out where all dimensions agree. For the tap `mixing` alone.
-    """
-
-    kind: Literal["attention_bridge"]
-    distance: Literal["normalised_mse", "mse", "cosine", "huber", "l2"] = "normalised_mse"
-    epsilon: Positive = 1e-6
-    delta: Positive = 1.0
-
-
-class MixingMatch(Objective):
-    """Distance of the rows of two token-mixing matrices, mean over rows and student heads; for the tap `mixing` alone.
-
-    `heads` maps teacher heads to student heads: `auto` is one to one if the counts are equal, else `mean`
-    (of a group of teacher heads) or `repeat` (a teacher head teaches a group); `assignment` is the cheapest one to one
-    on calibration text, `learned` a mixture of teacher heads that is trained with the student; or non-negative weights
-    [student heads, teacher heads] whose rows sum to 1. `probes` are those of `impl: sketch`.
-    """
-
-    kind: Literal["mixing"]
-    distance: Literal["cosine", "frobenius", "relative_frobenius", "kl", "cross_entropy"] = "cosine"
-    heads: Literal["auto", "mean", "repeat", "assignment", "learned"] | tuple[tuple[NonNegative, ...], ...] = "auto"
-    impl: Literal["auto", "fused", "streaming", "panels", "sketch", "reference"] = "auto"
-    probes: Annotated[int, Field(ge=2)] = 64
-
-
-FeatureLoss = (
-    MeanSquaredError | RelativeMeanSquaredError | Cosine | NormalisedMeanSquaredError | Huber | EuclideanDistance
+from xarch_kd.mapping_file.losses import (
+    LOSS_OPTIONS,
+    AlignLoss,
+    MixingMatch,
+    NormalisedMeanSquaredError,
+    Relation,
+    Tap,
 )
-
-
-SimilarityLoss = CentredKernelAlignment | Gram
-
-
-AlignLoss = Annotated[
-    FeatureLoss | SimilarityLoss | Relation | AttentionBridge | MixingMatch, Field(discriminator="kind")
-]
+from xarch_kd.mapping_file.projectors import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
+from xarch_kd.mapping_file.scalars import (
+    BelowOne,
+    ConfigModel,
+    Fraction,
+    Name,
+    NonNegative,
+    Number,
+    Positive,
+    kinds_of,
+)
 
 
 class Schedule(ConfigModel):
     """Schedule of a weight over its stage; `start` and `end` are fractions of the stage's steps.
 
-    `constant`: the factor `initial` from start to end, and the objective left out outside. `linear` and `cosine`: from
-    the factor `initial` at start to `final` at end.
+    `constant`: the factor `initial` from start to end, and the objective is left out elsewhere. `linear` and `cosine`:
+    from the factor `initial` at start to `final` at end.
     """
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
@@ -157,14 +40,6 @@ class Schedule(ConfigModel):
     end: Fraction = 1.0
     initial: NonNegative = 1.0
     final: NonNegative = 0.0
-
-    @property
-    def schedule(self) -> WeightSchedule:
-        """The schedule itself."""
-        # Here, because a faulty file is refused before torch is loaded.
-        from xarch_kd.losses.schedules import WeightSchedule
-
-        return WeightSchedule(**self.model_dump())
 
     @model_validator(mode="after")
     def _starts_before_it_ends(self) -> Schedule:
@@ -187,9 +62,9 @@ class Align(ConfigModel):
     `layers`: a strategy (`same` is block i to block i, `replaced` the same for blocks whose mixer was replaced,
     `uniform` end-aligned; `cka`, `monotone` and `optimal_transport` follow from a calibration pass, `learned` is
     trained with the student), or explicit pairs. `embedding` and `head_input` have no layers. `mixing` and `values`
-    have losses of their own. With `weight: auto` in its loss an entry gets the weight at which its gradient on the
-    student is as large, at the first steps, as that of the tokens, or of the first entry with a number. `schedule`
-    changes the weight over the stage.
+    have losses of their own. With `weight: auto` in its loss an entry gets the weight at which the norm of its
+    gradient on the student equals, at the first steps, that of the tokens, or of the first entry with a number.
+    `schedule` changes the weight over the stage.
     """
 
     name: Name
@@ -211,39 +86,27 @@ class Align(ConfigModel):
 
     @property
     def weight(self) -> float:
-        """The number that the entry's losses are multiplied by, 1 where it is balanced."""
+        """The number that the entry's losses are multiplied by, 1 if it is balanced."""
         return 1.0 if self.loss.weight == "auto" else self.loss.weight
 
     @model_validator(mode="after")
     def _loss_fits_the_tap(self) -> Align:
-        allowed = LOSSES.get(self.tap, FEATURE_LOSSES)
-        if self.loss.kind not in allowed:
+        loss = self.loss
+        if self.tap not in loss.taps:
+            allowed = " | ".join(kinds_of(options for options in LOSS_OPTIONS if self.tap in options.taps))
             raise ValueError(
-                f"the loss '{self.loss.kind}' does not fit the tap '{self.tap}', which is compared by "
-                f"{' | '.join(allowed)}"
+                f"the loss '{loss.kind}' does not fit the tap '{self.tap}', which is compared by {allowed}"
             )
-        if self.loss.kind == "relation" and (self.tap == "mixing") != (self.loss.of is not None):
-            raise ValueError(
-                "relations of the tap 'mixing' need of: queries or of: keys; those of the tap 'values' have no 'of'"
-            )
-        if self.loss.kind not in PROJECTED and self.projector_kind not in ("auto", "none"):
-            hint = "; unequal heads are bridged by loss: {heads: …}" if self.loss.kind == "mixing" else ""
-            raise ValueError(f"the loss '{self.loss.kind}' takes no projector{hint}")
+        problem = loss.problem_at(self.tap)
+        if problem is not None:
+            raise ValueError(problem)
+        if not loss.takes_projector(self.tap) and self.projector_kind not in ("auto", "none"):
+            raise ValueError(f"the loss '{loss.kind}' takes no projector{loss.instead_of_projector}")
         return self
 
 
-def is_projected(loss: AlignLoss) -> bool:
-    """Return True if this loss takes a projector."""
-    return loss.kind in PROJECTED
-
-
-def is_standardized(loss: AlignLoss) -> bool:
-    """Return True if features are standardized with the teacher's statistics."""
-    return bool(getattr(loss, "standardize", False))
-
-
 class PlainDivergence(ConfigModel):
-    """Divergence without parameters; its name alone is equivalent."""
+    """A divergence without a parameter; its name alone is equivalent."""
 
     kind: Literal["forward_kl", "reverse_kl", "total_variation"]
 
@@ -277,12 +140,21 @@ class RenyiDivergence(ConfigModel):
     alpha: Positive = 0.5
 
 
+class CustomDivergenceOptions(ConfigModel):
+    """Divergence passed from Python as `divergences={name: …}`."""
+
+    kind: Literal["custom"]
+    name: Name
+
+
 DivergenceName = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha", "renyi"
 ]
 DivergenceWithParameter = Annotated[
-    PlainDivergence | JensenShannon | SkewDivergence | AlphaDivergence | RenyiDivergence, Field(discriminator="kind")
+    PlainDivergence | JensenShannon | SkewDivergence | AlphaDivergence | RenyiDivergence | CustomDivergenceOptions,
+    Field(discriminator="kind"),
 ]
+DIVERGENCE_OPTIONS: Final[tuple[type[ConfigModel], ...]] = get_args(get_args(DivergenceWithParameter)[0])
 
 
 class Tokens(ConfigModel):
@@ -301,8 +173,10 @@ class Tokens(ConfigModel):
     schedule: Schedule | None = None
 
     @property
-    def divergence_kind(self) -> str:
-        """The divergence's name, however it was written."""
+    def divergence_label(self) -> str:
+        """Name of the divergence in tables."""
+        if isinstance(self.divergence, CustomDivergenceOptions):
+            return f"custom {self.divergence.name}"
         return self.divergence if isinstance(self.divergence, str) else self.divergence.kind
 
     @model_validator(mode="after")

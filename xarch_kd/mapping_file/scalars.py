@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _number(value: object) -> object:
-    """Return an integer as the float it stands for: strict floats would refuse `weight: 1`."""
+    """Return an integer as a float: strict floats would refuse `weight: 1`."""
     return float(value) if type(value) is int and abs(value) < 2**63 else value
 
 
@@ -43,3 +44,12 @@ class ConfigModel(BaseModel):
     """Parent of every part of a mapping file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def kinds_of(options: Iterable[type[ConfigModel]]) -> tuple[str, ...]:
+    """Return the names that select these options: the values of their `kind` or `strategy`."""
+    found: list[str] = []
+    for part in options:
+        tag = part.model_fields["kind" if "kind" in part.model_fields else "strategy"]
+        found += get_args(tag.annotation)
+    return tuple(found)

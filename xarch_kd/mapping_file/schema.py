@@ -25,6 +25,8 @@ from xarch_kd.mapping_file.scalars import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+MixerName = Literal["mamba2", "gated_delta"]
+TargetName = Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
 
 
@@ -62,10 +64,10 @@ class Model(ConfigModel):
 class Conversion(ConfigModel):
     """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax."""
 
-    mixer: Literal["mamba2", "gated_delta"]
+    mixer: MixerName
     keep_attention: str | tuple[LayerIndex, ...] | None = None
     replace: str | tuple[LayerIndex, ...] | None = None
-    target: Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"] = "auto"
+    target: TargetName = "auto"
     init: Literal["attention", "random"] = "attention"
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""One `align` entry as it is computed: its matches, the layer map between them, and when it counts."""
+"""Objectives of one `align` entry: its pairs, their layer map and their schedule."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from xarch_kd.errors import NonFiniteLoss, XarchError
 from xarch_kd.layer_mapping import LearnedMap, build_layer_map
 from xarch_kd.layer_mapping.layer_map import LayerMap
-from xarch_kd.losses.schedules import WeightSchedule
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.objectives.base import PairObjective
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.objectives.registry import build_objective
 from xarch_kd.ops import checks
+from xarch_kd.planning.custom import CustomObjects
 from xarch_kd.planning.layer_maps import is_learned, redraw_period, strategy_of
+from xarch_kd.planning.objective_checks import weight_schedule
 from xarch_kd.planning.plan import PairPlan
 from xarch_kd.taps.sites import Site
 from xarch_kd.teacher.feature_cache import Feature
 
 
 class ActivePair(NamedTuple):
-    """A match and the teacher's site that it is compared with at the moment."""
+    """The objective of a pair, and the teacher's site that it is compared with at this step."""
 
     match: PairObjective
     site: Site
@@ -40,7 +41,7 @@ Sides = Callable[[ActivePair], tuple[Feature, Feature]]
 
 
 class Alignment:
-    """The matches of an entry. `map` is a layer map that is trained, registered in `maps`."""
+    """The objectives of an entry's pairs. `map` is a layer map that trains, registered in `maps`."""
 
     def __init__(
         self,
@@ -51,10 +52,11 @@ class Alignment:
         projectors: nn.ModuleDict,
         maps: nn.ModuleDict,
         generators: Callable[[PairPlan], torch.Generator],
+        custom: CustomObjects,
     ) -> None:
         self.align, self.depths = align, depths
-        self.matches = tuple(build_objective(pair, align, projectors, generators(pair)) for pair in pairs)
-        self.schedule = WeightSchedule() if align.schedule is None else align.schedule.schedule
+        self.matches = tuple(build_objective(pair, align, projectors, generators(pair), custom) for pair in pairs)
+        self.schedule = weight_schedule(align.schedule)
         self.map: LearnedMap | None = None
         self._period = redraw_period(align)
         # Without the student's blocks that nothing trained reaches.
@@ -65,7 +67,7 @@ class Alignment:
             maps[align.name] = self.map
 
     def active_pairs(self, step: int) -> tuple[ActivePair, ...]:
-        """Return the matches with the teacher's sites of this step."""
+        """Return the pairs with the teacher's sites of this step."""
         redrawn = self._drawn(step)
         return tuple(
             ActivePair(match, Site(match.pair.tap, redrawn.get(match.pair.student_layer, match.pair.teacher_layer)))
@@ -112,7 +114,7 @@ class Alignment:
         return {name: factor * loss for name, loss in zip(names, matched.student, strict=True)}, own
 
     def layer_map(self, progress: float) -> LayerMap | None:
-        """Return the learned layer map as it is now, None for one that is fixed."""
+        """Return the learned layer map at `progress`, None for a fixed one."""
         return None if self.map is None else self.map.layer_map(progress)
 
 

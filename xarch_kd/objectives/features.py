@@ -2,64 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from xarch_kd.errors import check_table
 from xarch_kd.losses.cka import cka_loss
-from xarch_kd.losses.features import feature_loss, feature_normalizer
+from xarch_kd.losses.features import LOSSES, feature_loss, feature_normalizer
 from xarch_kd.losses.relations import gram_loss
+from xarch_kd.mapping_file.losses import LOSS_OPTIONS, DistanceOptions
+from xarch_kd.mapping_file.scalars import kinds_of
 from xarch_kd.objectives.base import PairObjective, ProjectedPair, tensor
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.teacher.feature_cache import Feature
 
+check_table("feature losses", LOSSES, kinds_of(part for part in LOSS_OPTIONS if issubclass(part, DistanceOptions)))
 
-class FeatureObjective(PairObjective):
-    """Features through a projector, perhaps standardised."""
+
+class DistanceObjective(PairObjective):
+    """Mean distance between the features of a token, through a projector, perhaps standardized."""
 
     def build(self, modules: nn.ModuleDict, generator: torch.Generator) -> None:
         pair = self.pair
         self.projector = self._projector(modules, pair.projector_key, (pair.student_dim, pair.teacher_dim), generator)
 
     def loss(self, student: Feature, teacher: Feature, mask: Tensor | None, normalizers: LossNormalizers) -> Tensor:
-        loss, target = self.entry.loss, self.target(teacher)
+        options, target = self.entry.loss, self.target(teacher)
+        assert isinstance(options, DistanceOptions)
         return feature_loss(
-            loss.kind,
+            options.kind,
             tensor(student).float(),
             target,
             normalizer=normalizers.teacher_sq_norms[self.pair.name]
-            if loss.kind == "relative_mse"
+            if self.needs_full_step_features
             else normalizers.tokens,
             mask=mask,
             projector=self.projector,
             standardizer=self.standardizer(target),
-            epsilon=getattr(loss, "epsilon", 1e-6),
-            delta=getattr(loss, "delta", 1.0),
+            **options.parameters(),
         )
 
+    @property
+    def needs_full_step_features(self) -> bool:
+        """The loss is divided by the teacher's squared norm over a whole step."""
+        return LOSSES[self.entry.loss.kind].over_teacher_energy
+
     def teacher_sq_norm(self, teacher: Feature, mask: Tensor | None) -> Tensor | None:
-        if self.entry.loss.kind != "relative_mse":
+        if not self.needs_full_step_features:
             return None
         target = self.target(teacher)
-        return feature_normalizer("relative_mse", target, mask, standardizer=self.standardizer(target))
+        return feature_normalizer(self.entry.loss.kind, target, mask, standardizer=self.standardizer(target))
 
     def projections(self, student: Feature, teacher: Feature) -> Iterator[ProjectedPair]:
-        if self.projector is not None:
+        if self.projector is not None and self.projector.has_closed_form:
             yield ProjectedPair(self.pair.projector_key, self.projector, tensor(student), self.target(teacher))
 
 
 class SimilarityObjective(PairObjective):
-    """Features compared by how tokens relate, without a projector."""
+    """Features compared by how tokens relate to each other, without a projector."""
+
+    compare: ClassVar[Callable[..., Tensor]]
 
     def loss(self, student: Feature, teacher: Feature, mask: Tensor | None, normalizers: LossNormalizers) -> Tensor:
-        compare = cka_loss if self.entry.loss.kind == "cka" else gram_loss
         target = self.target(teacher)
-        return compare(
-            tensor(student).float(),
-            target,
-            normalizer=normalizers.tokens,
-            mask=mask,
-            standardizer=self.standardizer(target),
-            shared_basis=self.pair.shared_basis,
-        )
+        options: dict[str, Any] = {"standardizer": self.standardizer(target), "shared_basis": self.pair.shared_basis}
+        return self.compare(tensor(student).float(), target, normalizer=normalizers.tokens, mask=mask, **options)
+
+
+class CkaObjective(SimilarityObjective):
+    """One minus linear CKA of student and teacher."""
+
+    compare = staticmethod(cka_loss)
+
+
+class GramObjective(SimilarityObjective):
+    """Distance between the tokens' Gram matrices."""
+
+    compare = staticmethod(gram_loss)

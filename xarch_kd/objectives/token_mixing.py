@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 from torch import Tensor, nn
 
+from xarch_kd.errors import check_table
 from xarch_kd.losses.mixing import mixing_loss
-from xarch_kd.mapping_file.objectives import MixingMatch
+from xarch_kd.mapping_file.losses import MixingMatch
 from xarch_kd.mixing import Mixing
 from xarch_kd.objectives.base import PairObjective, mixing
 from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.ops.row_distances import FORMULAS
 from xarch_kd.projectors import HeadMap
 from xarch_kd.projectors.heads import assignment, head_costs, head_map
 from xarch_kd.teacher.feature_cache import Feature
 
-# Random values that two mixers are applied to, to see which heads are alike: their products estimate those of matrices.
+# Random values to which two mixers are applied; products of the results estimate products of the matrices.
 ASSIGNMENT_PROBES: Final = 16
 
 
@@ -24,10 +26,11 @@ TRAINING_PROBES: Final = 4
 
 
 PROBE_SEED: Final = 20_260
+check_table("mixing distances", FORMULAS, get_args(MixingMatch.model_fields["distance"].annotation))
 
 
 class MixingDistanceObjective(PairObjective):
-    """The rows of two token-mixing matrices."""
+    """Distance between the rows of two token-mixing matrices."""
 
     def build(self, modules: nn.ModuleDict, generator: torch.Generator) -> None:
         assert isinstance(self.entry.loss, MixingMatch)
@@ -79,7 +82,7 @@ class MixingDistanceObjective(PairObjective):
 
 @torch.no_grad()
 def _probed(student: Mixing, teacher: Mixing, probes: int) -> tuple[Tensor, Tensor]:
-    """Return what both mixers make of the same random values: [batch, time, heads, probes] of each."""
+    """Return both mixers applied to the same random values: [batch, time, heads, probes] of each."""
     generator = torch.Generator().manual_seed(PROBE_SEED)
     made: list[Any] = []
     for side in (student, teacher):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xarch_kd.mapping_file.objectives import MIXER_TAPS
 from xarch_kd.mapping_file.schema import Stage
-from xarch_kd.taps.sites import Site
+from xarch_kd.taps.sites import MIXER_TAPS, Site
 
 
 def runs_mixers_alone(stage: Stage, taps: Iterable[str]) -> bool:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import UsageError, check_table
 from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
-from xarch_kd.mapping_file.layer_maps import LayerPair, RandomStrategy
+from xarch_kd.mapping_file.layer_maps import STRATEGY_OPTIONS, CustomStrategy, LayerPair, RandomStrategy
 from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.mapping_file.scalars import kinds_of
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
 from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.problems import Diagnostics, one_line
 from xarch_kd.projectors import enough_tokens
+from xarch_kd.taps.sites import MIXING_TAPS
 
-# Taps that are no features.
-FACTOR_TAPS: Final = ("mixing", "values")
+check_table("layer map strategies", {*STRATEGIES, "custom"}, kinds_of(STRATEGY_OPTIONS))
 
 
 def layer_map(align: Align, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> LayerMap | None:
@@ -35,10 +35,12 @@ def layer_map(align: Align, models: ModelPair, place: YamlPath, diagnostics: Dia
         return None
     if isinstance(align.layers, tuple):
         return _explicit(align.layers, depths, place, diagnostics)
+    if isinstance(align.layers, CustomStrategy):
+        return _custom(align.layers.name, models, place, diagnostics)
     name, options = strategy_of(align)
     options.pop("redraw", None)
     similarity = models.similarities.get(entry_key(int(place[1]), align.name))
-    if is_measured(align) and align.tap in FACTOR_TAPS:
+    if is_measured(align) and align.tap in MIXING_TAPS:
         message = f"{name} compares features, and {align.tap} is none. Use a strategy that needs no calibration."
         diagnostics.problems.append(Problem((*place, "layers"), message))
         return None
@@ -56,6 +58,27 @@ def layer_map(align: Align, models: ModelPair, place: YamlPath, diagnostics: Dia
         f"{align.name}: which layers {name} pairs follows from a calibration pass; uniform stands in for it here"
     )
     return _built("uniform", {}, models, None)
+
+
+def _custom(name: str, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> LayerMap | None:
+    """Return the layer map of a custom strategy, or None if the diagnostics have the reason why there is none."""
+    depths = (models.student.depth, models.teacher.depth)
+    made = models.custom.layer_maps[name](*depths)
+    weights = made.weights if isinstance(made, LayerMap) else made
+    message = None
+    if not isinstance(weights, Tensor) or tuple(weights.shape) != depths:
+        found = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        message = f"the layer map '{name}' returned {found}; allowed: weights {list(depths)} [student, teacher layers]"
+    else:
+        try:
+            custom_map = LayerMap(f"custom {name}", weights)
+            if custom_map.pairs():
+                return custom_map
+            message = f"the layer map '{name}' is 0 everywhere, so nothing would be matched"
+        except UsageError as error:
+            message = one_line(error)
+    diagnostics.problems.append(Problem((*place, "layers"), message))
+    return None
 
 
 def _too_few_tokens(entry: str, name: str, models: ModelPair) -> Iterator[str]:
@@ -101,7 +124,7 @@ def is_learned(align: Align) -> bool:
 
 def is_measured(align: Align) -> bool:
     """Return True if the layer map of an entry needs a calibration pass."""
-    if align.layers is None or isinstance(align.layers, tuple):
+    if align.layers is None or isinstance(align.layers, tuple | CustomStrategy):
         return False
     return STRATEGIES[strategy_of(align)[0]].needs == "similarity"
 

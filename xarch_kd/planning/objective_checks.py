@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
-from xarch_kd.losses.cka import cka_tokens
-from xarch_kd.losses.schedules import WeightSchedule
+from xarch_kd.errors import check_table
+from xarch_kd.losses.schedules import SHAPES, WeightSchedule
 from xarch_kd.mapping_file.objectives import Schedule
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
 from xarch_kd.planning.layer_maps import redraw_period
 from xarch_kd.planning.plan import PairPlan
 
+check_table("schedules", SHAPES, get_args(Schedule.model_fields["kind"].annotation))
+
 
 def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: YamlPath) -> Iterator[Problem]:
-    """Yield what is wrong with the objectives that are left in a stage."""
+    """Yield the problems of the objectives of a stage that train something."""
     present = {pair.align for pair in pairs}
     entries = [entry for entry in stage.align if entry.name in present]
     if stage.tokens is None and entries and all(entry.loss.weight == "auto" for entry in entries):
@@ -24,9 +27,9 @@ def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: YamlPath)
             "a number, or add tokens."
         )
         yield Problem((*place, "align", position, "loss", "weight"), message)
-    schedules = [_schedule(entry.schedule) for entry in entries]
+    schedules = [weight_schedule(entry.schedule) for entry in entries]
     if stage.tokens is not None:
-        schedules.append(_schedule(stage.tokens.schedule))
+        schedules.append(weight_schedule(stage.tokens.schedule))
     for step in _turns(schedules, stage.steps):
         if not any(schedule.factor(step / stage.steps) > 0 for schedule in schedules):
             message = (
@@ -38,7 +41,7 @@ def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: YamlPath)
 
 
 def _turns(schedules: Sequence[WeightSchedule], steps: int) -> list[int]:
-    """Return steps among which is the first of all at which every schedule is 0, if there is one.
+    """Return candidate steps: the first step at which every schedule is 0, if there is one, is among them.
 
     A factor becomes 0 at the first step or next to its start or end, so that step is one of these.
     """
@@ -49,12 +52,14 @@ def _turns(schedules: Sequence[WeightSchedule], steps: int) -> list[int]:
 
 def batch_warnings(stage: Stage, pairs: Sequence[PairPlan], tokens: int) -> Iterator[str]:
     """Yield a warning for each entry whose loss needs more than `tokens` tokens per micro-batch."""
+    entries = {entry.name: entry for entry in stage.align}
     for pair in pairs:
-        enough = cka_tokens(pair.student_dim, pair.teacher_dim)
-        if pair.loss == "cka" and tokens < enough:
+        loss, dim = entries[pair.align].loss, max(pair.student_dim, pair.teacher_dim)
+        enough = loss.tokens_per_dim * dim
+        if tokens < enough:
             yield (
                 f"stage {stage.name}: {pair.align} compares {tokens} tokens at a time in "
-                f"{max(pair.student_dim, pair.teacher_dim)} dimensions by cka, which is more noise than signal "
+                f"{dim} dimensions by {loss.label}, which is more noise than signal "
                 f"below {enough}: raise batch_size or data.sequence_length"
             )
 
@@ -69,5 +74,6 @@ def redraw_warnings(stage: Stage) -> Iterator[str]:
             )
 
 
-def _schedule(given: Schedule | None) -> WeightSchedule:
-    return WeightSchedule() if given is None else given.schedule
+def weight_schedule(options: Schedule | None) -> WeightSchedule:
+    """Return the schedule of these options, a constant one for None."""
+    return WeightSchedule() if options is None else WeightSchedule(**options.model_dump())

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, get_args
 
-from xarch_kd.errors import TapError, UsageError
+from xarch_kd.errors import TapError, UsageError, check_table
 from xarch_kd.layer_mapping import LayerMap
 from xarch_kd.losses.relations import relation_heads
-from xarch_kd.mapping_file.objectives import Align, AttentionBridge, MixingMatch, Relation, is_projected
+from xarch_kd.mapping_file.losses import AttentionBridge, MixingMatch, Relation
+from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.mapping_file.projectors import PROJECTOR_OPTIONS, CustomProjectorOptions, ProjectorName
+from xarch_kd.mapping_file.scalars import kinds_of
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
-from xarch_kd.planning.layer_maps import FACTOR_TAPS, is_learned, layer_map, strategy_of
+from xarch_kd.planning.layer_maps import is_learned, layer_map, strategy_of
 from xarch_kd.planning.mixing_sizes import MixingSize, mixing_size
 from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.plan import PairPlan
 from xarch_kd.planning.problems import Diagnostics, one_line
-from xarch_kd.projectors import enough_tokens, parameter_count, resolve_init
+from xarch_kd.projectors import PROJECTOR_KINDS, build_custom_projector, enough_tokens, parameter_count, resolve_init
 from xarch_kd.projectors.heads import head_map
-from xarch_kd.taps.sites import sites_of
+from xarch_kd.taps.sites import MIXING_TAPS, WHOLE_TAPS, sites_of
 
-WHOLE_TAPS = ("embedding", "head_input")
+# An identity is what `none` means where both have the same dimension.
+check_table(
+    "projectors",
+    {*PROJECTOR_KINDS, "auto", "custom"} - {"identity"},
+    {*get_args(ProjectorName), *kinds_of(PROJECTOR_OPTIONS)},
+)
 AlignPairs = tuple[list[PairPlan], LayerMap | None]
 
 
@@ -57,7 +66,7 @@ def _check_tap(align: Align, models: ModelPair, place: YamlPath, diagnostics: Di
 
 
 def _counted_once(pairs: Iterator[PairPlan]) -> Iterator[PairPlan]:
-    """Yield the pairs, of those that share a projector only the first with its parameters."""
+    """Yield the pairs; of those that share a projector only the first counts its parameters."""
     seen: set[str] = set()
     for pair in pairs:
         yield replace(pair, projector_parameters=0) if pair.projector_key in seen else pair
@@ -83,7 +92,7 @@ class _Source:
             yield replace(pair, weight=pair.weight * share, teacher_scale=self._teacher_scale(students.count(student)))
 
     def _teacher_scale(self, span: int) -> float:
-        """Return what the teacher's features are multiplied by.
+        """Return the factor of the teacher's features.
 
         The outputs of mixers and MLPs add up in the residual stream, so a student block that stands for a span of
         teacher blocks learns their sum. Of squared errors, the mean over the span of those to span × each has its
@@ -111,9 +120,11 @@ class _Source:
             projector_key=self._projector_key(name, student_layer),
             shared_basis=self.models.inherits and student.layout.dim == teacher.layout.dim,
         )
-        if align.tap in FACTOR_TAPS and student_layer is not None and teacher_layer is not None:
+        if align.tap in MIXING_TAPS and student_layer is not None and teacher_layer is not None:
             return self._of_factors(pair, student_layer, teacher_layer)
-        return self._projected(pair, ((pair.student_dim, pair.teacher_dim),)) if is_projected(align.loss) else pair
+        if not align.loss.takes_projector(align.tap):
+            return pair
+        return self._projected(pair, ((pair.student_dim, pair.teacher_dim),))
 
     def _projector_key(self, name: str, student_layer: int | None) -> str:
         if self.align.projector_part.share:
@@ -139,11 +150,19 @@ class _Source:
         try:
             for student, _ in dims:
                 self._check_start(kind, student)
-            parameters = sum(parameter_count(kind, *both, **options) for both in dims)
+            parameters = sum(self._parameters(kind, *both, **options) for both in dims)
         except UsageError as error:
             self._problem(one_line(error), "projector")
             return pair
         return replace(pair, projector=kind, projector_parameters=parameters)
+
+    def _parameters(self, kind: str, student_dim: int, teacher_dim: int, **options: Any) -> int:
+        part = self.align.projector_part
+        if not isinstance(part, CustomProjectorOptions):
+            return parameter_count(kind, student_dim, teacher_dim, **options)
+        factory = self.models.custom.projectors[part.name]
+        built = build_custom_projector(part.name, factory, student_dim, teacher_dim, seed=0)
+        return sum(parameter.numel() for parameter in built.parameters())
 
     def _check_start(self, kind: str, student_dim: int) -> None:
         """Add a problem if the calibration pass has too few tokens for an explicitly requested closed form."""

@@ -155,11 +155,11 @@ def _stages(plan: Plan) -> Table:
 
 
 def _objectives(stage: StagePlan) -> str:
-    parts = [f"{align.name} ({_loss(align)})" for align in stage.stage.align if _of(align.name, stage.pairs)]
+    parts = [f"{align.name} ({align.loss.label})" for align in stage.stage.align if _of(align.name, stage.pairs)]
     tokens = stage.stage.tokens
     if tokens is not None:
         if tokens.weight:
-            parts.append(f"{tokens.divergence_kind} at T={tokens.temperature:g}, weight {tokens.weight:g}")
+            parts.append(f"{tokens.divergence_label} at T={tokens.temperature:g}, weight {tokens.weight:g}")
         if tokens.cross_entropy:
             parts.append(f"cross-entropy, weight {tokens.cross_entropy:g}")
     return "; ".join(parts)
@@ -185,7 +185,7 @@ def _pairs(plan: Plan) -> Table:
                 _shape(stage, length, pair.tap, pair.student_layer, pair.student_dim, pair.student_heads),
                 _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_dim, pair.teacher_heads),
                 projector,
-                _loss(stage.align_of(pair)),
+                stage.align_of(pair).loss.label,
                 _weight(stage.align_of(pair), pair),
             )
     return table
@@ -203,10 +203,6 @@ def _shape(stage: StagePlan, length: int, tap: str, layer: int | None, dim: int,
     if tap == "mixing":
         return f"{block}({stage.batch_size}, {'heads' if heads is None else heads}, {length} × {length})"
     return f"{block}({stage.batch_size}, {length}, {dim})"
-
-
-def _loss(align: Align) -> str:
-    return align.loss.distance if align.loss.kind == "mixing" else align.loss.kind
 
 
 def _finite(value: Any) -> Any:

@@ -7,20 +7,22 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.errors import ModelError, UsageError, check_table
 from xarch_kd.mapping_file import schema
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.python_values import mapping_as_yaml, mapping_from
-from xarch_kd.mapping_file.schema import MappingFile, Paths
+from xarch_kd.mapping_file.schema import MappingFile, MixerName, Paths, TargetName
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error, yaml_path_text
 from xarch_kd.models.conversion.base import Conversion
 from xarch_kd.models.conversion.convert import plan_conversion
+from xarch_kd.models.conversion.recipes import RECIPES
+from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.models.fresh import FreshConfigError, fresh_config
 from xarch_kd.models.loading.load import load_config, read_student_config
 from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
@@ -37,6 +39,9 @@ from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.problems import Diagnostics, one_line
 from xarch_kd.planning.stage import stage_plan
+
+check_table("mixers to convert to", RECIPES, get_args(MixerName))
+check_table("classes to convert to", {*TARGETS, "auto", "in_place"}, get_args(TargetName))
 
 
 def make_plan(
@@ -69,6 +74,12 @@ def make_plan(
     return _plan(loaded, mapping_as_yaml(loaded), None, None, custom, rates)
 
 
+def plan_of_run(path: Path) -> Plan:
+    """Return the plan of the mapping file of a run that is measured and not trained; custom objects are not needed."""
+    loaded, source, source_map = load_mapping(path)
+    return _plan(loaded, source, path, source_map, CustomObjects.stand_ins(loaded), None)
+
+
 def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor], *, rates: Rates | None = None) -> Plan:
     """Return the plan with the layer maps that follow from `similarities`: [student, teacher layers] by `entry_key`."""
     return _plan(plan.mapping, plan.source, plan.path, None, plan.custom, rates, similarities)
@@ -83,7 +94,9 @@ def _plan(
     rates: Rates | None,
     similarities: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Plan:
-    diagnostics = Diagnostics()
+    diagnostics = Diagnostics(warnings=custom.warnings(mapping))
+    if missing := custom.problems(mapping):
+        raise mapping_error(missing, source_map)
     with _placed(("teacher", "model"), source_map):
         teacher_config = load_config(mapping.teacher.model, mapping.teacher.revision)
     teacher = _side(

@@ -61,7 +61,7 @@ def stage_plan(
 
 @dataclass(frozen=True, kw_only=True)
 class _Resolved:
-    """A stage whose parts are known and fit."""
+    """A stage whose parts fit, before its costs are estimated."""
 
     index: int
     stage: Stage
@@ -90,7 +90,7 @@ class _Resolved:
 
 
 def _measured(resolved: _Resolved, models: ModelPair, rates: Rates, diagnostics: Diagnostics) -> StagePlan | None:
-    """Return the stage with its sizes and costs, or None when its cache does not fit."""
+    """Return the stage with its sizes and costs, or None if its cache does not fit."""
     work = _work(resolved, models)
     if not _cache_fits(resolved, work.cache_bytes, diagnostics):
         return None
@@ -167,7 +167,7 @@ def _trainable(stage: Stage, models: ModelPair, place: YamlPath, diagnostics: Di
 
 
 def _mixers(resolved: _Resolved, models: ModelPair, diagnostics: Diagnostics) -> tuple[str, ...]:
-    """Return the names that `mixer_lr` is for: what trains of the replaced mixers, or of all if none was."""
+    """Return the trainable parameters that use `mixer_lr`: of the replaced mixers, or of all if none was replaced."""
     if resolved.stage.optimizer.mixer_lr is None:
         return ()
     layout = models.student.layout
@@ -231,7 +231,7 @@ def _reach(stage: Stage, pair: PairPlan, models: ModelPair) -> set[str]:
 
 
 def _teacher_sites(stage: Stage, pairs: Sequence[PairPlan]) -> tuple[Site, ...]:
-    """Return what is read of the teacher: the targets, and what the student's blocks or mixers are fed."""
+    """Return the teacher's sites that are read: targets, and inputs of the student's blocks or mixers."""
     sites = {Site(pair.tap, pair.teacher_layer): None for pair in pairs}
     for pair in pairs if stage.inputs == "teacher" else ():
         taps = [other.tap for other in pairs if other.student_layer == pair.student_layer]
@@ -242,7 +242,7 @@ def _teacher_sites(stage: Stage, pairs: Sequence[PairPlan]) -> tuple[Site, ...]:
 
 
 def _blocks_run(site: Site, depth: int) -> int:
-    """Return how many blocks a pass runs to reach a site."""
+    """Return the number of blocks that a pass runs to reach a site."""
     tap, layer = site
     if tap == "embedding":
         return 0

@@ -16,6 +16,7 @@ from xarch_kd.projectors.closed_form import (
     resolve_init,
     ridge,
 )
+from xarch_kd.projectors.custom import CustomProjector, build_custom_projector
 from xarch_kd.projectors.diagnostics import Diagnosis, diagnose, explained_alone
 from xarch_kd.projectors.heads import assignment, head_costs, head_map
 from xarch_kd.projectors.learned_heads import HeadMap
@@ -26,6 +27,7 @@ from xarch_kd.projectors.statistics import PairStatistics
 __all__ = [
     "INITS",
     "PROJECTOR_KINDS",
+    "CustomProjector",
     "Diagnosis",
     "HeadMap",
     "IdentityProjector",
@@ -38,6 +40,7 @@ __all__ = [
     "Projector",
     "Split",
     "assignment",
+    "build_custom_projector",
     "build_projector",
     "ceiling",
     "diagnose",

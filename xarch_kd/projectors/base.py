@@ -29,6 +29,8 @@ class Projector(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    # A linear map that can be fitted to calibration text, and measured there.
+    has_closed_form: ClassVar[bool] = True
 
     def __init__(self, student_dim: int, teacher_dim: int, rank: int) -> None:
         super().__init__()

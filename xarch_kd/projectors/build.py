@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 
@@ -17,15 +19,53 @@ from xarch_kd.projectors.linear import (
 )
 from xarch_kd.projectors.mlp import MLPProjector, default_hidden
 
-# Kind -> description.
-PROJECTOR_KINDS: Final = {
-    "auto": "none if the dimensions are equal, else linear",
-    "none": "no projector",
-    "identity": "no projector, as a module",
-    "linear": "one matrix",
-    "low_rank": "the product of two thin matrices",
-    "mlp": "one hidden layer",
-    "orthogonal": "one matrix that keeps lengths and angles",
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorKind:
+    """A kind of projector: its constructor and its number of parameters, by (student dim, teacher dim, **options).
+
+    `options` are those of `build_projector` that it takes; `keeps_dim` kinds are for equal dimensions alone.
+    """
+
+    build: Callable[..., Projector | None]
+    parameters: Callable[..., int]
+    options: tuple[str, ...] = ()
+    keeps_dim: bool = False
+
+
+def _none(student_dim: int, teacher_dim: int, *, generator: torch.Generator | None = None) -> None:
+    return None
+
+
+def _identity(student_dim: int, teacher_dim: int, *, generator: torch.Generator | None = None) -> IdentityProjector:
+    return IdentityProjector(student_dim, teacher_dim)
+
+
+def _without_parameters(student_dim: int, teacher_dim: int) -> int:
+    return 0
+
+
+def _matrix(student_dim: int, teacher_dim: int, bias: bool = False) -> int:
+    return student_dim * teacher_dim + bias * teacher_dim
+
+
+def _thin(student_dim: int, teacher_dim: int, rank: int | None = None, bias: bool = False) -> int:
+    return default_rank(student_dim, teacher_dim, rank) * (student_dim + teacher_dim) + bias * teacher_dim
+
+
+def _two_layers(student_dim: int, teacher_dim: int, hidden: int | None = None, bias: bool = False) -> int:
+    units = default_hidden(student_dim, teacher_dim, hidden)
+    return units * (student_dim + 1 + teacher_dim) + bias * teacher_dim
+
+
+# `auto` stands for one of these (`resolve_kind`).
+PROJECTOR_KINDS: Final[Mapping[str, ProjectorKind]] = {
+    "none": ProjectorKind(build=_none, parameters=_without_parameters, keeps_dim=True),
+    "identity": ProjectorKind(build=_identity, parameters=_without_parameters, keeps_dim=True),
+    "linear": ProjectorKind(build=LinearProjector, parameters=_matrix, options=("bias",)),
+    "low_rank": ProjectorKind(build=LowRankProjector, parameters=_thin, options=("rank", "bias")),
+    "mlp": ProjectorKind(build=MLPProjector, parameters=_two_layers, options=("hidden", "bias")),
+    "orthogonal": ProjectorKind(build=OrthogonalProjector, parameters=_matrix, options=("bias",)),
 }
 
 
@@ -34,15 +74,14 @@ def resolve_kind(kind: str, student_dim: int, teacher_dim: int) -> str:
 
     Raises UsageError for an unknown kind, and for `none` or `identity` if the dimensions differ.
     """
-    if kind not in PROJECTOR_KINDS:
+    allowed = ("auto", *PROJECTOR_KINDS)
+    if kind not in allowed:
         raise UsageError(
-            f"There is no such projector.{suggest(kind, PROJECTOR_KINDS)}",
-            asked=kind,
-            allowed=" | ".join(PROJECTOR_KINDS),
+            f"There is no such projector.{suggest(kind, allowed)}", asked=kind, allowed=" | ".join(allowed)
         )
     if kind == "auto":
         return "none" if student_dim == teacher_dim else "linear"
-    if kind in ("none", "identity") and student_dim != teacher_dim:
+    if PROJECTOR_KINDS[kind].keeps_dim and student_dim != teacher_dim:
         raise UsageError(
             "Without a projector student and teacher must have the same dimension.",
             asked=f"projector: {kind}",
@@ -71,17 +110,9 @@ def build_projector(
             that the kind does not have.
     """
     kind = resolve_kind(kind, student_dim, teacher_dim)
-    _check_options(kind, rank, hidden, bias)
-    if kind == "none":
-        return None
-    if kind == "identity":
-        return IdentityProjector(student_dim, teacher_dim)
-    if kind == "low_rank":
-        return LowRankProjector(student_dim, teacher_dim, rank, bias, generator=generator)
-    if kind == "mlp":
-        return MLPProjector(student_dim, teacher_dim, hidden, bias, generator=generator)
-    chosen = OrthogonalProjector if kind == "orthogonal" else LinearProjector
-    return chosen(student_dim, teacher_dim, bias, generator=generator)
+    return PROJECTOR_KINDS[kind].build(
+        student_dim, teacher_dim, generator=generator, **_options(kind, rank, hidden, bias)
+    )
 
 
 def parameter_count(
@@ -95,26 +126,21 @@ def parameter_count(
 ) -> int:
     """Return the number of parameters of `build_projector` with the same arguments; raises the same errors."""
     kind = resolve_kind(kind, student_dim, teacher_dim)
-    _check_options(kind, rank, hidden, bias)
-    if kind in ("none", "identity"):
-        return 0
-    offset = teacher_dim if bias else 0
-    if kind == "low_rank":
-        return default_rank(student_dim, teacher_dim, rank) * (student_dim + teacher_dim) + offset
-    if kind == "mlp":
-        return default_hidden(student_dim, teacher_dim, hidden) * (student_dim + 1 + teacher_dim) + offset
-    return student_dim * teacher_dim + offset
+    return PROJECTOR_KINDS[kind].parameters(student_dim, teacher_dim, **_options(kind, rank, hidden, bias))
 
 
-def _check_options(kind: str, rank: int | None, hidden: int | None, bias: bool) -> None:
-    given: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
-        ("rank", rank is not None, ("low_rank",)),
-        ("hidden", hidden is not None, ("mlp",)),
-        ("bias", bias, ("linear", "low_rank", "mlp", "orthogonal")),
-    )
-    for option, asked, kinds in given:
+def _options(kind: str, rank: int | None, hidden: int | None, bias: bool) -> dict[str, Any]:
+    """Return the options that were given. Raises UsageError for one that the kind does not have."""
+    given = {"rank": rank, "hidden": hidden, "bias": bias or None}
+    found = {name: value for name, value in given.items() if value is not None}
+    if kind == "none":
         # `bias` is ignored without a projector, because `auto` may resolve to none.
-        if asked and kind not in kinds and not (option == "bias" and kind == "none"):
+        found.pop("bias", None)
+    for option in found:
+        if option not in PROJECTOR_KINDS[kind].options:
             raise UsageError(
-                f"This projector has no {option}.", asked=f"{option} of projector: {kind}", allowed=" | ".join(kinds)
+                f"This projector has no {option}.",
+                asked=f"{option} of projector: {kind}",
+                allowed=" | ".join(name for name, row in PROJECTOR_KINDS.items() if option in row.options),
             )
+    return found

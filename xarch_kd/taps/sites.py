@@ -18,6 +18,8 @@ MIXING_TAPS = ("mixing", "values")
 BLOCK_TAPS = ("hidden", "mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
 WHOLE_TAPS = ("embedding", "head_input")
 TAPS = ("embedding", *BLOCK_TAPS, "head_input")
+# Outputs of a mixer without the block around it.
+MIXER_TAPS = frozenset({"mixer_output", *MIXING_TAPS})
 INSIDE_TAPS = ("mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
 
 

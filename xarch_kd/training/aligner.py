@@ -18,13 +18,10 @@ from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.balance import observed_loss
 from xarch_kd.losses.features import divisor
-from xarch_kd.losses.schedules import WeightSchedule
-from xarch_kd.losses.tokens import TokenLoss, token_loss
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
-from xarch_kd.objectives.base import tensor
+from xarch_kd.objectives.next_token import HEAD_INPUT, NextTokenObjective
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
-from xarch_kd.ops.heads import Head
 from xarch_kd.planning.plan import PairPlan, Plan
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
@@ -32,7 +29,7 @@ from xarch_kd.teacher.feature_cache import Feature, Features
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.loss_balancing import TOKENS, balance_of, read_balance
 from xarch_kd.training.stage_setup import freeze_others, set_checkpointing, stage_of
-from xarch_kd.training.student_features import HEAD_INPUT, block_input_site, replayed, traced
+from xarch_kd.training.student_features import block_input_site, replayed, traced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +63,7 @@ class Aligner(nn.Module):
     ) -> None:
         super().__init__()
         self.stage = stage_of(plan, stage)
+        self._custom = plan.custom
         student_layout = layout_of(student, plan.mapping.student.paths)
         teacher_layout = layout_of(teacher, plan.mapping.teacher.paths)
         self.student: PreTrainedModel = student_layout.model
@@ -77,8 +75,9 @@ class Aligner(nn.Module):
         self.projectors.to(device)
         self.maps.to(device)
         settings = self.stage.stage.tokens
-        plain = settings is None or settings.schedule is None
-        self._token_schedule = WeightSchedule() if plain else settings.schedule.schedule  # type: ignore[union-attr]
+        self.next_token = (
+            None if settings is None else NextTokenObjective(settings, student_layout, teacher_layout, plan.custom)
+        )
         self.balance = balance_of(self.stage)
         self._targets: StepTargets | None = None
         # In a tuple, so that the teacher is no child: it is neither trained, saved nor moved with the student.
@@ -103,6 +102,7 @@ class Aligner(nn.Module):
             projectors=self.projectors,
             maps=self.maps,
             generators=generator,
+            custom=self._custom,
         )
 
     @property
@@ -121,7 +121,7 @@ class Aligner(nn.Module):
 
         The divisor of `relative_mse` is the teacher's squared norm over the whole step.
         """
-        return any(pair.loss == "relative_mse" for pair in self.stage.pairs)
+        return any(match.needs_full_step_features for entry in self.entries for match in entry.matches)
 
     def progress(self, step: int) -> float:
         """Return the share of the stage's steps that are done before step `step`, which counts from 0."""
@@ -195,12 +195,13 @@ class Aligner(nn.Module):
                 if own:
                     found, auxiliary = entry.terms(own, sides, batch.attention_mask, normalizers, targets.progress)
                     terms[entry.align.name], maps = found, maps | auxiliary
-            if head_input is not None:
+            if head_input is not None and self.next_token is not None:
+                objective, target = self.next_token, features[HEAD_INPUT]
                 token = name_nonfinite(
                     TOKENS,
-                    lambda: self._tokens(batch, tensor(head_input), features, normalizers, targets.progress),
+                    lambda: objective.loss(head_input, target, batch.next_tokens, normalizers, targets.progress),
                 )
-                terms[TOKENS] = {TOKENS: token.total}
+                terms[TOKENS] = {TOKENS: token}
             return self._output(terms, _shares(maps, batch, normalizers))
 
     def _batch(
@@ -267,37 +268,6 @@ class Aligner(nn.Module):
         if self.stage.stage.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
-
-    def _tokens(
-        self,
-        batch: Batch,
-        student_hidden: Tensor,
-        features: Features,
-        normalizers: LossNormalizers,
-        progress: float,
-    ) -> TokenLoss:
-        settings = self.stage.stage.tokens
-        assert settings is not None
-        factor = self._token_schedule.factor(progress)
-        student_head, teacher_head = _head(self.layout), _head(self.reader.layout)
-        shared = min(student_head.weight.shape[0], teacher_head.weight.shape[0])
-        return token_loss(
-            student_hidden.to(student_head.weight.dtype),
-            student_head,
-            tensor(features[HEAD_INPUT]),
-            teacher_head,
-            batch.next_tokens,
-            normalizer=normalizers.predictions,
-            divergence=settings.divergence
-            if isinstance(settings.divergence, str)
-            else settings.divergence.model_dump(),
-            temperature=settings.temperature,
-            weight=settings.weight * factor,
-            cross_entropy=settings.cross_entropy * factor,
-            temperature_squared=settings.temperature_squared,
-            vocabulary=shared,
-            logits_dtype=settings.logits_dtype,
-        )
 
     def layer_maps(self, step: int) -> dict[str, LayerMap]:
         """Return the learned layer maps at a step, by entry."""
@@ -381,9 +351,3 @@ def _check_keys(path: Path, own: Iterable[str], stored: Iterable[str]) -> None:
             found=f"{len(different)} names differ, e.g. {different[0]}",
             fix="it belongs to another version of this run; give another --output",
         )
-
-
-def _head(layout: Layout) -> Head:
-    return Head(
-        weight=layout.head_weight, bias=layout.head_bias, scale=layout.logit_scale, softcap=layout.logit_softcap
-    )

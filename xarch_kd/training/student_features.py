@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from xarch_kd.data.batches import Batch
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.objectives.alignment import ActivePair
 from xarch_kd.objectives.base import tensor
+from xarch_kd.objectives.next_token import HEAD_INPUT
 from xarch_kd.planning.block_inputs import block_input
 from xarch_kd.taps.layout import Layout
 from xarch_kd.taps.replay import block_calls, read_block, read_mixer
@@ -16,7 +16,6 @@ from xarch_kd.taps.sites import Site
 from xarch_kd.taps.trace import trace
 from xarch_kd.teacher.feature_cache import Feature, Features
 
-HEAD_INPUT: Final = Site("head_input", None)
 StudentFeatures = Mapping[Site, Feature]
 
 

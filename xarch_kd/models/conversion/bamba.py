@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import BambaConfig, PreTrainedConfig
 
 from xarch_kd.errors import ConversionError
+from xarch_kd.models.conversion.activation_stats import ActivationStats
 from xarch_kd.models.conversion.mixers import MixerShape
 from xarch_kd.models.conversion.rotary import rotary_parameters
 from xarch_kd.models.conversion.teacher_spec import AttentionSpec, TeacherSpec
@@ -96,16 +97,22 @@ def mamba2_fields(spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def mamba2_shape(config: PreTrainedConfig) -> MixerShape:
-    """Return the sizes of the Mamba-2 mixers of a config of Bamba or GraniteMoeHybrid."""
-    sizes: Any = config
+def mamba2_shape(sizes: Mapping[str, Any]) -> MixerShape:
+    """Return the sizes of Mamba-2 mixers from `mamba2_fields` and the hidden size."""
     return MixerShape(
-        width=sizes.hidden_size,
-        heads=sizes.mamba_n_heads,
-        channels=sizes.mamba_d_head,
-        state=sizes.mamba_d_state,
-        convolution=sizes.mamba_d_conv,
+        width=sizes["hidden_size"],
+        heads=sizes["mamba_n_heads"],
+        channels=sizes["mamba_d_head"],
+        state=sizes["mamba_d_state"],
+        convolution=sizes["mamba_d_conv"],
     )
+
+
+def mamba2_state(
+    place: str, mixer: dict[str, Tensor], block: BlockWeights, stats: ActivationStats | None
+) -> dict[str, Tensor]:
+    """Return the weights of a Mamba-2 mixer, given under the names of `mixers.py`, under Bamba's names."""
+    return {f"{place}.mamba.{name}": value for name, value in mixer.items()}
 
 
 def bamba_state(weights: TeacherWeights, kept: Sequence[int]) -> dict[str, Tensor]:

@@ -29,7 +29,6 @@ NO_ATTENTION = (
 
 
 @renamed_arguments(initialisation="init")
-@renamed_arguments(initialisation="init")
 def convert(
     teacher: PreTrainedModel,
     *,

@@ -12,7 +12,7 @@ Three features of its attention are undone, the first two exactly in binary arit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,9 +73,8 @@ def delta_fields(spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def delta_shape(config: PreTrainedConfig) -> MixerShape:
-    """Return the sizes of the mixers of a config of Qwen3.5 or OLMo Hybrid."""
-    sizes = config.to_dict()
+def delta_shape(sizes: Mapping[str, Any]) -> MixerShape:
+    """Return the sizes of gated delta mixers from `delta_fields` and the hidden size."""
     return MixerShape(
         width=sizes["hidden_size"],
         heads=sizes["linear_num_value_heads"],

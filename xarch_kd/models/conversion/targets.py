@@ -9,18 +9,26 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from xarch_kd.errors import ConversionError
-from xarch_kd.models.conversion.bamba import bamba_config, bamba_state, bamba_unsupported_reason
+from xarch_kd.errors import ConversionError, check_table
+from xarch_kd.models.conversion.activation_stats import ActivationStats
+from xarch_kd.models.conversion.bamba import bamba_config, bamba_state, bamba_unsupported_reason, mamba2_state
 from xarch_kd.models.conversion.granitemoehybrid import (
     granitemoehybrid_config,
     granitemoehybrid_state,
     granitemoehybrid_unsupported_reason,
     unscaled,
 )
-from xarch_kd.models.conversion.olmo_hybrid import olmo_hybrid_config, olmo_hybrid_state, olmo_hybrid_unsupported_reason
-from xarch_kd.models.conversion.qwen3_5 import qwen3_5_config, qwen3_5_state, qwen3_5_unsupported_reason
+from xarch_kd.models.conversion.olmo_hybrid import (
+    olmo_hybrid_config,
+    olmo_hybrid_mixer,
+    olmo_hybrid_norms,
+    olmo_hybrid_state,
+    olmo_hybrid_unsupported_reason,
+)
+from xarch_kd.models.conversion.qwen3_5 import qwen3_5_config, qwen3_5_mixer, qwen3_5_state, qwen3_5_unsupported_reason
+from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.conversion.teacher_spec import TeacherSpec, or_in_place
-from xarch_kd.models.conversion.weights import TeacherWeights
+from xarch_kd.models.conversion.weights import BlockWeights, TeacherWeights
 
 # Exactness of a student with all attention kept, best first: the same weights; multipliers folded into weights, which
 # differs by rounding; exact only while some weights stay frozen.
@@ -49,7 +57,9 @@ class Target:
     """Student class: `unsupported_reason` returns why it cannot represent a teacher, `fit` how exactly it does.
 
     `read_as` returns the spec for reading the teacher's weights: without the multipliers that the class has itself.
-    `config` and `state` return its config and all weights except those of its mixers.
+    `config` and `state` return its config and all weights except those of its mixers. `mixer_state` names the
+    weights of a recipe's mixer in the block at a place, with the other weights that differ there; with `needs_stats`
+    it reads the activation statistics of the teacher's block.
     """
 
     name: str
@@ -59,6 +69,21 @@ class Target:
     read_as: Callable[[TeacherSpec], TeacherSpec] = _as_given
     config: Callable[[TeacherSpec, Sequence[int], PreTrainedConfig], PreTrainedConfig]
     state: Callable[[TeacherWeights, Sequence[int]], dict[str, Tensor]]
+    mixer_state: Callable[[str, dict[str, Tensor], BlockWeights, ActivationStats | None], dict[str, Tensor]]
+    needs_stats: bool = False
+
+
+def _qwen3_5_block(
+    place: str, mixer: dict[str, Tensor], block: BlockWeights, stats: ActivationStats | None
+) -> dict[str, Tensor]:
+    return qwen3_5_mixer(place, mixer)
+
+
+def _olmo_hybrid_block(
+    place: str, mixer: dict[str, Tensor], block: BlockWeights, stats: ActivationStats | None
+) -> dict[str, Tensor]:
+    assert stats is not None
+    return olmo_hybrid_mixer(place, mixer) | olmo_hybrid_norms(place, block, stats)
 
 
 TARGETS: dict[str, Target] = {
@@ -69,6 +94,7 @@ TARGETS: dict[str, Target] = {
         fit=_folds,
         config=bamba_config,
         state=bamba_state,
+        mixer_state=mamba2_state,
     ),
     "granitemoehybrid": Target(
         name="granitemoehybrid",
@@ -78,6 +104,7 @@ TARGETS: dict[str, Target] = {
         read_as=unscaled,
         config=granitemoehybrid_config,
         state=granitemoehybrid_state,
+        mixer_state=mamba2_state,
     ),
     "qwen3_5": Target(
         name="qwen3_5",
@@ -86,6 +113,7 @@ TARGETS: dict[str, Target] = {
         fit=_with_norms,
         config=qwen3_5_config,
         state=qwen3_5_state,
+        mixer_state=_qwen3_5_block,
     ),
     "olmo_hybrid": Target(
         name="olmo_hybrid",
@@ -94,10 +122,12 @@ TARGETS: dict[str, Target] = {
         fit=_always_exact,
         config=olmo_hybrid_config,
         state=olmo_hybrid_state,
+        mixer_state=_olmo_hybrid_block,
+        needs_stats=True,
     ),
 }
 
-CONVERSION_MIXERS = ("mamba2", "gated_delta")
+check_table("mixers of student classes", {target.mixer for target in TARGETS.values()}, RECIPES)
 
 
 def choose_target(spec: TeacherSpec, *, mixer: str, target: str) -> Target:
@@ -106,10 +136,8 @@ def choose_target(spec: TeacherSpec, *, mixer: str, target: str) -> Target:
     Raises `ConversionError` for names that do not exist or do not go together, and for a teacher that the class, or
     every class with this mixer, cannot hold.
     """
-    if mixer not in CONVERSION_MIXERS:
-        raise ConversionError(
-            "There is no conversion to this mixer.", asked=mixer, allowed=", ".join(CONVERSION_MIXERS)
-        )
+    if mixer not in RECIPES:
+        raise ConversionError("There is no conversion to this mixer.", asked=mixer, allowed=", ".join(RECIPES))
     if target != "auto" and target not in TARGETS:
         raise ConversionError(
             "There is no conversion to this class.", asked=target, allowed=f"auto, {', '.join(TARGETS)}"

@@ -22,20 +22,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.errors import ConversionError
-from xarch_kd.models.conversion.bamba import mamba2_fields
+from xarch_kd.errors import ConversionError, check_table
 from xarch_kd.models.conversion.base import Conversion, Selection
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.layer_selection import kept_layers
-from xarch_kd.models.conversion.qwen3_5 import delta_fields
+from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.models.conversion.teacher_spec import teacher_spec
 from xarch_kd.models.in_place.attention import attention_sizes
 from xarch_kd.models.in_place.classes import CLASSES, MIXER_CLASSES, InPlaceClasses
 from xarch_kd.models.in_place.configs import PREFIX
-from xarch_kd.models.in_place.mixers import new_mixers
+from xarch_kd.models.in_place.mixers import IN_PLACE_NAMES, new_mixers
 from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 
+check_table("names of in-place mixers", IN_PLACE_NAMES, MIXER_CLASSES)
 NEEDS_PACKAGE = (
     "The student is the teacher's own class with other mixers, which transformers alone cannot load: install "
     "this package and `import xarch_kd` before loading it."
@@ -103,7 +103,7 @@ def _student_config(
     teacher: PreTrainedConfig, classes: InPlaceClasses, mixer: str, replaced: list[int]
 ) -> PreTrainedConfig:
     sizes = attention_sizes(teacher)
-    settings = mamba2_fields(sizes) if mixer == "mamba2" else delta_fields(sizes)
+    settings = RECIPES[mixer].fields(sizes)
     # The recipes of the first weights are for silu, whatever the teacher's MLP has.
     settings |= {"hidden_act": "silu", "rms_norm_eps": sizes.epsilon}
     common = {field.name for field in dataclasses.fields(PreTrainedConfig)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from xarch_kd.errors import UsageError
 from xarch_kd.files import write_text
 from xarch_kd.models.conversion.layer_selection import kept_layers
-from xarch_kd.models.conversion.targets import CONVERSION_MIXERS
+from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.loading.load import load_config
 
 TEMPLATE = """\
@@ -69,8 +69,8 @@ def mapping_text(
     Only the teacher's config is read. Raises `ModelError` for a teacher that cannot be read, `UsageError` for blocks
     that it lacks or when every block would keep its attention.
     """
-    if mixer not in CONVERSION_MIXERS:
-        raise UsageError("there is no conversion to this mixer", asked=mixer, allowed=", ".join(CONVERSION_MIXERS))
+    if mixer not in RECIPES:
+        raise UsageError("there is no conversion to this mixer", asked=mixer, allowed=", ".join(RECIPES))
     config = load_config(teacher, revision).get_text_config()
     depth = int(config.num_hidden_layers)  # type: ignore[arg-type]
     listed = _LIST.fullmatch(keep_attention)
