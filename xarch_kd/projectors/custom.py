@@ -49,7 +49,7 @@ class CustomProjector(Projector):
         """Raise UsageError: the map need not be linear."""
         raise UsageError(f"The projector '{self.name}' is custom and has no matrix.")
 
-    def become(self, weight: Tensor, offset: Tensor | None = None) -> None:
+    def set_linear_map(self, weight: Tensor, offset: Tensor | None = None) -> None:
         """Raise UsageError: the map need not be linear."""
         raise UsageError(f"The projector '{self.name}' is custom and has no closed form.", fix="init: random")
 
