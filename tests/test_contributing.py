@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a reader of such a mixer's matrix, the in-place classes and test helpers name it for is not part of a conversion.
-ELSEWHERE = ("taps/", "mixing/", "in_place/", "testing/", "planning/mixing_sizes.py")
+ELSEWHERE = ("taps/", "mixing/", "in_place/", "testing/", "generation/", "planning/mixing_sizes.py")
 
 
 def listed(heading: str) -> list[str]:
