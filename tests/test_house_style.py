@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "xarch_kd").rglob("*.py"))
+SOURCES = [
+    *MODULES,
+    *(path for folder in ("kernels", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
+PAGES = sorted(
+    path for pattern in ("*.md", "mappings/*.md", "docs/*.md", "kernels/README.md") for path in ROOT.glob(pattern)
+)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+# A docstring opens with an imperative or a noun phrase.
+OPENINGS = re.compile(r"(What|How|Whether|Where|Which|Who|Why)\b")
+# Rates are "per token", counts "every N steps".
+RATES = re.compile(
+    r"\b(every so many|(nats|FLOPs|numbers|rows|tokens|bytes|micro-batches|times|seconds|matrix|scalar|value|line) an? "
+    r"(token|step|row|head|channel|layer|block|micro-batch|sequence|pair|dimension|chunk|second))\b"
+)
+# Software raises, returns, prints and reports.
+VERBS = re.compile(r"\b(says|tells|knows|wants|asks|nobody|somebody)\b")
 
 
 def named(path: Path) -> str:
@@ -25,6 +42,12 @@ def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
     for node in tree.body:
         if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
             yield node
+
+
+def docstrings(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, Function | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
+            yield text
 
 
 def unannotated(function: Function) -> list[str]:
@@ -65,3 +88,24 @@ def test_no_unanchored_notes_and_no_machine_paths() -> None:
         if bad.search(line) and "no TODO" not in line
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_docstrings_open_with_an_imperative_or_a_noun_phrase(path: Path) -> None:
+    first_lines = [text.splitlines()[0] for text in docstrings(ast.parse(path.read_text()))]
+    assert [line for line in first_lines if OPENINGS.match(line)] == []
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=named)
+def test_rates_are_per_token_and_software_does_not_speak(path: Path) -> None:
+    text = path.read_text()
+    assert [line.strip() for line in text.splitlines() if RATES.search(line)] == []
+    prose = "\n".join(docstrings(ast.parse(text))) if path.suffix == ".py" else text
+    assert [line.strip() for line in prose.splitlines() if VERBS.search(line)] == []
+
+
+def test_the_import_contract_counts_nothing() -> None:
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = [contract["name"] for contract in configuration["tool"]["importlinter"]["contracts"]]
+    assert names and not any("floor" in name.lower() for name in names)
+    assert [named(path) for path in SOURCES if re.search(r"\bFloor \d", path.read_text())] == []

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.models.loading.load import fresh_model
-from xarch_kd.planning.cost import EFFICIENCY, HALF_GAIN, PROCESS_BYTES, Rates, Work, measured_rates, stage_cost
+from xarch_kd.planning.cost import EFFICIENCY, HALF_GAIN, PROCESS_BYTES, Rates, StageWork, measured_rates, stage_cost
 from xarch_kd.planning.models import ModelHandle
 from xarch_kd.planning.plan import Plan
 from xarch_kd.testing.tiny import tiny_config
@@ -22,7 +22,7 @@ def side(model_type: str, **overrides: Any) -> ModelHandle:
     return ModelHandle.of("tiny", tiny_config(model_type, **overrides), None, "float32")
 
 
-def work(student: ModelHandle, stage: dict[str, Any], **values: Any) -> Work:
+def work(student: ModelHandle, stage: dict[str, Any], **values: Any) -> StageWork:
     defaults: dict[str, Any] = {
         "stage": Stage.model_validate({**FOREVER, **stage}),
         "rows": ROWS,
@@ -36,7 +36,7 @@ def work(student: ModelHandle, stage: dict[str, Any], **values: Any) -> Work:
         "projector_parameters": 0,
         "cache_bytes": 0,
     }
-    return Work(**{**defaults, **values})
+    return StageWork(**{**defaults, **values})
 
 
 HIDDEN = {"align": ({"name": "a", "tap": "hidden", "layers": "same"},)}

@@ -15,7 +15,7 @@ from xarch_kd.evaluation.results import Evaluation, LikelihoodResult, PositionRe
 from xarch_kd.evaluation.statistics import LEVEL, RESAMPLES, PairedDifference, paired_bootstrap
 from xarch_kd.run.report import Reporter
 
-Paths = Mapping[str, str | None] | object | None
+ModelPaths = Mapping[str, str | None] | object | None
 
 
 def compare_models(
@@ -26,8 +26,8 @@ def compare_models(
     descriptions: Mapping[str, str] | None = None,
     teacher_name: str = "teacher",
     student_name: str = "student",
-    teacher_paths: Paths = None,
-    student_paths: Paths = None,
+    teacher_paths: ModelPaths = None,
+    student_paths: ModelPaths = None,
     batch_size: int = 4,
     level: float = LEVEL,
     resamples: int = RESAMPLES,

@@ -16,7 +16,7 @@ BLOCK_ELEMENTS: Final = {"cpu": 1 << 20, "other": 32 << 20}
 
 
 def block_rows(batch: int, heads: int, columns: int, device: torch.device) -> int:
-    """Return how many rows of all sequences and heads, of so many columns, are taken at a time."""
+    """Return the number of rows per block, over all sequences and heads, for this number of columns."""
     budget = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
     return max(1, budget // max(1, batch * heads * columns))
 

@@ -98,7 +98,7 @@ def _cka(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _centred(features: Tensor) -> Tensor:
-    """Return features without their offset and with a mean square of 1 a token, for the digits' sake.
+    """Return centered features with a mean square of 1 per token, for numerical accuracy.
 
     CKA changes with neither, so both are constants to its gradient.
     """

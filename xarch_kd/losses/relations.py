@@ -71,7 +71,7 @@ def relation_loss(
     """Return this micro-batch's share of the mean over tokens and relation heads of KL(teacher's row ‖ student's row).
 
     The queries, or keys, or values of a layer [batch, time, heads, dim], of either model, are put side by side and
-    split anew into `heads` relation heads (None: `relation_heads`), so that head counts need not agree; a row is
+    split into `heads` relation heads (None: `relation_heads`), so that head counts need not agree; a row is
     softmax over the tokens j that i sees of x_i·x_j / √(dim of a relation head) (MiniLMv2, arXiv:2012.15828).
     `causal` is for decoders; a sequence's first row is then 0. `normalizer` is the number of tokens of the whole step.
     A block of rows of the relations is in memory at a time.

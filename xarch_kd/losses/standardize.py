@@ -89,7 +89,7 @@ class Standardizer:
 
     @classmethod
     def from_moments(cls, tokens: int, mean: Tensor, variance: Tensor) -> Standardizer:
-        """Return it from the mean and the variance [dim] over so many tokens.
+        """Return the standardizer of a mean and variance [dim] over `tokens` tokens.
 
         Raises UsageError for fewer than 2 tokens, or a teacher that is the same at all of them.
         """

@@ -15,7 +15,7 @@ from xarch_kd.mapping_file.losses import (
     Relation,
     Tap,
 )
-from xarch_kd.mapping_file.projectors import AnyProjector, PlainProjector, ProjectorName, ProjectorWithOptions
+from xarch_kd.mapping_file.projectors import AnyProjector, PlainProjectorOptions, ProjectorName, ProjectorWithOptions
 from xarch_kd.mapping_file.scalars import (
     BelowOne,
     ConfigModel,
@@ -77,7 +77,7 @@ class Align(ConfigModel):
     @property
     def projector_part(self) -> AnyProjector:
         """The projector with all its options, however it was written."""
-        return PlainProjector(kind=self.projector) if isinstance(self.projector, str) else self.projector
+        return PlainProjectorOptions(kind=self.projector) if isinstance(self.projector, str) else self.projector
 
     @property
     def projector_kind(self) -> str:

@@ -32,7 +32,7 @@ class FittedProjectorOptions(ProjectorOptions):
     init: Init = "auto"
 
 
-class MatrixProjector(FittedProjectorOptions):
+class MatrixProjectorOptions(FittedProjectorOptions):
     """One matrix; `orthogonal` keeps lengths and angles.
 
     `auto` is `linear` where the dimensions differ or the student is built fresh (its basis is its own); else none.
@@ -41,21 +41,21 @@ class MatrixProjector(FittedProjectorOptions):
     kind: Literal["auto", "linear", "orthogonal"]
 
 
-class LowRankProjector(FittedProjectorOptions):
+class LowRankProjectorOptions(FittedProjectorOptions):
     """The product of two thin matrices; `rank` is a quarter of the smaller dimension unless given."""
 
     kind: Literal["low_rank"]
     rank: Annotated[int, Field(ge=1)] | None = None
 
 
-class HiddenLayerProjector(FittedProjectorOptions):
+class MLPProjectorOptions(FittedProjectorOptions):
     """One hidden layer of `hidden` units, twice the smaller dimension unless given."""
 
     kind: Literal["mlp"]
     hidden: Annotated[int, Field(ge=2)] | None = None
 
 
-class PlainProjector(FittedProjectorOptions):
+class PlainProjectorOptions(FittedProjectorOptions):
     """A projector given by its name alone."""
 
     kind: str
@@ -70,9 +70,16 @@ class CustomProjectorOptions(ProjectorOptions):
     name: Name
 
 
-AnyProjector = PlainProjector | MatrixProjector | LowRankProjector | HiddenLayerProjector | CustomProjectorOptions
+AnyProjector = (
+    PlainProjectorOptions
+    | MatrixProjectorOptions
+    | LowRankProjectorOptions
+    | MLPProjectorOptions
+    | CustomProjectorOptions
+)
 ProjectorName = Literal["auto", "none", "linear", "low_rank", "mlp", "orthogonal"]
 ProjectorWithOptions = Annotated[
-    MatrixProjector | LowRankProjector | HiddenLayerProjector | CustomProjectorOptions, Field(discriminator="kind")
+    MatrixProjectorOptions | LowRankProjectorOptions | MLPProjectorOptions | CustomProjectorOptions,
+    Field(discriminator="kind"),
 ]
 PROJECTOR_OPTIONS: Final[tuple[type[ConfigModel], ...]] = get_args(get_args(ProjectorWithOptions)[0])

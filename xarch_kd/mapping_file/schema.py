@@ -61,7 +61,7 @@ class Model(ConfigModel):
     paths: Paths | None = None
 
 
-class Conversion(ConfigModel):
+class ConversionOptions(ConfigModel):
     """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax."""
 
     mixer: MixerName
@@ -71,7 +71,7 @@ class Conversion(ConfigModel):
     init: Literal["attention", "random"] = "attention"
 
     @model_validator(mode="after")
-    def _one_selection(self) -> Conversion:
+    def _one_selection(self) -> ConversionOptions:
         if (self.keep_attention is None) == (self.replace is None):
             raise ValueError(
                 "exactly one of keep_attention | replace must be given, "
@@ -91,7 +91,7 @@ class Student(ConfigModel):
 
     model: str | None = None
     config: str | ConfigValues | None = None
-    convert: Conversion | None = None
+    convert: ConversionOptions | None = None
     embeddings: Literal["fresh", "teacher"] = "fresh"
     revision: str | None = None
     tokenizer: str | None = None

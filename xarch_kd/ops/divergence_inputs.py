@@ -91,7 +91,7 @@ def shared_vocabulary(student_rows: int, teacher_rows: int, vocabulary: int | No
             "The vocabularies differ by more than padding.",
             found=f"{student_rows} student rows and {teacher_rows} teacher rows",
             allowed=f"a difference of at most {MOST_PADDING}",
-            fix="if the first entries mean the same tokens in both models, say how many with vocabulary=",
+            fix="if the first entries mean the same tokens in both models, pass their number as vocabulary=",
         )
     if vocabulary is None:
         return shared

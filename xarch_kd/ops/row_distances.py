@@ -21,7 +21,7 @@ MixingDistanceName = Literal["kl", "cross_entropy", "frobenius", "relative_frobe
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Numbers of each row: |P|², <P, M>, |M|², and |P - M|², which is summed by itself so that no digits cancel.
+    """Numbers of each row: |P|², <P, M>, |M|², and |P - M|², which is summed separately to avoid cancellation.
 
     Those that a distance does not need may be None.
     """

@@ -149,9 +149,9 @@ class SimilaritySums:
 
 
 class LayerSimilarity:
-    """Similarity of every student layer with every teacher layer: one Gram matrix a layer and batch, HSIC_1 summed.
+    """Similarity of every student layer with every teacher layer: one Gram matrix per layer and batch, HSIC_1 summed.
 
-    Only products of tokens of one batch enter, so batches of the same size say most; a batch needs at least 4 tokens.
+    Only products of tokens of one batch enter, so larger batches are more informative; a batch needs at least 4 tokens.
     """
 
     def __init__(self, *, dtype: torch.dtype = torch.float64) -> None:

@@ -76,7 +76,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class StageWork:
     """Properties of a stage that determine its cost.
 
     `teacher_blocks` and `student_blocks` are those that run; `mixers_alone` is true if of the student only the mixers
@@ -122,7 +122,7 @@ def _product_rate(dtype: torch.dtype, device: str) -> float:
     return 2 * 768**3 / max(best, 1e-6)
 
 
-def stage_cost(work: Work, teacher: ModelHandle, student: ModelHandle, rates: Rates) -> Cost:
+def stage_cost(work: StageWork, teacher: ModelHandle, student: ModelHandle, rates: Rates) -> Cost:
     """Return what a stage costs; the module's docstring derives it."""
     tokens = work.rows * work.time
     teacher_token = sum(_block_flops(teacher.layout, index, work.time) for index in range(work.teacher_blocks))
@@ -138,7 +138,7 @@ def stage_cost(work: Work, teacher: ModelHandle, student: ModelHandle, rates: Ra
     return Cost(flops=teacher_flops + student_flops, seconds=seconds, peak_bytes=_peak_bytes(work, teacher, student))
 
 
-def _student_flops(work: Work, student: ModelHandle) -> float:
+def _student_flops(work: StageWork, student: ModelHandle) -> float:
     """Return the FLOPs per token of the student's blocks, forward and backward."""
     layout = student.layout
     forward = {index: _block_flops(layout, index, work.time, work.mixers_alone) for index in work.student_blocks}
@@ -154,7 +154,7 @@ def _student_flops(work: Work, student: ModelHandle) -> float:
     return sum(forward.values()) + gradients + trained + again
 
 
-def _lowest_trained(work: Work, student: ModelHandle) -> int:
+def _lowest_trained(work: StageWork, student: ModelHandle) -> int:
     """Return the index of the lowest block that needs gradients; with teacher inputs each block is separate."""
     layout = student.layout
     if work.stage.inputs == "teacher" or student.names_of(layout.embedding.parameters()) & work.trainable:
@@ -182,7 +182,7 @@ def _mixing_flops(layout: Layout, index: int, length: int) -> float:
     return 9.0 * number_of(config, "intermediate_size") * number_of(config, "state_size") if kind == "mamba" else 0.0
 
 
-def _peak_bytes(work: Work, teacher: ModelHandle, student: ModelHandle) -> int:
+def _peak_bytes(work: StageWork, teacher: ModelHandle, student: ModelHandle) -> int:
     # The student trains in float32, whatever dtype it is saved in.
     student_bytes = parameter_count(student.layout.model) * BYTES["float32"]
     models = parameter_count(teacher.layout.model) * BYTES[teacher.dtype] + student_bytes
@@ -202,7 +202,7 @@ def _peak_bytes(work: Work, teacher: ModelHandle, student: ModelHandle) -> int:
     return PROCESS_BYTES + models + training + activations + logits + cached
 
 
-def _kept_numbers(layout: Layout, index: int, work: Work) -> float:
+def _kept_numbers(layout: Layout, index: int, work: StageWork) -> float:
     """Return the numbers per token that are stored for the backward pass of one block."""
     config = layout.model.config.get_text_config()
     kept = 8.0 * layout.dim

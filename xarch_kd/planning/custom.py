@@ -56,7 +56,7 @@ class CustomLayerMap(Protocol):
         ...
 
 
-class CustomProjector(Protocol):
+class ProjectorFactory(Protocol):
     """Factory of projectors, e.g. a module class: one module is built per pair, and trained and saved with the run.
 
     The module maps student features [..., student dim] to [..., teacher dim].
@@ -74,7 +74,7 @@ class CustomObjects:
     objectives: Mapping[str, CustomObjective] = field(default_factory=dict)
     divergences: Mapping[str, CustomDivergence | DivergenceFormula] = field(default_factory=dict)
     layer_maps: Mapping[str, CustomLayerMap] = field(default_factory=dict)
-    projectors: Mapping[str, CustomProjector] = field(default_factory=dict)
+    projectors: Mapping[str, ProjectorFactory] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind, name, passed in self._all():

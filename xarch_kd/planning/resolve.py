@@ -32,7 +32,7 @@ from xarch_kd.planning.custom import (
     CustomLayerMap,
     CustomObjective,
     CustomObjects,
-    CustomProjector,
+    ProjectorFactory,
 )
 from xarch_kd.planning.layer_maps import entry_key, is_measured
 from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
@@ -50,7 +50,7 @@ def make_plan(
     objectives: Mapping[str, CustomObjective] | None = None,
     divergences: Mapping[str, CustomDivergence] | None = None,
     layer_maps: Mapping[str, CustomLayerMap] | None = None,
-    projectors: Mapping[str, CustomProjector] | None = None,
+    projectors: Mapping[str, ProjectorFactory] | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """Return the plan of a mapping file, checked against both models' configs; no weights are read.

@@ -9,7 +9,7 @@ from xarch_kd.errors import TapError, UsageError
 from xarch_kd.mapping_file.schema import Data, Stage
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
 from xarch_kd.planning.block_inputs import block_input, runs_mixers_alone
-from xarch_kd.planning.cost import BYTES, Rates, Work, stage_cost
+from xarch_kd.planning.cost import BYTES, Rates, StageWork, stage_cost
 from xarch_kd.planning.mixing_sizes import mixing_size
 from xarch_kd.planning.models import ModelHandle, ModelPair
 from xarch_kd.planning.objective_checks import batch_warnings, objective_problems, redraw_warnings
@@ -121,10 +121,10 @@ def _measured(resolved: _Resolved, models: ModelPair, rates: Rates, diagnostics:
     )
 
 
-def _work(resolved: _Resolved, models: ModelPair) -> Work:
+def _work(resolved: _Resolved, models: ModelPair) -> StageWork:
     stage, pairs = resolved.stage, resolved.pairs
     sites = _teacher_sites(stage, pairs)
-    return Work(
+    return StageWork(
         stage=stage,
         rows=resolved.rows,
         time=resolved.length,

@@ -51,7 +51,7 @@ class ForwardBackward:
 
 
 def default_chunk(inputs: DivergenceInputs, head_trains: bool) -> int:
-    """Return how many tokens a chunk has, fewer when no gradient of the head is added up, all chunks about as long."""
+    """Return the number of tokens per chunk; chunks are about equal, and shorter without a gradient of the head."""
     device = "cpu" if inputs.weights.device.type == "cpu" else "other"
     elements = (CHUNK_ELEMENTS if head_trains else FROZEN_HEAD_CHUNK_ELEMENTS)[device]
     chunks = -(-inputs.tokens // max(1, elements // inputs.vocabulary))

@@ -53,7 +53,7 @@ def unsupported_reason(student: Mixing) -> str | None:
 
 
 def default_chunk(inputs: MixingDistanceInputs) -> int:
-    """Return how many rows a block has."""
+    """Return the number of rows per block."""
     device = "cpu" if inputs.valid_mask.device.type == "cpu" else "other"
     heads = max(inputs.student.heads, inputs.teacher.heads)
     fitting = BLOCK_ELEMENTS[device] // (inputs.student.batch * heads * inputs.student.time)
