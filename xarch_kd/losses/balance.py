@@ -126,7 +126,7 @@ def observed_loss(
 ) -> tuple[Tensor, Balance]:
     """Return Σ weight · scale · part, and the balance that has seen the norms of the parts' gradients on `student`.
 
-    `student` and `beside` (projectors, say) are all parameters that train; only those of `student` are measured, and
+    `student` and `beside` (for example projectors) are all parameters that train; only those of `student` are measured, and
     the parts' `weights` (None: 1) are no part of it. The gradient of each part is taken here, once: the loss hands the
     sum of them, scaled by what was seen up to and with this call, to every parameter at its one backward. So parts that
     allow one backward may be among them, and a step costs one backward a part and memory for two sets of gradients.

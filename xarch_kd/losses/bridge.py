@@ -72,8 +72,8 @@ def attention_bridge(
 
     Invariant to what the maps can undo, for linear ones any invertible linear map of all heads together, and to nothing
     else that its `kind` sees; blinded by what blinds its `kind`, and by maps that are too free: they can learn the
-    teacher by themselves where the student's C and B merely tell tokens apart. Queries and keys after a rotation
-    (RoPE) ask a student without positions to reproduce positions; take the teacher's before it where you can.
+    teacher by themselves where the student's C and B merely distinguish tokens. Queries and keys after a rotation
+    (RoPE) require a student without positions to reproduce positions; take the teacher's before it where you can.
 
     Raises:
         UsageError: shapes that do not fit, or `relative_mse`, whose divisor would be one for queries and one for keys.

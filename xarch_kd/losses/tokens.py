@@ -35,7 +35,7 @@ def next_token_labels(
     """Return the label of each position [batch, time]: the token that follows it, or -100 where none counts.
 
     Position t counts when t and t+1 are both unmasked. `labels`, unshifted and with -100 where a token is not to be
-    predicted (a prompt, say), narrows that; where it is not -100 it is the token predicted.
+    predicted (for example in a prompt), narrows that; where it is not -100 it is the token predicted.
     """
     if input_ids.dim() != 2:
         raise UsageError("input_ids does not fit.", found=list(input_ids.shape), allowed="[batch, time]")

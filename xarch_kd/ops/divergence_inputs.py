@@ -202,7 +202,7 @@ def check_inputs(
     head = student.head
     own = {"student_hidden": student.hidden, "student_head.weight": head.weight, "student_head.bias": head.bias}
     given = _teacher_tensors(teacher, leading)
-    # A head that trains does not tell whether the hidden states of the two models are swapped.
+    # A head that trains does not show that the hidden states of the two models are not swapped.
     checks.refuse_swapped_sides((student.hidden,), list(given.values())[:1])
     checks.refuse_swapped_sides(own.values(), given.values())
     indices = teacher.indices if isinstance(teacher, TeacherTopK) else None

@@ -1,7 +1,7 @@
 """Row blocks of a state-space dual mixing, and the gradients of its factors from a block's gradient.
 
 Left of a block's first row s every entry is G_ij r_i u_j, with G = C Bᵀ of the group, r_i the decay from s - 1 to i and
-u_j the decay from j to s - 1 times dt_j: no exponential an entry, and no exponent above 0.
+u_j the decay from j to s - 1 times dt_j: no exponential per entry, and no exponent above 0.
 """
 
 from __future__ import annotations
