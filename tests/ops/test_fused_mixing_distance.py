@@ -170,7 +170,7 @@ def check(teacher: SoftmaxMixing, student: Student, distance: Any, head_map: Ten
     plain = measure(dense, teacher, student, torch.float32)
     found = measure(fused(distance, head_map), teacher, student)
     lost = {name: float((plain[name] - true).norm() / true.norm().clamp(min=1e-3)) for name, true in exact.items()}
-    # One number per head is too few for a norm to be an average: D may lose what any gradient of the dense formula does.
+    # One number per head is too few for an average: D may lose as much as any gradient of the dense formula.
     lost |= {"D": max(lost.values())}
     for name, true in exact.items():
         rounding = ROUNDING.get(student.factors[name].dtype, 0.0) if name in student.factors else 0.0

@@ -124,12 +124,13 @@ def observed_loss(
     *,
     weights: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, Balance]:
-    """Return Σ weight · scale · part, and the balance that has seen the norms of the parts' gradients on `student`.
+    """Return Σ weight · scale · part, and the balance after the norms of the parts' gradients on `student`.
 
-    `student` and `beside` (for example projectors) are all parameters that train; only those of `student` are measured, and
-    the parts' `weights` (None: 1) are no part of it. The gradient of each part is taken here, once: the loss hands the
-    sum of them, scaled by what was seen up to and with this call, to every parameter at its one backward. So parts that
-    allow one backward may be among them, and a step costs one backward a part and memory for two sets of gradients.
+    `student` and `beside` (for example projectors) are all trained parameters; gradient norms are measured on those of
+    `student` only, before the parts' `weights` (None: 1). The gradient of each part is computed in this call, once, and
+    the backward pass of the returned loss adds their weighted sum, with the scales of this call, to every parameter. So
+    parts may allow only one backward pass, and a step costs one backward pass per part and memory for two sets of
+    gradients.
 
     Raises:
         UsageError: the anchor is not among the parts.
