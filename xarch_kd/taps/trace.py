@@ -84,9 +84,9 @@ def trace(
 
     `taps` are names read at `layers` (None: every block), or a mapping of name → layers. The head never runs, and the
     pass stops as soon as all taps are recorded, unless `head_input` is requested. Gradients flow if they are enabled.
-    Non-reentrant gradient checkpointing works; of compiled blocks the taps outside the block can be read. A mixing
-    counts the tokens that `attention_mask` [batch, time] counts, and is free of attention dropout. `position_ids`
-    [batch, time] are those of rows that pack several documents.
+    Non-reentrant gradient checkpointing works; of compiled blocks the taps outside the block can be read. The
+    valid range of a mixing follows from `attention_mask` [batch, time], and a mixing has no attention dropout.
+    `position_ids` [batch, time] are those of rows that pack several documents.
 
     Raises UsageError for an unknown tap or a layer out of range, TapError for a tap that the model does not have,
     one that reentrant checkpointing or compilation would make silently wrong, and a mixing under a mask with holes.
