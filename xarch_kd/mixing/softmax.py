@@ -20,9 +20,9 @@ from xarch_kd.mixing.row_softmax import Pattern, row_softmax
 class SoftmaxMixing(QueryKeyMixing):
     """M_ij = softmax over visible j of z_ij, z = scale query_i·key_j, capped to softcap·tanh(z / softcap).
 
-    query [batch, time, heads, dim], key [batch, time, key heads, dim]: head h has key head h // (heads / key
-    heads). Token j is visible to i if it is valid, j <= i (if causal) and i − j < window (if given). `sinks` [heads] are
-    the logits of an extra column that is dropped after the softmax: rows then sum to less than 1.
+    query [batch, time, heads, dim], key [batch, time, key heads, dim]: head h has key head h // (heads / key heads).
+    Token j is visible to i if it is valid, j <= i (if causal) and i − j < window (if given). `sinks` [heads] are the
+    logits of an extra column that is dropped after the softmax: rows then sum to less than 1.
 
     Raises UsageError for factors that do not fit each other, a window below 1, or a softcap that is not positive.
     """
