@@ -97,7 +97,7 @@ def test_a_standardised_relative_error_is_divided_by_the_standardised_energy(
 ) -> None:
     aligner = build(entry(layers=[{"student": 0, "teacher": 2}], loss={"kind": "relative_mse", "standardize": True}))
     prepare(aligner, batches(24))
-    constants = aligner.entries[0].matches[0].fitted
+    constants = aligner.entries[0].objectives[0].fitted
     standardizer = Standardizer(constants["mean"], constants["deviation"])
     own, target = both(aligner, teacher, input_ids, "hidden", (0, 2))
     projector = aligner.projectors["e-0"]
@@ -121,7 +121,7 @@ def test_heads_are_assigned_on_calibration_text(teacher: PreTrainedModel, folder
     aligner = Aligner(plan, teacher=teacher, student=student)
     prepare(aligner, batches(8))
     # Its block 0 permutes what block 1 sees, so only the matrices' likeness can tell.
-    heads = aligner.entries[0].matches[0].fitted["heads"]
+    heads = aligner.entries[0].objectives[0].fitted["heads"]
     assert heads.sum(1).tolist() == [1, 1, 1, 1]
     assert heads.argmax(1).tolist() == order.tolist()
 
@@ -161,7 +161,7 @@ def test_a_converted_student_shares_the_teachers_dimensions(
     plan = make_plan(MappingFile.model_validate_json(json.dumps(mapping)))
     aligner = Aligner(plan, teacher=teacher, student=convert(teacher, replace=[1]))
     prepare(aligner, batches(24))
-    constants = aligner.entries[0].matches[0].fitted
+    constants = aligner.entries[0].objectives[0].fitted
     standardizer = Standardizer(constants["mean"], constants["deviation"])
     own, target = both(aligner, teacher, input_ids, "hidden", (2, 2))
     expected = cka_loss(own, target, normalizer=TOKENS, standardizer=standardizer, shared_basis=True)

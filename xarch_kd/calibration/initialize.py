@@ -24,12 +24,12 @@ AMPLE: Final = 2
 
 def tokens_to_prepare(aligner: Aligner) -> int:
     """Return the number of tokens of calibration text that the stage can use, 0 when there is nothing to fit."""
-    wanted = [STATISTICS_TOKENS for match in _matches(aligner) if match.to_fit]
+    wanted = [STATISTICS_TOKENS for objective in _objectives(aligner) if objective.to_fit]
     wanted += [
         AMPLE * enough_tokens(projector.student_dim)
-        for match in _matches(aligner)
+        for objective in _objectives(aligner)
         for projector in aligner.projectors.values()
-        if isinstance(projector, Projector) and match.entry.projector_part.init != "random"
+        if isinstance(projector, Projector) and objective.entry.projector_part.init != "random"
     ]
     return max(wanted, default=0)
 
@@ -41,17 +41,17 @@ def prepare(aligner: Aligner, batches: Iterable[Batch]) -> list[str]:
     UsageError for an explicitly requested closed form with too few tokens.
     """
     statistics: dict[str, tuple[PairObjective, Projector, PairStatistics]] = {}
-    for match, projection, skip in observations(aligner, batches):
+    for objective, projection, skip in observations(aligner, batches):
         if projection is None:
             continue
-        entry = statistics.setdefault(projection.key, (match, projection.projector, PairStatistics()))
+        entry = statistics.setdefault(projection.key, (objective, projection.projector, PairStatistics()))
         entry[2].update(projection.student[:, skip:], projection.teacher[:, skip:])
-    for match in _matches(aligner):
-        match.fit()
+    for objective in _objectives(aligner):
+        objective.fit()
     return [
         notice
-        for match, projector, found in statistics.values()
-        if (notice := _start(match, projector, found)) is not None
+        for objective, projector, found in statistics.values()
+        if (notice := _start(objective, projector, found)) is not None
     ]
 
 
@@ -73,22 +73,22 @@ def observations(
             features = aligner.reader.read(batch, sites=aligner.sites_of(pairs))
             sides, _ = aligner.paired_features(pairs, batch, features)
             for pair in pairs:
-                match, (student, teacher) = pair.match, sides(pair)
-                match.observe(student, teacher, skip)
-                found = tuple(match.projections(student, teacher))
+                objective, (student, teacher) = pair.objective, sides(pair)
+                objective.observe(student, teacher, skip)
+                found = tuple(objective.projections(student, teacher))
                 for projection in found or (None,):
-                    yield match, projection, skip
+                    yield objective, projection, skip
     finally:
         aligner.student.train(was_training)
 
 
-def _start(match: PairObjective, projector: Projector, statistics: PairStatistics) -> str | None:
+def _start(objective: PairObjective, projector: Projector, statistics: PairStatistics) -> str | None:
     """Initialize a projector by the closed form of its entry, and return a notice to print, if any."""
-    how = match.entry.projector_part.init
+    how = objective.entry.projector_part.init
     form = resolve_init(how, projector.kind)
     if form == "random":
         return None
-    name = match.entry.name
+    name = objective.entry.name
     if how == "auto" and statistics.tokens <= projector.student_dim:
         return (
             f"{name}: projectors start at random, because {form} needs more than {projector.student_dim} tokens of "
@@ -100,7 +100,7 @@ def _start(match: PairObjective, projector: Projector, statistics: PairStatistic
             initialize(projector, statistics, form)
         except UsageError as error:
             raise UsageError(
-                f"projector of {match.pair.name}: {error.message}",
+                f"projector of {objective.pair.name}: {error.message}",
                 asked=error.asked,
                 found=error.found,
                 allowed=error.allowed,
@@ -109,6 +109,6 @@ def _start(match: PairObjective, projector: Projector, statistics: PairStatistic
     return f"{name}: {caught[0].message}" if caught else None
 
 
-def _matches(aligner: Aligner) -> Iterator[PairObjective]:
+def _objectives(aligner: Aligner) -> Iterator[PairObjective]:
     for entry in aligner.entries:
-        yield from entry.matches
+        yield from entry.objectives

@@ -246,20 +246,20 @@ def _statistics(aligner: Aligner, rows: Tensor, work: Work | None) -> dict[str, 
     if work is not None:
         parts = work.track(parts, lambda part: part.numel())
     batches = (Batch(input_ids=part, origin="calibration text") for part in parts)
-    for match, projection, skip in observations(aligner, batches):
+    for objective, projection, skip in observations(aligner, batches):
         if projection is None or not _learns(projection.projector):
             continue
         seen = found.setdefault(
             projection.key,
             _Seen(
                 projector=projection.projector,
-                scale_free=match.entry.loss.is_scale_free,
+                scale_free=objective.entry.loss.is_scale_free,
                 own=PairStatistics(),
                 last=PairStatistics(),
                 pairs={},
             ),
         )
-        seen.pairs[match.pair.name] = None
+        seen.pairs[objective.pair.name] = None
         student, teacher = projection.student[:, skip:].float(), projection.teacher[:, skip:]
         seen.own.update(student, teacher)
         features = projection.projector.split(student).features

@@ -27,13 +27,13 @@ from xarch_kd.teacher.feature_cache import Feature
 class ActivePair(NamedTuple):
     """The objective of a pair, and the teacher's site that it is compared with at this step."""
 
-    match: PairObjective
+    objective: PairObjective
     site: Site
 
     @property
     def student_layer(self) -> int | None:
         """The student's block."""
-        return self.match.pair.student_layer
+        return self.objective.pair.student_layer
 
 
 Value = TypeVar("Value")
@@ -55,7 +55,7 @@ class Alignment:
         custom: CustomObjects,
     ) -> None:
         self.align, self.depths = align, depths
-        self.matches = tuple(build_objective(pair, align, projectors, generators(pair), custom) for pair in pairs)
+        self.objectives = tuple(build_objective(pair, align, projectors, generators(pair), custom) for pair in pairs)
         self.schedule = weight_schedule(align.schedule)
         self.map: LearnedMap | None = None
         self._period = redraw_period(align)
@@ -70,8 +70,11 @@ class Alignment:
         """Return the pairs with the teacher's sites of this step."""
         redrawn = self._drawn(step)
         return tuple(
-            ActivePair(match, Site(match.pair.tap, redrawn.get(match.pair.student_layer, match.pair.teacher_layer)))
-            for match in self.matches
+            ActivePair(
+                objective,
+                Site(objective.pair.tap, redrawn.get(objective.pair.student_layer, objective.pair.teacher_layer)),
+            )
+            for objective in self.objectives
         )
 
     def _drawn(self, step: int) -> dict[int | None, int | None]:
@@ -95,18 +98,18 @@ class Alignment:
         factor = self.align.weight * self.schedule.factor(progress)
         losses: dict[str, Tensor] = {}
         own: dict[str, Tensor] = {}
-        for reading in active_pairs:
-            match, (student, teacher) = reading.match, sides(reading)
-            name = match.pair.name
+        for pair in active_pairs:
+            objective, (student, teacher) = pair.objective, sides(pair)
+            name = objective.pair.name
             losses[name] = name_nonfinite(
-                name, lambda match=match, sides=(student, teacher): match.loss(*sides, mask, normalizers)
+                name, lambda objective=objective, sides=(student, teacher): objective.loss(*sides, mask, normalizers)
             )
-            objective = match.objective(student, teacher, mask)
-            if objective is not None:
-                own[f"{name}-heads"] = objective
+            auxiliary = objective.map_objective(student, teacher, mask)
+            if auxiliary is not None:
+                own[f"{name}-heads"] = auxiliary
         if self.map is None:
             # A pair's weight is the entry's number times its share of the layer map.
-            shares = {match.pair.name: match.pair.weight / self.align.weight for match in self.matches}
+            shares = {objective.pair.name: objective.pair.weight / self.align.weight for objective in self.objectives}
             return {name: factor * shares[name] * loss for name, loss in losses.items()}, own
         matched = self.map(torch.stack(list(losses.values())).view(len(self.students), -1), progress)
         own[f"{self.align.name}-map"] = matched.map

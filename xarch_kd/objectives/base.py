@@ -64,7 +64,7 @@ class PairObjective(ABC):
     def loss(self, student: Feature, teacher: Feature, mask: Tensor | None, normalizers: LossNormalizers) -> Tensor:
         """Return the micro-batch's share of the pair's loss, before any weight."""
 
-    def objective(self, student: Feature, teacher: Feature, mask: Tensor | None) -> Tensor | None:
+    def map_objective(self, student: Feature, teacher: Feature, mask: Tensor | None) -> Tensor | None:
         """Return the objective of a map that is trained beside the student and changes nothing but that map."""
         return None
 

@@ -59,7 +59,7 @@ class MixingDistanceObjective(PairObjective):
             probes=self.settings.probes,
         )
 
-    def objective(self, student: Feature, teacher: Feature, mask: Tensor | None) -> Tensor | None:
+    def map_objective(self, student: Feature, teacher: Feature, mask: Tensor | None) -> Tensor | None:
         if self.heads is None:
             return None
         return self.heads(*_probed(mixing(student), mixing(teacher), TRAINING_PROBES), mask)

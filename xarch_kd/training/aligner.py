@@ -121,7 +121,7 @@ class Aligner(nn.Module):
 
         The divisor of `relative_mse` is the teacher's squared norm over the whole step.
         """
-        return any(match.needs_full_step_features for entry in self.entries for match in entry.matches)
+        return any(objective.needs_full_step_features for entry in self.entries for objective in entry.objectives)
 
     def progress(self, step: int) -> float:
         """Return the share of the stage's steps that are done before step `step`, which counts from 0."""
@@ -150,9 +150,9 @@ class Aligner(nn.Module):
         teacher_sq_norms = {}
         if features is not None and self.needs_full_step_features:
             for pair in self.targets(step).pairs:
-                norm = pair.match.teacher_sq_norm(features[pair.site], batch.attention_mask)
+                norm = pair.objective.teacher_sq_norm(features[pair.site], batch.attention_mask)
                 if norm is not None:
-                    teacher_sq_norms[pair.match.pair.name] = norm
+                    teacher_sq_norms[pair.objective.pair.name] = norm
         tokens, predictions = (
             torch.full((), count, dtype=torch.float64, device=batch.device)
             for count in (batch.tokens, batch.predictions)
@@ -191,7 +191,7 @@ class Aligner(nn.Module):
             terms: dict[str, dict[str, Tensor]] = {}
             maps: dict[str, Tensor] = {}
             for entry in self.entries:
-                own = [pair for pair in targets.pairs if pair.match.entry is entry.align]
+                own = [pair for pair in targets.pairs if pair.objective.entry is entry.align]
                 if own:
                     found, auxiliary = entry.terms(own, sides, batch.attention_mask, normalizers, targets.progress)
                     terms[entry.align.name], maps = found, maps | auxiliary
@@ -285,10 +285,10 @@ class Aligner(nn.Module):
         for part in ("projectors", "maps"):
             state |= {f"{part}.{name}": value for name, value in getattr(self, part).state_dict().items()}
         return state | {
-            f"fitted.{match.pair.name}.{name}": value
+            f"fitted.{objective.pair.name}.{name}": value
             for entry in self.entries
-            for match in entry.matches
-            for name, value in match.fitted.items()
+            for objective in entry.objectives
+            for name, value in objective.fitted.items()
         }
 
     @torch.no_grad()
@@ -304,9 +304,9 @@ class Aligner(nn.Module):
                 f"cannot read {path}", found=str(error), fix="delete it and run again with --resume"
             ) from error
         for entry in self.entries:
-            for match in entry.matches:
-                names = {name: f"fitted.{match.pair.name}.{name}" for name in match.to_fit}
-                match.fitted = {name: stored[key] for name, key in names.items() if key in stored}
+            for objective in entry.objectives:
+                names = {name: f"fitted.{objective.pair.name}.{name}" for name in objective.to_fit}
+                objective.fitted = {name: stored[key] for name, key in names.items() if key in stored}
         own = self.trained_state(student=student)
         _check_keys(path, own.keys(), stored.keys())
         for name, tensor_ in own.items():
