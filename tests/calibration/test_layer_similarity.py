@@ -81,7 +81,7 @@ def rows_of(count: int, time: int = 16) -> Tensor:
     return torch.randint(2, 97, (count, time), generator=torch.Generator().manual_seed(0))
 
 
-def test_it_is_the_debiased_similarity_of_standardised_features(
+def test_it_is_the_debiased_similarity_of_standardized_features(
     teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
     rows = rows_of(24)
@@ -98,7 +98,7 @@ def test_it_is_the_debiased_similarity_of_standardised_features(
     together, ours_alone, theirs_alone = (
         sum(float(getattr(part, name)) for part in parts) for name in ("together", "student", "teacher")
     )
-    # Features are standardised in float32.
+    # Features are standardized in float32.
     assert float(found[1, 3]) == pytest.approx(together / (ours_alone * theirs_alone) ** 0.5, abs=1e-5)
 
 

@@ -17,11 +17,11 @@ def random_losses(students: int, teachers: int) -> Tensor:
 
 
 def trained(learned: LearnedMap, losses: Tensor, steps: int = 150) -> LayerMap:
-    optimiser = torch.optim.Adam(learned.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(learned.parameters(), lr=0.1)
     for step in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         learned(losses, step / steps).map.backward()
-        optimiser.step()
+        optimizer.step()
     return learned.layer_map(1.0)
 
 

@@ -15,7 +15,7 @@ TEACHER_LAYERS, TOKENS, BATCHES, WIDTH, STUDENT_WIDTH = 8, 64, 3, 16, 24
 
 
 def measured(copied: Sequence[int], seed: int, noise: float) -> Tensor:
-    """Debiased CKA [student layers, teacher layers]; teacher layers are a residual stream, each near its neighbours."""
+    """Debiased CKA [student layers, teacher layers]; teacher layers are a residual stream, each near its neighbors."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

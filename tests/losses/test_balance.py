@@ -77,7 +77,7 @@ def test_the_graph_of_the_parts_is_let_go() -> None:
         torch.autograd.grad(parts["tokens"], toy.parameters)
 
 
-def test_an_accumulating_optimiser_sees_it_as_any_loss() -> None:
+def test_an_accumulating_optimizer_sees_it_as_any_loss() -> None:
     toy = Toy()
     balance = Balance(anchor="tokens", parts=("match",))
     for _ in range(2):

@@ -27,8 +27,8 @@ def pair(offset: float = 0.0) -> tuple[Tensor, Tensor]:
     return teacher @ normal(2, 9, 6) + 2 * normal(0, TOKENS, 6) + offset, teacher - offset
 
 
-def centred(features: Tensor) -> Tensor:
-    """Return the U-centred Gram matrix: each entry less its row's and column's mean, plus the whole mean."""
+def centered(features: Tensor) -> Tensor:
+    """Return the U-centered Gram matrix: each entry less its row's and column's mean, plus the whole mean."""
     n = features.shape[0]
     outside = 1 - torch.eye(n, dtype=features.dtype)
     gram = features @ features.T * outside
@@ -37,7 +37,7 @@ def centred(features: Tensor) -> Tensor:
 
 
 def dense(student: Tensor, teacher: Tensor) -> Tensor:
-    own, target = centred(student), centred(teacher)
+    own, target = centered(student), centered(teacher)
     return 1 - (own * target).sum() / (own.norm() * target.norm())
 
 
@@ -67,7 +67,7 @@ def test_float32_keeps_its_digits_next_to_an_offset_and_a_massive_token() -> Non
     assert found.grad is not None and exact.grad is not None
     # Each token's product with itself is summed with those of all pairs and taken away again, and digits with it.
     own = max(
-        float((x - x.mean(0)).square().sum(1).square().sum() / centred(x).square().sum())
+        float((x - x.mean(0)).square().sum(1).square().sum() / centered(x).square().sum())
         for x in (student.detach(), teacher)
     )
     band = 4 * torch.finfo(torch.float32).eps * own

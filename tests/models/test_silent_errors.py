@@ -57,7 +57,7 @@ def test_a_pad_row_that_holds_something_is_carried_over(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", STUDENTS)
-def test_how_a_teacher_was_quantised_is_no_part_of_its_student(target: str, tmp_path: Path) -> None:
+def test_how_a_teacher_was_quantized_is_no_part_of_its_student(target: str, tmp_path: Path) -> None:
     teacher = tiny_model(STUDENTS[target][0])
     teacher.config.quantization_config = {"quant_method": "gguf", "bits": 4}
     student = student_of(target, teacher, replace=[1], check=False)

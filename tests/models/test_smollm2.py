@@ -30,7 +30,7 @@ def nll(model: PreTrainedModel, rows: Tensor) -> float:
     return float(functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
 
 
-def test_loads_from_its_gguf_without_a_trace_of_quantisation(smollm2: PreTrainedModel, smollm2_reference: str) -> None:
+def test_loads_from_its_gguf_without_a_trace_of_quantization(smollm2: PreTrainedModel, smollm2_reference: str) -> None:
     assert smollm2.hf_quantizer is None
     assert not hasattr(smollm2.config, "quantization_config")
     assert {parameter.dtype for parameter in smollm2.parameters()} == {torch.float32}

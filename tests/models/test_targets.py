@@ -350,9 +350,9 @@ def test_one_step_on_what_must_stay_frozen_destroys_the_student_and_one_on_the_r
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(thaws or name not in frozen_parameters(student))
         before = student(tokens()).logits.detach()
-        optimiser = torch.optim.AdamW([one for one in student.parameters() if one.requires_grad], lr=1e-4)
+        optimizer = torch.optim.AdamW([one for one in student.parameters() if one.requires_grad], lr=1e-4)
         student(tokens(), labels=tokens()).loss.backward()
-        optimiser.step()
+        optimizer.step()
         moved[thaws] = float((student(tokens()).logits.detach() - before).abs().max())
     assert moved[False] < 0.2 * moved[True]
 

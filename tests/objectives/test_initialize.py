@@ -72,7 +72,7 @@ def test_a_shared_projector_is_fitted_to_all_its_pairs(build: Build, teacher: Pr
     torch.testing.assert_close(projector.matrix().double(), left @ right, rtol=1e-4, atol=1e-5)
 
 
-def test_standardised_features_use_the_teachers_statistics(
+def test_standardized_features_use_the_teachers_statistics(
     build: Build, teacher: PreTrainedModel, input_ids: Tensor
 ) -> None:
     aligner = build(entry(loss={"kind": "huber", "standardize": True}))
@@ -92,7 +92,7 @@ def test_standardised_features_use_the_teachers_statistics(
     torch.testing.assert_close(aligner(input_ids).loss, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_standardised_relative_error_is_divided_by_the_standardised_energy(
+def test_a_standardized_relative_error_is_divided_by_the_standardized_energy(
     build: Build, teacher: PreTrainedModel, input_ids: Tensor
 ) -> None:
     aligner = build(entry(layers=[{"student": 0, "teacher": 2}], loss={"kind": "relative_mse", "standardize": True}))

@@ -260,7 +260,7 @@ def test_nearly_one_hot_students_have_exact_gradients(kind: str, deviation: floa
 
 
 @pytest.mark.filterwarnings("ignore:.* is saturated")
-def test_centring_keeps_the_digits_of_a_gradient_that_is_small() -> None:
+def test_centering_keeps_the_digits_of_a_gradient_that_is_small() -> None:
     """Without it the jsd of one-hot rows has an absolute noise of 1e-7 a logit and no digit of a gradient below."""
     found, exact = {}, {}
     inputs = _inputs(8, deviation=15.0, full=False)

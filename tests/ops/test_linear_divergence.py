@@ -229,7 +229,7 @@ def test_logits_far_apart_stay_finite_and_right(name: str, spread: float) -> Non
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skew_reverse_kl", "total_variation"])
 def test_nearly_one_hot_students_keep_the_digits_of_their_gradient(name: str) -> None:
-    """Without centring the two terms of the gradient cancel there and the median row is 3 to 100 % wrong."""
+    """Without centering the two terms of the gradient cancel there and the median row is 3 to 100 % wrong."""
     generator = torch.Generator().manual_seed(0)
     logits_p, logits_q = (15 * torch.randn(2, 400, 300, generator=generator)).unbind()
     gradients = []

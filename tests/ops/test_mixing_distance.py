@@ -96,7 +96,7 @@ def test_other_reductions_of_logarithms(distance: Any, reduction: str, impl: str
 
 @pytest.mark.parametrize("impl", ["reference", "streaming"])
 @pytest.mark.parametrize("distance", ["cross_entropy", *ROW_DISTANCES])
-def test_sinks_on_both_sides_and_an_unnormalised_map(distance: Any, impl: str) -> None:
+def test_sinks_on_both_sides_and_an_unnormalized_map(distance: Any, impl: str) -> None:
     teacher = built(SoftmaxMixing, make_softmax(0, 3, 1, 5, sinks=True), torch.float64, True, scale=0.7)
     student = built(SoftmaxMixing, make_softmax(9, 2, 1, 4, sinks=True), torch.float64, True, scale=0.6, softcap=2.0)
     compare(teacher, student, 3 * head_weights(2, 3), distance, impl)

@@ -90,7 +90,7 @@ def test_seconds_are_flops_over_the_rate_that_passes_reach(rates: Rates) -> None
     assert cost.seconds == pytest.approx(cost.flops / (1e11 * EFFICIENCY))
 
 
-def test_peak_bytes_hold_both_models_the_optimiser_and_a_cache_in_memory(rates: Rates) -> None:
+def test_peak_bytes_hold_both_models_the_optimizer_and_a_cache_in_memory(rates: Rates) -> None:
     student = side("llama")
     count = sum(parameter.numel() for parameter in student.layout.model.parameters())
     frozen = stage_cost(work(student, HIDDEN, trainable=frozenset()), student, student, rates).peak_bytes

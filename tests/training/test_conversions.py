@@ -61,14 +61,14 @@ def test_a_new_mixer_learns_what_the_attention_gave(
     assert trained == set(plan.stages[0].trainable)
     assert all(name.startswith("model.layers.1.") for name in trained)
     rows = torch.randint(2, 97, (2, 16), generator=torch.Generator().manual_seed(0))
-    optimiser = torch.optim.AdamW([one for one in student.parameters() if one.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([one for one in student.parameters() if one.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):
         loss = aligner(rows).loss
         losses.append(float(loss.detach()))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -2,7 +2,7 @@
 
 Debiased CKA of every student layer with every teacher layer. Tokens of one sequence depend on each other, so a batch is
 the same position of many sequences; a few dimensions of a residual stream can outweigh all others, so each dimension is
-standardised over all tokens first; first tokens, whose activations are massive, are left out.
+standardized over all tokens first; first tokens, whose activations are massive, are left out.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def layer_similarity(tap: str, teacher: Layout, student: Layout, rows: Tensor, w
 
 
 def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor, work: Work | None) -> Sequence[Tensor]:
-    """Return what each layer gives at the positions of every row, standardised: [rows, positions, dim] a layer."""
+    """Return what each layer gives at the positions of every row, standardized: [rows, positions, dim] a layer."""
     was_training = layout.model.training
     layout.model.eval()
     kept: list[list[Tensor]] = [[] for _ in layout.blocks]
@@ -94,9 +94,9 @@ def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor, work: W
         if work is not None:
             work.advance(rows[start : start + size].numel())
     layout.model.train(was_training)
-    return [_standardised(torch.cat(parts)) for parts in kept]
+    return [_standardized(torch.cat(parts)) for parts in kept]
 
 
-def _standardised(features: Tensor) -> Tensor:
+def _standardized(features: Tensor) -> Tensor:
     mean, deviation = features.mean((0, 1)), features.std((0, 1))
     return (features - mean) / deviation.clamp(min=SMALLEST_DEVIATION)

@@ -17,7 +17,7 @@ def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
 
 
 def quiet_libraries() -> None:
-    """Hide the progress bars and advice of transformers, in favour of our own progress lines.
+    """Hide the progress bars and advice of transformers, in favor of our own progress lines.
 
     Call it before anything else imports transformers: its GGUF reader's bar is tqdm's own, which reads its environment
     on import.

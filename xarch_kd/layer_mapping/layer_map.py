@@ -96,7 +96,7 @@ class LayerMap:
         """Return the map as text of at most 80 columns: one line per student layer, one column per teacher layer.
 
         `·` is weight 0, `░ ▒ ▓ █` are weights up to 1/4, 1/2, 3/4 and 1. If the teacher has more layers than fit,
-        neighbouring layers share a column, which shows the sum of their weights.
+        neighboring layers share a column, which shows the sum of their weights.
         """
         columns = _columns(self.weights, PLOT_WIDTH)
         sums = torch.stack([part.sum(1) for part in columns], dim=1)
@@ -123,7 +123,7 @@ def similarity_text_plot(name: str, similarity: Tensor) -> str:
 
 
 def _columns(matrix: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Return the columns of a plot, each one or more neighbouring columns of the matrix."""
+    """Return the columns of a plot, each one or more neighboring columns of the matrix."""
     return matrix.split(-(-matrix.shape[1] // (width - _margin(matrix))), dim=1)
 
 

@@ -61,7 +61,7 @@ def transport_plan(
 ) -> Tensor:
     """Return the plan F >= 0 [student layers, teacher layers], float64, of least Σ F · C with the given marginals.
 
-    C = `cost` + `order` · ((i + 1) / S - (j + 1) / T)², which favours equal depths. Rows of F sum to
+    C = `cost` + `order` · ((i + 1) / S - (j + 1) / T)², which favors equal depths. Rows of F sum to
     `student_weights`, columns to `teacher_weights`; both are divided by their sum, and are uniform by default. With
     `entropy` 0 the plan is the exact solution of the linear program; above 0 it minimizes Σ F · C - ε H(F), with ε =
     `entropy` × median |C|, by Sinkhorn iterations in the log domain (Cuturi 2013). 0.05 is a good first choice: at 1

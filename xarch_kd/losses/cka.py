@@ -91,13 +91,13 @@ def standardized(
 
 
 def _cka(x: Tensor, y: Tensor) -> Tensor:
-    x, y = _centred(x), _centred(y)
+    x, y = _centered(x), _centered(y)
     with torch.no_grad():
         teacher = _hsic(y, y).clamp(min=LEAST_DEPENDENCE)
     return _hsic(x, y) / (_hsic(x, x).clamp(min=LEAST_DEPENDENCE) * teacher).sqrt()
 
 
-def _centred(features: Tensor) -> Tensor:
+def _centered(features: Tensor) -> Tensor:
     """Return centered features with a mean square of 1 per token, for numerical accuracy.
 
     CKA changes with neither, so both are constants to its gradient.

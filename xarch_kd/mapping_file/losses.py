@@ -124,7 +124,7 @@ class EuclideanDistance(DistanceOptions):
     kind: Literal["l2"]
 
 
-class CentredKernelAlignment(FeatureLossOptions):
+class CenteredKernelAlignment(FeatureLossOptions):
     """One minus the similarity (linear CKA, without bias) of student and teacher over the tokens of a micro-batch.
 
     It is invariant to rotation and scale, so it takes no projector, whatever the dimensions. A micro-batch should have
@@ -232,7 +232,7 @@ AlignLoss = Annotated[
     | NormalisedMeanSquaredError
     | Huber
     | EuclideanDistance
-    | CentredKernelAlignment
+    | CenteredKernelAlignment
     | Gram
     | Relation
     | AttentionBridge

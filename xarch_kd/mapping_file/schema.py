@@ -135,7 +135,7 @@ class Text(ConfigModel):
 
 
 class Data(Text):
-    """Training text: tokenised by the teacher's tokenizer, packed into rows of `sequence_length` tokens.
+    """Training text: tokenized by the teacher's tokenizer, packed into rows of `sequence_length` tokens.
 
     `held_out` is the share of documents (at least one) kept for evaluation; `batch_size` is rows per micro-batch.
     """

@@ -1,7 +1,7 @@
 """Transfer of the teacher's token embeddings to a student of another dimension, preserving inner products.
 
 Of all maps onto k dimensions the one onto the k leading right singular vectors of E [tokens, dim] keeps E Eᵀ best
-(Eckart and Young 1936). E is not centred: centring would preserve differences, while models use embeddings in inner
+(Eckart and Young 1936). E is not centered: centering would preserve differences, while models use embeddings in inner
 products, such as attention scores and the logits of a tied head.
 """
 
@@ -71,7 +71,7 @@ def _transfer(part: str, source: Tensor, target: Tensor, rows: int) -> Transfer:
 
 
 def leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, float]:
-    """Return the `count` leading right singular vectors of [rows, width] as float64 [width, count], and their share.
+    """Return the `count` leading right singular vectors of [rows, dim] as float64 [dim, count], and their share.
 
     The share is of the matrix's squared norm. Of each vector the largest entry is positive, so that the same matrix
     gives the same signs everywhere.

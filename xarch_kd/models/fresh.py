@@ -28,7 +28,7 @@ _OTHERS_BUSINESS = {
     "torch_dtype": "the student trains in float32 and is saved in student.dtype",
     "architectures": "the class follows from model_type",
     "transformers_version": "it is written when the student is saved",
-    "quantization_config": "a fresh student is not quantised",
+    "quantization_config": "a fresh student is not quantized",
     "attn_implementation": "it is chosen when the model runs",
     "code_revision": "code that comes with a checkpoint is never run",
     **dict.fromkeys(CODE_KEYS, "code that comes with a checkpoint is never run"),

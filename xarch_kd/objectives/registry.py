@@ -12,7 +12,7 @@ from xarch_kd.errors import check_table
 from xarch_kd.mapping_file.losses import (
     LOSS_OPTIONS,
     AttentionBridge,
-    CentredKernelAlignment,
+    CenteredKernelAlignment,
     Cosine,
     CustomLossOptions,
     EuclideanDistance,
@@ -41,7 +41,7 @@ OBJECTIVES: Final[Mapping[type[LossOptions], type[PairObjective]]] = {
     NormalisedMeanSquaredError: DistanceObjective,
     Huber: DistanceObjective,
     EuclideanDistance: DistanceObjective,
-    CentredKernelAlignment: CkaObjective,
+    CenteredKernelAlignment: CkaObjective,
     Gram: GramObjective,
     Relation: RelationObjective,
     AttentionBridge: AttentionBridgeObjective,

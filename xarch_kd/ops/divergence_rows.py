@@ -1,7 +1,7 @@
 """Closed form of each divergence: value and gradient of rows, from logits over the temperature.
 
 With x = log p - log q and the divergence Σ F, the gradient with respect to the student's logits is q ⊙ (f' - Σ q f'),
-f' = ∂F/∂q. Where q is nearly one-hot these two terms cancel, so f' is first centred, which changes nothing in exact
+f' = ∂F/∂q. Where q is nearly one-hot these two terms cancel, so f' is first centered, which changes nothing in exact
 arithmetic. `forward_kl`, `alpha` and `renyi` are written with R = q f' instead, because f' itself overflows where q
 vanishes.
 
@@ -55,7 +55,7 @@ def reverse_kl(q: Distribution, p: Distribution, gradient: bool) -> Rows:
     """Return KL(q ‖ p); f' = -x."""
     log_ratio = _log_ratio(q, p)
     value = -_dot(q.probabilities, log_ratio)
-    return value, _centred(q, log_ratio.neg_()) if gradient else None
+    return value, _centered(q, log_ratio.neg_()) if gradient else None
 
 
 def jsd(q: Distribution, p: Distribution, gradient: bool, beta: float, normalised: bool) -> Rows:
@@ -64,7 +64,7 @@ def jsd(q: Distribution, p: Distribution, gradient: bool, beta: float, normalise
     scale = 1 / (beta * (1 - beta)) if normalised else 1.0
     from_teacher = _dot(p.probabilities, log_ratio.sub_(excess))
     value = (beta * from_teacher - (1 - beta) * _dot(q.probabilities, excess)) * scale
-    return value, _centred(q, excess.mul_((beta - 1) * scale)) if gradient else None
+    return value, _centered(q, excess.mul_((beta - 1) * scale)) if gradient else None
 
 
 def skew_forward_kl(q: Distribution, p: Distribution, gradient: bool, alpha: float) -> Rows:
@@ -72,7 +72,7 @@ def skew_forward_kl(q: Distribution, p: Distribution, gradient: bool, alpha: flo
     log_ratio, excess = _excess(q, p, alpha)
     teacher_over_mixture = log_ratio.sub_(excess)
     value = _dot(p.probabilities, teacher_over_mixture)
-    return value, _centred(q, teacher_over_mixture.exp_().mul_(alpha - 1)) if gradient else None
+    return value, _centered(q, teacher_over_mixture.exp_().mul_(alpha - 1)) if gradient else None
 
 
 def skew_reverse_kl(q: Distribution, p: Distribution, gradient: bool, alpha: float) -> Rows:
@@ -83,14 +83,14 @@ def skew_reverse_kl(q: Distribution, p: Distribution, gradient: bool, alpha: flo
     if not gradient:
         return value, None
     slope = torch.exp(student_over_mixture, out=log_ratio).mul_(-alpha).add_(student_over_mixture)
-    return value, _centred(q, slope)
+    return value, _centered(q, slope)
 
 
 def total_variation(q: Distribution, p: Distribution, gradient: bool) -> Rows:
     """Return ½ Σ |p - q|; f' = -½ sign(p - q)."""
     difference = torch.sub(p.probabilities, q.probabilities, out=p.probabilities)
     value = 0.5 * difference.abs().sum(-1)
-    return value, _centred(q, difference.sign_().mul_(-0.5)) if gradient else None
+    return value, _centered(q, difference.sign_().mul_(-0.5)) if gradient else None
 
 
 def alpha_divergence(q: Distribution, p: Distribution, gradient: bool, alpha: float) -> Rows:
@@ -142,7 +142,7 @@ def _from_overlap(q: Distribution, p: Distribution, overlap: Tensor, total: Tens
     return torch.mul(q.probabilities, total, out=p.probabilities).sub_(overlap).mul_(scale)
 
 
-def _centred(q: Distribution, slope: Tensor) -> Tensor:
+def _centered(q: Distribution, slope: Tensor) -> Tensor:
     """Return q ⊙ (f' - Σ q f') from f', which is overwritten.
 
     The mean is subtracted twice: the first leaves values near 0 where q has its mass, the second is the mean of those

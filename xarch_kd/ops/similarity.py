@@ -21,7 +21,7 @@ from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
 from xarch_kd.ops.dispatch import choose
 from xarch_kd.ops.reference.similarity import dependences
-from xarch_kd.ops.streaming.similarity import Moments, centred_gram
+from xarch_kd.ops.streaming.similarity import Moments, centered_gram
 
 # HSIC_1 divides by n - 3.
 LEAST_TOKENS: Final = 4
@@ -196,7 +196,7 @@ class LayerSimilarity:
             tokens, _ = _tokens(features, other, mask)
             _check_count(tokens.shape[0])
             with torch.autocast(tokens.device.type, enabled=False):
-                found.append(centred_gram(tokens, self.dtype))
+                found.append(centered_gram(tokens, self.dtype))
         return torch.stack(found)
 
     def _add(self, together: Tensor, student: Tensor, teacher: Tensor, *, batches: int) -> None:

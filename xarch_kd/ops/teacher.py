@@ -22,7 +22,7 @@ class TeacherTopK:
     """The k likeliest entries of a teacher's softened distributions: `indices` and `log_probabilities` [..., k].
 
     The leading axes are those of the student's hidden states. Log-probabilities, in nats, are those of the full
-    distribution at the temperature of the call, log_softmax(logits / temperature), not renormalised over the k.
+    distribution at the temperature of the call, log_softmax(logits / temperature), not renormalized over the k.
 
     What is compared are k + 1 buckets: the k entries and one tail for all others, with the teacher's
     p_tail = 1 - Σ p_j (at least 2⁻²³) and the student's q_tail, the sum of its probabilities over every entry that is

@@ -98,7 +98,7 @@ def _models(plan: Plan) -> Table:
 
 
 def _blocks(plan: Plan) -> Table:
-    """Return a table of the blocks of both models; equal neighbours share a row, equal depths are side by side."""
+    """Return a table of the blocks of both models; equal neighbors share a row, equal depths are side by side."""
     table = _table("blocks", "teacher", "student", "", title="Blocks")
     teacher, student = plan.teacher, plan.student
     if len(teacher.layers) == len(student.layers):

@@ -20,8 +20,8 @@ SUM_TOLERANCE: Final = 5e-3
 def head_map(rule: str | Sequence[Sequence[float]], student_heads: int, teacher_heads: int) -> Tensor | None:
     """Return weights [student heads, teacher heads] whose rows sum to 1, or None for a one-to-one map in order.
 
-    `mean`: each student head learns from the mean of a group of neighbouring teacher heads; `repeat`: each teacher
-    head is the target of a group of neighbouring student heads; `auto`: one to one if the counts are equal, else
+    `mean`: each student head learns from the mean of a group of neighboring teacher heads; `repeat`: each teacher
+    head is the target of a group of neighboring student heads; `auto`: one to one if the counts are equal, else
     `mean` or `repeat`. The weights themselves are accepted too.
 
     Raises UsageError if the counts do not allow the rule, or the weights do not fit.

@@ -29,7 +29,7 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
 
 
 def through_weight(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
-    """Write gradient weight [tokens, width] into `out`, converting the weight's rows block by block if need be."""
+    """Write gradient weight [tokens, dim] into `out`, converting the weight's rows block by block if need be."""
     if weight.dtype == gradient.dtype:
         product_into(out, gradient, weight)
         return

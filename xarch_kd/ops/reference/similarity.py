@@ -27,6 +27,6 @@ def dependences(student: Tensor, teacher: Tensor, dtype: torch.dtype) -> tuple[T
     # It does not change when all tokens are shifted; the digits of a large common offset would be lost.
     grams = []
     for features in (student, teacher):
-        centred = features.to(dtype) - features.to(dtype).mean(0)
-        grams.append(centred @ centred.T)
+        centered = features.to(dtype) - features.to(dtype).mean(0)
+        grams.append(centered @ centered.T)
     return hsic(grams[0], grams[1]), hsic(grams[0], grams[0]), hsic(grams[1], grams[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 class Moments:
     """The sums that HSIC_1 of two sides is a function of; `first` and `second` may be the same side.
 
-    products [first width, second width] is XᵀY; sums Σx, Σy; norms Σ|x|², Σ|y|²; both Σ|x|²|y|²; weighted Σ x|y|²,
+    products [first dim, second dim] is XᵀY; sums Σx, Σy; norms Σ|x|², Σ|y|²; both Σ|x|²|y|²; weighted Σ x|y|²,
     Σ y|x|².
     """
 
@@ -40,7 +40,7 @@ class Moments:
         return cls(zeros(first, second), sums, (zeros(), zeros()), zeros(), weighted)
 
     def update(self, first: Tensor, second: Tensor) -> None:
-        """Take in tokens [tokens, width] of both sides, already less their references."""
+        """Take in tokens [tokens, dim] of both sides, already less their references."""
         norms = first.square().sum(1), second.square().sum(1)
         self.products.addmm_(first.T, second)
         self.both += norms[0] @ norms[1]
@@ -66,8 +66,8 @@ class Moments:
         return (self.products, *self.sums, *self.norms, self.both, *self.weighted)
 
 
-def centred_gram(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the U-centred Gram matrix [tokens, tokens] of features [tokens, width].
+def centered_gram(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the U-centered Gram matrix [tokens, tokens] of features [tokens, dim].
 
     HSIC_1 of two sides is the sum of the products of the entries of theirs, over n (n - 3) (Székely & Rizzo 2014).
     """

@@ -24,7 +24,7 @@ class SoftmaxRows:
         self.mixing = mixing
         query, key = (_clean(mixing, factor.detach()).to(dtype) for factor in (mixing.query, mixing.key))
         self.groups = key.shape[2]
-        # [batch, key heads, heads that share one, time, width] and [batch, key heads, time, width].
+        # [batch, key heads, heads that share one, time, dim] and [batch, key heads, time, dim].
         self.query = query.unflatten(2, (self.groups, -1)).permute(0, 2, 3, 1, 4) * mixing.scale
         self.key = key.transpose(1, 2).contiguous()
         self.sinks = None if mixing.sinks is None else mixing.sinks.detach().to(dtype)
@@ -93,11 +93,11 @@ class SoftmaxRows:
         weight = weight.reshape(batch, self.groups, -1, 1)
         if "query" in self.gradients:
             part = (slope @ self.key[:, :, columns]) * (weight * self.mixing.scale)
-            # [batch, key heads, shared, rows, width] -> [batch, rows, heads, width]
+            # [batch, key heads, shared, rows, dim] -> [batch, rows, heads, dim]
             part = part.unflatten(2, (-1, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
             self.gradients["query"][:, rows] += part
         if "key" in self.gradients:
-            # Kept as [batch, key heads, width, time]: the product with the short side first is the faster one.
+            # Kept as [batch, key heads, dim, time]: the product with the short side first is the faster one.
             self.gradients["key"][..., columns] += (self._query(rows) * weight).transpose(-1, -2) @ slope
 
     def finish(self) -> dict[str, Tensor]:
