@@ -245,7 +245,7 @@ def test_bad_input() -> None:
         statistics.update(y, x)
     with pytest.raises(UsageError, match="of no tokens"):
         ridge(PairStatistics())
-    with pytest.raises(UsageError, match="needs a penalty"):
+    with pytest.raises(UsageError, match="needs a positive penalty"):
         ridge(statistics, penalty=0.0)
     y[3, 2] = torch.inf
     with pytest.raises(NonFiniteLoss, match="of the teacher are not finite"):
