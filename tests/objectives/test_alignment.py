@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.objectives.stages import PAIRS, TOKENS, Build, both, entry, plan_of
+from xarch_kd.errors import UsageError
 from xarch_kd.layer_mapping.counts import random
 from xarch_kd.losses import cka_loss, feature_loss, gram_loss, queries_and_keys, relation_loss
 from xarch_kd.projectors import Projector
 from xarch_kd.taps.trace import trace
 from xarch_kd.training.aligner import Aligner
+from xarch_kd.training.loss_balancing import observe_gradients
 
 
 @pytest.mark.parametrize("kind", ["cka", "gram"])
@@ -157,36 +159,38 @@ def test_auto_weights_make_gradients_as_large_as_the_anchors(build: Build, input
     )
     assert aligner.balance is not None
     assert aligner.balance.anchor == "anchor"
-    for _ in range(aligner.balance.observations):
+    for step in range(aligner.balance.observations):
         assert not aligner.balance.done
-        aligner(input_ids).loss.backward()
+        with pytest.raises(UsageError, match="were not balanced at this step"):
+            aligner(input_ids, step=step)
+        observe(aligner, input_ids, step)
+        aligner(input_ids, step=step).loss.backward()
     assert aligner.balance.done
     # The student did not change in between, so the scale is the exact ratio; float32 sums differ in their last digits.
     assert norm_of(aligner, input_ids, "balanced") == pytest.approx(norm_of(aligner, input_ids, "anchor"), rel=1e-4)
     assert aligner.balance.scale("balanced") != 1
 
 
-def test_the_gradient_while_balancing_is_that_of_the_balanced_loss(build: Build, input_ids: Tensor) -> None:
-    align = (
+def observe(aligner: Aligner, ids: Tensor, step: int = 0) -> None:
+    """Observe the gradients of a step of one micro-batch."""
+    observe_gradients(aligner, lambda name: aligner(ids, step=step, objective=name).loss.backward(), step=step)
+
+
+def test_observing_gradients_leaves_those_that_were_accumulated(build: Build, input_ids: Tensor) -> None:
+    aligner = build(
         entry(name="anchor", loss={"kind": "mse"}),
         entry(name="balanced", tap="mixer_output", loss={"kind": "mse", "weight": "auto"}),
+        entry(name="late", loss={"kind": "mse", "weight": "auto"}, schedule={"kind": "constant", "start": 0.5}),
     )
-    aligner, after = build(*align), build(*align)
-    after.load_state_dict(aligner.state_dict())
-    output = aligner(input_ids)
-    output.loss.backward()
-    after.balance = aligner.balance
-    assert after.balance is not None
-    for _ in range(after.balance.observations - 1):
-        assert not after.balance.done
-        after(input_ids).loss.backward()
-    after.zero_grad()
-    later = after(input_ids)
-    later.loss.backward()
-    torch.testing.assert_close(output.loss, later.loss)
-    for (name, first), (_, second) in zip(aligner.named_parameters(), after.named_parameters(), strict=True):
-        if first.grad is not None:
-            torch.testing.assert_close(first.grad, second.grad, msg=lambda text, name=name: f"{name}: {text}")
+    parameters = [parameter for parameter in aligner.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    observe(aligner, input_ids)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in parameters if p.grad is not None)
+    assert aligner.balance is not None
+    # What is not active at a step is not counted at it.
+    assert {name: len(seen) for name, seen in aligner.balance.ratios.items()} == {"balanced": 1}
+    assert float(aligner(input_ids, objective="late").loss) == 0
 
 
 def test_a_spans_outputs_are_matched_by_their_sum(build: Build, teacher: PreTrainedModel, input_ids: Tensor) -> None:

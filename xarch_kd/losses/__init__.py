@@ -6,7 +6,7 @@ optimizer step, so that micro-batches add up.
 
 from __future__ import annotations
 
-from xarch_kd.losses.balance import Balance, observed_loss
+from xarch_kd.losses.balance import Balance
 from xarch_kd.losses.bridge import QueriesAndKeys, attention_bridge, bridge_dims, queries_and_keys
 from xarch_kd.losses.cka import cka_loss
 from xarch_kd.losses.features import feature_loss, feature_normalizer, teacher_energy, token_count
@@ -34,7 +34,6 @@ __all__ = [
     "label_count",
     "mixing_loss",
     "next_token_labels",
-    "observed_loss",
     "queries_and_keys",
     "relation_heads",
     "relation_loss",

@@ -11,11 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import torch
-from torch import Tensor
-
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
-from xarch_kd.ops.streaming.autograd import attach_gradients
 
 # A part whose gradient is a hundred thousandth of the anchor's is at its goal or wrong: it is not blown up further.
 LARGEST_SCALE: Final = 1e4
@@ -108,63 +104,3 @@ class Balance:
             return 1.0
         limit = math.log(LARGEST_SCALE)
         return math.exp(min(max(sum(ratios) / len(ratios), -limit), limit))
-
-
-def gradient_norm(gradients: Sequence[Tensor | None]) -> float:
-    """Return the norm of all gradients together; those that are None are 0."""
-    parts = [torch.linalg.vector_norm(gradient.detach().float()) for gradient in gradients if gradient is not None]
-    return float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
-
-
-def observed_loss(
-    parts: Mapping[str, Tensor],
-    balance: Balance,
-    student: Sequence[Tensor],
-    beside: Sequence[Tensor] = (),
-    *,
-    weights: Mapping[str, float] | None = None,
-) -> tuple[Tensor, Balance]:
-    """Return Σ weight · scale · part, and the balance after the norms of the parts' gradients on `student`.
-
-    `student` and `beside` (for example projectors) are all trained parameters; gradient norms are measured on those of
-    `student` only, before the parts' `weights` (None: 1). The gradient of each part is computed in this call, once, and
-    the backward pass of the returned loss adds their weighted sum, with the scales of this call, to every parameter. So
-    parts may allow only one backward pass, and a step costs one backward pass per part and memory for two sets of
-    gradients.
-
-    Raises:
-        UsageError: the anchor is not among the parts.
-        NonFiniteLoss: a gradient is NaN or infinite.
-    """
-    if balance.anchor not in parts:
-        raise UsageError(
-            "The part that weights are balanced against is missing.", asked=balance.anchor, allowed=" | ".join(parts)
-        )
-    leaves = [*student, *beside]
-    live = [name for name, part in parts.items() if part.requires_grad]
-    # The anchor first: each part's scale is then known as soon as its gradient is.
-    order = sorted(live, key=lambda name: name != balance.anchor)
-    against = 0.0
-    sums: list[Tensor | None] = [None] * len(leaves)
-    for place, name in enumerate(order):
-        last = place == len(order) - 1
-        gradients = torch.autograd.grad(parts[name], leaves, retain_graph=not last, allow_unused=True)
-        norm = gradient_norm(gradients[: len(student)])
-        against = norm if name == balance.anchor else against
-        balance = balance.observe({balance.anchor: against, name: norm})
-        factor = balance.scale(name) * (1.0 if weights is None else weights.get(name, 1.0))
-        _add(sums, gradients, factor)
-    total = _weighted(parts, balance, weights)
-    return attach_gradients(total, leaves, sums) if order else total, balance
-
-
-def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None], factor: float) -> None:
-    for place, gradient in enumerate(gradients):
-        if gradient is not None:
-            held = sums[place]
-            sums[place] = gradient * factor if held is None else held.add_(gradient, alpha=factor)
-
-
-def _weighted(parts: Mapping[str, Tensor], balance: Balance, weights: Mapping[str, float] | None) -> Tensor:
-    factors = {name: balance.scale(name) * (1.0 if weights is None else weights.get(name, 1.0)) for name in parts}
-    return torch.stack([part.detach() * factors[name] for name, part in parts.items()]).sum()

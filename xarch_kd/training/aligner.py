@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.layer_mapping.layer_map import LayerMap
-from xarch_kd.losses.balance import observed_loss
 from xarch_kd.losses.features import divisor
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
 from xarch_kd.objectives.next_token import HEAD_INPUT, NextTokenObjective
@@ -27,7 +26,7 @@ from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
 from xarch_kd.teacher.feature_cache import Feature, Features
 from xarch_kd.teacher.reader import TeacherFeatures
-from xarch_kd.training.loss_balancing import TOKENS, balance_of, read_balance
+from xarch_kd.training.loss_balancing import TOKENS, balance_of, read_balance, require_balanced
 from xarch_kd.training.stage_setup import freeze_others, set_checkpointing, stage_of
 from xarch_kd.training.student_features import block_input_site, replayed, traced
 
@@ -79,6 +78,7 @@ class Aligner(nn.Module):
             None if settings is None else NextTokenObjective(settings, student_layout, teacher_layout, plan.custom)
         )
         self.balance = balance_of(self.stage)
+        self.balanced_step: int | None = None  # the last one at which `observe_gradients` measured
         self._targets: StepTargets | None = None
         # In a tuple, so that the teacher is no child: it is neither trained, saved nor moved with the student.
         self._outside = (student_layout, TeacherFeatures(teacher_layout, self.targets().sites))
@@ -169,13 +169,17 @@ class Aligner(nn.Module):
         features: Features | None = None,
         normalizers: LossNormalizers | None = None,
         step: int = 0,
+        objective: str | None = None,
     ) -> AlignerOutput:
         """Return the loss of one micro-batch, given as a `batch` or as the tensors of one, each [batch, time].
 
         `attention_mask` is 1 or true where a token counts; `labels`, unshifted, are -100 where the token objective
         leaves a token out. `features` are the teacher's (read here when not given), `normalizers` the step's divisors
         (those of this batch alone when not given), and `step` counts the optimizer steps of the stage from 0, which
-        schedules, redrawn layer maps and temperatures follow.
+        schedules, redrawn layer maps and temperatures follow. With `objective`, an entry's name or `tokens`, the loss
+        is that objective alone without its balanced weight, and 0 where it is not active at the step.
+
+        A stage with `weight: auto` trains after `training.loss_balancing.observe_gradients` of the same step.
 
         Raises NonFiniteLoss, which names the objective, and UsageError as `Batch` does. All checks of values are
         settled by one read of the device at the end, or by a collector of `ops.checks` that is active.
@@ -196,13 +200,17 @@ class Aligner(nn.Module):
                     found, auxiliary = entry.terms(own, sides, batch.attention_mask, normalizers, targets.progress)
                     terms[entry.align.name], maps = found, maps | auxiliary
             if head_input is not None and self.next_token is not None:
-                objective, target = self.next_token, features[HEAD_INPUT]
+                next_token, target = self.next_token, features[HEAD_INPUT]
                 token = name_nonfinite(
                     TOKENS,
-                    lambda: objective.loss(head_input, target, batch.next_tokens, normalizers, targets.progress),
+                    lambda: next_token.loss(head_input, target, batch.next_tokens, normalizers, targets.progress),
                 )
                 terms[TOKENS] = {TOKENS: token}
-            return self._output(terms, _shares(maps, batch, normalizers))
+            maps = _shares(maps, batch, normalizers)
+            if objective is not None:
+                return _alone(objective, terms, batch)
+            require_balanced(self.balance, self.balanced_step, step)
+            return self._output(terms, maps)
 
     def _batch(
         self, batch: Batch | None, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None
@@ -224,11 +232,7 @@ class Aligner(nn.Module):
         """Return the sum of all terms, balanced, and each term by name."""
         _require_finite({name: part for entry in terms.values() for name, part in entry.items()} | dict(maps))
         sums = {name: torch.stack(list(entry.values())).sum() for name, entry in terms.items()} | dict(maps)
-        if self.balance is not None and not self.balance.done and torch.is_grad_enabled():
-            student = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-            loss, self.balance = observed_loss(sums, self.balance, student, self.auxiliary_parameters())
-        else:
-            loss = torch.stack([self._scale(name) * term for name, term in sums.items()]).sum()
+        loss = torch.stack([self._scale(name) * term for name, term in sums.items()]).sum()
         scaled = {
             name: self._scale(entry) * term.detach() for entry, found in terms.items() for name, term in found.items()
         }
@@ -314,6 +318,14 @@ class Aligner(nn.Module):
                 tensor_.copy_(stored[name])
         if self.balance is not None:
             self.balance = read_balance(self.balance, path)
+
+
+def _alone(objective: str, terms: Mapping[str, Mapping[str, Tensor]], batch: Batch) -> AlignerOutput:
+    """Return one objective as the whole output."""
+    found = terms.get(objective, {})
+    _require_finite(found)
+    loss = torch.stack(list(found.values())).sum() if found else torch.zeros((), device=batch.device)
+    return AlignerOutput(loss=loss, parts={name: term.detach() for name, term in found.items()})
 
 
 def _shares(maps: Mapping[str, Tensor], batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:

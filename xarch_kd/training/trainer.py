@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from xarch_kd.run.processes import Processes
 from xarch_kd.run.progress import StageProgress, StepFigures
 from xarch_kd.run.signals import StopSignals
 from xarch_kd.taps.sites import Site
+from xarch_kd.teacher.feature_cache import Features
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner, AlignerOutput
 from xarch_kd.training.checkpoints import (
@@ -36,6 +38,7 @@ from xarch_kd.training.checkpoints import (
     read_source_state,
     write_state,
 )
+from xarch_kd.training.loss_balancing import observe_gradients
 from xarch_kd.training.optimizer import parameter_groups
 
 # Every process holds all parameters and, once they are reduced, all gradients.
@@ -119,7 +122,30 @@ class StageTrainer(Trainer):
             samples.append({"batch": batch, "features": features})
         self._normalizers = normalizers if ranks == 1 else normalizers.reduced(self._summed_over_ranks)
         self._figures = {}
+        self._balance(samples)
         return samples, None
+
+    def _balance(self, samples: list[dict[str, Any]]) -> None:
+        """Observe, at the first steps of a stage with `weight: auto`, the gradient of each objective over the step."""
+        try:
+            observe_gradients(self.aligner, partial(self._backward_alone, samples), step=self._step)
+        except NonFiniteLoss:
+            # A loss that is not finite is named before the gradient that follows from it.
+            self.settle()
+            raise
+        balance, is_new = self.aligner.balance, self.aligner.balanced_step == self._step
+        if balance is not None and balance.done and is_new and self.progress is not None:
+            self.progress.balanced(balance.state())
+
+    def _backward_alone(self, samples: list[dict[str, Any]], objective: str) -> None:
+        """Run forward and backward of one objective over the step's micro-batches, through the wrapped module."""
+        model = self.model_wrapped
+        for place, sample in enumerate(samples):
+            last = place == len(samples) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model=model), self._checks.collecting():
+                loss = self._output(model, sample["batch"], sample["features"], objective).loss
+                if loss.requires_grad:
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
 
     @property
     def _step(self) -> int:
@@ -148,21 +174,23 @@ class StageTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the micro-batch's share of the step's loss."""
-        batch, features = inputs["batch"], inputs["features"]
-        waiting = self._is_balancing()
-        with checks.renaming_errors(partial(self._named, batch=batch)):
-            if features is None:
-                features = self.reader.read(batch, sites=self._sites)
-            output: AlignerOutput = model(
-                batch=batch, features=features, normalizers=self._normalizers, step=self._step
-            )
-        if waiting and not self._is_balancing() and self.progress is not None and self.aligner.balance is not None:
-            self.progress.balanced(self.aligner.balance.state())
+        output = self._output(model, inputs["batch"], inputs["features"])
         for name, part in output.parts.items():
             self._figures[name] = self._figures.get(name, part.new_zeros(())) + part
         # Data-parallel gradients are averaged over ranks; the sums here are already divided by the global normalizers.
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    def _output(
+        self, model: nn.Module, batch: Batch, features: Features | None, objective: str | None = None
+    ) -> AlignerOutput:
+        """Return the aligner's output on a micro-batch, of all objectives or of one; the teacher is read if needed."""
+        with checks.renaming_errors(partial(self._named, batch=batch)):
+            if features is None:
+                features = self.reader.read(batch, sites=self._sites)
+            return model(
+                batch=batch, features=features, normalizers=self._normalizers, step=self._step, objective=objective
+            )
 
     def _named(self, error: XarchError, batch: Batch) -> XarchError:
         """Return the error of a loss that is not finite with the stage, the step and the batch it belongs to."""
@@ -209,9 +237,6 @@ class StageTrainer(Trainer):
             found=f"parameter {next(bad, 'unknown: every gradient is finite, but their norm is not')}",
             fix=self._where_to_go_on(),
         )
-
-    def _is_balancing(self) -> bool:
-        return self.aligner.balance is not None and not self.aligner.balance.done
 
     def _where_to_go_on(self) -> str:
         kept = latest_checkpoint(Path(str(self.args.output_dir)))
