@@ -12,52 +12,76 @@ import yaml
 
 from tests.job.rank_cases import RATES
 from tests.job.test_shipped import FAMILIES, FILES, shrunk, teachers
+from tests.training.test_micro_batches import HYBRID, TRANSFORMER
 from xarch_kd.job.train import train
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.launch import launch
-from xarch_kd.testing.runs import events_of, student_of
+from xarch_kd.testing.mapping import LOGITS
+from xarch_kd.testing.runs import events_of, same, student_of
 
 __all__ = ["teachers"]
 
 STEPS = 20
-CASES = str(Path(__file__).with_name("rank_cases.py"))
-
-
-def on_two_ranks(folder: Path, runs: list[tuple[str, Path, bool, int | None]]) -> None:
-    """Make runs on two processes of one launch; see `rank_cases.py`."""
-    listed = folder / "runs.json"
-    listed.write_text(json.dumps([[mapping, str(output), *rest] for mapping, output, *rest in runs]))
-    done = launch(2, CASES, str(listed), timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+AUTO: dict[str, Any] = {
+    **LOGITS,
+    "gradient_accumulation": 2,
+    "align": [{"name": "stream", "tap": "hidden", "layers": "replaced", "loss": {"kind": "mse", "weight": "auto"}}],
+}
+NAMES = [*(path.stem for path in FILES), "weight-auto"]
 
 
 def content(path: Path, teachers: dict[str, str], text: Path) -> dict[str, Any]:
-    """Return a shipped file on a tiny teacher, 20 steps long, with an even number of rows in every micro-batch."""
+    """Return a shipped file on a tiny teacher, with an even number of rows in every micro-batch."""
     found = shrunk(path, teachers[FAMILIES[path.stem.split("--")[0]]], text)
     found["data"]["batch_size"] = 4
     for stage in found["stages"]:
-        stage |= {"steps": STEPS}
         if "batch_size" in stage:
             stage["batch_size"] = 2
     return found
 
 
 @pytest.fixture(scope="module")
-def shipped(
-    tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], text_file: Path
-) -> dict[str, tuple[Path, Path]]:
-    """The folders of each shipped file's run on one process and on two, by the file's name."""
-    folder = tmp_path_factory.mktemp("ranks")
-    runs, found = [], {}
-    for path in FILES:
-        mapping = folder / path.name
-        mapping.write_text(yaml.safe_dump(content(path, teachers, text_file), sort_keys=False), encoding="utf-8")
-        one, two = folder / f"{path.stem}-one", folder / f"{path.stem}-two"
-        train(make_plan(mapping, rates=RATES), one)
-        runs.append((str(mapping), two, False, None))
-        found[path.stem] = (one, two)
-    on_two_ranks(folder, runs)
-    return found
+def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], text_file: Path) -> Path:
+    """The folder of all runs: `NAME-one` and `NAME-two` on one and two processes, and the runs that are disturbed."""
+    root = tmp_path_factory.mktemp("ranks")
+    mappings = {path.stem: content(path, teachers, text_file) for path in FILES}
+    short = {
+        "version": 1,
+        "teacher": {"model": teachers["llama"]},
+        "student": {"convert": {"mixer": "mamba2", "replace": [1, 2]}},
+        "data": {"files": [str(text_file)], "sequence_length": 16, "batch_size": 4},
+        "device": "cpu",
+    }
+    mappings["weight-auto"] = {**short, "stages": [AUTO]}
+    for found in mappings.values():
+        for stage in found["stages"]:
+            stage["steps"] = STEPS
+    mappings["short"] = mappings["rank-0"] = {**short, "stages": [{**LOGITS, "steps": 4}]}
+    mappings["rank-1"] = {**mappings["short"], "seed": 1}
+    files = {name: root / f"{name}.yaml" for name in mappings}
+    for name, path in files.items():
+        # Through JSON, so that a dict used twice is not written as an anchor.
+        path.write_text(yaml.safe_dump(json.loads(json.dumps(mappings[name])), sort_keys=False), encoding="utf-8")
+    for name in NAMES:
+        train(make_plan(files[name], rates=RATES), root / f"{name}-one")
+
+    def case(name: str, output: str, **more: Any) -> dict[str, Any]:
+        return {"mapping": str(root / f"{name}.yaml"), "output": str(root / output), **more}
+
+    runs = [
+        *(case(name, f"{name}-two") for name in NAMES),
+        case("short", "whole"),
+        case("short", "stopped", interrupt_at=2),
+        case("short", "stopped", resume=True),
+        case("rank-RANK", "other-mapping"),
+        case("short", "other-data", other_data=True),
+        case("short", "broken", fail_at=2),
+    ]
+    cases = root / "cases.json"
+    cases.write_text(json.dumps({"teacher": teachers["llama"], "runs": runs}))
+    done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root
 
 
 def losses(run: Path) -> torch.Tensor:
@@ -65,9 +89,9 @@ def losses(run: Path) -> torch.Tensor:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [path.stem for path in FILES])
-def test_two_processes_equal_one_on_every_shipped_file(shipped: dict[str, tuple[Path, Path]], name: str) -> None:
-    one, two = shipped[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_equal_one_on_every_shipped_file(folder: Path, name: str) -> None:
+    one, two = folder / f"{name}-one", folder / f"{name}-two"
     assert [event["processes"] for event in events_of(two) if event["event"] == "started"] == [2]
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-6, atol=0)
     expected, found = student_of(one), student_of(two)
@@ -75,3 +99,39 @@ def test_two_processes_equal_one_on_every_shipped_file(shipped: dict[str, tuple[
     for key, weights in expected.items():
         error = float((found[key].double() - weights.double()).norm() / weights.double().norm().clamp(min=1e-12))
         assert error < 1e-6, f"{key}: {error}"
+
+
+@pytest.mark.timeout(600)
+def test_gradients_with_unequal_tokens_per_rank_equal_those_of_one_process(folder: Path) -> None:
+    errors = [json.loads((folder / f"gradients-{rank}.json").read_text()) for rank in range(2)]
+    assert len(errors[0]) == len(HYBRID) + len(TRANSFORMER)
+    # Float32 sums in another order; objectives with the largest errors subtract nearly equal numbers.
+    assert {name: error for found in errors for name, error in found.items() if error > 1e-4} == {}
+
+
+@pytest.mark.timeout(600)
+def test_a_signal_to_one_rank_stops_both_and_the_run_resumes(folder: Path) -> None:
+    for rank in range(2):
+        assert (folder / f"stopped-error-{rank}.txt").read_text().startswith("Interrupted: stopped by ")
+    assert [event["step"] for event in events_of(folder / "stopped") if event["event"] == "resumed"] == [2]
+    assert same(student_of(folder / "stopped"), student_of(folder / "whole"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("run", "what"), [("other-mapping", "mapping file"), ("other-data", "data")])
+def test_ranks_with_other_files_are_refused_with_both_fingerprints(folder: Path, run: str, what: str) -> None:
+    messages = [(folder / f"{run}-error-{rank}.txt").read_text() for rank in range(2)]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"UsageError: the processes of this run differ in their {what}")
+    prints = [part.split(": ")[1] for part in messages[0].split("found:")[1].splitlines()[0].split(", ")]
+    assert len(set(prints)) == 2
+    assert not (folder / run).exists()
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_that_fails_ends_both_with_its_message(folder: Path) -> None:
+    messages = [(folder / f"broken-error-{rank}.txt").read_text() for rank in range(2)]
+    assert messages[1].startswith("DataError: the disk of rank 1 is broken")
+    assert messages[0].startswith("ProcessError: rank 1 of this run failed: the disk of rank 1 is broken")
+    assert not (folder / "broken" / "run.lock").exists()
+    assert not (folder / "broken" / "manifest.json").exists()
