@@ -60,16 +60,20 @@ def command(
     from xarch_kd.models.loading.save import save_student
     from xarch_kd.run.report import Reporter
 
-    student = convert(
-        load_weights(teacher, Reporter(make_console(stderr=True)), revision=revision),
-        mixer=mixer,
-        target=target,
-        keep_attention=selection(keep_attention),
-        replace=selection(replace),
-        init=init,
-        seed=seed,
-        dtype=getattr(torch, dtype),
-    )
+    reporter = Reporter(make_console(stderr=True))
+    loaded = load_weights(teacher, reporter, revision=revision)
+    with reporter.work("converting", 3, "steps") as work:
+        student = convert(
+            loaded,
+            mixer=mixer,
+            target=target,
+            keep_attention=selection(keep_attention),
+            replace=selection(replace),
+            init=init,
+            seed=seed,
+            dtype=getattr(torch, dtype),
+            progress=work.at,
+        )
     save_student(student, load_tokenizer(teacher, revision), output)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     print(f"{output}: {type(student).__name__}, {parameters:,} parameters, untrained")

@@ -77,15 +77,17 @@ def load_models(
     if conversion is not None:
         replaced = sum(row.replaced for row in plan.student.layers)
         reporter.line(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")
-        student = convert(
-            teacher,
-            mixer=conversion.mixer,
-            keep_attention=conversion.keep_attention,
-            replace=conversion.replace,
-            target=conversion.target,
-            init=conversion.init,
-            seed=plan.mapping.seed,
-        )
+        with reporter.work("converting", 3, "steps") as work:
+            student = convert(
+                teacher,
+                mixer=conversion.mixer,
+                keep_attention=conversion.keep_attention,
+                replace=conversion.replace,
+                target=conversion.target,
+                init=conversion.init,
+                seed=plan.mapping.seed,
+                progress=work.at,
+            )
         cast_parameters(teacher, DTYPES[teacher_reference.dtype])
     elif student_source.model is not None:
         reporter.line(f"loading the student {student_source.model}")

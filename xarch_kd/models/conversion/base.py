@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -18,6 +18,7 @@ from xarch_kd.models.conversion.check import check_exact, runnable
 from xarch_kd.models.conversion.weights import check_finite
 
 Selection = str | Sequence[int] | None
+Progress = Callable[[int, int], None]
 MixerInit = Literal["attention", "random"]
 
 # Keys of a config that do not change what a model computes.
@@ -48,11 +49,13 @@ class Conversion(ABC):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         check: bool = True,
+        progress: Progress | None = None,
     ) -> PreTrainedModel:
         """Return the student with weights of `dtype`, in eval mode; `teacher` is not changed and shares no tensor.
 
         The new mixers start from the attention that they replace (`init="attention"`) or from random weights, drawn
         with `seed`. With `check` the conversion is checked first. Parameters in `frozen` do not require gradients.
+        `progress` is called with the steps that are done (the check, the weights, the model) and their number.
         Raises ConversionError for an unknown `init`, for another teacher than planned and for a conversion that is not
         exact, ModelError for weights that are not finite; warns if no attention is left.
         """
@@ -66,16 +69,20 @@ class Conversion(ABC):
         if not self.kept:
             # The caller of `convert`, whose arguments are checked by a wrapper.
             warnings.warn(self.all_recurrent, UserWarning, stacklevel=4)
+        report = progress or (lambda done, total: None)
         if check:
             self.check(teacher)
+        report(1, 3)
         state = self.state(teacher, dtype, seed=seed if init == "random" else None)
         check_finite(state, what="The converted student")
+        report(2, 3)
         config = copy.deepcopy(self.config)
         config.dtype = dtype
         student = runnable(config, state, teacher.device).requires_grad_(True)
         for name in self.frozen:
             student.get_parameter(name).requires_grad_(False)
         student.generation_config = copy.deepcopy(teacher.generation_config)
+        report(3, 3)
         return student
 
     def check(self, teacher: PreTrainedModel) -> float:

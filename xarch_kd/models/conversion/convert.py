@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, renamed_arguments
-from xarch_kd.models.conversion.base import Conversion, MixerInit, Selection
+from xarch_kd.models.conversion.base import Conversion, MixerInit, Progress, Selection
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.frozen_parameters import frozen_in_blocks
 from xarch_kd.models.conversion.layer_selection import kept_layers
@@ -40,6 +40,7 @@ def convert(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     check: bool = True,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Return a copy of the teacher whose blocks outside `keep_attention` have a new mixer, in a stock class.
 
@@ -52,7 +53,7 @@ def convert(
     conversion = plan_conversion(
         teacher.config, mixer=mixer, keep_attention=keep_attention, replace=replace, target=target
     )
-    return conversion.build(teacher, init=init, seed=seed, dtype=dtype, check=check)
+    return conversion.build(teacher, init=init, seed=seed, dtype=dtype, check=check, progress=progress)
 
 
 def plan_conversion(
