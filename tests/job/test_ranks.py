@@ -13,10 +13,11 @@ import yaml
 from tests.job.rank_cases import RATES
 from tests.job.test_shipped import FAMILIES, FILES, shrunk, teachers
 from tests.training.test_micro_batches import HYBRID, TRANSFORMER
-from xarch_kd.job.train import train
+from xarch_kd.errors import UsageError
+from xarch_kd.job.train import split_notices, train
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.launch import launch
-from xarch_kd.testing.mapping import LOGITS
+from xarch_kd.testing.mapping import LOGITS, Write
 from xarch_kd.testing.runs import events_of, same, student_of
 
 __all__ = ["teachers"]
@@ -82,6 +83,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
     done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return root
+
+
+def test_the_command_line_trains_on_two_processes_and_prints_once(tmp_path: Path, write_mapping: Write) -> None:
+    mapping = write_mapping({**LOGITS, "steps": 2}, evaluate={"tokens": 64})
+    done = launch(2, "-m", "xarch_kd", "train", str(mapping), "--output", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("logits  step 2/2") == done.stdout.count("finished: ") == 1
+    assert done.stdout.count("held-out") >= 1
+    files = json.loads((tmp_path / "run" / "manifest.json").read_text())["files"]
+    assert {"student/model.safetensors", "evaluation.json", "events.jsonl"} <= files.keys()
+    assert [event["step"] for event in events_of(tmp_path / "run") if event["event"] == "step"] == [1, 2]
+
+
+def test_fewer_rows_than_processes_are_refused_and_objectives_that_are_no_sums_named(write_mapping: Write) -> None:
+    cka = {"name": "stream", "tap": "hidden", "layers": "replaced", "loss": {"kind": "cka"}}
+    plan = make_plan(write_mapping({**LOGITS, "align": [cka]}), rates=RATES)
+    assert [notice.split(" is computed")[0] for notice in split_notices(plan, 2)] == ["stage logits, stream: CKA"]
+    with pytest.raises(UsageError, match="fewer rows than there are processes"):
+        list(split_notices(plan, 3))
 
 
 def losses(run: Path) -> torch.Tensor:

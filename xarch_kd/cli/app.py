@@ -147,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, *_place: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    # Every rank of a run on several processes meets the same ones.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _report(error: Exception) -> int:
@@ -166,5 +168,7 @@ def _report(error: Exception) -> int:
         case _:
             text = f"{type(error).__name__}: {error}\nThis is a bug in xarch-kd. Rerun with --debug and report it."
             code = 3
-    print(text if code == 130 else f"error: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK")
+    label = "error" if rank is None else f"error on rank {rank}"
+    print(text if code == 130 else f"{label}: {text}", file=sys.stderr)
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,11 @@ def command(
     """Run every stage of a mapping file, save the student and evaluate it against its teacher.
 
     Ctrl-C and SIGTERM finish the current step, write a checkpoint and exit with 130; --resume resumes from it. A
-    finished run is not changed.
+    finished run is not changed. On several devices or machines:
+
+    python -m torch.distributed.run --nproc-per-node 2 -m xarch_kd train mapping.yaml --output runs/first
+
+    splits the rows of each micro-batch over the processes; batch_size stays that of the whole micro-batch.
     """
     from xarch_kd.cli.console import make_console, quiet_libraries
 
@@ -29,7 +34,8 @@ def command(
     from xarch_kd.job.train import train
     from xarch_kd.planning.resolve import make_plan
 
-    console = make_console(quiet=quiet)
+    # Of several processes (torch.distributed.run) rank 0 prints.
+    console = make_console(quiet=quiet or os.environ.get("RANK", "0") != "0")
     run = train(make_plan(mapping), output, resume=resume, console=console)
     outcome = "finished before; nothing was done" if run.was_finished else "finished"
     console.print(f"{outcome}: {run.student}", highlight=False, soft_wrap=True)

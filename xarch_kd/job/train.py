@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.texts import packed, training_and_held_out
+from xarch_kd.mapping_file.objectives import Align, MixingMatch
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
+from xarch_kd.planning.layer_maps import is_learned
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.render import plan_as_dict
 from xarch_kd.planning.resolve import make_plan
@@ -119,6 +122,9 @@ class _Job:
 
     def run(self, fingerprint: str) -> None:
         _check_tracking(self.plan.mapping.tracking)
+        if self.processes.world_size > 1:
+            for notice in split_notices(self.plan, self.processes.world_size):
+                self.reporter.line(f"warning: {notice}")
         started = time.perf_counter()
         tokenizer = load_run_tokenizer(self.plan)
         text, _ = training_and_held_out(self.plan)
@@ -258,6 +264,42 @@ class _Job:
         if self.reports:
             write_reports(self.folder.projector_reports, self.reports)
         self.folder.event("saved", training_seconds=round(seconds, 2), peak_bytes=peak_bytes())
+
+
+def split_notices(plan: Plan, world_size: int) -> Iterator[str]:
+    """Yield a warning for each objective that is not the same when its rows are split over processes.
+
+    Raises UsageError for a stage whose micro-batches have fewer rows than there are processes.
+    """
+    for stage in plan.stages:
+        if stage.batch_size < world_size:
+            raise UsageError(
+                f"the micro-batches of stage '{stage.stage.name}' have fewer rows than there are processes",
+                found=f"batch_size {stage.batch_size} for {world_size} processes",
+                allowed="one row or more per process: the rows of each micro-batch are split over the processes",
+                fix=f"set the stage's batch_size to {world_size} or more, or start fewer processes",
+            )
+        for align in stage.stage.align:
+            reason = _not_a_sum(align)
+            if reason is not None:
+                yield (
+                    f"stage {stage.stage.name}, {align.name}: {reason} is computed from each process's own rows and "
+                    f"averaged, so {world_size} processes do not give the numbers of one"
+                )
+
+
+def _not_a_sum(align: Align) -> str | None:
+    """Return what of an entry is no sum over tokens, None where everything is."""
+    loss = align.loss
+    if loss.kind == "cka":
+        return "CKA"
+    if is_learned(align):
+        return "the objective of the learned layer map"
+    if isinstance(loss, MixingMatch) and loss.heads == "learned":
+        return "the objective of the learned head map"
+    if isinstance(loss, MixingMatch) and loss.impl == "sketch":
+        return "the sketch's random estimate"
+    return None
 
 
 def _check_tracking(tracking: tuple[str, ...]) -> None:
