@@ -17,14 +17,14 @@ from xarch_kd.errors import UsageError
 from xarch_kd.job.train import split_notices, train
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.launch import launch
-from xarch_kd.testing.mapping import LOGITS, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, Write
 from xarch_kd.testing.runs import events_of, same, student_of
 
 __all__ = ["teachers"]
 
 STEPS = 20
 AUTO: dict[str, Any] = {
-    **LOGITS,
+    **LOGIT_STAGE,
     "gradient_accumulation": 2,
     "align": [{"name": "stream", "tap": "hidden", "layers": "replaced", "loss": {"kind": "mse", "weight": "auto"}}],
 }
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
     for found in mappings.values():
         for stage in found["stages"]:
             stage["steps"] = STEPS
-    mappings["short"] = mappings["rank-0"] = {**short, "stages": [{**LOGITS, "steps": 4}]}
+    mappings["short"] = mappings["rank-0"] = {**short, "stages": [{**LOGIT_STAGE, "steps": 4}]}
     mappings["rank-1"] = {**mappings["short"], "seed": 1}
     files = {name: root / f"{name}.yaml" for name in mappings}
     for name, path in files.items():
@@ -86,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
 
 
 def test_the_command_line_trains_on_two_processes_and_prints_once(tmp_path: Path, write_mapping: Write) -> None:
-    mapping = write_mapping({**LOGITS, "steps": 2}, evaluate={"tokens": 64})
+    mapping = write_mapping({**LOGIT_STAGE, "steps": 2}, evaluate={"tokens": 64})
     done = launch(2, "-m", "xarch_kd", "train", str(mapping), "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("logits  step 2/2") == done.stdout.count("finished: ") == 1
@@ -98,7 +98,7 @@ def test_the_command_line_trains_on_two_processes_and_prints_once(tmp_path: Path
 
 def test_fewer_rows_than_processes_are_refused_and_objectives_that_are_no_sums_named(write_mapping: Write) -> None:
     cka = {"name": "stream", "tap": "hidden", "layers": "replaced", "loss": {"kind": "cka"}}
-    plan = make_plan(write_mapping({**LOGITS, "align": [cka]}), rates=RATES)
+    plan = make_plan(write_mapping({**LOGIT_STAGE, "align": [cka]}), rates=RATES)
     assert [notice.split(" is computed")[0] for notice in split_notices(plan, 2)] == ["stage logits, stream: CKA"]
     with pytest.raises(UsageError, match="fewer rows than there are processes"):
         list(split_notices(plan, 3))
