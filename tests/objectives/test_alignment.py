@@ -143,10 +143,8 @@ def test_a_schedule_scales_an_entry_and_leaves_it_out(build: Build, input_ids: T
 
 def norm_of(aligner: Aligner, ids: Tensor, only: str) -> float:
     """The norm on the student of the gradient of one entry's share of the loss."""
-    entries = aligner.entries
-    aligner.entries = tuple(entry for entry in entries if entry.align.name == only)
-    loss = aligner(ids).loss
-    aligner.entries = entries
+    assert aligner.balance is not None
+    loss = aligner.balance.scale(only) * aligner(ids, objective=only).loss
     student = [parameter for parameter in aligner.student.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, student, allow_unused=True)
     return float(torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt())
