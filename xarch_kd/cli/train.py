@@ -28,6 +28,8 @@ def command(
 
     splits the rows of each micro-batch over the processes; batch_size stays that of the whole micro-batch.
     """
+    # torch would print on every rank that no parameter was unused; it reads this when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from xarch_kd.cli.console import make_console, quiet_libraries
 
     quiet_libraries()

@@ -376,9 +376,8 @@ def _arguments(
         use_cpu=cpu,
         # A layer map that is redrawn, or an objective whose weight is 0, leaves parameters without a gradient.
         ddp_find_unused_parameters=True,
-        # Buffers are constants here; sending them at each forward would change them under autograd.
-        ddp_broadcast_buffers=False,
         # accelerate takes a backend for a process group, which one process does not have.
+        log_level_replica="error",
         ddp_backend="gloo" if cpu and processes.world_size > 1 else None,
         report_to=list(tracking) or "none",
         disable_tqdm=True,
