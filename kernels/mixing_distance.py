@@ -2,9 +2,9 @@
 
 Loading this file registers `torch.ops.xarch_kd.softmax_divergence`, `softmax_statistics` and `ssd_statistics`, and the
 operators of their backward passes. Each takes a pair of maps as the fields of `mixing_softmax.Pair`: student and
-teacher query and key [batch, time, heads, width], the valid ranges `span` [batch, 4] (int32), head_map [student heads,
-teacher heads] or None, and scales, caps (0: none), causal and windows (0: none) of student and teacher. Values of rows
-are [batch, heads, time] in float32. Only the student receives gradients, and they cannot be differentiated again.
+teacher query and key [batch, time, heads, width], valid_range [batch, 4] (int32), head_map [student heads, teacher
+heads] or None, and scales, caps (0: none), causal and windows (0: none) of student and teacher. Values of rows are
+[batch, heads, time] in float32. Only the student receives gradients, and they cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from xarch_kd.kernels import mixing_ssd
-from xarch_kd.kernels.mixing_maps import kept_dtype
+from xarch_kd.kernels.mixing_maps import saved_dtype
 from xarch_kd.kernels.mixing_softmax import Pair, compare_columns, compare_rows
 from xarch_kd.kernels.mixing_ssd import SSDPair
 
@@ -31,7 +31,7 @@ def softmax_divergence(
     key: torch.Tensor,
     teacher_query: torch.Tensor,
     teacher_key: torch.Tensor,
-    span: torch.Tensor,
+    valid_range: torch.Tensor,
     head_map: torch.Tensor | None,
     scales: Sequence[float],
     caps: Sequence[float],
@@ -44,7 +44,7 @@ def softmax_divergence(
 
     kind is "kl" or "cross_entropy"; the query's gradient is empty unless `slopes`.
     """
-    pair = Pair(query, key, teacher_query, teacher_key, span, head_map, scales, caps, causal, windows).packed()
+    pair = Pair(query, key, teacher_query, teacher_key, valid_range, head_map, scales, caps, causal, windows).packed()
     lses = pair.log_sum_exps()
     return *compare_rows(pair, lses, kind, None, (True, slopes)), *lses
 
@@ -55,7 +55,7 @@ def softmax_statistics(
     key: torch.Tensor,
     teacher_query: torch.Tensor,
     teacher_key: torch.Tensor,
-    span: torch.Tensor,
+    valid_range: torch.Tensor,
     head_map: torch.Tensor | None,
     scales: Sequence[float],
     caps: Sequence[float],
@@ -63,7 +63,7 @@ def softmax_statistics(
     windows: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return Σ P̄², Σ P̄ S, Σ S² of each row [3, batch, heads, time], and both log-sum-exps."""
-    pair = Pair(query, key, teacher_query, teacher_key, span, head_map, scales, caps, causal, windows).packed()
+    pair = Pair(query, key, teacher_query, teacher_key, valid_range, head_map, scales, caps, causal, windows).packed()
     lses = pair.log_sum_exps()
     return compare_rows(pair, lses, "statistics", None, (True, False))[0], *lses
 
@@ -74,7 +74,7 @@ def softmax_gradients(
     key: torch.Tensor,
     teacher_query: torch.Tensor,
     teacher_key: torch.Tensor,
-    span: torch.Tensor,
+    valid_range: torch.Tensor,
     head_map: torch.Tensor | None,
     scales: Sequence[float],
     caps: Sequence[float],
@@ -90,7 +90,7 @@ def softmax_gradients(
 
     upstream is one number per row for "kl" and "cross_entropy", and a, b, a pm + b mm for "statistics".
     """
-    pair = Pair(query, key, teacher_query, teacher_key, span, head_map, scales, caps, causal, windows).packed()
+    pair = Pair(query, key, teacher_query, teacher_key, valid_range, head_map, scales, caps, causal, windows).packed()
     lses, upstream = (lse, teacher_lse), upstream.contiguous()
     of_query, of_key = query.new_empty(0), key.new_empty(0)
     if wanted[0]:
@@ -109,7 +109,7 @@ def ssd_statistics(
     D: torch.Tensor | None,
     teacher_query: torch.Tensor,
     teacher_key: torch.Tensor,
-    span: torch.Tensor,
+    valid_range: torch.Tensor,
     head_map: torch.Tensor | None,
     scale: float,
     cap: float,
@@ -119,7 +119,7 @@ def ssd_statistics(
 
     The arguments are the fields of `mixing_ssd.SSDPair`; the teacher is causal.
     """
-    pair = SSDPair(C, B, log_decay, dt, D, teacher_query, teacher_key, span, head_map, scale, cap, window)
+    pair = SSDPair(C, B, log_decay, dt, D, teacher_query, teacher_key, valid_range, head_map, scale, cap, window)
     return mixing_ssd.statistics(pair.packed())
 
 
@@ -132,26 +132,26 @@ def ssd_gradients(
     D: torch.Tensor | None,
     teacher_query: torch.Tensor,
     teacher_key: torch.Tensor,
-    span: torch.Tensor,
+    valid_range: torch.Tensor,
     head_map: torch.Tensor | None,
     scale: float,
     cap: float,
     window: int,
-    kept: torch.Tensor,
+    saved: torch.Tensor,
     teacher_lse: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of C, B, log_decay, dt and D (empty without one) for ∂L/∂M = a P̄ + b M."""
-    pair = SSDPair(C, B, log_decay, dt, D, teacher_query, teacher_key, span, head_map, scale, cap, window)
-    return mixing_ssd.gradients(pair.packed(), kept, teacher_lse, a, b)
+    pair = SSDPair(C, B, log_decay, dt, D, teacher_query, teacher_key, valid_range, head_map, scale, cap, window)
+    return mixing_ssd.gradients(pair.packed(), saved, teacher_lse, a, b)
 
 
 @softmax_divergence.register_fake
 def _(query: Any, key: Any, teacher_query: Any, teacher_key: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
     rows, teacher_rows = _row_numbers(query), _row_numbers(teacher_query)
     slopes = query.shape if rest[-1] else (0, 0, 0, 0)
-    return rows, query.new_empty(slopes, dtype=kept_dtype(query)), torch.empty_like(rows), teacher_rows
+    return rows, query.new_empty(slopes, dtype=saved_dtype(query)), torch.empty_like(rows), teacher_rows
 
 
 @softmax_statistics.register_fake
@@ -235,8 +235,8 @@ def _setup_ssd(ctx: Any, inputs: Sequence[Any], output: Sequence[torch.Tensor]) 
 
 
 def _ssd_backward(ctx: Any, upstream: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-    pair, kept = ctx.saved_tensors[:SSD_TENSORS], ctx.saved_tensors[SSD_TENSORS:]
-    gradients = torch.ops.xarch_kd.ssd_gradients(*pair, *ctx.settings, *kept, upstream[1], 2 * upstream[2])
+    pair, saved = ctx.saved_tensors[:SSD_TENSORS], ctx.saved_tensors[SSD_TENSORS:]
+    gradients = torch.ops.xarch_kd.ssd_gradients(*pair, *ctx.settings, *saved, upstream[1], 2 * upstream[2])
     wanted = zip(gradients, ctx.needs_input_grad[: len(gradients)], strict=True)
     given = [gradient if want else None for gradient, want in wanted]
     return *given, *[None] * (len(SSDPair._fields) - len(given))

@@ -1,8 +1,8 @@
 """Shared parts of the kernels of `mixing_distance`: valid ranges, masks, softmax tiles, mixtures of teacher heads.
 
-Letters: a map has rows i and columns j; a tile is BM rows × BN columns. `SPAN` [batch, 4] (int32) holds the valid range
-of each sequence: the student's start and stop, then the teacher's. A row is valid if it is in both ranges; a column is
-valid for a map if it is in that map's range.
+Letters: a map has rows i and columns j; a tile is BM rows × BN columns. `VALID_RANGE` [batch, 4] (int32) holds the
+valid range of each sequence: the student's start and stop, then the teacher's. A row is valid if it is in both ranges;
+a column is valid for a map if it is in that map's range.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def kept_dtype(tensor: Tensor) -> torch.dtype:
+def saved_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype that stores a gradient before its product with the upstream one: float32 instead of float16."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 @triton.jit
-def spans(SPAN, batch):
+def valid_ranges(VALID_RANGE, batch):
     """Start and stop of the student's valid range, of the teacher's, and of the rows in both."""
-    student_start, student_stop = tl.load(SPAN + batch * 4), tl.load(SPAN + batch * 4 + 1)
-    start, stop = tl.load(SPAN + batch * 4 + 2), tl.load(SPAN + batch * 4 + 3)
+    student_start, student_stop = tl.load(VALID_RANGE + batch * 4), tl.load(VALID_RANGE + batch * 4 + 1)
+    start, stop = tl.load(VALID_RANGE + batch * 4 + 2), tl.load(VALID_RANGE + batch * 4 + 3)
     return student_start, student_stop, start, stop, tl.maximum(student_start, start), tl.minimum(student_stop, stop)
 
 
@@ -99,7 +99,7 @@ def visible(rows, columns, start, stop, CAUSAL: tl.constexpr, WINDOW: tl.constex
 
 
 @triton.jit
-def load_span(base, rows, row_stride, first, last, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def load_valid(base, rows, row_stride, first, last, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """base[rows, :WIDTH], 0 in rows outside of first..last: the content of invalid rows is never read."""
     columns = tl.arange(0, PADDED)
     inside = ((rows >= first) & (rows < last))[:, None] & (columns < WIDTH)[None, :]
@@ -155,8 +155,8 @@ def probabilities(
     """One teacher head's tile of P = exp(z - LSE)."""
     queries = QT + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     keys = KT + batch.to(tl.int64) * k_batch + (head // (heads // key_heads)).to(tl.int64) * k_head
-    query = load_span(queries, rows, q_row, first, last, WIDTH, PADDED)
-    key = load_span(keys, columns, k_row, start, stop, WIDTH, PADDED)
+    query = load_valid(queries, rows, q_row, first, last, WIDTH, PADDED)
+    key = load_valid(keys, columns, k_row, start, stop, WIDTH, PADDED)
     lse = load_rows(LSE_T + (batch * heads + head).to(tl.int64) * time, rows, first, last, float("inf"))
     return tl.exp(tl.where(seen, scores(query, key, scale, cap, CAPPED) - lse[:, None], float("-inf")))
 
@@ -189,16 +189,16 @@ def mixture(
 
 @triton.jit
 def lse_kernel(
-    Q, K, SPAN, LSE, q_batch, q_row, q_head, k_batch, k_row, k_head, time, heads, key_heads, scale, cap,
+    Q, K, VALID_RANGE, LSE, q_batch, q_row, q_head, k_batch, k_row, k_head, time, heads, key_heads, scale, cap,
     SIDE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """LSE [batch, heads, time] of every row's scores; +inf in an invalid row, so that exp(z - LSE) is 0."""
     row0, which = from_last(time, BM)
     batch, head = which // heads, which % heads
-    start, stop = tl.load(SPAN + batch * 4 + SIDE), tl.load(SPAN + batch * 4 + SIDE + 1)
+    start, stop = tl.load(VALID_RANGE + batch * 4 + SIDE), tl.load(VALID_RANGE + batch * 4 + SIDE + 1)
     rows = row0 + tl.arange(0, BM)
-    query = load_span(
+    query = load_valid(
         Q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head, rows, q_row, start, stop, WIDTH, PADDED
     )
     keys = K + batch.to(tl.int64) * k_batch + (head // (heads // key_heads)).to(tl.int64) * k_head
@@ -206,7 +206,7 @@ def lse_kernel(
     low, high = columns_seen(row0, start, stop, CAUSAL, WINDOW, BM)
     for column0 in range(low // BN * BN, high, BN):
         columns = column0 + tl.arange(0, BN)
-        key = load_span(keys, columns, k_row, start, stop, WIDTH, PADDED)
+        key = load_valid(keys, columns, k_row, start, stop, WIDTH, PADDED)
         seen = visible(rows, columns, start, stop, CAUSAL, WINDOW)
         z = tl.where(seen, scores(query, key, scale, cap, CAPPED), float("-inf"))
         new = tl.maximum(maximum, tl.max(z, 1))
@@ -214,20 +214,20 @@ def lse_kernel(
         safe = finite_or_zero(new)
         total = total * tl.exp(maximum - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
         maximum = new
-    counted = (rows >= start) & (rows < stop)
-    lse = tl.where(counted, maximum + tl.log(tl.where(counted, total, 1.0)), float("inf"))
+    valid = (rows >= start) & (rows < stop)
+    lse = tl.where(valid, maximum + tl.log(tl.where(valid, total, 1.0)), float("inf"))
     tl.store(LSE + which.to(tl.int64) * time + rows, lse, mask=rows < time)
 
 
 def log_sum_exp(
-    query: Tensor, key: Tensor, span: Tensor, side: int, scale: float, cap: float, causal: bool, window: int
+    query: Tensor, key: Tensor, valid_range: Tensor, side: int, scale: float, cap: float, causal: bool, window: int
 ) -> Tensor:
     """Return the log-sum-exp [batch, heads, time] (float32) of the rows of one softmax map."""
     batch, time, heads, width = query.shape
     cut = blocks("lse", query, key)
     lse = query.new_empty(batch, heads, time, dtype=torch.float32)
     lse_kernel[(triton.cdiv(time, cut.rows) * batch * heads,)](
-        query, key, span, lse, *query.stride()[:3], *key.stride()[:3], time, heads, key.shape[2], scale, cap,
+        query, key, valid_range, lse, *query.stride()[:3], *key.stride()[:3], time, heads, key.shape[2], scale, cap,
         SIDE=side, WIDTH=width, PADDED=padded(width), CAUSAL=causal, WINDOW=window, CAPPED=cap > 0,
         **launch(cut),
     )  # fmt: skip

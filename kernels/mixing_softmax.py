@@ -28,16 +28,16 @@ from xarch_kd.kernels.mixing_maps import (
     from_first,
     from_last,
     head_lists,
-    kept_dtype,
     load_rows,
-    load_span,
+    load_valid,
     log_sum_exp,
     mixture,
     packed,
     rows_seeing,
+    saved_dtype,
     scores,
     slope_dot,
-    spans,
+    valid_ranges,
     visible,
 )
 from xarch_kd.kernels.tiles import softcap_slope, store_tile
@@ -45,7 +45,7 @@ from xarch_kd.kernels.tiles import softcap_slope, store_tile
 
 @triton.jit
 def softmax_rows(
-    QS, KS, QT, KT, LSE_S, LSE_T, COUNT, INDEX, WEIGHT, TOTAL, SPAN, UPSTREAM, VALUES, SLOPES,
+    QS, KS, QT, KT, LSE_S, LSE_T, COUNT, INDEX, WEIGHT, TOTAL, VALID_RANGE, UPSTREAM, VALUES, SLOPES,
     qs_batch, qs_row, qs_head, ks_batch, ks_row, ks_head, qt_batch, qt_row, qt_head, kt_batch, kt_row, kt_head,
     time, HS, HKS, HT, HKT, scale_s, scale_t, cap_s, cap_t, slope_batch, slope_row, slope_head, plane,
     WIDTH_S: tl.constexpr, PADDED_S: tl.constexpr, WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr,
@@ -60,10 +60,10 @@ def softmax_rows(
     """
     row0, which = from_last(time, BM)
     batch, head = which // HS, which % HS
-    start_s, stop_s, start_t, stop_t, first, last = spans(SPAN, batch)
+    start_s, stop_s, start_t, stop_t, first, last = valid_ranges(VALID_RANGE, batch)
     rows = row0 + tl.arange(0, BM)
     of_rows = which.to(tl.int64) * time
-    query = load_span(
+    query = load_valid(
         QS + batch.to(tl.int64) * qs_batch + head.to(tl.int64) * qs_head, rows, qs_row, first, last, WIDTH_S, PADDED_S
     )
     keys = KS + batch.to(tl.int64) * ks_batch + (head // (HS // HKS)).to(tl.int64) * ks_head
@@ -84,7 +84,7 @@ def softmax_rows(
     high = tl.where((row0 < last) & (row0 + BM > first), high, low)
     for column0 in range(low, high, BN):
         columns = column0 + tl.arange(0, BN)
-        key = load_span(keys, columns, ks_row, start_s, stop_s, WIDTH_S, PADDED_S)
+        key = load_valid(keys, columns, ks_row, start_s, stop_s, WIDTH_S, PADDED_S)
         z = scores(query, key, scale_s, cap_s, CAPPED_S)
         seen = visible(rows, columns, start_s, stop_s, CAUSAL_S, WINDOW_S)
         log_s = tl.where(seen, z - lse[:, None], float("-inf"))
@@ -127,7 +127,7 @@ def softmax_rows(
 
 @triton.jit
 def softmax_columns(
-    QS, KS, QT, KT, LSE_S, LSE_T, COUNT, INDEX, WEIGHT, TOTAL, SPAN, UPSTREAM, SLOPES,
+    QS, KS, QT, KT, LSE_S, LSE_T, COUNT, INDEX, WEIGHT, TOTAL, VALID_RANGE, UPSTREAM, SLOPES,
     qs_batch, qs_row, qs_head, ks_batch, ks_row, ks_head, qt_batch, qt_row, qt_head, kt_batch, kt_row, kt_head,
     time, HS, HKS, HT, HKT, scale_s, scale_t, cap_s, cap_t, slope_part, slope_batch, slope_row, slope_head, plane,
     heads_each,
@@ -143,9 +143,9 @@ def softmax_columns(
     column0, which = from_first(time, BN)
     shares = HS // HKS // heads_each
     share, key_head, batch = which % shares, which // shares % HKS, which // shares // HKS
-    start_s, stop_s, start_t, stop_t, first, last = spans(SPAN, batch)
+    start_s, stop_s, start_t, stop_t, first, last = valid_ranges(VALID_RANGE, batch)
     columns = column0 + tl.arange(0, BN)
-    key = load_span(
+    key = load_valid(
         KS + batch.to(tl.int64) * ks_batch + key_head.to(tl.int64) * ks_head,
         columns, ks_row, start_s, stop_s, WIDTH_S, PADDED_S,
     )  # fmt: skip
@@ -162,7 +162,7 @@ def softmax_columns(
             total = tl.load(TOTAL + head)
         for row0 in range(low, high, BM):
             rows = row0 + tl.arange(0, BM)
-            query = load_span(queries, rows, qs_row, first, last, WIDTH_S, PADDED_S)
+            query = load_valid(queries, rows, qs_row, first, last, WIDTH_S, PADDED_S)
             lse = load_rows(LSE_S + of_rows, rows, first, last, float("inf"))
             a = load_rows(UPSTREAM + of_rows, rows, first, last, 0.0)
             z = scores(query, key, scale_s, cap_s, CAPPED_S)
@@ -196,7 +196,7 @@ class Pair(NamedTuple):
     key: Tensor
     teacher_query: Tensor
     teacher_key: Tensor
-    span: Tensor
+    valid_range: Tensor
     head_map: Tensor | None
     scales: list[float]
     caps: list[float]
@@ -213,14 +213,14 @@ class Pair(NamedTuple):
         of_student, of_teacher = (self.query, self.key), (self.teacher_query, self.teacher_key)
         settings = list(zip(self.scales, self.caps, self.causal, self.windows, strict=True))
         return (
-            log_sum_exp(*of_student, self.span, STUDENT.value, *settings[0]),
-            log_sum_exp(*of_teacher, self.span, TEACHER.value, *settings[1]),
+            log_sum_exp(*of_student, self.valid_range, STUDENT.value, *settings[0]),
+            log_sum_exp(*of_teacher, self.valid_range, TEACHER.value, *settings[1]),
         )
 
     def arguments(self, lse: Tensor, teacher_lse: Tensor) -> list[Any]:
         """Return the tensors that are the first arguments of every kernel of a pair."""
         lists = head_lists(self.head_map, self.query)
-        return [*self[:4], lse, teacher_lse, *lists, self.span]
+        return [*self[:4], lse, teacher_lse, *lists, self.valid_range]
 
     def numbers(self) -> list[Any]:
         """Return the strides, sizes and scales that every kernel of a pair takes after its tensors."""
@@ -255,7 +255,7 @@ def compare_rows(
     planes = (3, batch, heads, time) if kind == "statistics" else (batch, heads, time)
     values = pair.query.new_empty(planes if write_values else (0,), dtype=torch.float32)
     slopes = torch.empty(
-        pair.query.shape if write_slopes else (0, 0, 0, 0), dtype=kept_dtype(pair.query), device=pair.query.device
+        pair.query.shape if write_slopes else (0, 0, 0, 0), dtype=saved_dtype(pair.query), device=pair.query.device
     )
     cut = blocks("row slopes" if write_slopes else "values", *pair[:4])
     softmax_rows[(triton.cdiv(time, cut.rows) * batch * heads,)](

@@ -49,7 +49,7 @@ def _type(name: str, dtype: str) -> str:
     """Return the type of a kernel's argument, which follows from its name."""
     if name in ("Q", "K", "QS", "KS", "QT", "KT", "C", "B"):
         return POINTERS[dtype]
-    if name in ("COUNT", "INDEX", "SPAN"):
+    if name in ("COUNT", "INDEX", "VALID_RANGE"):
         return "*i32:16"
     if name.isupper() and name not in ("HS", "HKS", "HT", "HKT", "G"):
         return "*fp32:16"

@@ -31,12 +31,12 @@ from xarch_kd.kernels.mixing_maps import (
     from_last,
     head_lists,
     load_rows,
-    load_span,
+    load_valid,
     log_sum_exp,
     mixture,
     packed,
     slope_dot,
-    spans,
+    valid_ranges,
     visible,
 )
 from xarch_kd.kernels.tiles import dot, softcap, store_tile
@@ -58,7 +58,7 @@ def decays(SUMS, plane, rows, columns, seen, first, last, start, stop):
 
 @triton.jit
 def ssd_rows(
-    C, B, SUMS, DT, QT, KT, LSE_T, COUNT, INDEX, WEIGHT, SPAN, UPSTREAM, VALUES, SLOPES,
+    C, B, SUMS, DT, QT, KT, LSE_T, COUNT, INDEX, WEIGHT, VALID_RANGE, UPSTREAM, VALUES, SLOPES,
     c_batch, c_row, c_group, b_batch, b_row, b_group, qt_batch, qt_row, qt_head, kt_batch, kt_row, kt_head,
     time, HS, G, HT, HKT, scale_t, cap_t, slope_part, slope_batch, slope_row, slope_group, plane, heads_each,
     STATE: tl.constexpr, PADDED_S: tl.constexpr, WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr,
@@ -73,9 +73,9 @@ def ssd_rows(
     row0, which = from_last(time, BM)
     shares = HS // G // heads_each
     share, group, batch = which % shares, which // shares % G, which // shares // G
-    start_s, stop_s, start_t, stop_t, first, last = spans(SPAN, batch)
+    start_s, stop_s, start_t, stop_t, first, last = valid_ranges(VALID_RANGE, batch)
     rows = row0 + tl.arange(0, BM)
-    left = load_span(
+    left = load_valid(
         C + batch.to(tl.int64) * c_batch + group.to(tl.int64) * c_group, rows, c_row, first, last, STATE, PADDED_S
     )
     rights = B + batch.to(tl.int64) * b_batch + group.to(tl.int64) * b_group
@@ -86,7 +86,7 @@ def ssd_rows(
     high = tl.where((row0 < last) & (row0 + BM > first), high, low)
     for column0 in range(low, high, BN):
         columns = column0 + tl.arange(0, BN)
-        right = load_span(rights, columns, b_row, start_s, stop_s, STATE, PADDED_S)
+        right = load_valid(rights, columns, b_row, start_s, stop_s, STATE, PADDED_S)
         product = dot(left, tl.trans(right))
         below = columns[None, :] < rows[:, None]
         seen_s = visible(rows, columns, start_s, stop_s, False, 0) & below
@@ -121,7 +121,7 @@ def ssd_rows(
 
 @triton.jit
 def ssd_columns(
-    C, B, SUMS, DT, QT, KT, LSE_T, COUNT, INDEX, WEIGHT, SPAN, UPSTREAM, STEPS, SLOPES,
+    C, B, SUMS, DT, QT, KT, LSE_T, COUNT, INDEX, WEIGHT, VALID_RANGE, UPSTREAM, STEPS, SLOPES,
     c_batch, c_row, c_group, b_batch, b_row, b_group, qt_batch, qt_row, qt_head, kt_batch, kt_row, kt_head,
     time, HS, G, HT, HKT, scale_t, cap_t, slope_part, slope_batch, slope_row, slope_group, plane, heads_each,
     STATE: tl.constexpr, PADDED_S: tl.constexpr, WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr,
@@ -134,9 +134,9 @@ def ssd_columns(
     column0, which = from_first(time, BN)
     shares = HS // G // heads_each
     share, group, batch = which % shares, which // shares % G, which // shares // G
-    start_s, stop_s, start_t, stop_t, first, last = spans(SPAN, batch)
+    start_s, stop_s, start_t, stop_t, first, last = valid_ranges(VALID_RANGE, batch)
     columns = column0 + tl.arange(0, BN)
-    right = load_span(
+    right = load_valid(
         B + batch.to(tl.int64) * b_batch + group.to(tl.int64) * b_group,
         columns,
         b_row,
@@ -151,7 +151,7 @@ def ssd_columns(
     high = tl.where((column0 < stop_s) & (column0 + BN > start_s), last, low)
     for row0 in range(low, high, BM):
         rows = row0 + tl.arange(0, BM)
-        left = load_span(lefts, rows, c_row, first, last, STATE, PADDED_S)
+        left = load_valid(lefts, rows, c_row, first, last, STATE, PADDED_S)
         product = dot(left, tl.trans(right))
         below = columns[None, :] < rows[:, None]
         seen_s = visible(rows, columns, start_s, stop_s, False, 0) & below
@@ -181,14 +181,14 @@ def ssd_columns(
 
 @triton.jit
 def teacher_diagonal(
-    QT, KT, LSE_T, COUNT, INDEX, WEIGHT, SPAN, VALUES,
+    QT, KT, LSE_T, COUNT, INDEX, WEIGHT, VALID_RANGE, VALUES,
     qt_batch, qt_row, qt_head, kt_batch, kt_row, kt_head, time, HS, HT, HKT, scale_t, cap_t,
     WIDTH_T: tl.constexpr, PADDED_T: tl.constexpr, CAPPED_T: tl.constexpr, MAPPED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Write the mixture's diagonal P̄_ii to VALUES [batch, HS, time]."""
     row0, which = from_last(time, BM)
     batch, head = which // HS, which % HS
-    _start_s, _stop_s, _start_t, _stop_t, first, last = spans(SPAN, batch)
+    _start_s, _stop_s, _start_t, _stop_t, first, last = valid_ranges(VALID_RANGE, batch)
     rows = row0 + tl.arange(0, BM)
     mixed = tl.zeros([BM], tl.float32)
     count = 1
@@ -200,8 +200,8 @@ def teacher_diagonal(
             teacher, weight = tl.load(INDEX + head * HT + entry), tl.load(WEIGHT + head * HT + entry)
         queries = QT + batch.to(tl.int64) * qt_batch + teacher.to(tl.int64) * qt_head
         keys = KT + batch.to(tl.int64) * kt_batch + (teacher // (HT // HKT)).to(tl.int64) * kt_head
-        query = load_span(queries, rows, qt_row, first, last, WIDTH_T, PADDED_T).to(tl.float32)
-        key = load_span(keys, rows, kt_row, first, last, WIDTH_T, PADDED_T).to(tl.float32)
+        query = load_valid(queries, rows, qt_row, first, last, WIDTH_T, PADDED_T).to(tl.float32)
+        key = load_valid(keys, rows, kt_row, first, last, WIDTH_T, PADDED_T).to(tl.float32)
         z = softcap(tl.sum(query * key, 1) * scale_t, cap_t, CAPPED_T)
         lse = load_rows(LSE_T + (batch * HT + teacher).to(tl.int64) * time, rows, first, last, float("inf"))
         mixed += weight * tl.exp(z - lse)
@@ -222,7 +222,7 @@ class SSDPair(NamedTuple):
     D: Tensor | None
     teacher_query: Tensor
     teacher_key: Tensor
-    span: Tensor
+    valid_range: Tensor
     head_map: Tensor | None
     scale: float
     cap: float
@@ -238,31 +238,31 @@ class SSDPair(NamedTuple):
         """The operands of products, which determine the tile sizes."""
         return self.C, self.B, self.teacher_query, self.teacher_key
 
-    def counted(self, start: int = 0, stop: int = 1) -> Tensor:
-        """Return the mask of tokens in the valid ranges at these columns of `span`, bool [batch, time].
+    def valid(self, start: int = 0, stop: int = 1) -> Tensor:
+        """Return the mask of the tokens between these columns of `valid_range`, bool [batch, time].
 
         The default columns are the student's.
         """
         position = torch.arange(self.C.shape[1], device=self.C.device)
-        return (position >= self.span[:, start, None]) & (position < self.span[:, stop, None])
+        return (position >= self.valid_range[:, start, None]) & (position < self.valid_range[:, stop, None])
 
-    def rows_counted(self) -> Tensor:
+    def valid_rows(self) -> Tensor:
         """Return the mask of rows that are valid in both maps, bool [batch, 1, time]."""
-        return (self.counted() & self.counted(2, 3))[:, None]
+        return (self.valid() & self.valid(2, 3))[:, None]
 
     def sums(self) -> Tensor:
         """Return c [2, batch, heads, time] as float32 and its rounding error."""
-        steps = torch.where(self.counted()[..., None], self.log_decay.double().clamp(min=FLOOR), 0.0)
+        steps = torch.where(self.valid()[..., None], self.log_decay.double().clamp(min=FLOOR), 0.0)
         total = steps.cumsum(1).transpose(1, 2)
         return torch.stack([total.float(), (total - total.float().double()).float()])
 
     def steps(self) -> Tensor:
         """Return dt [batch, heads, time] in float32."""
-        return torch.where(self.counted()[..., None], self.dt.float(), 0.0).transpose(1, 2).contiguous()
+        return torch.where(self.valid()[..., None], self.dt.float(), 0.0).transpose(1, 2).contiguous()
 
     def wide(self, tensor: Tensor) -> Tensor:
         """Return C or B in float32, 0 at invalid tokens."""
-        return torch.where(self.counted()[..., None, None], tensor.float(), 0.0)
+        return torch.where(self.valid()[..., None, None], tensor.float(), 0.0)
 
     def products(self) -> Tensor:
         """Return C_i·B_i [batch, heads, time]."""
@@ -273,11 +273,17 @@ class SSDPair(NamedTuple):
         """Return M_ii [batch, heads, time], 0 in invalid rows."""
         entries = self.products() * steps
         entries = entries if self.D is None else entries + self.D.float()[:, None]
-        return torch.where(self.rows_counted(), entries, 0.0)
+        return torch.where(self.valid_rows(), entries, 0.0)
 
     def teacher_arguments(self, teacher_lse: Tensor) -> list[Any]:
         """Return the tensors of the teacher that every kernel takes."""
-        return [self.teacher_query, self.teacher_key, teacher_lse, *head_lists(self.head_map, self.C)[:3], self.span]
+        return [
+            self.teacher_query,
+            self.teacher_key,
+            teacher_lse,
+            *head_lists(self.head_map, self.C)[:3],
+            self.valid_range,
+        ]
 
     def numbers(self) -> list[Any]:
         """Return the strides, sizes and scales that `ssd_rows` and `ssd_columns` take."""
@@ -304,7 +310,7 @@ def statistics(pair: SSDPair) -> tuple[Tensor, Tensor, Tensor]:
     """
     batch, time, heads = pair.dt.shape
     teacher_lse = log_sum_exp(
-        pair.teacher_query, pair.teacher_key, pair.span, TEACHER.value, pair.scale, pair.cap, True, pair.window
+        pair.teacher_query, pair.teacher_key, pair.valid_range, TEACHER.value, pair.scale, pair.cap, True, pair.window
     )
     below, steps = torch.zeros(3, batch, heads, time, dtype=torch.float32, device=pair.C.device), pair.steps()
     _run_rows(pair, teacher_lse, steps, below, below, write_slopes=False)
@@ -315,15 +321,15 @@ def statistics(pair: SSDPair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(
-    pair: SSDPair, kept: Tensor, teacher_lse: Tensor, a: Tensor, b: Tensor
+    pair: SSDPair, saved: Tensor, teacher_lse: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of C, B, log_decay, dt, D (empty without one).
 
-    a, b [batch, heads, time]; kept and teacher_lse are the second and third result of `statistics`.
+    a, b [batch, heads, time]; saved and teacher_lse are the second and third result of `statistics`.
     """
-    rows = pair.rows_counted()
+    rows = pair.valid_rows()
     exact = torch.stack([torch.where(rows, a, 0.0), torch.where(rows, b, 0.0)]).double()
-    (a, b), upstream, (pm, mm, teacher), steps = exact.unbind(), exact.float(), kept.unbind(), pair.steps()
+    (a, b), upstream, (pm, mm, teacher), steps = exact.unbind(), exact.float(), saved.unbind(), pair.steps()
     on_diagonal = (a * teacher + b * pair.diagonal(steps)).float()
     of_group = (on_diagonal * steps).unflatten(1, (pair.C.shape[2], -1)).sum(2).transpose(1, 2)[..., None]
     empty = pair.C.new_empty(0)
@@ -332,7 +338,7 @@ def gradients(
     of_b = _run_columns(pair, teacher_lse, steps, upstream, below) + of_group * pair.wide(pair.C)
     of_steps = below + on_diagonal * pair.products()
     of_sums = a * pm + b * mm - steps.double() * below.double()
-    of_decay = of_sums.flip(-1).cumsum(-1).flip(-1).transpose(1, 2).masked_fill(~pair.counted()[..., None], 0)
+    of_decay = of_sums.flip(-1).cumsum(-1).flip(-1).transpose(1, 2).masked_fill(~pair.valid()[..., None], 0)
     return (
         of_c.to(pair.C.dtype),
         of_b.to(pair.B.dtype),
