@@ -81,5 +81,5 @@ def test_what_is_refused() -> None:
         paired_bootstrap(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(UsageError, match="level"):
         paired_bootstrap(torch.zeros(2, 3), torch.zeros(2, 3), level=1.0)
-    with pytest.raises(UsageError, match="one cluster a row"):
+    with pytest.raises(UsageError, match="one label per row"):
         paired_bootstrap(torch.zeros(2, 3), torch.zeros(2, 3), clusters=[1])
