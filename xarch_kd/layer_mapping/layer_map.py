@@ -19,7 +19,7 @@ ROW_TOLERANCE: Final = 1e-9
 COLLAPSED_SHARE: Final = 0.25
 PLOT_WIDTH: Final = 80
 SHADES: Final = "░▒▓█"
-BESIDE: Final = "  {:5.2f} at {}"
+ROW_LABEL: Final = "  {:5.2f} at {}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +112,14 @@ def similarity_text_plot(name: str, similarity: Tensor) -> str:
     matrix = similarity.detach().to("cpu", torch.float64)
     least, most = float(matrix.min()), float(matrix.max())
     best = matrix.max(1)
-    width = PLOT_WIDTH - len(BESIDE.format(0.0, matrix.shape[1] - 1))
+    width = PLOT_WIDTH - len(ROW_LABEL.format(0.0, matrix.shape[1] - 1))
     highest = torch.stack([part.amax(1) for part in _columns(matrix, width)], dim=1)
     # If all values are equal, all are drawn as the smallest.
     shares = (highest - least) / (most - least) if most > least else torch.zeros_like(highest)
-    beside = [
-        BESIDE.format(value, layer) for value, layer in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    row_labels = [
+        ROW_LABEL.format(value, layer) for value, layer in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
-    return _drawn(f"{name}, {least:.2f} · to {most:.2f} █", matrix, shares, width, beside)
+    return _drawn(f"{name}, {least:.2f} · to {most:.2f} █", matrix, shares, width, row_labels)
 
 
 def _columns(matrix: Tensor, width: int) -> tuple[Tensor, ...]:
@@ -131,12 +131,12 @@ def _margin(matrix: Tensor) -> int:
     return max(len(str(matrix.shape[0] - 1)), 2) + 1
 
 
-def _drawn(name: str, matrix: Tensor, shares: Tensor, width: int, beside: Sequence[str]) -> str:
-    """Return the plot of `shares` [student layers, columns], each 0 to 1, with the text `beside` after each row."""
+def _drawn(name: str, matrix: Tensor, shares: Tensor, width: int, row_labels: Sequence[str]) -> str:
+    """Return the plot of `shares` [student layers, columns], each 0 to 1, with `row_labels` after the rows."""
     margin, group = _margin(matrix), -(-matrix.shape[1] // (width - _margin(matrix)))
     title = f"{name}: student layers down, teacher layers across" + (f", {group} to a column" if group > 1 else "")
     lines = [title, " " * margin + _ruler(range(0, matrix.shape[1], group), width - margin)]
-    for student, (row, more) in enumerate(zip(shares.tolist(), beside, strict=True)):
+    for student, (row, more) in enumerate(zip(shares.tolist(), row_labels, strict=True)):
         lines.append(f"{student:>{margin - 1}} " + "".join(map(_shade, row)) + more)
     return "\n".join(line.rstrip() for line in lines)
 

@@ -71,9 +71,9 @@ def fresh_config(values: Mapping[str, Any], teacher: PreTrainedConfig) -> PreTra
     model_type = _model_type(values)
     fields = config_fields(model_type)
     problems = [problem for key, value in values.items() for problem in _key_problems(key, value, fields, model_type)]
-    told = {problem.key for problem in problems}
+    reported = {problem.key for problem in problems}
     given = {key: _as_field(value, fields.get(_own(model_type, key))) for key, value in values.items()}
-    given = {key: value for key, value in given.items() if key != "model_type" and key not in told}
+    given = {key: value for key, value in given.items() if key != "model_type" and key not in reported}
     if not problems:
         problems += _size_problems(model_type, given, fields)
     config = _built({**_inherited(model_type, given, fields, teacher), **given}, problems, values)
