@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xarch_kd.errors import UsageError, check_table
 from xarch_kd.layer_mapping import STRATEGIES, LayerMap, build_layer_map, explicit
+from xarch_kd.layer_mapping.strategies import Needs
 from xarch_kd.mapping_file.layer_maps import STRATEGY_OPTIONS, CustomStrategy, LayerPair, RandomStrategy
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.scalars import kinds_of
@@ -119,14 +120,19 @@ def redraw_period(align: Align) -> int | None:
 
 def is_learned(align: Align) -> bool:
     """Return True if the layer map of an entry is trained with the student."""
-    return not isinstance(align.layers, tuple) and align.layers is not None and strategy_of(align)[0] == "learned"
+    return _needs(align) == "training"
 
 
 def is_measured(align: Align) -> bool:
     """Return True if the layer map of an entry needs a calibration pass."""
+    return _needs(align) == "similarity"
+
+
+def _needs(align: Align) -> Needs | None:
+    """Return the input of an entry's strategy; None for explicit pairs, custom maps and taps without layers."""
     if align.layers is None or isinstance(align.layers, tuple | CustomStrategy):
-        return False
-    return STRATEGIES[strategy_of(align)[0]].needs == "similarity"
+        return None
+    return STRATEGIES[strategy_of(align)[0]].needs
 
 
 def entry_key(stage: int, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from xarch_kd.errors import UsageError, suggest
+from xarch_kd.errors import UsageError, renamed_arguments, suggest
 from xarch_kd.projectors.base import Projector
 from xarch_kd.projectors.linear import (
     IdentityProjector,
@@ -91,6 +91,7 @@ def resolve_kind(kind: str, student_dim: int, teacher_dim: int) -> str:
     return kind
 
 
+@renamed_arguments(width="hidden")
 def build_projector(
     kind: str,
     student_dim: int,
