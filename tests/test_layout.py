@@ -84,7 +84,7 @@ def test_wheel_carries_everything(unpacked_wheel: Path) -> None:
     (metadata,) = unpacked_wheel.glob("xarch_kd-*.dist-info")
     package = unpacked_wheel / "xarch_kd"
     assert (metadata / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert "xarch-kd = xarch_kd.cli.app:main" in (metadata / "entry_points.txt").read_text()
+    assert "xarch-kd = xarch_kd.cli.app:run" in (metadata / "entry_points.txt").read_text()
     assert (package / "py.typed").is_file()
     for name in ("kernels", "mappings"):
         shipped = {path.name for path in (ROOT / name).iterdir() if path.is_file()}

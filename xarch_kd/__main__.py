@@ -1,8 +1,6 @@
 """`python -m xarch_kd` is `xarch-kd`."""
 
-import sys
-
-from xarch_kd.cli.app import main
+from xarch_kd.cli.app import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

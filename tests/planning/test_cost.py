@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.models.loading.load import fresh_model
+from xarch_kd.planning import cost
 from xarch_kd.planning.cost import EFFICIENCY, HALF_GAIN, PROCESS_BYTES, Rates, StageWork, measured_rates, stage_cost
 from xarch_kd.planning.models import ModelHandle
 from xarch_kd.planning.plan import Plan
@@ -115,9 +116,23 @@ def test_a_cached_teacher_runs_once_a_distinct_batch(plan_of: Callable[[str], Pl
     assert 0 < student < cached.flops < fresh.flops
 
 
+def test_a_slow_product_is_timed_at_a_small_size_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def slow(left: torch.Tensor, right: torch.Tensor) -> float:
+        sizes.append(left.shape[0])
+        return 2 * left.shape[0] ** 3 / 1e9
+
+    monkeypatch.setattr(cost, "_seconds_of_product", slow)
+    assert measured_rates("cpu", []).per_second == {"float32": pytest.approx(1e9)}
+    assert sizes == [192] * 3
+
+
 def test_rates_are_measured_and_half_precision_is_capped() -> None:
-    rates = measured_rates("cpu")
+    assert set(measured_rates("cpu", ["float32"]).per_second) == {"float32"}
+    rates = measured_rates("cpu", ["float16", "bfloat16"])
     assert set(rates.per_second) == {"float32", "bfloat16", "float16"}
+    assert rates.per_second["float16"] == rates.per_second["float32"]
     assert rates.per_second["float32"] > 1e8
     assert rates.per_second["bfloat16"] <= HALF_GAIN["cpu"] * rates.per_second["float32"]
     assert "GFLOP/s" in rates.timing_assumptions

@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
-from xarch_kd.errors import ConversionError, MappingFileError, ModelError, TapError
-from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.errors import ConversionError, MappingFileError, ModelError, TapError, XarchError
+from xarch_kd.mapping_file.load import parse_mapping
+from xarch_kd.models.conversion import convert as convert_module
+from xarch_kd.models.loading import load
 from xarch_kd.planning.cost import Rates
+from xarch_kd.planning.layer_maps import entry_key
 from xarch_kd.planning.plan import Plan
-from xarch_kd.planning.resolve import make_plan
+from xarch_kd.planning.resolve import calibrated_plan, make_plan
 
 PlanOf = Callable[[str], Plan]
 FolderOf = Callable[..., str]
@@ -294,13 +301,68 @@ def test_notices_about_models(plan_of: PlanOf, folder_of: FolderOf) -> None:
     assert "stage one: every batch is drawn once, so the cache is never read" in warnings
 
 
-def test_a_mapping_built_in_python(plan_of: PlanOf, folder_of: FolderOf, rates: Rates) -> None:
+def test_a_path_a_dict_and_an_object_give_the_same_plan(
+    plan_of: PlanOf, folder_of: FolderOf, tmp_path: Path, rates: Rates
+) -> None:
     from_file = plan_of(text(folder_of("llama"), convert("replace: [1]"), stage()))
+    content = from_file.mapping.model_dump(mode="json", exclude_unset=True)
+    for mapping in (str(tmp_path / "map.yaml"), tmp_path / "map.yaml", content, from_file.mapping):
+        plan = make_plan(mapping, rates=rates)
+        assert dataclasses.replace(plan, source="", path=None) == dataclasses.replace(from_file, source="", path=None)
+        assert parse_mapping(plan.source)[0] == from_file.mapping
 
-    from_object = make_plan(MappingFile.model_validate(from_file.mapping.model_dump()), rates=rates)
-    assert dataclasses.replace(from_object, source="", path=None) == dataclasses.replace(
-        from_file, source="", path=None
-    )
+
+def test_a_dict_that_does_not_resolve_names_the_place(folder_of: FolderOf, rates: Rates) -> None:
+    content = yaml.safe_load(text(folder_of("llama"), convert("replace: [1]"), stage()))
+    content["stages"][0]["align"][0]["layers"] = [{"student": 0, "teacher": 0}, {"student": 1, "teacher": 99}]
+    with pytest.raises(MappingFileError, match=r"^mapping: stages\[0\].align\[0\].layers(.|\n)*99"):
+        make_plan(content, rates=rates)
+    content["teacher"]["model"] = "./nowhere/at/all"
+    with pytest.raises(ModelError, match=r"^teacher.model: There is no such model"):
+        make_plan(content, rates=rates)
+
+
+@pytest.mark.parametrize("mapping", [None, 3, b"map.yaml", [], "version: 1\nteacher: {model: a}\n", "\0", ""])
+def test_what_is_no_mapping_is_an_error_of_the_package(mapping: Any) -> None:
+    with pytest.raises(XarchError):
+        make_plan(mapping)
+
+
+@pytest.mark.parametrize("student", ["converted", "existing"])
+def test_each_model_is_resolved_once_and_not_again_after_calibration(
+    student: str, plan_of: PlanOf, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(convert_module, "teacher_spec")
+    counted(convert_module, "choose_target")
+    counted(load, "resolve")
+    counted(AutoModelForCausalLM, "from_config")
+    teacher = folder_of("llama", num_hidden_layers=4)
+    source = convert("replace: [1]") if student == "converted" else f"model: '{folder_of('llama')}'"
+    entry = stage(train="all", inputs="student", tap="hidden", layers="layers: cka")
+    plan = plan_of(text(teacher, source, entry, entry.replace("name: one", "name: two")))
+    if student == "converted":
+        assert sorted(calls) == ["choose_target", "from_config", "from_config", "resolve", "teacher_spec"]
+    else:
+        assert sorted(calls) == ["from_config", "from_config", "resolve", "resolve"]
+    calls.clear()
+    shape = (len(plan.student.layers), 4)
+    similarities = {entry_key(index, "match"): torch.eye(*shape).double() for index in (0, 1)}
+    calibrated = calibrated_plan(plan, similarities)
+    assert calls == []
+    assert calibrated.uncalibrated == ()
+    assert plan.uncalibrated == ((0, "match"), (1, "match"))
+    assert [pair.teacher_layer for pair in calibrated.stages[1].pairs] == list(range(shape[0]))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -29,11 +29,16 @@ def command(
 
     # Errors of the file are reported before the slow imports of the model libraries.
     load_mapping(mapping)
-    with _no_collection():
-        from xarch_kd.planning.render import plan_as_dict, render_plan
-        from xarch_kd.planning.resolve import make_plan
+    # A calibration pass makes garbage.
+    with nullcontext() if calibrate else _no_collection():
+        _plan(mapping, as_json=as_json, calibrate=calibrate)
 
-        plan = make_plan(mapping)
+
+def _plan(mapping: Path, *, as_json: bool, calibrate: bool) -> None:
+    from xarch_kd.planning.render import plan_as_dict, render_plan
+    from xarch_kd.planning.resolve import make_plan
+
+    plan = make_plan(mapping)
     if calibrate:
         from xarch_kd.cli.console import make_console
         from xarch_kd.job.calibrate import calibrate as run_calibration

@@ -10,9 +10,10 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,8 +27,10 @@ from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
+from xarch_kd.job.run import Run
 from xarch_kd.job.texts import packed, training_and_held_out
 from xarch_kd.mapping_file.objectives import Align, MixingMatch
+from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 from xarch_kd.planning.layer_maps import is_learned
@@ -47,26 +50,18 @@ from xarch_kd.training.checkpoints import STATE_FILE, latest_checkpoint, write_s
 from xarch_kd.training.trainer import StageTrainer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished run. `was_finished` is true if the run had finished before."""
-
-    folder: RunFolder
-    was_finished: bool
-
-    @property
-    def student(self) -> Path:
-        """The folder of the stock student."""
-        return self.folder.student
-
-
 def train(
-    plan: Plan | str | Path, output_dir: str | Path, *, resume: bool = False, console: Console | None = None
+    plan: Plan | str | Path | Mapping[str, Any] | MappingFile,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
 ) -> Run:
-    """Run every stage of a plan (or of the mapping file at that path) into `output_dir` and return the finished run.
+    """Run every stage of a plan into `output_dir` and return the finished run.
 
-    A finished run is returned as it is. An unfinished one resumes at its last checkpoint when `resume` is true; on a
-    CPU the student is bitwise the one of an uninterrupted run.
+    `plan` is a `Plan` or what `xarch_kd.plan` accepts: a path, a dict or a `MappingFile`. A finished run is returned as
+    it is. An unfinished one resumes at its last checkpoint when `resume` is true; on a CPU the student is bitwise the
+    one of an uninterrupted run.
 
     Under `python -m torch.distributed.run --nproc-per-node N` each process calls this with the same arguments, and the
     rows of each micro-batch are split over the processes: `batch_size` stays the size of the whole micro-batch, so N
@@ -76,6 +71,10 @@ def train(
     Interrupted after Ctrl-C or SIGTERM, ProcessError when another process fails, and whatever the models, the data or
     the losses raise.
     """
+    if not isinstance(output_dir, str | PathLike):
+        raise UsageError(
+            "The output is not a path.", asked=f"output_dir={output_dir!r}", allowed="the path of a folder, str or Path"
+        )
     plan = plan if isinstance(plan, Plan) else make_plan(plan)
     fingerprint = fingerprint_of(plan)
     with joined_processes(device_of(plan)) as processes:
@@ -89,13 +88,13 @@ def train(
         with folder.locked(), StopSignals(command) as signals:
             state = processes.from_main(lambda: folder.state(fingerprint))
             if state == "finished":
-                return Run(folder=folder, was_finished=True)
+                return Run(folder.root, was_finished=True)
             if state == "unfinished" and not resume:
                 raise UsageError(
                     "the output folder holds this run, unfinished", asked=folder.root, fix=f"resume it: {command}"
                 )
             _Job(plan, folder, reporter, signals, processes).run(fingerprint)
-    return Run(folder=folder, was_finished=False)
+    return Run(folder.root)
 
 
 def fingerprint_of(plan: Plan) -> str:

@@ -21,6 +21,10 @@ def explicit(pairs: Sequence[Pair], student_layers: int, teacher_layers: int) ->
     student layers may share a teacher layer. Layers that are in no pair are not matched.
 
     Raises UsageError for an empty list, a layer out of range, a duplicate pair, or a weight that is not positive.
+
+    >>> from xarch_kd.layer_mapping import explicit
+    >>> explicit([(0, 1), (1, 3)], 2, 4).pairs()
+    ((0, 1, 1.0), (1, 3, 1.0))
     """
     check_depths("explicit pairs", student_layers, teacher_layers)
     if not pairs:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
+from xarch_kd.display import preformatted, shortened_lines
 from xarch_kd.errors import UsageError
 
 Pairs = tuple[tuple[int, int, float], ...]
@@ -22,7 +24,7 @@ SHADES: Final = "░▒▓█"
 ROW_LABEL: Final = "  {:5.2f} at {}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerMap:
     """Weights [student layers, teacher layers], float64 on the CPU: non-negative, rows that sum to 1 or are 0.
 
@@ -30,6 +32,11 @@ class LayerMap:
     not matched. For squared errors its gradient equals that of a loss against the weighted mean of the teacher layers.
 
     Raises UsageError for negative weights, or rows with another sum.
+
+    >>> import torch
+    >>> from xarch_kd.layer_mapping import LayerMap
+    >>> LayerMap("mine", torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])).pairs()
+    ((0, 0, 1.0), (1, 1, 0.5), (1, 2, 0.5))
     """
 
     strategy: str
@@ -53,6 +60,15 @@ class LayerMap:
                 allowed="non-negative weights, rows that sum to 1 or are 0",
             )
         object.__setattr__(self, "weights", weights)
+
+    def __repr__(self) -> str:
+        return shortened_lines(self.text_plot(), more="print(layer_map.text_plot())")
+
+    def __rich__(self) -> str:
+        return escape(self.text_plot())
+
+    def _repr_html_(self) -> str:
+        return preformatted(self.text_plot())
 
     @classmethod
     def from_targets(cls, strategy: str, targets: Sequence[int | None], teacher_layers: int) -> LayerMap:
@@ -108,6 +124,14 @@ def similarity_text_plot(name: str, similarity: Tensor) -> str:
 
     Shades go from `·`, the smallest value, to `█`, the largest, in equal steps; layers that share a column show their
     maximum. Each row ends with its maximum and the teacher layer that has it.
+
+    >>> import torch
+    >>> from xarch_kd.layer_mapping import similarity_text_plot
+    >>> print(similarity_text_plot("cka", torch.eye(2)))
+    cka, 0.00 · to 1.00 █: student layers down, teacher layers across
+       0
+     0 █·   1.00 at 0
+     1 ·█   1.00 at 1
     """
     matrix = similarity.detach().to("cpu", torch.float64)
     least, most = float(matrix.min()), float(matrix.max())

@@ -18,7 +18,13 @@ TINY: Final = 1e-12
 
 
 class LearnedMapLosses(NamedTuple):
-    """Losses for the student, `student` [student layers], and for the map itself, `map` (scalar): add both."""
+    """Losses for the student, `student` [student layers], and for the map itself, `map` (scalar): add both.
+
+    >>> import torch
+    >>> from xarch_kd.layer_mapping import LearnedMapLosses
+    >>> LearnedMapLosses(student=torch.tensor(0.5), map=torch.tensor(0.7)).map
+    tensor(0.7000)
+    """
 
     student: Tensor
     map: Tensor
@@ -38,6 +44,10 @@ class LearnedMap(nn.Module):
     a map that collapsed all the same.
 
     Raises UsageError for options out of range.
+
+    >>> from xarch_kd.layer_mapping import LearnedMap
+    >>> LearnedMap(2, 4)
+    LearnedMap()
     """
 
     def __init__(

@@ -39,6 +39,10 @@ class Strategy:
 
     `counts`: the depths (student layers, teacher layers); `types`: the kinds of both models' mixers; `similarity`: a
     matrix [student layers, teacher layers] from a calibration pass; `training`: the depths, for a trained module.
+
+    >>> from xarch_kd.layer_mapping import STRATEGIES
+    >>> STRATEGIES["uniform"].needs
+    'counts'
     """
 
     function: Callable[..., LayerMap | LearnedMap]
@@ -73,7 +77,12 @@ STRATEGIES: Final[dict[str, Strategy]] = {
 
 
 def strategy_named(name: str) -> Strategy:
-    """Return the strategy. Raises UsageError for an unknown name."""
+    """Return the strategy. Raises UsageError for an unknown name.
+
+    >>> from xarch_kd.layer_mapping import strategy_named
+    >>> strategy_named("uniform").function(2, 4).pairs()
+    ((0, 1, 1.0), (1, 3, 1.0))
+    """
     if name not in STRATEGIES:
         raise UsageError(
             f"layers: unknown strategy.{suggest(name, STRATEGIES)}", asked=name, allowed=" | ".join(STRATEGIES)
@@ -98,6 +107,10 @@ def build_layer_map(
 
     Raises UsageError for an unknown name or option, an option that is missing, what is needed and not known, and what
     the strategy itself refuses.
+
+    >>> from xarch_kd.layer_mapping import build_layer_map
+    >>> build_layer_map("uniform", 2, 4).pairs()
+    ((0, 1, 1.0), (1, 3, 1.0))
     """
     strategy = strategy_named(name)
     chosen = dict(options or {})

@@ -69,6 +69,12 @@ def transport_plan(
 
     Raises UsageError for a cost that is empty or not finite, weights that do not fit, a negative entropy or order, and
     an entropy so small that the iterations do not converge.
+
+    >>> import torch
+    >>> from xarch_kd.layer_mapping import transport_plan
+    >>> transport_plan(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]], dtype=torch.float64)
     """
     costs = checked_matrix("optimal_transport", cost)
     for name, value in (("entropy", entropy), ("order", order)):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from xarch_kd.errors import MappingFileError
 from xarch_kd.mapping_file.schema import MappingFile
-from xarch_kd.mapping_file.source_map import Position, Problem, SourceMap, YamlPath, mapping_error
+from xarch_kd.mapping_file.source_map import Position, Problem, SourceMap, YamlPath, mapping_error, shortened
 from xarch_kd.mapping_file.validation_messages import problems_of
 from xarch_kd.mapping_file.yaml_core import read_yaml
 
@@ -59,6 +59,9 @@ def validate_mapping(value: dict[str, Any], problems: list[Problem], source_map:
 
 
 def _read(path: Path) -> str:
+    if "\n" in str(path):
+        first = str(path).splitlines()[0]
+        raise MappingFileError([f"{shortened(first)}: this is text, not a path. Give yaml.safe_load(text), a dict."])
     try:
         with path.open("rb") as file:
             content = file.read(MAXIMUM_BYTES + 1)

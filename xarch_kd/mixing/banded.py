@@ -13,7 +13,7 @@ from xarch_kd.mixing.base import Mixing
 from xarch_kd.mixing.checks import check_factors, check_rank, check_shape, check_valid_range
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BandedMixing(Mixing):
     """M_ij = row_scale_i taps_{i−j} column_scale_j per channel for 0 <= i − j < kernel size, else 0.
 

@@ -11,13 +11,14 @@ from typing import ClassVar, Final, Self
 import torch
 from torch import Tensor
 
+from xarch_kd.display import preformatted
 from xarch_kd.errors import UsageError
 
 # Entries, over all sequences and heads, above which `dense()` needs an explicit limit: 256 MiB in float32.
 DENSE_LIMIT: Final = 1 << 26
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Mixing(ABC):
     """Token-mixing matrices M, one per sequence and head, y = M v, stored as factors.
 
@@ -30,6 +31,16 @@ class Mixing(ABC):
     kind: ClassVar[str]
 
     valid_range: Tensor | None = None
+
+    def __repr__(self) -> str:
+        numbers = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        head = f"{type(self).__name__}: batch {self.batch}, time {self.time}, heads {self.heads}, {numbers}"
+        lengths = () if self.valid_range is None else ("  only tokens in valid_range count",)
+        factors = (f"  {name} {[*factor.shape]}" for name, factor in self.factors.items())
+        return "\n".join([head, *factors, *lengths])
+
+    def _repr_html_(self) -> str:
+        return preformatted(repr(self))
 
     @property
     @abstractmethod

@@ -23,7 +23,7 @@ from xarch_kd.mixing.query_key import QueryKeyMixing
 from xarch_kd.mixing.scan import CHUNK, in_segments
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DeltaMixing(QueryKeyMixing):
     """M of S_t = (I − beta_t k_t k_tᵀ) e^{g_t} S_{t−1} + beta_t k_t v_tᵀ, o_t = scale S_tᵀ q_t (arXiv:2412.06464).
 

@@ -31,7 +31,7 @@ from xarch_kd.mixing.query_key import QueryKeyMixing
 from xarch_kd.mixing.scan import chunk_size, scan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LinearMixing(QueryKeyMixing):
     """M_ij = scale Σ_n query_in key_jn exp(Σ_{j<k<=i} log_decay_kn) for j <= i (GLA, arXiv:2312.06635).
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from xarch_kd.mixing.base import Mixing
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class QueryKeyMixing(Mixing):
     """Mixing with queries [batch, time, heads, dim] and keys, which have fewer heads in some subclasses."""
 

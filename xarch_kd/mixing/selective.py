@@ -14,7 +14,7 @@ from xarch_kd.mixing.decay import TILE, decayed_entries, same_pairs, spread
 from xarch_kd.mixing.scan import scan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SelectiveMixing(Mixing):
     """M_ij = Σ_n C_in B_jn exp(A_n Σ_{j<k<=i} dt_k) dt_j + D δ_ij per channel, j <= i (Mamba, arXiv:2312.00752, 2).
 

@@ -16,7 +16,7 @@ from xarch_kd.mixing.query_key import QueryKeyMixing
 from xarch_kd.mixing.row_softmax import Pattern, row_softmax
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SoftmaxMixing(QueryKeyMixing):
     """M_ij = softmax over visible j of z_ij, z = scale query_i·key_j, capped to softcap·tanh(z / softcap).
 

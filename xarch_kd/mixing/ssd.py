@@ -14,7 +14,7 @@ from xarch_kd.mixing.decay import causal_pairs, running_sum, same_pairs, scalar_
 from xarch_kd.mixing.scan import chunk_size, scan
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SSDMixing(Mixing):
     """M_ij = exp(Σ_{j<k<=i} log_decay_k) (C_i·B_j) dt_j + D δ_ij for j <= i (Mamba-2, arXiv:2405.21060, eq. 2).
 

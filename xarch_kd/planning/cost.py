@@ -23,6 +23,7 @@ only the mixers training, 0.87 with everything); a frozen block below everything
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HALF_GAIN = {"cpu": 2.0, "cuda": 8.0}
 # Rows of logits that the streaming token loss holds at once, and how many tensors of that size.
 LOGIT_ROWS, LOGIT_TENSORS = 256, 4
+
+# Sides of the square products that are timed, and the seconds that one of them may take.
+PRODUCT_SIZES, PRODUCT_SECONDS = (192, 384, 768), 0.03
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,28 +102,37 @@ class StageWork:
     mixing_products: float = 0.0
 
 
-def measured_rates(device: str) -> Rates:
-    """Return this machine's matrix-product rates, each the best product of 0.9 GFLOP within a twentieth of a second.
+def measured_rates(device: str, dtypes: Iterable[str]) -> Rates:
+    """Return this machine's matrix-product rates in float32 and in each of `dtypes`, measured in about 0.1 s each.
 
     A half-precision rate counts for at most HALF_GAIN times float32's: beyond that, passes wait for memory.
     """
-    rates = {"float32": _product_rate(torch.float32, device)}
-    for name in ("bfloat16", "float16"):
-        # PyTorch has no fast float16 product for every processor; and its speed is unrelated to a GPU's.
-        measured = rates["float32"] if name == "float16" and device == "cpu" else _product_rate(_DTYPES[name], device)
-        rates[name] = min(measured, HALF_GAIN[device] * rates["float32"])
+    single = _product_rate(torch.float32, device)
+    rates = {"float32": single}
+    for name in sorted(set(dtypes) - {"float32"}, reverse=True):
+        # PyTorch's float16 product is slow on many processors, and would not be representative of a GPU.
+        measured = single if name == "float16" and device == "cpu" else _product_rate(_DTYPES[name], device)
+        rates[name] = min(measured, HALF_GAIN[device] * single)
     return Rates(device, rates)
 
 
 def _product_rate(dtype: torch.dtype, device: str) -> float:
-    left, right = (torch.ones(768, 768, dtype=dtype, device=device) for _ in range(2))
+    """Return the rate of the largest square product that is expected to take at most PRODUCT_SECONDS."""
+    rate, seconds = 0.0, 0.0
+    for size in PRODUCT_SIZES:
+        # Each size is 8 times the work of the one before.
+        if 8 * seconds > PRODUCT_SECONDS:
+            break
+        left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        seconds = min(_seconds_of_product(left, right) for _ in range(3))
+        rate = 2 * size**3 / seconds
+    return rate
+
+
+def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
+    started = time.perf_counter()
     torch.mm(left, right).sum().item()
-    best, finish = float("inf"), time.perf_counter() + 0.05
-    while best == float("inf") or time.perf_counter() < finish:
-        started = time.perf_counter()
-        torch.mm(left, right).sum().item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 768**3 / max(best, 1e-6)
+    return max(time.perf_counter() - started, 1e-6)
 
 
 def stage_cost(work: StageWork, teacher: ModelHandle, student: ModelHandle, rates: Rates) -> Cost:

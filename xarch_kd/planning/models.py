@@ -18,7 +18,7 @@ from xarch_kd.taps.layout import Layout, layout_of
 
 @dataclass(frozen=True)
 class ModelHandle:
-    """One of the two models. `dtype` is that of its weights."""
+    """Teacher or student without storage. `dtype` is that of its weights."""
 
     reference: str
     config: PreTrainedConfig
@@ -27,7 +27,7 @@ class ModelHandle:
 
     @classmethod
     def of(cls, reference: str, config: PreTrainedConfig, paths: Paths | None, dtype: str) -> ModelHandle:
-        """Return the side of `config`. Raises `TapError` for a family that is not known and has no `paths`."""
+        """Return the handle of `config`. Raises `TapError` for a family that is not known and has no `paths`."""
         return cls(reference, config, layout_of(meta_model(config), paths), dtype)
 
     @property
@@ -66,7 +66,7 @@ class ModelHandle:
         return inside | below | self.names_of(layout.embedding.parameters())
 
     def summary(self, replaced: Iterable[int] = ()) -> ModelSummary:
-        """Return the plan's summary of this model."""
+        """Return the summary that a plan shows."""
         chosen = set(replaced)
         rows = (
             LayerRow(index=index, mixer=kind, replaced=index in chosen)
@@ -101,8 +101,9 @@ class ModelPair:
     """Both models, the student's blocks with replaced mixers, and the result of a calibration pass.
 
     `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
-    stage may train; `inherits` is true if the student was converted from the teacher, `fresh` if it is untrained;
-    `calibration` is the number of tokens of a calibration pass; `custom` are the objects passed from Python.
+    stage may train; `inherits` is true for a student converted from the teacher, `fresh` for an untrained one;
+    `calibration` is the number of tokens of a calibration pass; `custom` are the objects passed from Python;
+    `warnings` are those of the conversion.
     """
 
     teacher: ModelHandle
@@ -114,3 +115,4 @@ class ModelPair:
     fresh: bool = False
     calibration: int = 16_384
     custom: CustomObjects = field(default_factory=CustomObjects)
+    warnings: tuple[str, ...] = ()

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from xarch_kd.display import as_html, as_text
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.schema import MappingFile, Stage
-from xarch_kd.planning.custom import CustomObjects
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from xarch_kd.planning.cost import Rates
+    from xarch_kd.planning.custom import CustomObjects
+    from xarch_kd.planning.models import ModelPair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +106,15 @@ class StagePlan:
         return next(entry for entry in self.stage.align if entry.name == pair.align)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
-    """Complete, checked input of `train`. `source` is the text of the mapping file.
+    """A mapping file resolved and checked against both models' configs: all that `train` needs.
 
-    `student_config` is the student's config as a dict (of the class named by its `model_type`); `trainable` of each
-    stage lists parameter names of the student. `timing_assumptions` is one line with the assumptions behind the
-    times. `uncalibrated` are the entries, as (stage index, name), whose layer map needs a calibration pass that has not
-    run yet: `uniform` stands in for it. `similarities` are the results of such passes, [student layers][teacher layers]
-    by `stage.entry`. `custom` are the objects passed from Python.
+    `source` is the mapping file's text. `student_config` is the student's config as a dict (of the class named by its
+    `model_type`); `trainable` of each stage lists parameter names of the student. `models` are both models without
+    storage, `rates` the matrix-product rates behind the estimated times. `uncalibrated` are the entries, as (stage
+    index, name), whose layer map follows from a calibration pass that has not run yet: `uniform` is a placeholder for
+    it. `similarities` are the measured ones, [student layers][teacher layers] by `stage.entry`.
     """
 
     mapping: MappingFile
@@ -118,7 +125,30 @@ class Plan:
     student_config: dict[str, Any]
     stages: tuple[StagePlan, ...]
     warnings: tuple[str, ...]
-    timing_assumptions: str = ""
+    models: ModelPair = field(compare=False)
+    rates: Rates
     uncalibrated: tuple[tuple[int, str], ...] = ()
     similarities: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
-    custom: CustomObjects = field(default_factory=CustomObjects)
+
+    def __repr__(self) -> str:
+        from xarch_kd.planning.render import render_summary
+
+        return as_text(render_summary(self), more="rich.print(plan) shows the whole plan")
+
+    def __rich__(self) -> RenderableType:
+        from xarch_kd.planning.render import render_plan
+
+        return render_plan(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    @property
+    def timing_assumptions(self) -> str:
+        """The assumptions behind the estimated times, in one line."""
+        return self.rates.timing_assumptions
+
+    @property
+    def custom(self) -> CustomObjects:
+        """The objects passed from Python."""
+        return self.models.custom

@@ -13,9 +13,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from xarch_kd.display import ranges
 from xarch_kd.layer_mapping import similarity_text_plot
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.planning.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
+
+# Pairs that a plan's `repr` lists.
+SUMMARY_PAIRS = 8
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
@@ -46,6 +50,19 @@ def render_plan(plan: Plan) -> RenderableType:
         parts += [Text(similarity_text_plot(f"similarity (CKA) for {name}", torch.tensor(matrix))), Text("")]
     parts.append(Text(f"Time: {plan.timing_assumptions}.", style="dim"))
     parts += [Text(f"notice: {warning}", style="yellow") for warning in plan.warnings]
+    return Group(*parts)
+
+
+def render_summary(plan: Plan) -> RenderableType:
+    """Return a plan in few lines: both models, the stages, the first pairs, the number of notices."""
+    parts: list[RenderableType] = [_models(plan), Text(""), _stages(plan)]
+    replaced = [row.index for row in plan.student.layers if row.replaced]
+    if replaced:
+        parts.insert(1, Text(f"replaced blocks: {ranges(replaced)}"))
+    if any(stage.pairs for stage in plan.stages):
+        parts += [Text(""), _pairs(plan, limit=SUMMARY_PAIRS)]
+    if plan.warnings:
+        parts.append(Text(f"{len(plan.warnings)} notices: see plan.warnings"))
     return Group(*parts)
 
 
@@ -105,7 +122,7 @@ def _blocks(plan: Plan) -> Table:
         rows = zip(teacher.layers, student.layers, strict=True)
         for key, run in groupby(rows, key=lambda pair: (pair[0].mixer, pair[1].mixer, pair[1].replaced)):
             mark = "[bold]replaced[/]" if key[2] else ""
-            table.add_row(_span([own.index for own, _ in run]), key[0], key[1], mark)
+            table.add_row(ranges([own.index for own, _ in run]), key[0], key[1], mark)
         return table
     for mixer, span in _runs(teacher):
         table.add_row(span, mixer, "", "")
@@ -119,11 +136,7 @@ def _runs(model: ModelSummary) -> Iterator[tuple[str, str]]:
         return row.mixer
 
     for kind, run in groupby(model.layers, key=mixer):
-        yield kind, _span([row.index for row in run])
-
-
-def _span(indices: list[int]) -> str:
-    return str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+        yield kind, ranges([row.index for row in run])
 
 
 def _stages(plan: Plan) -> Table:
@@ -169,25 +182,28 @@ def _of(align: str, pairs: Iterable[PairPlan]) -> bool:
     return any(pair.align == align for pair in pairs)
 
 
-def _pairs(plan: Plan) -> Table:
+def _pairs(plan: Plan, limit: int | None = None) -> Table:
+    """Pairs of every stage; with a limit the first ones, and how many follow."""
     columns = ("stage", "pair", "tap", "student", "teacher", "projector", "loss", ">weight")
     table = _table(*columns, title="Pairs (block: batch, time, dim or batch, heads, time × time)")
     length = plan.mapping.data.sequence_length
-    for stage in plan.stages:
-        for pair in stage.pairs:
-            projector = pair.projector
-            if pair.projector_parameters:
-                projector += f", {count_text(pair.projector_parameters)} parameters"
-            table.add_row(
-                stage.stage.name,
-                pair.name,
-                pair.tap,
-                _shape(stage, length, pair.tap, pair.student_layer, pair.student_dim, pair.student_heads),
-                _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_dim, pair.teacher_heads),
-                projector,
-                stage.align_of(pair).loss.label,
-                _weight(stage.align_of(pair), pair),
-            )
+    pairs = [(stage, pair) for stage in plan.stages for pair in stage.pairs]
+    for stage, pair in pairs[:limit]:
+        projector = pair.projector
+        if pair.projector_parameters:
+            projector += f", {count_text(pair.projector_parameters)} parameters"
+        table.add_row(
+            stage.stage.name,
+            pair.name,
+            pair.tap,
+            _shape(stage, length, pair.tap, pair.student_layer, pair.student_dim, pair.student_heads),
+            _shape(stage, length, pair.tap, pair.teacher_layer, pair.teacher_dim, pair.teacher_heads),
+            projector,
+            stage.align_of(pair).loss.label,
+            _weight(stage.align_of(pair), pair),
+        )
+    if limit is not None and len(pairs) > limit:
+        table.add_row("…", f"and {len(pairs) - limit} more pairs")
     return table
 
 

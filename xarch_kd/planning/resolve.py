@@ -1,31 +1,24 @@
-"""Resolution of a mapping file to a plan from both configs, without weights; all problems are reported at once."""
+"""From a mapping file to a plan: both configs are read, no weights, and all problems are reported at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from xarch_kd.errors import ModelError, UsageError, check_table
-from xarch_kd.mapping_file import schema
+from xarch_kd.errors import check_table
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.python_values import mapping_as_yaml, mapping_from
-from xarch_kd.mapping_file.schema import MappingFile, MixerName, Paths, TargetName
-from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error, yaml_path_text
-from xarch_kd.models.conversion.base import Conversion
-from xarch_kd.models.conversion.convert import plan_conversion
+from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.mapping_file.source_map import SourceMap, mapping_error
+from xarch_kd.models.conversion.names import MixerName, TargetName
 from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.conversion.targets import TARGETS
-from xarch_kd.models.fresh import FreshConfigError, fresh_config
-from xarch_kd.models.loading.load import load_config, read_student_config
-from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
 from xarch_kd.planning.cost import Rates, measured_rates
 from xarch_kd.planning.custom import (
     CustomDivergence,
@@ -35,9 +28,10 @@ from xarch_kd.planning.custom import (
     ProjectorFactory,
 )
 from xarch_kd.planning.layer_maps import entry_key, is_measured
-from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
+from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.plan import Plan
-from xarch_kd.planning.problems import Diagnostics, one_line
+from xarch_kd.planning.problems import Diagnostics
+from xarch_kd.planning.resolve_models import resolve_models
 from xarch_kd.planning.stage import stage_plan
 
 check_table("mixers to convert to", RECIPES, get_args(MixerName))
@@ -67,22 +61,46 @@ def make_plan(
     custom = CustomObjects.of(
         objectives=objectives, divergences=divergences, layer_maps=layer_maps, projectors=projectors
     )
+    source_map, path = None, None
     if isinstance(mapping, str | PathLike):
         loaded, source, source_map = load_mapping(mapping)
-        return _plan(loaded, source, Path(mapping), source_map, custom, rates)
-    loaded = mapping_from(mapping)
-    return _plan(loaded, mapping_as_yaml(loaded), None, None, custom, rates)
+        path = Path(mapping)
+    else:
+        loaded = mapping_from(mapping)
+        source = mapping_as_yaml(loaded)
+    return _resolved(loaded, source, path, source_map, custom, rates)
 
 
 def plan_of_run(path: Path) -> Plan:
     """Return the plan of the mapping file of a run that is measured and not trained; custom objects are not needed."""
     loaded, source, source_map = load_mapping(path)
-    return _plan(loaded, source, path, source_map, CustomObjects.stand_ins(loaded), None)
+    return _resolved(loaded, source, path, source_map, CustomObjects.stand_ins(loaded), None)
 
 
-def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor], *, rates: Rates | None = None) -> Plan:
-    """Return the plan with the layer maps that follow from `similarities`: [student, teacher layers] by `entry_key`."""
-    return _plan(plan.mapping, plan.source, plan.path, None, plan.custom, rates, similarities)
+def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor]) -> Plan:
+    """Return the plan with the layer maps that follow from `similarities`: [student, teacher layers] by `entry_key`.
+
+    Only the stages are resolved again: models and rates are those of `plan`.
+    """
+    models = replace(plan.models, similarities=similarities)
+    return _plan(plan.mapping, plan.source, plan.path, None, models, plan.rates)
+
+
+def _resolved(
+    mapping: MappingFile,
+    source: str,
+    path: Path | None,
+    source_map: SourceMap | None,
+    custom: CustomObjects,
+    rates: Rates | None,
+) -> Plan:
+    if missing := custom.problems(mapping):
+        raise mapping_error(missing, source_map)
+    models = resolve_models(mapping, custom, source_map)
+    if rates is None:
+        dtypes = {mapping.teacher.dtype, *(stage.precision for stage in mapping.stages)}
+        rates = measured_rates(_device(mapping), dtypes)
+    return _plan(mapping, source, path, source_map, models, rates)
 
 
 def _plan(
@@ -90,50 +108,28 @@ def _plan(
     source: str,
     path: Path | None,
     source_map: SourceMap | None,
-    custom: CustomObjects,
-    rates: Rates | None,
-    similarities: Mapping[str, Tensor] = MappingProxyType({}),
+    models: ModelPair,
+    rates: Rates,
 ) -> Plan:
-    diagnostics = Diagnostics(warnings=custom.warnings(mapping))
-    if missing := custom.problems(mapping):
-        raise mapping_error(missing, source_map)
-    with _placed(("teacher", "model"), source_map):
-        teacher_config = load_config(mapping.teacher.model, mapping.teacher.revision)
-    teacher = _side(
-        mapping.teacher.model, teacher_config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), source_map
-    )
-    conversion = _conversion(mapping.student.convert, teacher_config, source_map)
-    diagnostics.warnings += () if conversion is None else conversion.warnings
-    student = _student(mapping, teacher_config, conversion, source_map)
-    models = ModelPair(
-        teacher,
-        student,
-        replaced_layers(teacher, student),
-        similarities,
-        frozenset(() if conversion is None else conversion.frozen),
-        inherits=conversion is not None,
-        fresh=mapping.student.config is not None,
-        calibration=mapping.calibration.tokens,
-        custom=custom,
-    )
-    rates = rates or measured_rates(_device(mapping))
+    diagnostics = Diagnostics(warnings=[*models.custom.warnings(mapping), *models.warnings])
     stages = [
         stage_plan(index, stage, mapping.data, models, rates, diagnostics) for index, stage in enumerate(mapping.stages)
     ]
     if diagnostics.problems:
         raise mapping_error(diagnostics.problems, source_map)
+    similarities = models.similarities
     return Plan(
         mapping=mapping,
         source=source,
         path=path,
-        teacher=teacher.summary(),
-        student=student.summary(models.replaced),
-        student_config=student.config.to_dict(),
+        teacher=models.teacher.summary(),
+        student=models.student.summary(models.replaced),
+        student_config=models.student.config.to_dict(),
         stages=tuple(stage for stage in stages if stage is not None),
         warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *diagnostics.warnings])),
-        timing_assumptions=rates.timing_assumptions,
-        custom=custom,
-        similarities=_shown(mapping, similarities),
+        models=models,
+        rates=rates,
+        similarities=_named_similarities(mapping, similarities),
         uncalibrated=tuple(entry for entry in _measured(mapping) if entry_key(*entry) not in similarities),
     )
 
@@ -144,8 +140,10 @@ def _measured(mapping: MappingFile) -> Iterator[tuple[int, str]]:
         yield from ((index, align.name) for align in stage.align if is_measured(align))
 
 
-def _shown(mapping: MappingFile, similarities: Mapping[str, Tensor]) -> dict[str, tuple[tuple[float, ...], ...]]:
-    """Return the similarities by the names used in the plan."""
+def _named_similarities(
+    mapping: MappingFile, similarities: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Return the similarities by `stage.entry`."""
     return {
         f"{mapping.stages[index].name}.{name}": tuple(map(tuple, similarities[entry_key(index, name)].tolist()))
         for index, name in _measured(mapping)
@@ -153,93 +151,10 @@ def _shown(mapping: MappingFile, similarities: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def _student(
-    mapping: MappingFile, teacher: PreTrainedConfig, conversion: Conversion | None, source_map: SourceMap | None
-) -> ModelHandle:
-    student = mapping.student
-    if conversion is not None:
-        config, reference = conversion.config, f"converted from {mapping.teacher.model}"
-    elif isinstance(student.config, dict):
-        reference = f"fresh {student.config.get('model_type')}"
-        try:
-            config = fresh_config(student.config, teacher)
-        except FreshConfigError as error:
-            raise mapping_error(_config_problems(error), source_map) from None
-    elif student.config is not None:
-        reference = student.config
-        with _placed(("student", "config"), source_map):
-            config = read_student_config(reference)
-    else:
-        reference = student.model or ""
-        with _placed(("student", "model"), source_map):
-            config = load_config(reference, student.revision)
-    if student.format == "mamba_ssm":
-        with _placed(("student", "format"), source_map):
-            mamba_ssm_config(config)
-    return _side(reference, config, student.paths, student.dtype, ("student",), source_map)
-
-
-def _config_problems(error: FreshConfigError) -> list[Problem]:
-    place = ("student", "config")
-    return [
-        Problem(place if problem.key is None else (*place, problem.key), problem.message) for problem in error.problems
-    ]
-
-
-def _conversion(
-    asked: schema.Conversion | None, teacher: PreTrainedConfig, source_map: SourceMap | None
-) -> Conversion | None:
-    """Return the conversion of the teacher in the file, or None."""
-    if asked is None:
-        return None
-    try:
-        with _placed(("student", "convert"), source_map):
-            return plan_conversion(
-                teacher,
-                mixer=asked.mixer,
-                keep_attention=asked.keep_attention,
-                replace=asked.replace,
-                target=asked.target,
-            )
-    except UsageError as error:
-        key = "keep_attention" if asked.keep_attention is not None else "replace"
-        raise mapping_error([Problem(("student", "convert", key), one_line(error))], source_map) from None
-
-
-def _side(
-    reference: str,
-    config: PreTrainedConfig,
-    paths: Paths | None,
-    dtype: str,
-    place: YamlPath,
-    source_map: SourceMap | None,
-) -> ModelHandle:
-    try:
-        with _placed(place, source_map):
-            return ModelHandle.of(reference, config, paths, dtype)
-    except UsageError as error:
-        raise mapping_error([Problem((*place, "paths"), one_line(error))], source_map) from None
-
-
-@contextmanager
-def _placed(place: YamlPath, source_map: SourceMap | None) -> Iterator[None]:
-    """Prefix problems of a model with the place in the file that names the model."""
-    try:
-        yield
-    except ModelError as error:
-        where = yaml_path_text(place)
-        if source_map is not None:
-            position = source_map.position(place)
-            where = f"{source_map.name}:{position.line}:{position.column}: {where}"
-        raise type(error)(
-            f"{where}: {error.message}", asked=error.asked, found=error.found, allowed=error.allowed, fix=error.fix
-        ) from error
-
-
 def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
     length = mapping.data.sequence_length
-    for side, name in ((models.teacher, "teacher"), (models.student, "student")):
-        longest = getattr(side.config.get_text_config(), "max_position_embeddings", None)
+    for model, name in ((models.teacher, "teacher"), (models.student, "student")):
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(longest, int) and length > longest:
             yield f"data.sequence_length is {length}, but the {name} was made for at most {longest} positions"
     rows = (models.student.vocabulary, models.teacher.vocabulary)
@@ -259,14 +174,14 @@ def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
 
 def _transfer_note(models: ModelPair) -> str:
     """Return what `embeddings: teacher` does to these dimensions."""
-    student, teacher = (side.layout.model.get_input_embeddings().weight for side in (models.student, models.teacher))
+    student, teacher = (model.layout.model.get_input_embeddings().weight for model in (models.student, models.teacher))
     assert isinstance(student, Tensor)
     assert isinstance(teacher, Tensor)
     own, other = student.shape[1], teacher.shape[1]
-    what = f"projected from {other} dimensions onto {own}" if own < other else "copied"
-    what += f", zero in dimensions {other} to {own - 1}" if own > other else ""
+    change = f"projected from {other} dimensions onto {own}" if own < other else "copied"
+    change += f", zero in dimensions {other} to {own - 1}" if own > other else ""
     is_tied = student is models.student.layout.head_weight
-    return f"the student's embeddings{'' if is_tied else ' and head'} start as the teacher's, {what}"
+    return f"the student's embeddings{'' if is_tied else ' and head'} start as the teacher's, {change}"
 
 
 def _device(mapping: MappingFile) -> str:

@@ -14,6 +14,11 @@ class Split(NamedTuple):
     """Inputs of a projector's last layer: features [..., dim], weight [teacher dim, dim], bias [teacher dim].
 
     If the weight is None the features are the result.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import LinearProjector
+    >>> LinearProjector(4, 6).split(torch.randn(2, 3, 4)).weight.shape
+    torch.Size([6, 4])
     """
 
     features: Tensor
@@ -26,6 +31,10 @@ class Projector(nn.Module, ABC):
 
     Objectives use `split`: `projected_distance` multiplies its parts block by block, so that the projected features
     are never stored. `rank` is the largest rank of a linear map that the projector can represent.
+
+    >>> from xarch_kd.projectors import LinearProjector, Projector
+    >>> issubclass(LinearProjector, Projector)
+    True
     """
 
     kind: ClassVar[str]

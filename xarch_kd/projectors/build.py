@@ -73,6 +73,10 @@ def resolve_kind(kind: str, student_dim: int, teacher_dim: int) -> str:
     """Return the kind that `auto` stands for, or the kind itself.
 
     Raises UsageError for an unknown kind, and for `none` or `identity` if the dimensions differ.
+
+    >>> from xarch_kd.projectors import resolve_kind
+    >>> resolve_kind("auto", 4, 4), resolve_kind("auto", 4, 6)
+    ('none', 'linear')
     """
     allowed = ("auto", *PROJECTOR_KINDS)
     if kind not in allowed:
@@ -109,6 +113,10 @@ def build_projector(
     Raises:
         UsageError: an unknown kind, `none` or `identity` if dimensions differ, an option that is out of range or
             that the kind does not have.
+
+    >>> from xarch_kd.projectors import build_projector
+    >>> type(build_projector("low_rank", 4, 6, rank=2)).__name__
+    'LowRankProjector'
     """
     kind = resolve_kind(kind, student_dim, teacher_dim)
     return PROJECTOR_KINDS[kind].build(
@@ -125,7 +133,12 @@ def parameter_count(
     hidden: int | None = None,
     bias: bool = False,
 ) -> int:
-    """Return the number of parameters of `build_projector` with the same arguments; raises the same errors."""
+    """Return the number of parameters of `build_projector` with the same arguments; raises the same errors.
+
+    >>> from xarch_kd.projectors import parameter_count
+    >>> parameter_count("linear", 4, 6, bias=True)
+    30
+    """
     kind = resolve_kind(kind, student_dim, teacher_dim)
     return PROJECTOR_KINDS[kind].parameters(student_dim, teacher_dim, **_options(kind, rank, hidden, bias))
 

@@ -23,7 +23,16 @@ ENOUGH: Final = 4
 
 
 class LinearMap(NamedTuple):
-    """Map y = x weightᵀ + offset: weight [teacher dim, student dim], offset [teacher dim] or None, in float64."""
+    """Map y = x weightᵀ + offset: weight [teacher dim, student dim], offset [teacher dim] or None, in float64.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, ridge
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> ridge(statistics, bias=False).offset is None
+    True
+    """
 
     weight: Tensor
     offset: Tensor | None
@@ -37,6 +46,14 @@ def ridge(
     Minimizes mean |weight x + offset - y|² + λ |weight|², λ = penalty · mean eigenvalue of the student's C. For a lower
     rank it is E Eᵀ weight with E the leading eigenvectors of weight (C + λ) weightᵀ (reduced-rank regression, Izenman
     1975). Raises UsageError unless the penalty is positive.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, ridge
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> torch.allclose(ridge(statistics, penalty=1e-6).weight.float(), 2 * torch.eye(4), atol=1e-4)
+    True
     """
     if not penalty > 0:
         raise UsageError("A ridge regression needs a positive penalty.", found=penalty, allowed="> 0")
@@ -57,6 +74,14 @@ def procrustes(
 
     With C(y, x) = U S Vᵀ it is U Vᵀ of the leading `rank` singular vectors, times tr S / tr Vᵀ C(x) V if `scaled`. At
     full rank and student dim <= teacher dim it is also the nearest such map to the teacher.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, procrustes
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> torch.allclose(procrustes(statistics).weight.float(), 2 * torch.eye(4), atol=1e-4)
+    True
     """
     moments = statistics.moments(centered=bias)
     left, values, right = torch.linalg.svd(moments.cross.T, full_matrices=False)
@@ -73,6 +98,14 @@ def pca(statistics: PairStatistics, *, bias: bool = True, rank: int | None = Non
 
     No map of this rank can explain more of the teacher's variance. The rotation within the components is the one that
     fits the student best; nothing else depends on the student, so this suits an untrained student.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, pca
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> pca(statistics, rank=2).weight.shape
+    torch.Size([4, 4])
     """
     moments = statistics.moments(centered=bias)
     rank = min(moments.cross.shape) if rank is None else rank
@@ -113,6 +146,10 @@ def resolve_init(how: str, kind: str) -> str:
     """Return the form that `auto` stands for in a projector of `kind`: procrustes for orthogonal, else ridge.
 
     Raises UsageError for an unknown form, or one that the kind cannot represent.
+
+    >>> from xarch_kd.projectors import resolve_init
+    >>> resolve_init("auto", "linear"), resolve_init("auto", "orthogonal")
+    ('ridge', 'procrustes')
     """
     if how not in INITS:
         raise UsageError(f"There is no such initialization.{suggest(how, INITS)}", asked=how, allowed=" | ".join(INITS))
@@ -130,7 +167,12 @@ def resolve_init(how: str, kind: str) -> str:
 
 
 def enough_tokens(dimensions: int) -> int:
-    """Return the number of tokens that a fit in `dimensions` should have; with fewer a warning is given."""
+    """Return the number of tokens that a fit in `dimensions` should have; with fewer a warning is given.
+
+    >>> from xarch_kd.projectors import enough_tokens
+    >>> enough_tokens(64)
+    256
+    """
     return ENOUGH * dimensions
 
 
@@ -141,6 +183,17 @@ def initialize(projector: Projector, statistics: PairStatistics, how: str = "aut
 
     Raises:
         UsageError: an unknown form, one that the projector cannot represent, other dimensions, or too few tokens.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, LinearProjector, initialize
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> projector = LinearProjector(4, 4)
+    >>> initialize(projector, statistics) is not None
+    True
+    >>> torch.allclose(projector(student), 2 * student, atol=0.1)
+    True
     """
     how = resolve_init(how, projector.kind)
     if how == "random":
@@ -158,6 +211,14 @@ def explained_variance(statistics: PairStatistics, weight: Tensor | None, offset
 
     On the tokens that the map was fitted to it is biased upwards: with as many dimensions as tokens it is 1 for noise.
     It is 0 if the teacher is constant.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, explained_variance
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> round(explained_variance(statistics, 2 * torch.eye(4, dtype=torch.float64)), 3)
+    1.0
     """
     moments = statistics.moments()
     if weight is None:
@@ -174,7 +235,16 @@ def explained_variance(statistics: PairStatistics, weight: Tensor | None, offset
 
 
 def ceiling(statistics: PairStatistics, rank: int) -> float:
-    """Return the share of the teacher's variance in its leading `rank` components: the bound for that rank."""
+    """Return the share of the teacher's variance in its leading `rank` components: the bound for that rank.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, ceiling
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> round(ceiling(statistics, rank=4), 3)
+    1.0
+    """
     values = torch.linalg.eigvalsh(statistics.moments().teacher).clamp(min=0)
     total = float(values.sum())
     return float(values[max(len(values) - rank, 0) :].sum()) / total if total > 0 else 0.0

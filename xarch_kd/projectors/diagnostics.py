@@ -29,6 +29,14 @@ class Diagnosis:
     over the smallest (infinity for a singular map). `explained` is reached by the trained student and projector,
     `ceiling` is the upper bound for this rank, `alone` is reached by a projector alone with the student frozen at its
     initialization, and `share` is `alone` relative to `explained`. `warnings` are full sentences.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, LinearProjector, diagnose
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> diagnose(LinearProjector(4, 4), statistics).kind
+    'linear'
     """
 
     kind: str
@@ -62,6 +70,14 @@ def explained_alone(projector: Projector, fitted: PairStatistics, held_out: Pair
     initialization, so its value is a lower bound.
 
     Raises UsageError for statistics of other dimensions.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, LinearProjector, explained_alone
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> round(explained_alone(LinearProjector(4, 4), statistics, statistics), 2)
+    1.0
     """
     for statistics in (fitted, held_out):
         check_dims(projector, statistics)
@@ -78,6 +94,16 @@ def diagnose(projector: Projector, trained: PairStatistics, *, alone: float | No
     and of the teacher's, with the trained student; `alone` is `explained_alone` from before training.
 
     Raises UsageError for statistics of other dimensions.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics, LinearProjector, diagnose, initialize
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> projector = LinearProjector(4, 4)
+    >>> _ = initialize(projector, statistics)
+    >>> diagnose(projector, statistics).rank
+    4
     """
     with torch.no_grad():
         # Only the shapes of the split are used.

@@ -25,6 +25,11 @@ def head_map(rule: str | Sequence[Sequence[float]], student_heads: int, teacher_
     `mean` or `repeat`. The weights themselves are accepted too.
 
     Raises UsageError if the counts do not allow the rule, or the weights do not fit.
+
+    >>> from xarch_kd.projectors import head_map
+    >>> head_map("mean", 2, 4)
+    tensor([[0.5000, 0.5000, 0.0000, 0.0000],
+            [0.0000, 0.0000, 0.5000, 0.5000]])
     """
     if not isinstance(rule, str):
         return _given(rule, student_heads, teacher_heads)
@@ -56,6 +61,12 @@ def assignment(costs: Tensor, *, every_teacher: bool = False) -> Tensor:
     shared evenly. A cost of infinity forbids a pair. The solution is exact (scipy's linear_sum_assignment).
 
     Raises UsageError for NaN costs, or costs that forbid every assignment.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import assignment
+    >>> assignment(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    tensor([[1., 0.],
+            [0., 1.]])
     """
     if costs.dim() != 2 or 0 in costs.shape or bool(torch.isnan(costs).any()):
         raise UsageError(
@@ -79,6 +90,11 @@ def head_costs(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> 
     `student` [batch, time, student heads, dim] and `teacher` [batch, time, teacher heads, dim] are the two mixing
     matrices applied to the same values, e.g. random ones, so that the cosine estimates that of the matrices. `mask`
     [batch, time] is true for tokens that count. A head whose output is 0 has cost 1 everywhere.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import head_costs
+    >>> head_costs(torch.randn(1, 8, 4, 3), torch.randn(1, 8, 2, 3)).shape
+    torch.Size([4, 2])
     """
     cross, own, gram = head_products(student, teacher, mask)
     lengths = torch.outer(own, gram.diagonal()).sqrt()

@@ -23,6 +23,10 @@ class HeadMap(nn.Module):
 
     `initial` [student heads, teacher heads], e.g. from `head_map` or `assignment`, is the initial value; by default
     all weights are equal. Raises UsageError if it does not fit.
+
+    >>> from xarch_kd.projectors import HeadMap
+    >>> HeadMap(4, 2).weights().shape
+    torch.Size([4, 2])
     """
 
     def __init__(self, student_heads: int, teacher_heads: int, *, initial: Tensor | None = None) -> None:

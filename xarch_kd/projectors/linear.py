@@ -15,7 +15,13 @@ ORTHOGONALITY: Final = 1e-3
 
 
 class IdentityProjector(Projector):
-    """Projector y = student, without parameters. Raises UsageError if the dimensions differ."""
+    """Projector y = student, without parameters. Raises UsageError if the dimensions differ.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import IdentityProjector
+    >>> IdentityProjector(4, 4)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
 
     kind = "identity"
 
@@ -47,6 +53,11 @@ class LinearProjector(Projector):
 
     Initialized as an isometry: the identity for equal dimensions, else a random semi-orthogonal matrix from
     `generator`.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import LinearProjector
+    >>> LinearProjector(4, 6)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 6])
     """
 
     kind = "linear"
@@ -82,6 +93,11 @@ class LowRankProjector(Projector):
     """Projector y = (student downᵀ) upᵀ (+ bias); down is [rank, student dim], up [teacher dim, rank].
 
     Both are initialized as semi-orthogonal matrices from `generator`. `rank` defaults to 1/4 of the smaller dimension.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import LowRankProjector
+    >>> LowRankProjector(4, 6, rank=2)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 6])
     """
 
     kind = "low_rank"
@@ -123,6 +139,11 @@ class OrthogonalProjector(Projector):
     If student dim <= teacher dim it preserves norms and angles, so it cannot fit the teacher without the student.
     The weight is the orthogonal factor of the QR decomposition, with a positive diagonal of R, of the parameter `basis`
     [larger dim, smaller dim]: a semi-orthogonal basis is its own factor.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import OrthogonalProjector
+    >>> OrthogonalProjector(4, 6)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 6])
     """
 
     kind = "orthogonal"

@@ -21,6 +21,11 @@ class MLPProjector(Projector):
     which can represent every linear map.
 
     Raises UsageError for fewer than 2 hidden units.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import MLPProjector
+    >>> MLPProjector(4, 6, hidden=8)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 6])
     """
 
     kind = "mlp"

@@ -34,6 +34,14 @@ class PairStatistics:
 
     Products are stored about the means (Chan, Golub & LeVeque 1979), so that features with a large offset lose no
     digits. Statistics of disjoint sets of tokens can be merged: the result is that of their union.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import PairStatistics
+    >>> student = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> statistics = PairStatistics()
+    >>> statistics.update(student, 2 * student)
+    >>> statistics.tokens
+    64
     """
 
     def __init__(self) -> None:

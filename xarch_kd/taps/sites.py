@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -14,10 +14,13 @@ from xarch_kd.errors import TapError, UsageError, suggest
 from xarch_kd.taps.layout import Layout, checked_layers, eager_module
 from xarch_kd.taps.mixings import mixing_tap
 
+Tap = Literal["embedding", "hidden", "mixer_input", "mixer_output", "mlp_output", "mixing", "values", "head_input"]
+# Editors complete the literals; names that are computed are strings.
+TapSelection = Sequence[Tap] | Sequence[str] | Mapping[Tap, Sequence[int] | None] | Mapping[str, Sequence[int] | None]
 MIXING_TAPS = ("mixing", "values")
 BLOCK_TAPS = ("hidden", "mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
 WHOLE_TAPS = ("embedding", "head_input")
-TAPS = ("embedding", *BLOCK_TAPS, "head_input")
+TAPS: tuple[Tap, ...] = get_args(Tap)
 # Outputs of a mixer without the block around it.
 MIXER_TAPS = frozenset({"mixer_output", *MIXING_TAPS})
 INSIDE_TAPS = ("mixer_input", "mixer_output", "mlp_output", *MIXING_TAPS)
@@ -30,9 +33,7 @@ class Site(NamedTuple):
     layer: int | None
 
 
-def sites_of(
-    layout: Layout, taps: Sequence[str] | Mapping[str, Sequence[int] | None], layers: Sequence[int] | None = None
-) -> tuple[Site, ...]:
+def sites_of(layout: Layout, taps: TapSelection, layers: Sequence[int] | None = None) -> tuple[Site, ...]:
     """Return the sites of `taps` (names, or name → layers) at `layers` (None: every block) in this model.
 
     Raises UsageError for an unknown tap or layer, TapError for a tap that the family does not have.

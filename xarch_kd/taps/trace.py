@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from xarch_kd.display import as_html, as_text, ranges
 from xarch_kd.errors import UsageError
 from xarch_kd.mixing.base import Mixing
 from xarch_kd.taps.layout import Layout, layout_of, run_base
 from xarch_kd.taps.recording import Feature, recording
-from xarch_kd.taps.sites import WHOLE_TAPS, Site, refuse_unreadable, sites_of
+from xarch_kd.taps.sites import WHOLE_TAPS, Site, TapSelection, refuse_unreadable, sites_of
 
 
 class Trace:
@@ -63,6 +66,23 @@ class Trace:
             )
         return self._values[Site(tap, layer)]
 
+    def __repr__(self) -> str:
+        return as_text(self, more="iterate over the trace for its taps")
+
+    def __rich__(self) -> Table:
+        table = Table(title="Trace", title_justify="left", box=None, pad_edge=False, header_style="dim")
+        for column in ("tap", "layers", "holds"):
+            table.add_column(column, overflow="fold")
+        for tap in self:
+            sites = {site.layer: value for site, value in self._values.items() if site.tap == tap}
+            held = list(dict.fromkeys(_description(value) for value in sites.values()))
+            shown = "; ".join(held[:3]) + ("; …" if len(held) > 3 else "")
+            table.add_row(tap, "" if tap in WHOLE_TAPS else ranges([layer or 0 for layer in sites]), Text(shown))
+        return table
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
     def __contains__(self, tap: object) -> bool:
         return any(site.tap == tap for site in self._values)
 
@@ -70,12 +90,19 @@ class Trace:
         return iter(dict.fromkeys(site.tap for site in self._values))
 
 
+def _description(value: Feature) -> str:
+    """Return kind, shape and dtype of the feature at a site."""
+    if isinstance(value, Tensor):
+        return f"{[*value.shape]} {str(value.dtype).removeprefix('torch.')}"
+    return repr(value).splitlines()[0]
+
+
 def trace(
     model: PreTrainedModel | Layout,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    taps: Sequence[str] | Mapping[str, Sequence[int] | None],
+    taps: TapSelection,
     layers: Sequence[int] | None = None,
     paths: Mapping[str, str | None] | object | None = None,
     position_ids: Tensor | None = None,

@@ -15,6 +15,7 @@ from xarch_kd.models.conversion.base import Conversion, MixerInit, Progress, Sel
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.frozen_parameters import frozen_in_blocks
 from xarch_kd.models.conversion.layer_selection import kept_layers
+from xarch_kd.models.conversion.names import MixerName, TargetName
 from xarch_kd.models.conversion.new_mixers import new_mixers
 from xarch_kd.models.conversion.targets import Target, choose_target
 from xarch_kd.models.conversion.teacher_spec import TeacherSpec, teacher_spec
@@ -32,10 +33,10 @@ NO_ATTENTION = (
 def convert(
     teacher: PreTrainedModel,
     *,
-    mixer: str = "mamba2",
+    mixer: MixerName | str = "mamba2",
     keep_attention: Selection = None,
     replace: Selection = None,
-    target: str = "auto",
+    target: TargetName | str = "auto",
     init: MixerInit = "attention",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,

@@ -23,6 +23,7 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 
 
 class _Cursor:
@@ -54,8 +55,11 @@ class _Cursor:
         element, count = self.read("I"), self.read("Q")
         if element in _SCALARS:
             return [self.read(_SCALARS[element]) for _ in range(count)] if count <= 4096 else self._skip(element, count)
+        # Token tables hold a hundred thousand strings, so the loop is kept to the least work per string.
+        length_at, data, position = _LENGTH.unpack_from, self.data, self.position
         for _ in range(count):
-            self.position += 8 + struct.unpack_from("<Q", self.data, self.position)[0]
+            position += 8 + length_at(data, position)[0]
+        self.position = position
         return count
 
     def _skip(self, element: int, count: int) -> int:

@@ -1,0 +1,57 @@
+"""Text and HTML forms of what a session shows: at most 30 lines for a prompt, everything escaped for a notebook."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+MAXIMUM_LINES = 30
+WIDTH = 120
+
+
+def shortened_lines(text: str, *, more: str, limit: int = MAXIMUM_LINES) -> str:
+    """Return at most `limit` lines of `text`; the last one then counts those left out and says `more`."""
+    lines = [line.rstrip() for line in text.rstrip().splitlines()]
+    if len(lines) <= limit:
+        return "\n".join(lines)
+    return "\n".join([*lines[: limit - 1], f"… {len(lines) - limit + 1} more lines: {more}"])
+
+
+def as_text(renderable: RenderableType, *, more: str) -> str:
+    """Return a rich renderable as plain text of at most 30 lines, as a `repr` is."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(renderable, highlight=False)
+    return shortened_lines(captured.get(), more=more)
+
+
+def as_html(renderable: RenderableType) -> str:
+    """Return a rich renderable as HTML for a notebook."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
+    console.print(renderable, highlight=False)
+    return console.export_html(code_format='<pre style="line-height: 1.2">{code}</pre>', inline_styles=True)
+
+
+def preformatted(text: str) -> str:
+    """Return plain text as HTML for a notebook."""
+    return f'<pre style="line-height: 1.2">{html.escape(text)}</pre>'
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Return indices in few characters: `0-3, 7`."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

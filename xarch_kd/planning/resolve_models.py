@@ -1,0 +1,139 @@
+"""Resolution of a mapping's two models: configs, models without storage, and the blocks that a conversion replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.mapping_file.schema import ConversionOptions, MappingFile, Paths
+from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error, yaml_path_text
+from xarch_kd.models.conversion.convert import plan_conversion
+from xarch_kd.models.fresh import FreshConfigError, fresh_config
+from xarch_kd.models.loading.load import load_config, read_student_config
+from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
+from xarch_kd.planning.custom import CustomObjects
+from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
+from xarch_kd.planning.problems import one_line
+
+
+def resolve_models(mapping: MappingFile, custom: CustomObjects, source_map: SourceMap | None) -> ModelPair:
+    """Return both models of a mapping: each config is loaded once and each model built once, without storage.
+
+    Raises `MappingFileError`, `ModelError`, `ConversionError` and `TapError`, each with the place in the mapping.
+    """
+    with _located(("teacher", "model"), source_map):
+        config = load_config(mapping.teacher.model, mapping.teacher.revision)
+    teacher = _handle(
+        mapping.teacher.model, config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), source_map
+    )
+    source = _student_source(mapping, config, source_map)
+    if mapping.student.format == "mamba_ssm":
+        with _located(("student", "format"), source_map):
+            mamba_ssm_config(source.config)
+    student = _handle(
+        source.reference, source.config, mapping.student.paths, mapping.student.dtype, ("student",), source_map
+    )
+    return ModelPair(
+        teacher,
+        student,
+        replaced_layers(teacher, student),
+        frozen=frozenset(source.frozen),
+        inherits=mapping.student.convert is not None,
+        fresh=mapping.student.config is not None,
+        calibration=mapping.calibration.tokens,
+        custom=custom,
+        warnings=source.warnings,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StudentSource:
+    """Config of a student, and the frozen parameters and warnings of its conversion."""
+
+    reference: str
+    config: PreTrainedConfig
+    frozen: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _student_source(mapping: MappingFile, teacher: PreTrainedConfig, source_map: SourceMap | None) -> _StudentSource:
+    student = mapping.student
+    if student.convert is not None:
+        return _converted(mapping.teacher.model, student.convert, teacher, source_map)
+    if isinstance(student.config, dict):
+        try:
+            config = fresh_config(student.config, teacher)
+        except FreshConfigError as error:
+            raise mapping_error(_config_problems(error), source_map) from None
+        return _StudentSource(reference=f"fresh {student.config.get('model_type')}", config=config)
+    if student.config is not None:
+        with _located(("student", "config"), source_map):
+            return _StudentSource(reference=student.config, config=read_student_config(student.config))
+    assert student.model is not None
+    with _located(("student", "model"), source_map):
+        return _StudentSource(reference=student.model, config=load_config(student.model, student.revision))
+
+
+def _converted(
+    reference: str, conversion: ConversionOptions, teacher: PreTrainedConfig, source_map: SourceMap | None
+) -> _StudentSource:
+    try:
+        with _located(("student", "convert"), source_map):
+            planned = plan_conversion(
+                teacher,
+                mixer=conversion.mixer,
+                keep_attention=conversion.keep_attention,
+                replace=conversion.replace,
+                target=conversion.target,
+            )
+    except UsageError as error:
+        key = "keep_attention" if conversion.keep_attention is not None else "replace"
+        raise mapping_error([Problem(("student", "convert", key), one_line(error))], source_map) from None
+    return _StudentSource(
+        reference=f"converted from {reference}",
+        config=planned.config,
+        frozen=planned.frozen,
+        warnings=planned.warnings,
+    )
+
+
+def _config_problems(error: FreshConfigError) -> list[Problem]:
+    yaml_path = ("student", "config")
+    return [
+        Problem(yaml_path if problem.key is None else (*yaml_path, problem.key), problem.message)
+        for problem in error.problems
+    ]
+
+
+def _handle(
+    reference: str,
+    config: PreTrainedConfig,
+    paths: Paths | None,
+    dtype: str,
+    yaml_path: YamlPath,
+    source_map: SourceMap | None,
+) -> ModelHandle:
+    try:
+        with _located(yaml_path, source_map):
+            return ModelHandle.of(reference, config, paths, dtype)
+    except UsageError as error:
+        raise mapping_error([Problem((*yaml_path, "paths"), one_line(error))], source_map) from None
+
+
+@contextmanager
+def _located(yaml_path: YamlPath, source_map: SourceMap | None) -> Iterator[None]:
+    """Put the place in the mapping in front of the message of a `ModelError`."""
+    try:
+        yield
+    except ModelError as error:
+        location = yaml_path_text(yaml_path)
+        if source_map is not None:
+            position = source_map.position(yaml_path)
+            location = f"{source_map.name}:{position.line}:{position.column}: {location}"
+        raise type(error)(
+            f"{location}: {error.message}", asked=error.asked, found=error.found, allowed=error.allowed, fix=error.fix
+        ) from error
