@@ -9,7 +9,7 @@ import pytest
 
 from xarch_kd.errors import XarchError, check_table
 from xarch_kd.mapping_file.losses import FEATURE_TAPS, LOSS_OPTIONS, Cosine, CustomLossOptions, Huber, Tap
-from xarch_kd.models.conversion.names import MixerName
+from xarch_kd.mapping_file.schema import MixerName
 from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.objectives.registry import OBJECTIVES
 

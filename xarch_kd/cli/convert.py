@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from xarch_kd.errors import UsageError, renamed
-from xarch_kd.models.conversion.names import MixerName, TargetName
+from xarch_kd.mapping_file.schema import MixerName, TargetName
 
 
 def command(

@@ -23,9 +23,10 @@ from xarch_kd.mapping_file.scalars import (
     Number,
     Positive,
 )
-from xarch_kd.models.conversion.names import MixerName, TargetName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+MixerName = Literal["mamba2", "gated_delta"]
+TargetName = Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
 
 

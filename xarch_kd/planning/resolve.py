@@ -14,9 +14,8 @@ from torch import Tensor
 from xarch_kd.errors import check_table
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.python_values import mapping_as_yaml, mapping_from
-from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.mapping_file.schema import MappingFile, MixerName, TargetName
 from xarch_kd.mapping_file.source_map import SourceMap, mapping_error
-from xarch_kd.models.conversion.names import MixerName, TargetName
 from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.conversion.targets import TARGETS
 from xarch_kd.planning.cost import Rates, measured_rates

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, renamed_arguments
+from xarch_kd.mapping_file.schema import MixerName, TargetName
 from xarch_kd.models.conversion.base import Conversion, MixerInit, Progress, Selection
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.frozen_parameters import frozen_in_blocks
 from xarch_kd.models.conversion.layer_selection import kept_layers
-from xarch_kd.models.conversion.names import MixerName, TargetName
 from xarch_kd.models.conversion.new_mixers import new_mixers
 from xarch_kd.models.conversion.targets import Target, choose_target
 from xarch_kd.models.conversion.teacher_spec import TeacherSpec, teacher_spec
