@@ -126,5 +126,5 @@ def test_what_does_not_fit_is_refused() -> None:
     student, teacher = sides()
     with pytest.raises(UsageError, match="one normalizer"):
         attention_bridge(student, teacher, normalizer=1.0, kind="relative_mse")
-    with pytest.raises(UsageError, match="differ in width"):
+    with pytest.raises(UsageError, match="differ in dim"):
         attention_bridge(student, teacher, normalizer=1.0)
