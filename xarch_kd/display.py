@@ -15,7 +15,7 @@ WIDTH = 120
 
 
 def shortened_lines(text: str, *, more: str, limit: int = MAXIMUM_LINES) -> str:
-    """Return at most `limit` lines of `text`; the last one then counts those left out and says `more`."""
+    """Return at most `limit` lines of `text`; if lines are left out, the last one is their number."""
     lines = [line.rstrip() for line in text.rstrip().splitlines()]
     if len(lines) <= limit:
         return "\n".join(lines)
