@@ -3,8 +3,8 @@
 Letters: z logits, p = softmax(z of the teacher / temperature), q the student's, x = log p - log q, f' = ∂F/∂q of a
 divergence Σ F. Passes over a row: sums of exponentials; sums of F and q f'; the gradient q (f' - Σ q f'). Forward KL,
 whose Σ q f' is -1, skips the second pass and sums F in the third. If q is nearly one-hot, the two terms of the gradient
-cancel, so f' is first centered at the student's likeliest entry; forward KL, alpha and Rényi use R = q f', because their
-f' overflows.
+cancel, so f' is first centered at the student's likeliest entry; forward KL, alpha and Rényi use R = q f', because
+their f' overflows.
 """
 
 from __future__ import annotations
