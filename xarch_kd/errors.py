@@ -19,6 +19,13 @@ class XarchError(Exception):
 
     `exit_code` is the exit code of the command line: 1 a gate failed, 2 usage or mapping file, 3 data or model,
     130 interrupted and resumable.
+
+    >>> import xarch_kd as xkd
+    >>> try:
+    ...     xkd.plan("nowhere.yaml")
+    ... except xkd.XarchError as error:
+    ...     print(error)
+    nowhere.yaml: there is no such file. `xarch-kd init TEACHER` writes one.
     """
 
     exit_code = 3

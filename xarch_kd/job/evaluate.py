@@ -25,6 +25,15 @@ def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | N
 
     `tokens` bounds the tokens of each text (default: the mapping file's `evaluate.tokens`). Raises UsageError when
     `run` is not a run folder with a student in it.
+
+    >>> import xarch_kd as xkd
+    >>> from rich.console import Console
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> run = xkd.train("mapping.yaml", "runs/first", console=Console(quiet=True))
+    >>> evaluation = xkd.evaluate("runs/first", tokens=64, console=Console(quiet=True))
+    >>> evaluation.result("held-out").tokens > 0
+    True
     """
     folder = RunFolder(Path(run))
     if not folder.mapping.is_file() or not (folder.student / "config.json").is_file():

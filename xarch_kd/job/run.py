@@ -46,6 +46,15 @@ class Run:
     again to follow a run that is still training.
 
     Raises UsageError if the folder does not hold a run.
+
+    >>> import xarch_kd as xkd
+    >>> from rich.console import Console
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> run = xkd.train("mapping.yaml", "runs/first", console=Console(quiet=True))
+    >>> opened = xkd.Run("runs/first")
+    >>> opened.stages["mixers"].step, sorted(opened.metrics)[:2]
+    (2, ['held-out/difference', 'held-out/student'])
     """
 
     def __init__(self, path: str | Path, *, was_finished: bool = False) -> None:

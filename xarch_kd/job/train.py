@@ -70,6 +70,14 @@ def train(
     Raises UsageError when the folder holds something else or the processes differ in mapping file, data or models,
     Interrupted after Ctrl-C or SIGTERM, ProcessError when another process fails, and whatever the models, the data or
     the losses raise.
+
+    >>> import xarch_kd as xkd
+    >>> from rich.console import Console
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> run = xkd.train("mapping.yaml", "runs/first", console=Console(quiet=True))
+    >>> run.is_finished, list(run.stages)
+    (True, ['mixers'])
     """
     if not isinstance(output_dir, str | PathLike):
         raise UsageError(

@@ -25,6 +25,10 @@ class Balance:
     `observations` of them. The scale is the exponential of their mean, at most 1e4 and at least 1e-4.
 
     Raises UsageError for no observation, parts that occur twice, or an anchor that is among the parts.
+
+    >>> from xarch_kd.losses import Balance
+    >>> Balance(anchor="logits", parts=("hidden",), observations=2).anchor
+    'logits'
     """
 
     anchor: str

@@ -14,7 +14,13 @@ from xarch_kd.ops.tables import look_up
 
 
 class QueriesAndKeys(NamedTuple):
-    """Queries and keys of a token-mixing matrix, both [batch, time, heads or groups, dim]."""
+    """Queries and keys of a token-mixing matrix, both [batch, time, heads or groups, dim].
+
+    >>> import torch
+    >>> from xarch_kd.losses import QueriesAndKeys
+    >>> QueriesAndKeys(query=torch.randn(1, 6, 4, 8), key=torch.randn(1, 6, 2, 8)).key.shape
+    torch.Size([1, 6, 2, 8])
+    """
 
     query: Tensor
     key: Tensor
@@ -27,6 +33,13 @@ def queries_and_keys(mixing: Mixing) -> QueriesAndKeys:
 
     Raises:
         UsageError: a mixing whose entries are no products of two vectors, as a convolution's.
+
+    >>> import torch
+    >>> from xarch_kd.losses import queries_and_keys
+    >>> from xarch_kd.mixing import SoftmaxMixing
+    >>> mixing = SoftmaxMixing(query=torch.randn(1, 6, 4, 8), key=torch.randn(1, 6, 4, 8), scale=8**-0.5)
+    >>> queries_and_keys(mixing).query.shape
+    torch.Size([1, 6, 4, 8])
     """
     if isinstance(mixing, SoftmaxMixing | LinearMixing | DeltaMixing):
         return QueriesAndKeys(mixing.query, mixing.key)
@@ -44,7 +57,14 @@ def queries_and_keys(mixing: Mixing) -> QueriesAndKeys:
 
 
 def bridge_dims(student: QueriesAndKeys, teacher: QueriesAndKeys) -> dict[str, tuple[int, int]]:
-    """Return (student dim, teacher dim), of all heads together, of the maps `query` and `key` of a bridge."""
+    """Return (student dim, teacher dim), of all heads together, of the maps `query` and `key` of a bridge.
+
+    >>> import torch
+    >>> from xarch_kd.losses import QueriesAndKeys, bridge_dims
+    >>> both = QueriesAndKeys(query=torch.randn(1, 6, 4, 8), key=torch.randn(1, 6, 4, 8))
+    >>> bridge_dims(both, both)
+    {'query': (32, 32), 'key': (32, 32)}
+    """
     return {
         name: (own.shape[2:].numel(), target.shape[2:].numel())
         for name, own, target in zip(QueriesAndKeys._fields, student, teacher, strict=True)
@@ -78,6 +98,12 @@ def attention_bridge(
     Raises:
         UsageError: shapes that do not fit, or `relative_mse`, whose divisor would be one for queries and one for keys.
         NonFiniteLoss: a feature of a valid token is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd.losses import QueriesAndKeys, attention_bridge
+    >>> both = QueriesAndKeys(query=torch.randn(1, 6, 4, 8), key=torch.randn(1, 6, 4, 8))
+    >>> attention_bridge(both, both, normalizer=6.0)
+    tensor(0.)
     """
     checks.refuse_swapped_sides(student, teacher)
     if look_up("feature loss", kind, LOSSES).over_teacher_energy:

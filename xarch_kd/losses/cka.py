@@ -48,6 +48,12 @@ def cka_loss(
     Raises:
         UsageError: tensors that do not fit.
         NonFiniteLoss: a feature of a valid token is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd.losses import cka_loss, token_count
+    >>> teacher = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(0))
+    >>> abs(float(cka_loss(2 * teacher, teacher, normalizer=1.0))) < 1e-3
+    True
     """
     checks.refuse_swapped_sides((student,), (teacher,))
     checks.check_floating(student=student, teacher=teacher)

@@ -66,14 +66,26 @@ class Projection(Protocol):
 
 
 def token_count(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return how many tokens count, a float64 scalar, from features [..., dim] and a mask of their leading axes."""
+    """Return how many tokens count, a float64 scalar, from features [..., dim] and a mask of their leading axes.
+
+    >>> import torch
+    >>> from xarch_kd.losses import token_count
+    >>> token_count(torch.ones(2, 4, 8), torch.tensor([[True] * 4, [True] * 3 + [False]]))
+    tensor(7., dtype=torch.float64)
+    """
     if mask is None:
         return torch.tensor(features.shape[:-1].numel(), dtype=torch.float64, device=features.device)
     return mask.sum().double()
 
 
 def teacher_energy(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return Σ|teacher|² over the tokens that count, a float64 scalar."""
+    """Return Σ|teacher|² over the tokens that count, a float64 scalar.
+
+    >>> import torch
+    >>> from xarch_kd.losses import teacher_energy
+    >>> teacher_energy(torch.ones(2, 4, 8))
+    tensor(64., dtype=torch.float64)
+    """
     norms = teacher.detach().float().square().sum(-1).double()
     return norms.sum() if mask is None else norms.masked_fill(~mask, 0.0).sum()
 
@@ -81,7 +93,13 @@ def teacher_energy(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
 def feature_normalizer(
     kind: str, teacher: Tensor, mask: Tensor | None = None, *, standardizer: Standardizer | None = None
 ) -> Tensor:
-    """Return what this micro-batch adds to the divisor of loss `kind`: energy of the teacher as compared, or tokens."""
+    """Return what this micro-batch adds to the divisor of loss `kind`: energy of the teacher as compared, or tokens.
+
+    >>> import torch
+    >>> from xarch_kd.losses import feature_normalizer
+    >>> feature_normalizer("mse", torch.ones(2, 4, 8))
+    tensor(8., dtype=torch.float64)
+    """
     if not look_up("feature loss", kind, LOSSES).over_teacher_energy:
         return token_count(teacher, mask)
     return teacher_energy(teacher if standardizer is None else standardizer.apply(teacher.detach()), mask)
@@ -110,6 +128,12 @@ def feature_loss(
     Raises:
         UsageError: an unknown kind, or shapes that do not fit.
         NonFiniteLoss: the distance of a valid token is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd.losses import feature_loss, feature_normalizer
+    >>> student, teacher = torch.zeros(2, 4, 8), torch.ones(2, 4, 8)
+    >>> feature_loss("mse", student, teacher, normalizer=feature_normalizer("mse", teacher))
+    tensor(1.)
     """
     checks.refuse_swapped_sides((student,), (teacher,))
     features, weight, bias = (student, None, None) if projector is None else projector.split(student)

@@ -32,6 +32,13 @@ def mixing_loss(
     Raises:
         UsageError: matrices, head map or distance do not fit each other.
         NonFiniteLoss: the distance of a valid row is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd.losses import mixing_loss
+    >>> from xarch_kd.mixing import SoftmaxMixing
+    >>> mixing = SoftmaxMixing(query=torch.randn(1, 6, 4, 8), key=torch.randn(1, 6, 4, 8), scale=8**-0.5)
+    >>> abs(float(mixing_loss("cosine", mixing, mixing, normalizer=6))) < 1e-5
+    True
     """
     total = mixing_distance(
         student,

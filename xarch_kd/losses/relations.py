@@ -44,6 +44,12 @@ def gram_loss(
     Raises:
         UsageError: tensors that do not fit.
         NonFiniteLoss: a feature of a valid token is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd.losses import gram_loss, token_count
+    >>> student, teacher = torch.randn(2, 4, 8), torch.randn(2, 4, 16)
+    >>> gram_loss(student, teacher, normalizer=token_count(teacher)).shape
+    torch.Size([])
     """
     checks.refuse_swapped_sides((student,), (teacher,))
     student, teacher = standardized(student, teacher, standardizer, shared_basis)
@@ -84,6 +90,12 @@ def relation_loss(
     Raises:
         UsageError: tensors that do not fit, or a number of heads that does not divide both dimensions.
         NonFiniteLoss: a feature of a valid token is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd.losses import relation_loss, token_count
+    >>> teacher = torch.randn(2, 4, 2, 8)
+    >>> abs(float(relation_loss(teacher, teacher, normalizer=token_count(teacher)))) < 1e-3
+    True
     """
     checks.refuse_swapped_sides((student,), (teacher,))
     own, target, valid_mask = paired(student, teacher, mask, "batch, time, heads, dim")
@@ -114,6 +126,10 @@ def relation_heads(student_dim: int, teacher_dim: int, wanted: int | None = None
 
     Raises:
         UsageError: `wanted` does not divide both.
+
+    >>> from xarch_kd.losses import relation_heads
+    >>> relation_heads(64, 96)
+    2
     """
     shared = math.gcd(student_dim, teacher_dim)
     possible = [count for count in range(1, shared + 1) if shared % count == 0]

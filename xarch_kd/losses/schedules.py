@@ -29,6 +29,10 @@ class WeightSchedule:
     `final` from end on, and go from one to the other between, cosine with a level beginning and end.
 
     Raises UsageError for an unknown kind, shares that are not 0 <= start < end <= 1 and factors below 0.
+
+    >>> from xarch_kd.losses import WeightSchedule
+    >>> WeightSchedule(kind="linear", initial=1.0, final=0.0).kind
+    'linear'
     """
 
     kind: str = "constant"

@@ -29,6 +29,11 @@ class Standardizer:
     """x -> (x - mean) / deviation, both [dim] of the teacher; for its features and for what is compared with them.
 
     Raises UsageError for statistics that do not fit, are not finite or have a deviation of at most 0.
+
+    >>> import torch
+    >>> from xarch_kd.losses import Standardizer
+    >>> Standardizer(mean=torch.ones(4), deviation=torch.full((4,), 2.0)).mean
+    tensor([1., 1., 1., 1.])
     """
 
     mean: Tensor
@@ -107,7 +112,13 @@ class Standardizer:
 
 
 class FeatureStatistics:
-    """Mean and variance of each dimension over all tokens ever taken in, in float64; sums of parts can be merged."""
+    """Mean and variance of each dimension over all tokens ever taken in, in float64; sums of parts can be merged.
+
+    >>> import torch
+    >>> from xarch_kd.losses import FeatureStatistics
+    >>> statistics = FeatureStatistics()
+    >>> statistics.update(torch.randn(2, 16, 8))
+    """
 
     def __init__(self) -> None:
         self.tokens = 0

@@ -22,6 +22,11 @@ class TokenLoss(NamedTuple):
 
     Only `total` has a gradient. `divergence` (the plain one, without T² and weight) and `cross_entropy`, in nats, are
     detached; added up over the micro-batches of a step they are means over its tokens.
+
+    >>> import torch
+    >>> from xarch_kd.losses import TokenLoss
+    >>> TokenLoss(torch.tensor(1.5), torch.tensor(1.0), torch.tensor(0.5)).total
+    tensor(1.5000)
     """
 
     total: Tensor
@@ -36,6 +41,11 @@ def next_token_labels(
 
     Position t counts when t and t+1 are both unmasked. `labels`, unshifted and with -100 where a token is not to be
     predicted (for example in a prompt), narrows that; where it is not -100 it is the token predicted.
+
+    >>> import torch
+    >>> from xarch_kd.losses import next_token_labels
+    >>> next_token_labels(torch.tensor([[3, 4, 5]]))
+    tensor([[   4,    5, -100]])
     """
     if input_ids.dim() != 2:
         raise UsageError("input_ids does not fit.", found=list(input_ids.shape), allowed="[batch, time]")
@@ -51,7 +61,13 @@ def next_token_labels(
 
 
 def label_count(labels: Tensor) -> Tensor:
-    """Return the number of positions whose label counts, a float64 scalar."""
+    """Return the number of positions whose label counts, a float64 scalar.
+
+    >>> import torch
+    >>> from xarch_kd.losses import label_count
+    >>> label_count(torch.tensor([[3, -100, 5]]))
+    tensor(2., dtype=torch.float64)
+    """
     return (labels != IGNORED_LABEL).sum().double()
 
 
@@ -80,6 +96,14 @@ def token_loss(
     Raises:
         UsageError: shapes or options that do not fit.
         NonFiniteLoss: the value of a valid token is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd.losses import Head, label_count, next_token_labels, token_loss
+    >>> hidden, head = torch.randn(1, 6, 8), Head(torch.randn(50, 8))
+    >>> labels = next_token_labels(torch.arange(6)[None])
+    >>> loss = token_loss(hidden, head, hidden, head, labels, normalizer=label_count(labels))
+    >>> abs(float(loss.divergence)) < 1e-3
+    True
     """
     factor = temperature**2 if temperature_squared else 1.0
     sums = linear_divergence(

@@ -22,6 +22,13 @@ def load_mapping(path: str | Path) -> tuple[MappingFile, str, SourceMap]:
     """Return the mapping file at `path`, its text, and the positions of its values.
 
     Raises `MappingFileError` with every problem as `file:line:column: place: what`, the line and a caret.
+
+    >>> import xarch_kd as xkd
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> mapping, text, _ = xkd.load_mapping("mapping.yaml")
+    >>> mapping.student.convert.mixer
+    'mamba2'
     """
     path = Path(path)
     text = _read(path)

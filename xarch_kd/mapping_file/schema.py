@@ -229,7 +229,15 @@ class Evaluate(ConfigModel):
 
 
 class MappingFile(ConfigModel):
-    """A whole mapping file."""
+    """A whole mapping file.
+
+    >>> import xarch_kd as xkd
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> mapping, _, _ = xkd.load_mapping("mapping.yaml")
+    >>> isinstance(mapping, xkd.MappingFile), mapping.stages[0].steps
+    (True, 2)
+    """
 
     version: Annotated[Literal[1], BeforeValidator(_version)]
     teacher: Model

@@ -26,6 +26,16 @@ class Mixing(ABC):
     Entries whose row or column is not valid are 0, whatever the factors hold there.
 
     Factors keep their dtype and their graph: `apply`, `block`, `row_sums` and `dense` are differentiable.
+
+    >>> import torch
+    >>> from xarch_kd.mixing import SoftmaxMixing
+    >>> mixing = SoftmaxMixing(query=torch.randn(1, 6, 4, 8), key=torch.randn(1, 6, 4, 8), scale=8**-0.5)
+    >>> mixing
+    SoftmaxMixing: batch 1, time 6, heads 4, float32 on cpu
+      query [1, 6, 4, 8]
+      key [1, 6, 4, 8]
+    >>> mixing.apply(torch.ones(1, 6, 4, 3)).shape
+    torch.Size([1, 6, 4, 3])
     """
 
     kind: ClassVar[str]

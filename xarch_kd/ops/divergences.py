@@ -63,6 +63,13 @@ class DivergenceFormula:
     share no mass.
 
     Raises UsageError if `values` takes no `log_q` and `log_p`.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> def total_variation(log_q, log_p):
+    ...     return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1)
+    >>> ops.DivergenceFormula(name="total_variation", values=total_variation).name
+    'total_variation'
     """
 
     name: str
@@ -196,6 +203,10 @@ class Divergence:
     KL too, as in GKD, with a jump: plain JSD tends to 0 there.
 
     Raises UsageError for an unknown kind, a parameter that the kind does not take, or one out of range.
+
+    >>> from xarch_kd import ops
+    >>> ops.Divergence(kind="jsd", beta=0.5).beta
+    0.5
     """
 
     kind: str | DivergenceFormula

@@ -29,6 +29,12 @@ def explain(operation: str, *arguments: Any, impl: str = "auto", **options: Any)
     Raises:
         UsageError: what the operation itself refuses: an unknown operation or implementation, an implementation that
             cannot run, arguments that do not fit.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> features = torch.randn(2, 64, 8)
+    >>> ops.explain("similarity", features, features).splitlines()[0]
+    "similarity: impl='auto' runs 'streaming'"
     """
     if operation not in OPERATIONS or not (arguments or options):
         return explain_choice(operation, impl, machine_unsupported_reasons())

@@ -44,6 +44,13 @@ class FeatureDistanceFormula:
     divides the sum over tokens by that of |teacher|², not by the number of tokens.
 
     Raises UsageError if `values` takes no `student` and `teacher`.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> def absolute(student, teacher):
+    ...     return (student - teacher).abs().mean(-1)
+    >>> ops.FeatureDistanceFormula(name="absolute", values=absolute).name
+    'absolute'
     """
 
     name: str

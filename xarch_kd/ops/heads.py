@@ -13,6 +13,11 @@ class Head:
 
     `weight` is [vocabulary, dim] and `bias` [vocabulary]; `softcap` c is z ← c tanh(z / c). An operation takes the
     weight alone where there is nothing else.
+
+    >>> import torch
+    >>> from xarch_kd.losses import Head
+    >>> Head(torch.randn(50, 8)).weight.shape
+    torch.Size([50, 8])
     """
 
     weight: Tensor

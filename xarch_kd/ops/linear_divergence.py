@@ -27,6 +27,11 @@ class DivergenceLoss(NamedTuple):
 
     `divergence` and `cross_entropy` are unweighted, in nats, reduced like `total`; `cross_entropy` is None without
     labels.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> ops.DivergenceLoss(torch.tensor(1.0), torch.tensor(1.0), None).total
+    tensor(1.)
     """
 
     total: Tensor

@@ -24,6 +24,11 @@ class MixingDistance(NamedTuple):
     """The reduced distance, and the standard error of its estimate: None unless `impl="sketch"`.
 
     `standard_error` has the shape of `total` and no gradient.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> ops.MixingDistance(torch.tensor(1.0), None).total
+    tensor(1.)
     """
 
     total: Tensor

@@ -25,6 +25,11 @@ class ProjectedDistance(NamedTuple):
 
     `normalizer` is the number of valid tokens of a mean, Σ|teacher|² of `relative_mse`, and 1 of a sum or of values per
     token. It has no gradient.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> ops.ProjectedDistance(torch.tensor(1.0), torch.tensor(8.0)).normalizer
+    tensor(8.)
     """
 
     total: Tensor

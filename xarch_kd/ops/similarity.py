@@ -33,6 +33,12 @@ class Similarity(NamedTuple):
     layer.
 
     HSIC_1 of many batches is summed before the division; never average CKA.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> features = torch.randn(2, 64, 8)
+    >>> ops.similarity(features, features)._fields
+    ('total', 'together', 'student', 'teacher')
     """
 
     total: Tensor
@@ -58,6 +64,12 @@ def similarity(
     Raises:
         UsageError: tensors that do not fit, fewer than 4 tokens, features that do not vary.
         NonFiniteLoss: a feature is NaN or infinite.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> features = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0))
+    >>> round(float(ops.similarity(features, 2 * features).total), 3)
+    1.0
     """
     checks.check_chunk_size(chunk_size)
     checks.refuse_swapped_sides((student,), (teacher,))
@@ -80,6 +92,11 @@ class SimilaritySums:
     The sums are of features less a fixed `reference` (student's and teacher's [dim]), which changes nothing in exact
     arithmetic and keeps the digits of features with a large offset. By default it is the mean of the first tokens; sums
     that are to be merged must share it.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> sums = ops.SimilaritySums()
+    >>> sums.update(torch.randn(2, 64, 8), torch.randn(2, 64, 8))
     """
 
     def __init__(self, *, reference: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> None:
@@ -152,6 +169,11 @@ class LayerSimilarity:
     """Similarity of every student layer with every teacher layer: one Gram matrix per layer and batch, HSIC_1 summed.
 
     Only products of tokens of one batch enter, so larger batches are more informative; a batch needs at least 4 tokens.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> layers = ops.LayerSimilarity()
+    >>> layers.update([torch.randn(2, 64, 8)], [torch.randn(2, 64, 8), torch.randn(2, 64, 8)])
     """
 
     def __init__(self, *, dtype: torch.dtype = torch.float64) -> None:

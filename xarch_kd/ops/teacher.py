@@ -33,6 +33,12 @@ class TeacherTopK:
     The gradient is exact for that value. With the buckets' logits b = (z_1, ..., z_k, log Σ_tail e^z) and
     s = ∂D/∂b, of the closed form of the divergence over k + 1 entries, it is s_j at a named entry and
     s_tail q_v / q_tail at an entry v of the tail; for forward KL q_j - p_j and q_v (1 - p_tail / q_tail).
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> top = torch.randn(2, 4, 50).log_softmax(-1).topk(5)
+    >>> ops.TeacherTopK(indices=top.indices, log_probabilities=top.values).indices.shape
+    torch.Size([2, 4, 5])
     """
 
     indices: Tensor
@@ -51,6 +57,11 @@ class TeacherLogits:
     """Teacher logits [..., columns] of every token, finite, before the temperature, scale and softcap applied.
 
     The leading axes are those of the student's hidden states; columns past the shared vocabulary are padding.
+
+    >>> import torch
+    >>> from xarch_kd import ops
+    >>> ops.TeacherLogits(torch.randn(2, 4, 50)).values.shape
+    torch.Size([2, 4, 50])
     """
 
     values: Tensor

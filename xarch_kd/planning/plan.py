@@ -115,6 +115,13 @@ class Plan:
     storage, `rates` the matrix-product rates behind the estimated times. `uncalibrated` are the entries, as (stage
     index, name), whose layer map follows from a calibration pass that has not run yet: `uniform` is a placeholder for
     it. `similarities` are the measured ones, [student layers][teacher layers] by `stage.entry`.
+
+    >>> import xarch_kd as xkd
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> plan = xkd.plan("mapping.yaml")
+    >>> [row.mixer for row in plan.student.layers]
+    ['attention', 'mamba2', 'attention']
     """
 
     mapping: MappingFile

@@ -56,6 +56,13 @@ def make_plan(
     Raises `MappingFileError` with every problem of the mapping, `ModelError` for a model that cannot be read,
     `ConversionError` for a teacher that does not convert, `TapError` for an unknown model type; each names the place
     in the mapping.
+
+    >>> import xarch_kd as xkd
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> plan = xkd.plan("mapping.yaml")
+    >>> plan.student.model_type, [pair.name for pair in plan.stages[0].pairs]
+    ('bamba', ['output.1'])
     """
     custom = CustomObjects.of(
         objectives=objectives, divergences=divergences, layer_maps=layer_maps, projectors=projectors

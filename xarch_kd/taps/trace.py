@@ -30,6 +30,17 @@ class Trace:
     `hidden` the one that leaves a block, `mixer_input` the mixer's input, `mixer_output` and `mlp_output` their outputs
     as added to the residual stream (a norm after them and a residual multiplier included), `head_input` the
     final-normed hidden state.
+
+    >>> import torch
+    >>> import xarch_kd as xkd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> trace = xkd.trace(model, torch.arange(6)[None], taps=["embedding", "hidden"])
+    >>> list(trace), sorted(trace["hidden"])
+    (['embedding', 'hidden'], [0, 1])
     """
 
     def __init__(self, values: Mapping[Site, Feature]) -> None:
@@ -117,6 +128,17 @@ def trace(
 
     Raises UsageError for an unknown tap or a layer out of range, TapError for a tap that the model does not have,
     one that reentrant checkpointing or compilation would make silently wrong, and a mixing under a mask with holes.
+
+    >>> import torch
+    >>> import xarch_kd as xkd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> trace = xkd.trace(model, torch.arange(6)[None], taps=["hidden", "mixing"], layers=[1])
+    >>> trace["hidden"][1].shape, trace["mixing"][1].dense().shape
+    (torch.Size([1, 6, 32]), torch.Size([1, 4, 6, 6]))
     """
     layout = layout_of(model, paths)
     sites = sites_of(layout, taps, layers)

@@ -55,6 +55,18 @@ class Aligner(nn.Module):
     `teacher` and `student` are models of the plan's configs. Parameters outside the stage's `train` are frozen here.
     For one's own loop: `Aligner(plan, teacher=…, student=…)(input_ids=…, step=…).loss.backward()`; a stage with closed
     forms or statistics of calibration text is made ready by `xarch_kd.calibration.initialize.prepare`.
+
+    >>> import xarch_kd as xkd
+    >>> from xarch_kd.testing.examples import write_example_files
+    >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
+    >>> import torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> teacher = AutoModelForCausalLM.from_pretrained("teacher")
+    >>> student = xkd.convert(teacher, mixer="mamba2", replace=[1])
+    >>> aligner = xkd.Aligner(xkd.plan("mapping.yaml"), teacher=teacher, student=student)
+    >>> out = aligner(input_ids=torch.arange(32).view(2, 16))
+    >>> list(out.parts), out.loss.requires_grad
+    (['output.1'], True)
     """
 
     def __init__(

@@ -50,6 +50,16 @@ def convert(
     complement `replace`, are block indices or words such as `every 4` (`layer_selection.py`). For the other arguments
     see `Conversion.build`. Raises UsageError for a selection that does not fit, ConversionError for a teacher that the
     class cannot hold or a conversion that is not exact; warns if no attention is left.
+
+    >>> import xarch_kd as xkd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ... )
+    >>> teacher = LlamaForCausalLM(config).eval()
+    >>> student = xkd.convert(teacher, mixer="mamba2", keep_attention=[0])
+    >>> type(student).__name__, student.config.layer_types
+    ('BambaForCausalLM', ['full_attention', 'linear_attention'])
     """
     conversion = plan_conversion(
         teacher.config, mixer=mixer, keep_attention=keep_attention, replace=replace, target=target
