@@ -238,7 +238,7 @@ def test_a_sequence_of_padding_alone_mixes_nothing(name: str) -> None:
 def test_padding_between_tokens_is_refused(name: str) -> None:
     mask = torch.ones(2, TIME, dtype=torch.int64)
     mask[1, 5] = 0
-    with pytest.raises(TapError, match="sequence 1 counts 36 tokens"):
+    with pytest.raises(TapError, match="sequence 1 has 36 valid tokens"):
         read(CASES[name], model_of(CASES[name]), mask)
 
 
