@@ -1,4 +1,4 @@
-"""Progress of reading weights and of a conversion, as the caller is told of it."""
+"""Progress of reading weights and of a conversion, as reported to the caller."""
 
 from __future__ import annotations
 

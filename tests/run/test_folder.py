@@ -1,4 +1,4 @@
-"""The run folder: what it accepts, what it leaves behind, and that nothing is lost when the disk is full."""
+"""Run folders: which are accepted, what a failed run leaves behind, and writes to a full disk."""
 
 from __future__ import annotations
 

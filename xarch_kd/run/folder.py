@@ -48,7 +48,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """One JSON object a line: each step's figures, and what happened in between."""
+        """One JSON object per line: the figures of each step, and the events between them."""
         return self.root / "events.jsonl"
 
     @property

@@ -24,7 +24,7 @@ from xarch_kd.errors import ProcessError, UsageError, XarchError
 
 # Rank 0 calibrates, saves and measures while the others wait. A rank that is not back after this long is lost.
 LONGEST_WAIT: Final = timedelta(hours=2)
-# How often a rank that waits looks for the failure of another.
+# Interval at which a waiting rank checks for the failure of another.
 POLL: Final = timedelta(seconds=1)
 FAILURE: Final = "failure"
 SHOWN_DIGITS: Final = 12
