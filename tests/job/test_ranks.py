@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
     ]
     cases = root / "cases.json"
     cases.write_text(json.dumps({"teacher": teachers["llama"], "runs": runs}))
-    done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=280)
+    done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=540)
     assert done.returncode == 0, done.stderr[-4000:]
     return root
 

@@ -336,7 +336,9 @@ def _alone(objective: str, terms: Mapping[str, Mapping[str, Tensor]], batch: Bat
     """Return one objective as the whole output."""
     found = terms.get(objective, {})
     _require_finite(found)
-    loss = torch.stack(list(found.values())).sum() if found else torch.zeros((), device=batch.device)
+    # One that is not active has a backward pass, too, which reaches no parameter.
+    none = torch.zeros((), device=batch.device, requires_grad=torch.is_grad_enabled())
+    loss = torch.stack(list(found.values())).sum() if found else none
     return AlignerOutput(loss=loss, parts={name: term.detach() for name, term in found.items()})
 
 
