@@ -53,7 +53,7 @@ CASES = {
         "tap: mixer_output",
         "tap: mixing",
         "map.yaml:20:9: stages[0].align[0]: the loss 'relative_mse' does not fit the tap 'mixing', which is compared "
-        "by mixing | relation | attention_bridge",
+        "by relation | attention_bridge | mixing | custom",
     ),
     "mixing with a projector": (
         "tap: mixer_output\n        layers: replaced\n        loss: {kind: relative_mse, weight: 1.0}",
@@ -118,13 +118,14 @@ CASES = {
         "kind: relative_mse",
         "kind: relative_mes",
         "map.yaml:23:22: stages[0].align[0].loss.kind: 'relative_mes' is not mse | relative_mse | cosine | "
-        "normalised_mse | huber | l2 | cka | gram | relation | attention_bridge | mixing. Did you mean 'relative_mse'?",
+        "normalised_mse | huber | l2 | cka | gram | relation | attention_bridge | mixing | custom. Did you mean "
+        "'relative_mse'?",
     ),
     "loss without a kind": (
         "{kind: relative_mse, weight: 1.0}",
         "{weight: 1.0}",
         "map.yaml:23:15: stages[0].align[0].loss.kind: required key is missing. It must be mse | relative_mse | cosine"
-        " | normalised_mse | huber | l2 | cka | gram | relation | attention_bridge | mixing.",
+        " | normalised_mse | huber | l2 | cka | gram | relation | attention_bridge | mixing | custom.",
     ),
     "loss as a word": (
         "{kind: relative_mse, weight: 1.0}",
