@@ -24,7 +24,7 @@ CASES: dict[str, tuple[list[str], float]] = {
     "python -c pass": (["-c", "pass"], float("inf")),
     "import xarch_kd": (["-c", "import xarch_kd"], 0.3),
     "xarch-kd --help": (["-c", "import sys; from xarch_kd.cli.app import main; sys.exit(main(['--help']))"], 0.6),
-    "xarch-kd plan": (["-m", "xarch_kd", "plan", str(DEMO)], 5.0),
+    "xarch-kd plan": (["-m", "xarch_kd", "plan", str(DEMO)], 3.5),
     "xarch-kd --version": (["-c", "import sys; from xarch_kd.cli.app import main; sys.exit(main(['--version']))"], 0.6),
 }
 
