@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 from huggingface_hub import metadata_load
 
-from xarch_kd.models.loading.gguf import gguf_metadata
+from xarch_kd.models.loading.gguf_header import read_gguf_header
 from xarch_kd.models.loading.reference import resolve
 
 
@@ -13,7 +13,7 @@ def licence_of(reference: str, revision: str | None = None) -> str | None:
     """Return the licence's identifier from a GGUF file's metadata or a model card, or None if there is none."""
     source = resolve(reference, revision)
     if source.kind == "gguf" and source.path is not None:
-        return _text(gguf_metadata(source.path)[0].get("general.license"))
+        return _text(read_gguf_header(source.path).metadata.get("general.license"))
     if source.kind == "folder" and source.path is not None:
         card = source.path / "README.md"
         try:

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.errors import ModelError, suggest
 from xarch_kd.models.loading.fit import check_placed, check_weights_finite, follow_loaded_head, follow_stored_head
-from xarch_kd.models.loading.gguf import gguf_config
+from xarch_kd.models.loading.gguf import check_gguf_placed, gguf_config
 from xarch_kd.models.loading.reference import Source, check_config, read_config_json, resolve
 from xarch_kd.models.loading.stored import check_weights
 from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, stock_config
@@ -124,6 +124,8 @@ def load_model(
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
     model, report = loaded
     check_placed(report, model.config, where=reference)
+    if source.kind == "gguf" and source.path is not None:
+        check_gguf_placed(model, source.path)
     check_weights_finite(model, where=reference)
     follow_loaded_head(model, where=reference)
     # A GGUF model keeps its quantizer, which would stop it from being saved, long after its weights are plain.
