@@ -111,7 +111,7 @@ def _set_head_dim(header: GgufHeader, own: Mapping[str, Any], values: dict[str, 
             found=f"attention.head_count: {heads}, attention.head_count_kv: {values['num_key_value_heads']}",
         )
     default = hidden // heads
-    key = own.get("attention.key_length", own.get("rope.dimension_count", default))
+    key = own.get("attention.key_length", default)
     sizes = {
         "attention.key_length": key,
         "attention.value_length": own.get("attention.value_length", key),
