@@ -71,7 +71,7 @@ def gradient_errors(teacher_folder: Path) -> dict[str, float]:
 
     By objective, on rows with unequal numbers of tokens and labels that count.
     """
-    teacher = tiny_model("llama", num_hidden_layers=4).requires_grad_(False)
+    teacher = tiny_model("llama").requires_grad_(False)
     large, _ = large_and_small()
     found = {}
     with joined_processes(torch.device("cpu")) as processes:

@@ -19,6 +19,7 @@ from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.launch import launch
 from xarch_kd.testing.mapping import LOGIT_STAGE, Write
 from xarch_kd.testing.runs import events_of, same, student_of
+from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 __all__ = ["teachers"]
 
@@ -79,7 +80,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
         case("short", "broken", fail_at=2),
     ]
     cases = root / "cases.json"
-    cases.write_text(json.dumps({"teacher": teachers["llama"], "runs": runs}))
+    tiny_model("llama").save_pretrained(root / "teacher")
+    tiny_tokenizer().save_pretrained(root / "teacher")
+    cases.write_text(json.dumps({"teacher": str(root / "teacher"), "runs": runs}))
     done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=540)
     assert done.returncode == 0, done.stderr[-4000:]
     return root
