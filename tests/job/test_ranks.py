@@ -37,6 +37,8 @@ def content(path: Path, teachers: dict[str, str], text: Path) -> dict[str, Any]:
     found = shrunk(path, teachers[FAMILIES[path.stem.split("--")[0]]], text)
     found["data"]["batch_size"] = 4
     for stage in found["stages"]:
+        # In bfloat16 each process rounds the gradients of its rows to 8 bits before they are added.
+        stage["precision"] = "float32"
         if "batch_size" in stage:
             stage["batch_size"] = 2
     return found
@@ -119,9 +121,16 @@ def test_two_processes_equal_one_on_every_shipped_file(folder: Path, name: str) 
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-6, atol=0)
     expected, found = student_of(one), student_of(two)
     assert expected.keys() == found.keys()
+    # AdamW divides by the root of each entry's own squared gradient, so rounding shows most in the smallest entries.
     for key, weights in expected.items():
-        error = float((found[key].double() - weights.double()).norm() / weights.double().norm().clamp(min=1e-12))
-        assert error < 1e-6, f"{key}: {error}"
+        torch.testing.assert_close(
+            found[key], weights, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+    difference, size = (
+        torch.stack([tensor.double().norm() for tensor in tensors]).norm()
+        for tensors in ([found[key] - expected[key] for key in expected], expected.values())
+    )
+    assert difference < 1e-6 * size
 
 
 @pytest.mark.timeout(600)
