@@ -1,4 +1,4 @@
-"""What holds for the whole suite: no network, quiet libraries, interpreted kernels."""
+"""Settings and fixtures of the whole suite: no network, quiet libraries, interpreted kernels."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_the_conversions_of_a_row(name: str) -> None:
 
 
 def check_refused(name: str, claimed: ConversionSupport, mixer: str, target: str) -> None:
-    """What the row says is a part of what is raised."""
+    """Check that the row's text is part of the message."""
     with pytest.raises(ConversionError) as caught:
         convert(layout(name).model, mixer=mixer, target=target, replace=[len(layout(name).blocks) - 1])
     assert claimed.reason == in_short(caught.value) and str(claimed.reason) in str(caught.value)
@@ -161,7 +161,7 @@ def check_student(student: PreTrainedModel, claimed: ConversionSupport, mixer: s
 
 @torch.no_grad()
 def hidden_before(model: PreTrainedModel, layer: int) -> Tensor:
-    """What leaves the blocks before `layer`, [blocks, batch, time, width]."""
+    """Return the outputs of the blocks before `layer`, [blocks, batch, time, dim]."""
     found = trace(model, token_ids(), taps=["hidden"], layers=range(layer))["hidden"]
     return torch.stack([found[index] for index in range(layer)])
 

@@ -1,4 +1,4 @@
-"""What goes wrong while a run works: losses, gradients, disks, texts; nothing is lost by it."""
+"""Failures during a run: losses, gradients, disks, texts; nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage is fitted to and learns beside the student is kept: a stopped run goes on as if it had not been."""
+"""Fitted constants and auxiliary parameters of a stage are kept: a stopped run resumes bitwise."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ Whole = Callable[[], Path]
 
 @pytest.fixture(scope="module")
 def kept() -> dict[str, Path]:
-    """Where the run that was not stopped is, once it was made."""
+    """Folder of the undisturbed run, once it was made."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""What a run says of its projectors, and that none of them is in the student."""
+"""Projector reports of a run; no projector is in the student."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_the_model_card_holds_the_mapping_file_and_the_figures(write_mapping: Wr
     mapping = write_mapping(MIXER_STAGE, evaluate={"tokens": 128})
     run = train(mapping, tmp_path / "run")
     card = (run.student / "README.md").read_text()
-    metadata = ModelCard(card).data
+    metadata: Any = ModelCard(card).data
     assert (metadata.library_name, metadata.base_model) == ("transformers", None)
     assert mapping.read_text().rstrip() in card
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"][0]

@@ -169,7 +169,7 @@ def variant_only(folder: Path) -> None:
     AutoModelForCausalLM.from_config(tiny_model("llama").config).save_pretrained(folder, variant="fp16")
 
 
-DAMAGES = {
+DAMAGES: dict[Callable[[Path], None], str] = {
     cut_index: r"index\.json is not JSON",
     index_without_map: "has no weight_map",
     index_outside: "names files outside its folder",

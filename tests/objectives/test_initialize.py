@@ -1,4 +1,4 @@
-"""What a stage is told by calibration text: projectors in closed form, statistics, heads."""
+"""Calibration of a stage: projectors in closed form, statistics, heads."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _run(total: Callable[..., Tensor], inputs: dict[str, Tensor], *options: Any)
     return {"total": value.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def _fused(inputs: dict[str, Tensor], kind: str, **options: Any) -> Tensor:
+def _fused(inputs: dict[str, Tensor], kind: Any, **options: Any) -> Tensor:
     return projected_distance(**inputs, distance=kind, epsilon=SMALL, impl="fused", **options).total
 
 
@@ -135,7 +135,7 @@ def test_a_narrow_projector_under_wide_features_is_widened() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "squared_error"])
-def test_one_value_a_token(kind: str) -> None:
+def test_one_value_per_token(kind: Any) -> None:
     inputs = _inputs(5)
     upstream = torch.linspace(0.0, 2.0, TOKENS, device=DEVICE)
     values = _fused(inputs, kind, reduction="none")

@@ -1,4 +1,4 @@
-"""What a plan says of mixing matrices that are matched."""
+"""Pairs of mixing matrices in a plan."""
 
 from __future__ import annotations
 

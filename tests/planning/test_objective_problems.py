@@ -1,4 +1,4 @@
-"""What is told of layer maps, projectors, losses, weights and schedules that do not fit, and where in the file."""
+"""Problems of layer maps, projectors, losses, weights and schedules, with their place in the file."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def _fine_tuned() -> PreTrainedModel:
     return model
 
 
-def _with(**attributes: float) -> PreTrainedModel:
+def _with(**attributes: Any) -> PreTrainedModel:
     return tiny_model("llama", **attributes)
 
 

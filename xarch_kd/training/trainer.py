@@ -140,6 +140,7 @@ class StageTrainer(Trainer):
     def _backward_alone(self, samples: list[dict[str, Any]], objective: str) -> None:
         """Run forward and backward of one objective over the step's micro-batches, through the wrapped module."""
         model = self.model_wrapped
+        assert model is not None
         for place, sample in enumerate(samples):
             last = place == len(samples) - 1
             with nullcontext() if last else self.accelerator.no_sync(model=model), self._checks.collecting():
