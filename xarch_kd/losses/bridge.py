@@ -10,6 +10,7 @@ from xarch_kd.errors import UsageError
 from xarch_kd.losses.features import LOSSES, FeatureLossKind, Projection, feature_loss
 from xarch_kd.mixing import DeltaMixing, LinearMixing, Mixing, SelectiveMixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops import checks
+from xarch_kd.ops.dispatch import Impl
 from xarch_kd.ops.tables import look_up
 
 
@@ -82,7 +83,7 @@ def attention_bridge(
     kind: FeatureLossKind = "normalised_mse",
     epsilon: float = 1e-6,
     delta: float = 1.0,
-    impl: str = "auto",
+    impl: Impl | str = "auto",
 ) -> Tensor:
     """Return this micro-batch's share of the mean of two feature losses: of queries and of keys, heads side by side.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from xarch_kd.losses.standardize import Standardizer
 from xarch_kd.ops import checks
+from xarch_kd.ops.dispatch import Impl
 from xarch_kd.ops.feature_distances import FeatureDistanceName
 from xarch_kd.ops.projected_distance import projected_distance
 from xarch_kd.ops.tables import look_up, table
@@ -116,7 +117,7 @@ def feature_loss(
     standardizer: Standardizer | None = None,
     epsilon: float = 1e-6,
     delta: float = 1.0,
-    impl: str = "auto",
+    impl: Impl | str = "auto",
 ) -> Tensor:
     """Return this micro-batch's share of loss `kind`, a scalar.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xarch_kd.losses.features import divisor
 from xarch_kd.mixing import Mixing
+from xarch_kd.ops.dispatch import MixingImpl
 from xarch_kd.ops.mixing_distance import mixing_distance
 from xarch_kd.ops.row_distances import MixingDistanceName
 
@@ -19,7 +20,7 @@ def mixing_loss(
     normalizer: Tensor | float,
     mask: Tensor | None = None,
     head_map: Tensor | None = None,
-    impl: str = "auto",
+    impl: MixingImpl | str = "auto",
     probes: int = 64,
     seed: int | torch.Generator | None = None,
 ) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xarch_kd.errors import UsageError
 from xarch_kd.losses.features import divisor
+from xarch_kd.ops.dispatch import Impl
 from xarch_kd.ops.divergences import Divergence, DivergenceFormula, DivergenceKind
 from xarch_kd.ops.heads import Head
 from xarch_kd.ops.linear_divergence import linear_divergence
@@ -86,7 +87,7 @@ def token_loss(
     temperature_squared: bool = True,
     vocabulary: int | None = None,
     logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    impl: str = "auto",
+    impl: Impl | str = "auto",
 ) -> TokenLoss:
     """Return this micro-batch's share of weight * T² * D + cross_entropy * CE, means over the step's tokens.
 

@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xarch_kd.errors import UsageError, XarchError
+
+Reduction = Literal["none", "mean", "sum"]
 
 Rename = Callable[[XarchError], XarchError]
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from xarch_kd.errors import UsageError, suggest
 
 ENVIRONMENT: Final = "XARCH_KD_IMPL"
+Impl = Literal["auto", "reference", "streaming", "fused"]
+SimilarityImpl = Literal["auto", "reference", "streaming"]
+MixingImpl = Literal["auto", "reference", "streaming", "fused", "panels", "sketch"]
 # In the order in which `auto` takes them.
 IMPLEMENTATIONS: Final = {
     "linear_divergence": ("fused", "streaming", "reference"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
-from xarch_kd.ops.dispatch import choose
+from xarch_kd.ops.dispatch import Impl, choose
 from xarch_kd.ops.divergence_inputs import DivergenceInputs, check_inputs, pick, spread
 from xarch_kd.ops.divergences import Divergence, DivergenceFormula, DivergenceKind, as_divergence
 from xarch_kd.ops.fused import linear_divergence as fused
@@ -54,8 +54,8 @@ def linear_divergence(
     token_weights: Tensor | None = None,
     vocabulary: int | None = None,
     logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    reduction: Literal["none", "mean", "sum"] = "mean",
-    impl: str = "auto",
+    reduction: checks.Reduction | str = "mean",
+    impl: Impl | str = "auto",
     chunk_size: int | None = None,
 ) -> DivergenceLoss:
     """Return divergence_weight * D(p, q) + cross_entropy * CE(labels, q) over the valid tokens.

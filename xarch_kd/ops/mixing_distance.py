@@ -11,7 +11,7 @@ from torch import Tensor
 from xarch_kd.errors import NonFiniteLoss
 from xarch_kd.mixing import Mixing, SoftmaxMixing, SSDMixing
 from xarch_kd.ops import checks, panels, sketch
-from xarch_kd.ops.dispatch import choose
+from xarch_kd.ops.dispatch import MixingImpl, choose
 from xarch_kd.ops.mixing_inputs import MixingDistanceInputs, check_inputs
 from xarch_kd.ops.reference.mixing_distance import row_distances
 from xarch_kd.ops.row_distances import FORMULAS, MixingDistanceName
@@ -42,9 +42,9 @@ def mixing_distance(
     distance: MixingDistanceName = "cosine",
     head_map: Tensor | None = None,
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: checks.Reduction | str = "mean",
     epsilon: float = 1e-8,
-    impl: str = "auto",
+    impl: MixingImpl | str = "auto",
     chunk_size: int | None = None,
     probes: int = 64,
     seed: int | torch.Generator | None = None,

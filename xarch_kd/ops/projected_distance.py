@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
-from xarch_kd.ops.dispatch import choose
+from xarch_kd.ops.dispatch import Impl, choose
 from xarch_kd.ops.divergence_inputs import pick, spread
 from xarch_kd.ops.feature_distances import FeatureDistanceFormula, FeatureDistanceName
 from xarch_kd.ops.fused import projected_distance as fused
@@ -44,10 +44,10 @@ def projected_distance(
     bias: Tensor | None = None,
     distance: FeatureDistanceName | FeatureDistanceFormula = "normalised_mse",
     mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: checks.Reduction | str = "mean",
     epsilon: float = 1e-6,
     delta: float = 1.0,
-    impl: str = "auto",
+    impl: Impl | str = "auto",
     chunk_size: int | None = None,
 ) -> ProjectedDistance:
     """Return the distance of y = student weightᵀ + bias (or of the student itself) from the teacher.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xarch_kd.errors import NonFiniteLoss, UsageError
 from xarch_kd.ops import checks
-from xarch_kd.ops.dispatch import choose
+from xarch_kd.ops.dispatch import SimilarityImpl, choose
 from xarch_kd.ops.reference.similarity import dependences
 from xarch_kd.ops.streaming.similarity import Moments, centered_gram
 
@@ -52,7 +52,7 @@ def similarity(
     teacher: Tensor,
     *,
     mask: Tensor | None = None,
-    impl: str = "auto",
+    impl: SimilarityImpl | str = "auto",
     chunk_size: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Similarity:
