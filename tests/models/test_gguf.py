@@ -64,6 +64,9 @@ def test_gives_the_config_that_transformers_gives(
     pytest.importorskip("gguf", reason="transformers' own reader needs the gguf package")
     file = write(tmp_path / "tiny.gguf", architecture, name=name, tensors=tensors)
     expected = AutoConfig.from_pretrained(str(tmp_path), gguf_file="tiny.gguf")
+    if architecture == "qwen3":
+        # transformers passes over the size of heads and takes its own default.
+        expected.head_dim = 64 // 4
     assert gguf_config(file) == expected
     assert gguf_config(file).vocab_size == 3
     assert gguf_config(file).tie_word_embeddings is ("output.weight" not in tensors)

@@ -379,7 +379,7 @@ def test_in_place_is_offered_where_no_class_fits_and_converts(
     planned = plan_conversion(teacher.config, mixer=mixer, target="in_place", replace=[1, 2]).config
     assert planned.to_dict()["replaced_layers"] == [1, 2] and planned.model_type == student.config.model_type
     (told,) = plan_conversion(teacher.config, mixer=mixer, target="in_place", replace=[1, 2]).warnings
-    assert "needs this package" in told
+    assert "install this package" in told
     assert len(plan_conversion(teacher.config, target="in_place", keep_attention="none").warnings) == 2
     assert plan_conversion(teacher.config, target="in_place", replace=[1]).frozen == ()
 

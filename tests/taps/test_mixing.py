@@ -290,7 +290,7 @@ def test_a_mixer_without_a_known_matrix_is_refused_and_not_listed(build, input_i
     model = build("nemotron_h", layers_block_type=["mamba", "mlp", "attention"], num_hidden_layers=3)
     layout = layout_of(model)
     assert layout.mixer_kinds == ("mamba2", "other", "attention")
-    with pytest.raises(TapError, match="mixing matrix of NemotronHMLP cannot be read") as caught:
+    with pytest.raises(TapError, match="mixing matrix of NemotronHMLP cannot be built") as caught:
         trace(model, input_ids, taps=["mixing"])
     assert "mixing of block 1" in str(caught.value) and "BambaMixer" in str(caught.value)
     assert list(trace(model, input_ids, taps=["mixing"], layers=[0, 2])["mixing"]) == [0, 2]

@@ -299,5 +299,5 @@ def test_taps_of_the_whole_model_are_no_taps_of_a_block(build, input_ids):
 @pytest.mark.parametrize("model_type", RECURRENT)
 def test_a_block_without_an_mlp_refuses_its_output(model_type, build, input_ids):
     layout = layout_of(build(model_type))
-    with pytest.raises(TapError, match="have no MLP"):
+    with pytest.raises(TapError, match="has no tap mlp_output: its family's table names no MLP"):
         read_block(layout, 0, torch.zeros(2, 13, 64), block_calls(layout, input_ids), ["mlp_output"])

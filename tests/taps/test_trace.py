@@ -145,7 +145,7 @@ def test_the_outputs_of_a_minimax_are_scaled_by_kind_of_mixer(build, input_ids):
 def test_a_block_whose_mlp_is_added_to_experts_has_no_mlp_output(build, input_ids):
     model = build("granitemoehybrid", num_local_experts=4, num_experts_per_tok=2)
     assert layout_of(model).mlps is None
-    with pytest.raises(TapError, match="have no MLP that is known"):
+    with pytest.raises(TapError, match="has no tap mlp_output: its family's table names no MLP"):
         trace(model, input_ids, taps=["mlp_output"])
 
 

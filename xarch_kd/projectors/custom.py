@@ -16,6 +16,12 @@ class CustomProjector(Projector):
 
     Its map need not be linear, so it has no closed form and is left out of the projector report. Raises UsageError for
     an object that is no module, and on use for an output of another shape.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import CustomProjector
+    >>> projector = CustomProjector("mine", torch.nn.Linear(8, 16), 8, 16)
+    >>> list(projector(torch.zeros(1, 4, 8)).shape)
+    [1, 4, 16]
     """
 
     kind = "custom"
@@ -63,6 +69,12 @@ def build_custom_projector(
 
     Raises:
         UsageError: the factory returns no module, or the module returns another shape.
+
+    >>> import torch
+    >>> from xarch_kd.projectors import build_custom_projector
+    >>> projector = build_custom_projector("mine", torch.nn.Linear, 8, 16, seed=0)
+    >>> projector.student_dim, projector.teacher_dim
+    (8, 16)
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -79,7 +79,12 @@ def gguf_config(path: Path) -> PreTrainedConfig:
     model_type = header.architecture
     own, names = header.own(), GGUF_CONFIG_MAPPING[model_type]
     values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in header.tensors}
-    values |= {names[key]: value for key, value in own.items() if names.get(key) is not None}
+    for key, value in header.metadata.items():
+        # Beside the architecture's own keys these are its name and the numbers of special tokens.
+        prefix, _, rest = key.partition(".")
+        name = GGUF_CONFIG_MAPPING.get(prefix, {}).get(rest)
+        if name is not None:
+            values[name] = value
     if "vocab_size" not in values and "tokenizer.ggml.tokens" in header.metadata:
         values["vocab_size"] = header.metadata["tokenizer.ggml.tokens"]
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
