@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
     tiny_model("llama").save_pretrained(root / "teacher")
     tiny_tokenizer().save_pretrained(root / "teacher")
     cases.write_text(json.dumps({"teacher": str(root / "teacher"), "runs": runs}))
-    done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=540)
+    done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return root
 
@@ -113,7 +113,7 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor([event["loss"] for event in events_of(run) if event["event"] == "step"], dtype=torch.float64)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_equal_one_on_every_shipped_file(folder: Path, name: str) -> None:
     one, two = folder / f"{name}-one", folder / f"{name}-two"
@@ -135,7 +135,7 @@ def test_two_processes_equal_one_on_every_shipped_file(folder: Path, name: str) 
     assert difference < 1e-6 * size
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_gradients_with_unequal_tokens_per_rank_equal_those_of_one_process(folder: Path) -> None:
     errors = [json.loads((folder / f"gradients-{rank}.json").read_text()) for rank in range(2)]
     assert len(errors[0]) == len(HYBRID) + len(TRANSFORMER)
@@ -143,7 +143,7 @@ def test_gradients_with_unequal_tokens_per_rank_equal_those_of_one_process(folde
     assert {name: error for found in errors for name, error in found.items() if error > 1e-4} == {}
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_signal_to_one_rank_stops_both_and_the_run_resumes(folder: Path) -> None:
     for rank in range(2):
         assert (folder / f"stopped-error-{rank}.txt").read_text().startswith("Interrupted: stopped by ")
@@ -152,7 +152,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_resumes(folder: Path) -> No
     assert same(student_of(folder / "stopped"), student_of(folder / "whole"))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(("run", "what"), [("other-mapping", "mapping file"), ("other-data", "data")])
 def test_ranks_with_other_files_are_refused_with_both_fingerprints(folder: Path, run: str, what: str) -> None:
     messages = [(folder / f"{run}-error-{rank}.txt").read_text() for rank in range(2)]
@@ -163,7 +163,7 @@ def test_ranks_with_other_files_are_refused_with_both_fingerprints(folder: Path,
     assert not (folder / run).exists()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_a_rank_that_fails_ends_both_with_its_message(folder: Path) -> None:
     messages = [(folder / f"broken-error-{rank}.txt").read_text() for rank in range(2)]
     assert messages[1].startswith("DataError: the disk of rank 1 is broken")
