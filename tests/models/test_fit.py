@@ -73,6 +73,7 @@ REFUSED = {
         add(model__layers__0__extra_norm__weight=torch.ones(64)),
         "extra_norm(.|\n)*compare",
     ),
+    "a bias with the name of an old mask": ({}, {}, add(model__layers__0__attention__bias=torch.ones(64)), "biases"),
     "DataParallel": ({}, {}, wrap("module."), r"prefix 'module\.' is a wrapper"),
     "torch.compile": ({}, {}, wrap("_orig_mod."), r"prefix '_orig_mod\.' is a wrapper"),
     "peft": ({}, {}, wrap("base_model.model."), r"prefix 'base_model\.model\.' is a wrapper"),
@@ -85,6 +86,14 @@ def test_weights_without_a_place_are_refused_with_the_likely_cause(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         load_model(str(saved(tmp_path, edit=edit, config=config, **sizes)))
+
+
+def test_masks_that_old_releases_saved_pass_where_the_class_has_them(tmp_path: Path) -> None:
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_model(str(tmp_path)).config.model_type == "gpt2"
 
 
 def test_buffers_that_old_releases_saved_pass(tmp_path: Path) -> None:

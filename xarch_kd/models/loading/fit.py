@@ -17,7 +17,7 @@ from xarch_kd.models.conversion.weights import check_finite
 from xarch_kd.models.loading.stored import INDEX, WEIGHTS, StoredTensor, same_bytes, stored_tensors
 
 # Buffers that old releases of transformers saved and that a model computes itself.
-HARMLESS: Final = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
+HARMLESS: Final = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids)$")
 # Prefixes that wrappers put before every key.
 WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.")
 _CAUSES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
