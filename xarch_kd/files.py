@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` expanded. Raises UsageError for one that no file can have."""
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        # An unknown user after ~, a name that is too long, or a folder that may not be read.
+        raise UsageError(
+            "This path cannot be looked up.", asked=path, found=getattr(error, "strerror", None) or str(error)
+        ) from error
+    return found
+
+
 def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool = True) -> None:
     """Call `write` with a name beside `path`, flush the file to the disk and rename it to `path`.
 

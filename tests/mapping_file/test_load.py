@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from xarch_kd.errors import MappingFileError
-from xarch_kd.mapping_file.load import MAXIMUM_BYTES, load_mapping, parse_mapping
+from xarch_kd.mapping_file.load import load_mapping, parse_mapping
+from xarch_kd.mapping_file.read import MAXIMUM_BYTES
 
 
 def problems(text: str) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from xarch_kd.errors import ModelError
-from xarch_kd.models.loading.load import load_config, load_model, load_tokenizer, read_student_config
+from xarch_kd.errors import ModelError, XarchError
+from xarch_kd.models.loading.load import load_config, load_model, load_tokenizer, meta_model, read_student_config
 from xarch_kd.models.loading.reference import resolve
 from xarch_kd.testing.tiny import tiny_config, tiny_model, tiny_tokenizer
 
@@ -62,6 +62,10 @@ def test_refuses_a_config_that_is_not_json(folder: Path) -> None:
     [
         {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}},
         {"_attn_implementation_internal": "someone/kernels"},
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": "somebody/kernel@v1:forward"},
+        {"attn_implementation": {"": "eager", "text_config": "somebody/kernel"}},
+        {"experts_implementation": "somebody/kernel"},
         {"text_config": {"trust_remote_code": True}},
     ],
 )
@@ -73,6 +77,42 @@ def test_refuses_a_config_that_names_code(folder: Path, changes: dict[str, Any])
         load_model(str(folder))
     with pytest.raises(ModelError, match="names custom code"):
         read_student_config(str(folder))
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "paged|eager", "no such thing"])
+def test_the_choice_of_a_kernel_is_left_to_this_machine(folder: Path, name: str) -> None:
+    edit_config(folder, attn_implementation=name, _experts_implementation=name)
+    assert load_config(str(folder))._attn_implementation is None
+    assert load_model(str(folder)).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers: 1000000"),
+        ({"hidden_size": 2**40}, "hidden_size: 1099511627776"),
+        ({"vocab_size": 2**62}, "vocab_size"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"hidden_act": "no such function"}, "KeyError"),
+    ],
+)
+def test_refuses_sizes_that_no_model_has(folder: Path, changes: dict[str, Any], message: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        meta_model(load_config(str(folder)))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, '{"hidden_size": 1' + "0" * 5000 + "}", "\0"])
+def test_refuses_a_config_that_is_no_object_of_json(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json is (not JSON|nested too deep)"):
+        load_config(str(folder))
+
+
+@pytest.mark.parametrize("reference", ["~nouser-of-this-name/x", "a/" * 3000, "x" * 5000, "x\0y"])
+def test_refuses_a_path_that_no_file_has(reference: str) -> None:
+    with pytest.raises(XarchError, match=r"cannot be looked up|no such model folder"):
+        load_config(reference)
 
 
 def test_refuses_an_unknown_model_type_and_names_the_nearest(folder: Path) -> None:
@@ -111,6 +151,22 @@ def test_refuses_pickled_weights(folder: Path) -> None:
         load_model(str(folder))
 
 
+def test_refuses_an_adapter_beside_or_without_its_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(ModelError, match=r"holds an adapter(.|\n)*merge_and_unload"):
+        load_model(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds an adapter(.|\n)*owner/base"):
+        load_config(str(folder))
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 80}, {"vocab_size": 96}])
+def test_weights_of_another_shape_are_named(folder: Path, changes: dict[str, Any]) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ModelError, match=r"[29] weights of another shape(.|\n)*(down_proj|embed_tokens)\.weight \("):
+        load_model(str(folder))
+
+
 def test_refuses_a_folder_without_weights_but_reads_its_config(tmp_path: Path) -> None:
     tiny_config("bamba").save_pretrained(tmp_path)
     assert read_student_config(str(tmp_path)).model_type == "bamba"
@@ -122,12 +178,6 @@ def test_refuses_a_folder_without_weights_but_reads_its_config(tmp_path: Path) -
 def test_refuses_a_checkpoint_that_lacks_weights(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=4)
     with pytest.raises(ModelError, match=r"lacks 9 weights(.|\n)*model.layers.3"):
-        load_model(str(folder))
-
-
-def test_refuses_weights_of_another_shape(folder: Path) -> None:
-    edit_config(folder, intermediate_size=80)
-    with pytest.raises(ModelError, match="could not be read"):
         load_model(str(folder))
 
 

@@ -69,14 +69,20 @@ def test_a_teacher_that_does_not_convert(
     assert "map.yaml:7:5: student.convert: A teacher of type qwen3 cannot become bamba or granitemoehybrid" in shown
 
 
-def test_a_faulty_file_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["plan"], ["train", "--output", "run"]])
+@pytest.mark.parametrize(("text", "message"), [("version: 2\n", "must be the number 1"), (None, "no such file")])
+def test_a_faulty_or_missing_file_is_refused_before_torch_is_loaded(
+    tmp_path: Path, arguments: list[str], text: str | None, message: str
+) -> None:
     file = tmp_path / "map.yaml"
-    file.write_text("version: 2\n")
+    if text is not None:
+        file.write_text(text)
     code = (
         "import sys\nfrom xarch_kd.cli.app import main\n"
-        f"code = main(['plan', {str(file)!r}])\n"
-        "print(code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+        f"code = main({[*arguments, str(file)]!r})\n"
+        "print(code, sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout == "2 []\n"
-    assert "version: must be the number 1" in done.stderr
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["map.yaml"] * (text is not None)

@@ -25,9 +25,12 @@ def command(
     Prints the models, their layers, each pair with its shapes, the trained parameters, tokens, memory and time. All
     problems of the file are reported at once with line and column. Layer maps that depend on data need --calibrate.
     """
+    from xarch_kd.mapping_file.read import read_mapping_text
+
+    # Errors of the file are reported before the slow imports: of the schema, then of the model libraries.
+    read_mapping_text(mapping)
     from xarch_kd.mapping_file.load import load_mapping
 
-    # Errors of the file are reported before the slow imports of the model libraries.
     load_mapping(mapping)
     # A calibration pass makes garbage.
     with nullcontext() if calibrate else _no_collection():

@@ -28,6 +28,13 @@ def command(
 
     splits the rows of each micro-batch over the processes; batch_size stays that of the whole micro-batch.
     """
+    from xarch_kd.mapping_file.read import read_mapping_text
+
+    # Errors of the file are reported before the slow imports: of the schema, then of the model libraries.
+    read_mapping_text(mapping)
+    from xarch_kd.mapping_file.load import load_mapping
+
+    load_mapping(mapping)
     # torch would print on every rank that no parameter was unused; it reads this when it is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from xarch_kd.cli.console import make_console, quiet_libraries

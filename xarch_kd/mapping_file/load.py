@@ -7,13 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from xarch_kd.errors import MappingFileError
+from xarch_kd.mapping_file.read import read_mapping_text
 from xarch_kd.mapping_file.schema import MappingFile
-from xarch_kd.mapping_file.source_map import Position, Problem, SourceMap, YamlPath, mapping_error, shortened
+from xarch_kd.mapping_file.source_map import Position, Problem, SourceMap, YamlPath, mapping_error
 from xarch_kd.mapping_file.validation_messages import problems_of
 from xarch_kd.mapping_file.yaml_core import read_yaml
-
-MAXIMUM_BYTES = 2**20
 
 _NEEDS = "It needs the keys version, teacher, student, data and stages; `xarch-kd init TEACHER` writes a whole file."
 
@@ -31,7 +29,7 @@ def load_mapping(path: str | Path) -> tuple[MappingFile, str, SourceMap]:
     'mamba2'
     """
     path = Path(path)
-    text = _read(path)
+    text = read_mapping_text(path)
     mapping, source_map = parse_mapping(text, str(path))
     return mapping, text, source_map
 
@@ -63,29 +61,6 @@ def validate_mapping(value: dict[str, Any], problems: list[Problem], source_map:
     if problems:
         raise mapping_error(problems, source_map)
     return mapping
-
-
-def _read(path: Path) -> str:
-    if "\n" in str(path):
-        first = str(path).splitlines()[0]
-        raise MappingFileError([f"{shortened(first)}: this is text, not a path. Give yaml.safe_load(text), a dict."])
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAXIMUM_BYTES + 1)
-    except FileNotFoundError:
-        raise MappingFileError([f"{path}: there is no such file. `xarch-kd init TEACHER` writes one."]) from None
-    except IsADirectoryError:
-        raise MappingFileError([f"{path}: this is a folder, not a mapping file"]) from None
-    except (OSError, ValueError) as error:
-        raise MappingFileError([f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"]) from None
-    if len(content) > MAXIMUM_BYTES:
-        raise MappingFileError([f"{path}: larger than {MAXIMUM_BYTES} bytes, which no mapping file needs to be"])
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        raise MappingFileError([f"{path}:{line}:{column}: not UTF-8 text"]) from None
 
 
 def _place_at(source_map: SourceMap | None, problem: Problem) -> YamlPath:

@@ -295,6 +295,9 @@ def _built(
             return None
         except Exception as error:
             # Classes do not check their sizes, and the errors that follow have no common type.
+            error = (
+                error.__cause__ if isinstance(error, ModelError) and isinstance(error.__cause__, Exception) else error
+            )
             reason = f"{type(error).__name__}: {_last_line(error)}"
             problems.append(ConfigProblem(None, f"no {model_type} can be built with these values: {reason}"))
             return None

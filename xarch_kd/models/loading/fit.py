@@ -29,15 +29,25 @@ _CAUSES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     ),
     (re.compile(r"\.bias$"), "biases that the config turns off, e.g. attention_bias: false or mlp_bias: false"),
 )
+_COMPARE: Final = "compare config.json with the one that the weights were saved with"
 _HEADS: Final = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 def check_placed(report: Mapping[str, Any], config: PreTrainedConfig, *, where: str) -> None:
-    """Raise `ModelError` if weights are missing from a checkpoint, or have no place in the model of its config.
+    """Raise `ModelError` if weights are missing, of another shape, or have no place in the model of their config.
 
     `report` is the `output_loading_info` of transformers.
     """
+    shapes = sorted(report.get("mismatched_keys", ()), key=str)
+    if shapes:
+        listed = [f"{name} {tuple(stored)}, by the config {tuple(wanted)}" for name, stored, wanted in shapes]
+        raise ModelError(
+            f"The checkpoint holds {len(shapes)} weights of another shape than its config gives.",
+            asked=where,
+            found=_listed(listed),
+            fix=_COMPARE,
+        )
     missing, extra = (sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys"))
     extra = [key for key in extra if not HARMLESS.search(key)]
     wrapper = _wrapper(extra)
@@ -55,7 +65,7 @@ def check_placed(report: Mapping[str, Any], config: PreTrainedConfig, *, where: 
             f"The checkpoint lacks {len(missing)} weights that its config requires.",
             asked=where,
             found=f"missing: {_listed(missing)}" + (f"; without a place: {_listed(extra)}" if extra else ""),
-            fix="compare config.json with the one that the weights were saved with",
+            fix=_COMPARE,
         )
 
 
@@ -73,7 +83,7 @@ def _cause(extra: Collection[str], config: PreTrainedConfig) -> str:
     layers = {int(found.group(1)) for key in extra if (found := re.search(r"\.(\d+)\.", key))}
     if isinstance(depth, int) and layers and min(layers) >= depth:
         return f"likely too few layers in config.json: it has {depth}, and the file has layer {max(layers)}"
-    return "compare config.json with the one that the weights were saved with"
+    return _COMPARE
 
 
 def _listed(keys: Collection[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,16 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.errors import ModelError, suggest
+from xarch_kd.files import expanded
 from xarch_kd.models.loading.fit import check_placed, check_weights_finite, follow_loaded_head, follow_stored_head
 from xarch_kd.models.loading.gguf import check_gguf_placed, gguf_config
-from xarch_kd.models.loading.reference import Source, check_config, read_config_json, resolve
+from xarch_kd.models.loading.reference import (
+    Source,
+    check_config,
+    read_config_json,
+    resolve,
+    without_implementations,
+)
 from xarch_kd.models.loading.stored import check_weights
 from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, stock_config
 from xarch_kd.models.mamba_ssm.format import import_mamba_ssm, mamba_ssm_folder_config
@@ -31,7 +37,7 @@ def load_config(reference: str, revision: str | None = None) -> PreTrainedConfig
 
 def read_student_config(reference: str) -> PreTrainedConfig:
     """Return the config in a folder, or of a `config.json` file, that need not have weights. Raises `ModelError`."""
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     if not path.exists():
         return load_config(reference)
     values = read_config_json(path)
@@ -81,7 +87,7 @@ def _from_values(values: dict[str, Any], *, where: str) -> PreTrainedConfig:
             found=f"model_type: {model_type}",
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values)
+        return CONFIG_MAPPING[model_type].from_dict(without_implementations(values))
     except Exception as error:
         # Strict configs raise a class of their own for each field; all of them mean that the file is wrong.
         raise ModelError(f"The config of {where} is not valid.", found=_first_line(error)) from error
@@ -119,6 +125,8 @@ def load_model(
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            # The report names them, and they are refused below; the error that is raised otherwise names nothing.
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
@@ -161,9 +169,17 @@ def fresh_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype = tor
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model of `config` without storage, for its parameters' names and shapes."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    """Return a model of `config` without storage, for its parameters' names and shapes. Raises `ModelError`."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:
+        # Classes do not check their sizes, and the errors that follow have no common type.
+        raise ModelError(
+            f"No {config.model_type} can be built with the values of its config.",
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            fix="compare config.json with the one that the weights were saved with",
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

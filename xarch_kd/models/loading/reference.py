@@ -1,7 +1,7 @@
 """Model references: a hub id, a local folder, a `.gguf` file, or a data file inside an installed distribution.
 
 References are checked here before any library reads them: nothing in a checkpoint can name code to run, only
-safetensors and GGUF are read, and truncated files are reported. Only the standard library is imported.
+safetensors and GGUF are read, and truncated files are reported. No library of models is imported.
 """
 
 from __future__ import annotations
@@ -10,17 +10,30 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from xarch_kd.errors import ModelError
+from xarch_kd.files import expanded
+from xarch_kd.mapping_file.source_map import shortened
 
 ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, or package:NAME/FILE.gguf"
 
 # Keys through which a config could have a library import code that came with the checkpoint.
-CODE_KEYS = ("auto_map", "_attn_implementation_internal", "_experts_implementation_internal", "trust_remote_code")
+CODE_KEYS = ("auto_map", "trust_remote_code")
+# Keys that choose an implementation for speed. transformers takes a value with a slash for a repository on the hub,
+# whose kernel it downloads and runs; the names of some others make it do the same where a package is missing.
+_IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+# Larger values are errors, or meant to exhaust the machine: the blocks of a model are built one by one.
+DEEPEST: Final = 4096
+_WIDEST: Final = 2**28
+_DEPTH: Final = re.compile(r"n_?layers?|.*(num|encoder|decoder)_(hidden_)?(layers|blocks)|n_blocks?|depth")
+_SIZE: Final = re.compile(
+    r"d_\w+|n_(embd|inner|heads?)|\w*(size|dim|width|expand)|\w*n(um)?_\w*(heads|experts|groups)\w*"
+)
+_CONFIG_BYTES: Final = 2**24
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -39,10 +52,11 @@ def resolve(reference: str, revision: str | None = None) -> Source:
     """Return the location of `reference`. Raises `ModelError` if nothing or no model is there."""
     if reference.startswith("package:"):
         return _gguf(reference, _packaged(reference), revision)
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     if path.suffix.lower() == ".gguf":
         return _gguf(reference, path, revision)
     if path.is_dir():
+        _check_no_adapter(path)
         check_config(read_config_json(path), where=str(path))
         return Source(kind="folder", name=reference, path=path, revision=revision)
     if path.exists():
@@ -58,9 +72,14 @@ def read_config_json(path: Path) -> dict[str, Any]:
     if not file.is_file():
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) if path.is_dir() else "nothing"
         raise ModelError(f"{path} holds no config.json, so it is not a model folder.", found=found or "an empty folder")
+    if file.stat().st_size > _CONFIG_BYTES:
+        raise ModelError(f"{file} is larger than a config can be.", allowed=f"{_CONFIG_BYTES} bytes")
     try:
         config = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError as error:
+        raise ModelError(f"{file} is nested too deep to be a config.") from error
+    except ValueError as error:
+        # Of JSON, of UTF-8, or of numbers with thousands of digits.
         raise ModelError(f"{file} is not JSON.", found=str(error)) from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} does not hold a JSON object.", found=type(config).__name__)
@@ -74,16 +93,60 @@ def _special_float(value: dict[str, Any]) -> Any:
 
 
 def check_config(config: Mapping[str, Any], *, where: str) -> None:
-    """Raise `ModelError` if a config, at any depth, names code that came with the checkpoint."""
+    """Raise `ModelError` if a config, at any depth, names code to run or has sizes that no model has."""
     for key, value in config.items():
-        if key in CODE_KEYS and value:
+        is_repository = _IMPLEMENTATION.fullmatch(key) and any("/" in name for name in _texts(value))
+        if is_repository or (key in CODE_KEYS and value):
             raise ModelError(
                 f"The config of {where} names custom code ({key}); such code is never run.",
                 found=f"{key}: {value}",
                 fix=f"if transformers has this model type itself, delete {key} from a local copy of config.json",
             )
+        limit = DEEPEST if _DEPTH.fullmatch(key) else _WIDEST if _SIZE.fullmatch(key) else None
+        if limit is not None and any(number > limit for number in _numbers(value)):
+            raise ModelError(
+                f"The config of {where} has a size that no model has.",
+                found=f"{key}: {shortened(str(value))}",
+                allowed=f"at most {limit}",
+                fix="compare config.json with the one that the weights were saved with",
+            )
         if isinstance(value, Mapping):
             check_config(value, where=where)
+
+
+def without_implementations(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the keys that choose kernels: transformers' own choice for this machine is used."""
+    return {
+        key: without_implementations(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not _IMPLEMENTATION.fullmatch(key)
+    }
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+
+
+def _numbers(value: object) -> Iterator[float]:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float):
+            yield number
+
+
+def _check_no_adapter(folder: Path) -> None:
+    # With peft installed transformers would load it over the weights, and without peft it would leave it out.
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        raise ModelError(
+            f"{folder} holds an adapter (LoRA or another), not a whole model.",
+            found=f"{file.name}: {shortened(file.read_text(encoding='utf-8', errors='replace'), 200)}",
+            fix="merge it into its base model and save that: peft's merge_and_unload(), then save_pretrained(folder); "
+            f"or delete {file.name} if the weights beside it are whole",
+        )
 
 
 def _packaged(reference: str) -> Path:
