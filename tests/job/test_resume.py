@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,26 +14,10 @@ import pytest
 from xarch_kd.cli.app import main
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.train import train
-from xarch_kd.run.progress import StageProgress, StepFigures
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
-from xarch_kd.testing.runs import events_of, same, student_of
+from xarch_kd.testing.runs import events_of, same, signal_after, student_of
 
 ALL_STEPS = MIXER_STAGE["steps"] + LOGIT_STAGE["steps"]
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal when `count` steps are over."""
-    seen = 0
-    step = StageProgress.step
-
-    def stopping(self: StageProgress, figures: StepFigures) -> None:
-        nonlocal seen
-        step(self, figures)
-        seen += 1
-        if seen == count:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(StageProgress, "step", stopping)
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +28,14 @@ def uninterrupted() -> dict[str, Any]:
 
 @pytest.mark.parametrize("count", range(1, ALL_STEPS + 1))
 def test_resuming_after_any_step_gives_bitwise_the_same_student(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, Any], count: int
+    write_mapping: Write, tmp_path: Path, uninterrupted: dict[str, Any], count: int
 ) -> None:
     mapping = write_mapping()
     if not uninterrupted:
         train(mapping, tmp_path / "whole")
         uninterrupted["student"] = student_of(tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        stop_after(patched, count)
-        with pytest.raises(Interrupted):
-            train(mapping, tmp_path / "stopped")
+    with signal_after(count), pytest.raises(Interrupted):
+        train(mapping, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "manifest.json").exists()
     train(mapping, tmp_path / "stopped", resume=True)
     assert same(student_of(tmp_path / "stopped"), uninterrupted["student"])
@@ -63,11 +44,10 @@ def test_resuming_after_any_step_gives_bitwise_the_same_student(
 
 
 def test_ctrl_c_exits_130_with_the_command_to_resume(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mapping, run = write_mapping(), tmp_path / "run"
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2, signal.SIGINT)
+    with signal_after(2, signal.SIGINT):
         assert main(["train", str(mapping), "--output", str(run)]) == 130
     command = f"xarch-kd train {mapping} --output {run} --resume"
     assert command in capsys.readouterr().err
@@ -95,26 +75,20 @@ def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping
 
 @pytest.mark.parametrize(("stage", "cache"), [(MIXER_STAGE, "memory"), (MIXER_STAGE, "disk"), (LOGIT_STAGE, "disk")])
 def test_resuming_with_a_cache_gives_bitwise_the_same_student(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], cache: str
+    write_mapping: Write, tmp_path: Path, stage: dict[str, Any], cache: str
 ) -> None:
     mapping = write_mapping({**stage, "steps": 6, "batches": 3, "cache": cache})
     train(mapping, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        stop_after(patched, 4)
-        with pytest.raises(Interrupted):
-            train(mapping, tmp_path / "stopped")
+    with signal_after(4), pytest.raises(Interrupted):
+        train(mapping, tmp_path / "stopped")
     train(mapping, tmp_path / "stopped", resume=True)
     assert same(student_of(tmp_path / "stopped"), student_of(tmp_path / "whole"))
 
 
-def test_a_finished_stage_is_not_run_again(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_stage_is_not_run_again(write_mapping: Write, tmp_path: Path) -> None:
     mapping, run = write_mapping(), tmp_path / "run"
-    with monkeypatch.context() as patched:
-        stop_after(patched, MIXER_STAGE["steps"] + 1)
-        with pytest.raises(Interrupted):
-            train(mapping, run)
+    with signal_after(MIXER_STAGE["steps"] + 1), pytest.raises(Interrupted):
+        train(mapping, run)
     train(mapping, run, resume=True)
     finished = [event["stage"] for event in events_of(run) if event["event"] == "stage-finished"]
     assert finished == ["mixers", "logits"]

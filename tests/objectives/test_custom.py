@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.objectives.stages import PAIRS, entry, plan_of
 from xarch_kd.errors import MappingFileError, NonFiniteLoss, UsageError
 from xarch_kd.job.evaluate import evaluate
-from xarch_kd.job.train import fingerprint_of, train
+from xarch_kd.job.fingerprint import mapping_fingerprint
+from xarch_kd.job.train import train
 from xarch_kd.layer_mapping import LayerMap
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.planning.plan import Plan
@@ -140,7 +141,7 @@ def test_a_run_belongs_to_its_objects(folders: dict[str, Path]) -> None:
     def another(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         return mean_squared_error(student, teacher, mask)
 
-    prints = [fingerprint_of(custom_plan(folders, **more)) for more in ({}, {}, {"objectives": {"mine": another}})]
+    prints = [mapping_fingerprint(custom_plan(folders, **more)) for more in ({}, {}, {"objectives": {"mine": another}})]
     assert prints[0] == prints[1] != prints[2]
 
 

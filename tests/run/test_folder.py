@@ -9,7 +9,10 @@ import pytest
 
 from xarch_kd.errors import UsageError
 from xarch_kd.files import write_text
+from xarch_kd.run.fingerprint import Fingerprint
 from xarch_kd.run.folder import RunFolder, sha256_of
+
+MADE_FROM = Fingerprint(inputs={"training text": "a"}, packages={"torch": "2.13.0"}, working_directory="/")
 
 
 def test_a_new_or_empty_folder_is_new(tmp_path: Path) -> None:
@@ -19,7 +22,7 @@ def test_a_new_or_empty_folder_is_new(tmp_path: Path) -> None:
 
 def test_a_run_is_unfinished_until_its_manifest_is_there(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.start("version: 1\n", {"stages": []}, "f")
+    folder.start("version: 1\n", {"stages": []}, "f", MADE_FROM)
     assert folder.state("f") == "unfinished"
     folder.finish()
     assert folder.state("f") == "finished"
@@ -27,7 +30,7 @@ def test_a_run_is_unfinished_until_its_manifest_is_there(tmp_path: Path) -> None
 
 def test_the_manifest_covers_every_other_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.start("version: 1\n", {}, "f")
+    folder.start("version: 1\n", {}, "f", MADE_FROM)
     write_text(folder.student / "config.json", "{}")
     folder.finish()
     files = json.loads(folder.manifest.read_text())["files"]
@@ -43,7 +46,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_mapping_file_is_refused(tmp_path: Path) -> None:
-    RunFolder(tmp_path).start("version: 1\n", {}, "one")
+    RunFolder(tmp_path).start("version: 1\n", {}, "one", MADE_FROM)
     with pytest.raises(UsageError, match="holds the run of another mapping file"):
         RunFolder(tmp_path).state("two")
 

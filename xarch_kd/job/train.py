@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import resource
 import shlex
 import sys
@@ -26,6 +24,7 @@ from xarch_kd.files import write_tensors
 from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
+from xarch_kd.job.fingerprint import mapping_fingerprint, rows_fingerprint, run_fingerprint
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.run import Run
 from xarch_kd.job.texts import packed, training_and_held_out
@@ -37,7 +36,8 @@ from xarch_kd.planning.layer_maps import is_learned
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.render import plan_as_dict
 from xarch_kd.planning.resolve import make_plan
-from xarch_kd.run.folder import RunFolder
+from xarch_kd.run.fingerprint import Fingerprint, changed_patches, changed_releases, check_unchanged
+from xarch_kd.run.folder import RunFolder, State
 from xarch_kd.run.processes import Processes, joined_processes
 from xarch_kd.run.progress import StageProgress
 from xarch_kd.run.report import Reporter, clock
@@ -60,16 +60,16 @@ def train(
     """Run every stage of a plan into `output_dir` and return the finished run.
 
     `plan` is a `Plan` or what `xarch_kd.plan` accepts: a path, a dict or a `MappingFile`. A finished run is returned as
-    it is. An unfinished one resumes at its last checkpoint when `resume` is true; on a CPU the student is bitwise the
-    one of an uninterrupted run.
+    it is. An unfinished one resumes at its last whole checkpoint when `resume` is true; on a CPU the student is bitwise
+    the one of an uninterrupted run.
 
     Under `python -m torch.distributed.run --nproc-per-node N` each process calls this with the same arguments, and the
     rows of each micro-batch are split over the processes: `batch_size` stays the size of the whole micro-batch, so N
     processes compute the same steps as one. Rank 0 writes and prints.
 
-    Raises UsageError when the folder holds something else or the processes differ in mapping file, data or models,
-    Interrupted after Ctrl-C or SIGTERM, ProcessError when another process fails, and whatever the models, the data or
-    the losses raise.
+    Raises UsageError when the folder holds something else, or this run made from other text, models, tokenizer or
+    package versions, or when the processes differ in them; Interrupted after Ctrl-C or SIGTERM, ProcessError when
+    another process fails, and whatever the models, the data or the losses raise.
 
     >>> import xarch_kd as xkd
     >>> from rich.console import Console
@@ -84,7 +84,7 @@ def train(
             "The output is not a path.", asked=f"output_dir={output_dir!r}", allowed="the path of a folder, str or Path"
         )
     plan = plan if isinstance(plan, Plan) else make_plan(plan)
-    fingerprint = fingerprint_of(plan)
+    fingerprint = mapping_fingerprint(plan)
     with joined_processes(device_of(plan)) as processes:
         folder = RunFolder(Path(output_dir), is_owner=processes.is_main)
         reporter = Reporter(console) if processes.is_main else Reporter.silent()
@@ -95,23 +95,14 @@ def train(
         processes.from_main(lambda: folder.state(fingerprint))
         with folder.locked(), StopSignals(command) as signals:
             state = processes.from_main(lambda: folder.state(fingerprint))
-            if state == "finished":
-                return Run(folder.root, was_finished=True)
             if state == "unfinished" and not resume:
                 raise UsageError(
                     "the output folder holds this run, unfinished", asked=folder.root, fix=f"resume it: {command}"
                 )
-            _Job(plan, folder, reporter, signals, processes).run(fingerprint)
+            _Job(plan, folder, reporter, signals, processes).run(fingerprint, state)
+            if state == "finished":
+                return Run(folder.root, was_finished=True)
     return Run(folder.root)
-
-
-def fingerprint_of(plan: Plan) -> str:
-    """Return the SHA-256 of the mapping file's content, without layout and comments, and of custom objects' names."""
-    content = plan.mapping.model_dump(mode="json")
-    names = plan.custom.qualified_names()
-    if names:
-        content["custom"] = names
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _Job:
@@ -127,27 +118,33 @@ class _Job:
         self.processes = processes
         self.reports: list[ProjectorReport] = []
 
-    def run(self, fingerprint: str) -> None:
+    def run(self, fingerprint: str, state: State) -> None:
+        """Check the inputs, then train unless the folder holds the finished run."""
         _check_tracking(self.plan.mapping.tracking)
+        started = time.perf_counter()
+        tokenizer = load_run_tokenizer(self.plan)
+        text, held_out = training_and_held_out(self.plan)
+        rows = packed(text, tokenizer, self.plan, self.reporter)
+        made_from = self._checked_inputs(run_fingerprint(self.plan, tokenizer, rows, held_out), state)
+        if state == "finished":
+            return
         if self.processes.world_size > 1:
             for notice in split_notices(self.plan, self.processes.world_size):
                 self.reporter.line(f"warning: {notice}")
-        started = time.perf_counter()
-        tokenizer = load_run_tokenizer(self.plan)
-        text, _ = training_and_held_out(self.plan)
-        rows = packed(text, tokenizer, self.plan, self.reporter)
         self.reporter.line(f"{rows.numel():,} tokens of {text.description} in {rows.shape[0]} rows of {rows.shape[1]}")
         models = load_models(self.plan, tokenizer, self.reporter, self.processes)
         self.processes.check_same(
             {
-                "data": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+                "data": rows_fingerprint(rows),
                 "teacher": config_fingerprint(models.teacher.config),
                 "student": config_fingerprint(models.student.config),
             }
         )
+        # Recorded first, so that a calibration that is kept is known to be of these inputs.
+        self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint, made_from)
         with self.processes.main_first():
             self.plan = calibrated(self.plan, models, rows, self.reporter, kept=self.folder.calibration)
-        self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint)
+        self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint, made_from)
         self.folder.event(
             "started",
             seconds_to_load=round(time.perf_counter() - started, 2),
@@ -169,6 +166,20 @@ class _Job:
             self.folder.event("finished", seconds=round(time.perf_counter() - started, 2))
             self.folder.finish()
         self.processes.barrier()
+
+    def _checked_inputs(self, found: Fingerprint, state: State) -> Fingerprint:
+        """Return what the run was made from when it started. Raises UsageError if anything differs by now."""
+        if state == "new":
+            return found
+        recorded = self.processes.from_main(self.folder.recorded)
+        check_unchanged(recorded, found, folder=self.folder.root, finished=state == "finished")
+        assert recorded is not None
+        differing = changed_patches(recorded, found)
+        if state == "finished":
+            differing += changed_releases(recorded, found)
+        for line in differing:
+            self.reporter.line(f"warning: version of {line}")
+        return recorded
 
     def _check_signals(self) -> None:
         """Raise Interrupted on every rank if any received a signal."""

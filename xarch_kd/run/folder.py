@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from xarch_kd.errors import UsageError
 from xarch_kd.files import cannot_write, write_json, write_text
+from xarch_kd.run.fingerprint import Fingerprint
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -123,13 +124,21 @@ class RunFolder:
             return None
         return value.get("fingerprint") if isinstance(value, dict) else None
 
-    def start(self, source: str, plan: Mapping[str, Any], fingerprint: str) -> None:
-        """Write what identifies the run."""
+    def recorded(self) -> Fingerprint | None:
+        """Return what the run was made from when it started, None for a new folder or one of an older version."""
+        try:
+            value = json.loads(self.plan.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return Fingerprint.from_dict(value.get("made_from")) if isinstance(value, dict) else None
+
+    def start(self, source: str, plan: Mapping[str, Any], fingerprint: str, made_from: Fingerprint) -> None:
+        """Write what identifies the run: `fingerprint` is that of its mapping file, `made_from` that of all inputs."""
         if not self.is_owner:
             return
         write_text(self.mapping, source)
         write_json(self.root / "environment.json", environment())
-        write_json(self.plan, {"fingerprint": fingerprint, **plan})
+        write_json(self.plan, {"fingerprint": fingerprint, "made_from": made_from.as_dict(), **plan})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event. Raises CheckpointError when the disk is full."""

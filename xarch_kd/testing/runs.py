@@ -1,15 +1,20 @@
-"""Readers of run folders, for tests of the main job."""
+"""Readers of run folders and interruption of runs, for tests of the main job."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from xarch_kd.run.progress import StageProgress, StepFigures
 
 
 def student_of(run: Path) -> dict[str, Tensor]:
@@ -25,3 +30,24 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 def events_of(run: Path) -> list[dict[str, Any]]:
     """Return the events of a run in order."""
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def signal_after(steps: int, *numbers: int) -> Iterator[None]:
+    """Send this process the signals (by default SIGTERM) when `steps` steps are done inside the block."""
+    seen = 0
+    step = StageProgress.step
+
+    def stopping(self: StageProgress, figures: StepFigures) -> None:
+        nonlocal seen
+        step(self, figures)
+        seen += 1
+        if seen == steps:
+            for number in numbers or (signal.SIGTERM,):
+                os.kill(os.getpid(), number)
+
+    StageProgress.step = stopping  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        StageProgress.step = step  # type: ignore[method-assign]

@@ -17,6 +17,23 @@ def token_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(table.encode("ascii")).hexdigest()
 
 
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return size and SHA-256 of a tokenizer as it cuts text: tokens, rules, special tokens and chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    # Set by each call, and not by the tokenizer's files.
+    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
+    content = {
+        "class": type(tokenizer).__name__,
+        "rules": rules,
+        "tokens": token_fingerprint(tokenizer),
+        "special": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{len(tokenizer):,} tokens, sha256 {digest[:16]}"
+
+
 def shared_vocabulary(
     teacher_tokenizer: PreTrainedTokenizerBase,
     student_tokenizer: PreTrainedTokenizerBase,
