@@ -18,7 +18,7 @@ def test_json_holds_what_is_installed(xarch_kd: XarchKd) -> None:
     assert done.code == 0
     assert found["python"] == platform.python_version()
     assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert set(found["extras"]) == {"gguf", "mamba", "data", "bench"}
+    assert set(found["extras"]) == {"gguf", "mamba", "bench"}
     assert found["implementations"]["reference"] == {"runs": True, "reason": None}
     assert len(found["devices"]) == torch.cuda.device_count()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from xarch_kd.data.corpus import BUILTIN, Corpus, read_corpus
-from xarch_kd.errors import DataError, UsageError
+from xarch_kd.errors import DataError
 
 
 @pytest.mark.parametrize("name", sorted(BUILTIN))
@@ -69,14 +69,6 @@ def test_files_are_documents_and_so_are_lines_of_jsonl(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
     corpus = read_corpus(files=[str(tmp_path / "a.txt"), str(tmp_path / "*.jsonl")], column="body")
     assert corpus.documents == ("first", "second", "third")
-
-
-def test_a_local_dataset_folder_without_the_library_names_the_extra(tmp_path: Path) -> None:
-    try:
-        import datasets  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        with pytest.raises(UsageError, match=r"pip install 'xarch_kd\[data\]'"):
-            read_corpus(dataset=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,21 @@ import xarch_kd
 from xarch_kd._layout import folder
 
 # Required distributions, and the optional ones: extra → distribution → module.
-CORE = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pydantic", "typer", "rich")
+CORE = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pydantic",
+    "typer",
+    "rich",
+)
 EXTRAS = {
     "gguf": {"gguf": "gguf"},
     "mamba": {"mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"},
-    "data": {"datasets": "datasets"},
     "bench": {"liger-kernel": "liger_kernel", "matplotlib": "matplotlib", "trl": "trl"},
 }
 

@@ -6,7 +6,6 @@ import glob
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import random
 import sysconfig
@@ -222,12 +221,6 @@ def _jsonl_text(line: str, column: str, where: str) -> str:
 
 
 def _from_dataset(name: str, config: str | None, split: str, column: str) -> Corpus:
-    if importlib.util.find_spec("datasets") is None:
-        raise UsageError(
-            "data.dataset needs the package 'datasets'",
-            asked=name,
-            fix="pip install 'xarch_kd[data]', or use data.files",
-        )
     datasets = importlib.import_module("datasets")
     local = Path(name)
     if local.is_dir():
