@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -10,8 +11,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "xarch_kd").rglob("*.py"))
@@ -38,14 +37,29 @@ def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def public_definitions(tree: ast.Module) -> Iterator[Function | ast.ClassDef]:
-    for node in tree.body:
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def matching(pattern: re.Pattern[str], texts: dict[Path, str]) -> list[str]:
+    """Return the lines of the texts that match, with the file of each."""
+    return [
+        f"{named(path)}: {line.strip()}"
+        for path, text in texts.items()
+        for line in text.splitlines()
+        if pattern.search(line)
+    ]
+
+
+def public_definitions(module: ast.Module) -> Iterator[Function | ast.ClassDef]:
+    for node in module.body:
         if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
             yield node
 
 
-def docstrings(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+def docstrings(module: ast.Module) -> Iterator[str]:
+    for node in ast.walk(module):
         if isinstance(node, Function | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
             yield text
 
@@ -67,14 +81,22 @@ def test_the_import_contract_holds() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", MODULES, ids=named)
-def test_public_things_have_docstrings_and_types(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "every module has a docstring"
-    silent = [node.name for node in public_definitions(tree) if not ast.get_docstring(node)]
+def test_public_things_have_docstrings_and_types() -> None:
+    modules = {named(path): tree(path) for path in MODULES}
+    assert [name for name, module in modules.items() if not ast.get_docstring(module)] == []
+    silent = [
+        f"{name}: {node.name}"
+        for name, module in modules.items()
+        for node in public_definitions(module)
+        if not ast.get_docstring(node)
+    ]
     assert silent == [], "public functions and classes have a docstring"
-    functions = [node for node in ast.walk(tree) if isinstance(node, Function)]
-    untyped = {node.name: unannotated(node) for node in functions if unannotated(node)}
+    untyped = {
+        f"{name}: {node.name}": unannotated(node)
+        for name, module in modules.items()
+        for node in ast.walk(module)
+        if isinstance(node, Function) and unannotated(node)
+    }
     assert untyped == {}, "every signature is typed"
 
 
@@ -90,18 +112,17 @@ def test_no_unanchored_notes_and_no_machine_paths() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=named)
-def test_docstrings_open_with_an_imperative_or_a_noun_phrase(path: Path) -> None:
-    first_lines = [text.splitlines()[0] for text in docstrings(ast.parse(path.read_text()))]
-    assert [line for line in first_lines if OPENINGS.match(line)] == []
+def test_docstrings_open_with_an_imperative_or_a_noun_phrase() -> None:
+    first_lines = [(named(path), text.splitlines()[0]) for path in SOURCES for text in docstrings(tree(path))]
+    assert len(first_lines) > len(SOURCES)
+    assert [found for found in first_lines if OPENINGS.match(found[1])] == []
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=named)
-def test_rates_are_per_token_and_software_does_not_speak(path: Path) -> None:
-    text = path.read_text()
-    assert [line.strip() for line in text.splitlines() if RATES.search(line)] == []
-    prose = "\n".join(docstrings(ast.parse(text))) if path.suffix == ".py" else text
-    assert [line.strip() for line in prose.splitlines() if VERBS.search(line)] == []
+def test_rates_are_per_token_and_software_does_not_speak() -> None:
+    texts = {path: path.read_text() for path in (*SOURCES, *PAGES)}
+    assert matching(RATES, texts) == []
+    prose = {path: "\n".join(docstrings(tree(path))) if path.suffix == ".py" else text for path, text in texts.items()}
+    assert matching(VERBS, prose) == []
 
 
 def test_the_import_contract_counts_nothing() -> None:
