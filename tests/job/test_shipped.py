@@ -33,7 +33,15 @@ GOLDEN = Path(__file__).with_name("golden_curves.json")
 
 # Sizes of a fresh student, by model type; everything else in its config stays as it is written.
 SMALL: dict[str, dict[str, Any]] = {
-    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16},
+    # Rows are padded to whole chunks, of 256 tokens by default.
+    "mamba2": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 8,
+        "state_size": 16,
+        "chunk_size": 16,
+    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2},
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
 }
