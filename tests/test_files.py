@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from xarch_kd.errors import CheckpointError, ModelError, UsageError
-from xarch_kd.files import write_file, write_folder, write_json, write_tensors, write_text
+from xarch_kd.files import read_tensors, write_file, write_folder, write_json, write_tensors, write_text
 
 
 def test_what_is_written_is_read_back_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -23,6 +23,30 @@ def test_what_is_written_is_read_back_and_nothing_is_left_beside_it(tmp_path: Pa
     assert (root / "b.json").read_text(encoding="utf-8") == '{\n  "ü": 1\n}\n'
     assert load_file(root / "c.safetensors")["x"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     assert sorted(path.name for path in root.iterdir()) == ["a.txt", "b.json", "c.safetensors"]
+
+
+def test_tensors_are_read_back_bit_for_bit_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.tensor(2), "d": torch.empty(0, 3)}
+    write_tensors(path, tensors, {"key": "k"})
+    found, metadata = read_tensors(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert metadata == {"key": "k"}
+    content = path.read_bytes()
+    for position in (3, 20, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+        with pytest.raises(CheckpointError, match=r"x\.safetensors (is damaged|cannot be read)"):
+            read_tensors(path)
+    for wrong in (b"", content[:50], content + b"0"):
+        path.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read"):
+            read_tensors(path)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="a file with a checksum"):
+        read_tensors(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_tensors(tmp_path / "absent.safetensors")
 
 
 @pytest.mark.parametrize(

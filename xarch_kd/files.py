@@ -7,18 +7,22 @@ before. torch and safetensors are imported on use: a mapping file is written wit
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from xarch_kd.errors import CheckpointError, UsageError, XarchError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Key of the checksum in the metadata of a file of tensors.
+CHECKSUM: Final = "sha256"
 
 
 def expanded(path: str | Path) -> Path:
@@ -74,11 +78,56 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors`, of any device, as safetensors with `metadata`; errors as in `write_file`."""
+    """Write `tensors`, of any device, as safetensors with `metadata` and their checksum; errors as in `write_file`."""
     from safetensors.torch import save_file
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda partial: save_file(on_cpu, partial, dict(metadata) if metadata else None))
+    described = dict(metadata or {})
+    described[CHECKSUM] = _checksum(on_cpu, described)
+    write_file(path, lambda partial: save_file(on_cpu, partial, described))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata of a file by `write_tensors`.
+
+    Raises CheckpointError if the file is missing, cut short, or not bit for bit what was written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read", asked=path, found=str(error) or type(error).__name__
+        ) from None
+    written = metadata.pop(CHECKSUM, None)
+    if written != (found := _checksum(tensors, metadata)):
+        raise CheckpointError(
+            f"{path.name} is damaged: its content is not what was written",
+            asked=path,
+            found=f"checksum {found[:12]}",
+            allowed="a file with a checksum" if written is None else written[:12],
+        )
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the SHA-256 of names, shapes, dtypes and bytes of tensors on the CPU, and of metadata."""
+    import torch
+
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_folder(folder: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> Path:

@@ -25,8 +25,8 @@ import yaml
 
 from xarch_kd._layout import folder
 from xarch_kd.evaluation.results import Evaluation, read_evaluation
-from xarch_kd.files import write_text
-from xarch_kd.run.folder import environment, sha256_of
+from xarch_kd.files import sha256_of, write_text
+from xarch_kd.run.folder import environment
 
 DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
 # The best of 1e-3, 3e-3 and 6e-3 in earlier runs of about this length.

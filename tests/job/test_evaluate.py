@@ -9,8 +9,8 @@ import pytest
 
 from xarch_kd.cli.app import main
 from xarch_kd.evaluation.results import read_evaluation
+from xarch_kd.files import sha256_of
 from xarch_kd.job.train import train
-from xarch_kd.run.folder import sha256_of
 from xarch_kd.testing.mapping import MIXER_STAGE, Write
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.job.test_resume import stop_after
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.calibrate import START_FILE
 from xarch_kd.job.train import train
 from xarch_kd.testing.mapping import Write
-from xarch_kd.testing.runs import events_of, same, student_of
+from xarch_kd.testing.runs import events_of, same, signal_after, student_of
 
 STEPS = 6
 STUDENT = {
@@ -100,15 +99,12 @@ def write_everything(write_mapping: Write) -> Path:
 def test_a_stopped_run_goes_on_to_the_same_student_and_the_same_maps(
     write_mapping: Write,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     whole: Whole,
     count: int,
 ) -> None:
     mapping, expected = write_everything(write_mapping), whole()
-    with monkeypatch.context() as patched:
-        stop_after(patched, count)
-        with pytest.raises(Interrupted):
-            train(mapping, tmp_path / "run")
+    with signal_after(count), pytest.raises(Interrupted):
+        train(mapping, tmp_path / "run")
     train(mapping, tmp_path / "run", resume=True)
     assert same(student_of(tmp_path / "run"), student_of(expected))
     for name in ("projectors.safetensors", "stages/01-all/trained.safetensors"):

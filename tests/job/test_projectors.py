@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.job.test_resume import stop_after
 from xarch_kd.calibration import projector_report
 from xarch_kd.calibration.initialize import FIRST_TOKENS
 from xarch_kd.calibration.projector_report import halves
@@ -27,7 +26,7 @@ from xarch_kd.planning.resolve import make_plan
 from xarch_kd.run.report import Reporter
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
-from xarch_kd.testing.runs import same, student_of
+from xarch_kd.testing.runs import same, signal_after, student_of
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.checkpoints import STATE_FILE
 
@@ -126,10 +125,8 @@ def test_a_resumed_run_says_and_keeps_the_same(
     second = {**LINEAR, "name": "later", "optimizer": {"lr": 1e-2, "projector_lr": 1e-2}}
     mapping = write_mapping(LINEAR, second, **SHORT)
     train(mapping, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        stop_after(patched, count)
-        with pytest.raises(Interrupted):
-            train(mapping, tmp_path / "stopped")
+    with signal_after(count), pytest.raises(Interrupted):
+        train(mapping, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "projectors.safetensors").exists()
     measured = []
     alone = projector_report.alone
@@ -144,14 +141,10 @@ def test_a_resumed_run_says_and_keeps_the_same(
     assert later["alone"] != first["alone"]
 
 
-def test_the_start_of_a_stage_that_began_unmeasured_is_not_made_up(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_start_of_a_stage_that_began_unmeasured_is_not_made_up(write_mapping: Write, tmp_path: Path) -> None:
     mapping, run = write_mapping(LINEAR, **SHORT), tmp_path / "run"
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Interrupted):
-            train(mapping, run)
+    with signal_after(2), pytest.raises(Interrupted):
+        train(mapping, run)
     (run / "stages" / "01-stream" / "projectors-alone.json").unlink()
     train(mapping, run, resume=True)
     (report,) = reports_of(run)

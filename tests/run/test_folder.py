@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from xarch_kd.errors import UsageError
-from xarch_kd.files import write_text
+from xarch_kd.files import sha256_of, write_text
 from xarch_kd.run.fingerprint import Fingerprint
-from xarch_kd.run.folder import RunFolder, sha256_of
+from xarch_kd.run.folder import RunFolder
 
 MADE_FROM = Fingerprint(inputs={"training text": "a"}, packages={"torch": "2.13.0"}, working_directory="/")
 

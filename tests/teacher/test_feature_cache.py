@@ -70,6 +70,13 @@ def test_another_text_mask_or_teacher_is_never_read_from_a_cache(kind: str, tmp_
         assert len(passes) == 2 * len(batches)
     if kind == "disk":
         assert len(list(tmp_path.iterdir())) == 2 * len(batches)
-        damaged = next(tmp_path.iterdir())
-        damaged.write_bytes(damaged.read_bytes()[:100])
-        assert cache.get(damaged.stem) is None
+        damaged, copied, *_ = sorted(tmp_path.iterdir())
+        assert cache.get(damaged.stem) is not None
+        content = damaged.read_bytes()
+        copied.write_bytes(content)
+        flipped = bytearray(content)
+        flipped[-5] ^= 1
+        assert cache.get(copied.stem) is None
+        for wrong in (bytes(flipped), content[:100], b""):
+            damaged.write_bytes(wrong)
+            assert cache.get(damaged.stem) is None

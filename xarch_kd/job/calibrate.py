@@ -6,8 +6,6 @@ import math
 import time
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from xarch_kd.calibration.initialize import prepare, tokens_to_prepare
@@ -15,7 +13,7 @@ from xarch_kd.calibration.layer_similarity import measure_similarities
 from xarch_kd.data.batches import Batch
 from xarch_kd.data.rows import select_rows
 from xarch_kd.errors import CheckpointError
-from xarch_kd.files import write_tensors
+from xarch_kd.files import read_tensors, write_tensors
 from xarch_kd.job.models import RunModels, load_models, load_run_tokenizer
 from xarch_kd.job.texts import packed, training_and_held_out
 from xarch_kd.planning.layer_maps import entry_key
@@ -66,9 +64,14 @@ def calibrated(plan: Plan, models: RunModels, rows: Tensor, reporter: Reporter, 
 
 def _read(plan: Plan, path: Path) -> dict[str, Tensor]:
     try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}", found=str(error), fix="delete it: it is measured again") from error
+        stored, _ = read_tensors(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.message,
+            asked=path,
+            found=error.found,
+            fix="delete it and run again with --resume: it is measured again",
+        ) from error
     wanted = {entry_key(stage, name) for stage, name in plan.uncalibrated}
     if not wanted <= set(stored):
         raise CheckpointError(
@@ -87,7 +90,15 @@ def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Tensor, 
         return
     start = path / START_FILE
     if start.exists():
-        aligner.load_trained_state(start, student=False)
+        try:
+            aligner.load_trained_state(start, student=False)
+        except CheckpointError as error:
+            raise CheckpointError(
+                error.message,
+                asked=start,
+                found=error.found,
+                fix="delete it and run again with --resume: it is fitted again",
+            ) from error
         return
     began = time.perf_counter()
     chosen = select_rows(rows, max(1, math.ceil(wanted / rows.shape[1])), seed=plan.mapping.seed)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.rows import BatchOrder, StageRows
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.files import write_tensors
 from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
 from xarch_kd.job.card import write_card
@@ -46,7 +46,7 @@ from xarch_kd.taps.layout import layout_of
 from xarch_kd.teacher.feature_cache import DiskCache, FeatureCache, MemoryCache
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.checkpoints import STATE_FILE, latest_checkpoint, write_state
+from xarch_kd.training.checkpoints import STATE_FILE, newest_whole, remove_checkpoints, set_aside, write_state
 from xarch_kd.training.trainer import StageTrainer
 
 
@@ -205,13 +205,13 @@ class _Job:
         done = path / STATE_FILE
         check = ProjectorCheck(self.plan, aligner, rows, path, self.reporter)
         if done.exists():
-            aligner.load_trained_state(done)
+            self._restore(aligner, done)
             with self.processes.main_first():
                 self.reports += check.after()
             self.reporter.line(f"stage {stage.stage.name}: done before")
             return aligner
         began = time.perf_counter()
-        checkpoint = latest_checkpoint(path)
+        checkpoint = self._checkpoint(stage, path)
         first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
         if checkpoint:
             self.folder.event("resumed", stage=stage.stage.name, step=first_step)
@@ -240,6 +240,7 @@ class _Job:
         self.reports += reports
         if self.processes.is_main:
             write_state(aligner, done)
+            remove_checkpoints(path)
         if cache_folder is not None:
             self.folder.drop(cache_folder)
         seconds = time.perf_counter() - began
@@ -248,6 +249,44 @@ class _Job:
         for line in (line for report in reports for line in report.lines):
             self.reporter.line(line)
         return aligner
+
+    def _restore(self, aligner: Aligner, done: Path) -> None:
+        """Load the trained tensors of a finished stage, and remove checkpoints that an interruption left."""
+        try:
+            aligner.load_trained_state(done)
+        except CheckpointError as error:
+            raise CheckpointError(
+                error.message,
+                asked=done,
+                found=error.found,
+                fix=f"restore it from a copy, or delete {done.parent} and the folders of later stages, which are then "
+                "trained again with --resume",
+            ) from error
+        if self.processes.is_main:
+            remove_checkpoints(done.parent)
+
+    def _checkpoint(self, stage: StagePlan, path: Path) -> Path | None:
+        """Return the newest whole checkpoint of a stage; damaged ones are named and set aside.
+
+        Raises CheckpointError if there are checkpoints and none is whole.
+        """
+        newest, damaged = self.processes.from_main(lambda: newest_whole(path))
+        found = ", ".join(f"{one.path.name}: {one.reason}" for one in damaged)
+        if damaged and newest is None:
+            raise CheckpointError(
+                f"no checkpoint of stage '{stage.stage.name}' is whole",
+                asked=path,
+                found=found,
+                fix=f"restore a copy of it, or delete {path} to train this stage again from its start with --resume",
+            )
+        for one in damaged:
+            self.folder.event("damaged-checkpoint", stage=stage.stage.name, checkpoint=one.path.name, reason=one.reason)
+            self.reporter.line(
+                f"warning: {one.path}: {one.reason}; resuming from {newest.name if newest else ''} instead"
+            )
+            if self.processes.is_main:
+                set_aside(one.path)
+        return newest
 
     def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Tensor) -> StageTrainer:
         mapping = self.plan.mapping

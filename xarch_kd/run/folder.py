@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xarch_kd.errors import UsageError
-from xarch_kd.files import cannot_write, write_json, write_text
+from xarch_kd.files import cannot_write, sha256_of, write_json, write_text
 from xarch_kd.run.fingerprint import Fingerprint
 
 State = Literal["new", "unfinished", "finished"]
@@ -192,12 +191,6 @@ class RunFolder:
         """Remove a folder inside the run folder that is no longer needed."""
         if self.is_owner and folder.is_dir() and self.root.resolve() in folder.resolve().parents:
             shutil.rmtree(folder)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def environment() -> dict[str, Any]:

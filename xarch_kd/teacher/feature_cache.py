@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from xarch_kd.errors import CheckpointError
-from xarch_kd.files import write_tensors
+from xarch_kd.files import read_tensors, write_tensors
 from xarch_kd.mixing import (
     BandedMixing,
     DeltaMixing,
@@ -63,30 +62,28 @@ class MemoryCache:
 
 
 class DiskCache:
-    """Features in one safetensors file per batch, named by its key; an incomplete file counts as none."""
+    """Features in one safetensors file per batch, named by its key; a damaged file or one of another key is none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str) -> Features | None:
-        """Return the features of `key`, or None when they are not there or not readable."""
+        """Return the features of `key`, or None when they are not there or not as they were written."""
         path = self._path(key)
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-                plain = json.loads((file.metadata() or {}).get("mixings", "{}"))
-        except (SafetensorError, OSError):
+            stored, described = read_tensors(path)
+        except CheckpointError:
             return None
-        return _unpacked(stored, plain)
+        return _unpacked(stored, json.loads(described["mixings"])) if described.get("key") == key else None
 
     def put(self, key: str, features: Features) -> None:
         """Keep the features under `key`. Raises CheckpointError when the disk is full."""
         tensors, plain = _packed(features)
         try:
-            write_tensors(self._path(key), tensors, {"mixings": json.dumps(plain)})
+            write_tensors(self._path(key), tensors, {"key": key, "mixings": json.dumps(plain)})
         except CheckpointError as error:
             raise CheckpointError(
                 "the teacher's features cannot be kept on disk",

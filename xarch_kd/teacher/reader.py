@@ -60,15 +60,16 @@ class TeacherFeatures:
 def teacher_fingerprint(layout: Layout) -> str:
     """Return a SHA-256 of the model: its config, and of each parameter and buffer name, shape, dtype and values.
 
-    At most 1024 values of each tensor are read, at equal distances, so that the cost does not grow with the model. It
-    covers another checkpoint, training of any length, a conversion and another dtype or attention implementation; a
-    change of single entries between the values that are read is not seen.
+    The modules that taps read belong to it. At most 1024 values of each tensor are read, at equal distances, so that
+    the cost does not grow with the model. It covers another checkpoint, training of any length, a conversion and
+    another dtype or attention implementation; a change of single entries between the values that are read is not seen.
     """
     model = layout.model
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else vars(model.config)
     # Where the model was loaded from and by which version does not change what it computes.
     settings = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     settings["attention"] = getattr(model.config, "_attn_implementation", None)
+    settings["tapped"] = _tapped_modules(layout)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -76,6 +77,16 @@ def teacher_fingerprint(layout: Layout) -> str:
         values = tensor.detach().reshape(-1)[::step].double().cpu()
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _tapped_modules(layout: Layout) -> list[str]:
+    """Return the paths of the modules whose inputs and outputs are features."""
+    names = {id(module): name for name, module in layout.model.named_modules()}
+    modules = (
+        *(layout.embedding, *layout.blocks, *layout.mixers, *layout.mixer_outputs),
+        *(*(layout.mlp_outputs or ()), layout.final_norm),
+    )
+    return [names.get(id(module), "") for module in modules]
 
 
 def _taps(sites: Sequence[Site]) -> Mapping[str, list[int] | None]:

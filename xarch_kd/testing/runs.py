@@ -32,6 +32,13 @@ def events_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
+def flip_bit(path: Path) -> None:
+    """Change one bit in the last bytes of a file, which are data in safetensors and in most other formats."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
 @contextmanager
 def signal_after(steps: int, *numbers: int) -> Iterator[None]:
     """Send this process the signals (by default SIGTERM) when `steps` steps are done inside the block."""

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
+from xarch_kd.files import read_tensors
 from xarch_kd.layer_mapping.layer_map import LayerMap
 from xarch_kd.losses.features import divisor
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
@@ -311,14 +310,9 @@ class Aligner(nn.Module):
     def load_trained_state(self, path: Path, *, student: bool = True) -> None:
         """Copy a file of `trained_state` into student, projectors, maps and constants.
 
-        Raises CheckpointError if it does not fit.
+        Raises CheckpointError if it is damaged or does not fit.
         """
-        try:
-            stored = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot read {path}", found=str(error), fix="delete it and run again with --resume"
-            ) from error
+        stored, _ = read_tensors(path)
         for entry in self.entries:
             for objective in entry.objectives:
                 names = {name: f"fitted.{objective.pair.name}.{name}" for name in objective.to_fit}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xarch_kd.errors import CheckpointError
-from xarch_kd.files import write_tensors
+from xarch_kd.files import sha256_of, write_json, write_tensors
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.loss_balancing import write_balance
 
@@ -16,6 +18,8 @@ STATE_FILE = "trained.safetensors"
 # State of the batch source, beside it.
 SOURCE_FILE = "source.json"
 KEPT_CHECKPOINTS = 2
+# SHA-256 of every other file of a checkpoint.
+CHECKSUM_FILE = "checksums.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -40,7 +44,7 @@ def write_state(aligner: Aligner, path: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints of a stage, oldest first."""
+    """Return the checkpoints of a stage, oldest first."""
     found = [
         (int(match.group(1)), path)
         for path in folder.glob("checkpoint-*")
@@ -49,17 +53,57 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a stage, if there is one.
+def seal(folder: Path) -> None:
+    """Write the checksums of all other files of a checkpoint, the last of its files. Raises CheckpointError."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(folder / CHECKSUM_FILE, {"files": {str(path.relative_to(folder)): sha256_of(path) for path in files}})
 
-    Raises CheckpointError when it lacks a part (files were removed or only partly copied).
-    """
-    found = checkpoints(folder)
-    if not found:
-        return None
-    for name in (STATE_FILE, SOURCE_FILE, "trainer_state.json", "optimizer.pt"):
-        if not (found[-1] / name).is_file():
-            raise CheckpointError(
-                f"the checkpoint {found[-1]} lacks {name}", fix=f"delete {found[-1]} and resume from the one before"
-            )
-    return found[-1]
+
+def damage_of(folder: Path) -> str | None:
+    """Return the first file of a checkpoint that is missing or not as it was written, None if it is whole."""
+    try:
+        digests = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): str(digest) for name, digest in digests.items()}
+    except FileNotFoundError:
+        return f"{CHECKSUM_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{CHECKSUM_FILE} is damaged"
+    for name, digest in expected.items():
+        try:
+            if sha256_of(folder / name) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read: {error}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamagedCheckpoint:
+    """A checkpoint that cannot be used, and the first thing that is wrong with it."""
+
+    path: Path
+    reason: str
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, tuple[DamagedCheckpoint, ...]]:
+    """Return the newest checkpoint of a stage whose files are all as they were written, and the damaged newer ones."""
+    damaged: list[DamagedCheckpoint] = []
+    for path in reversed(checkpoints(folder)):
+        reason = damage_of(path)
+        if reason is None:
+            return path, tuple(damaged)
+        damaged.append(DamagedCheckpoint(path=path, reason=reason))
+    return None, tuple(damaged)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that it is not used and its step can be written again; return the new path."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a finished stage, damaged ones included; its trained tensors stay."""
+    for path in [*checkpoints(folder), *folder.glob("damaged-checkpoint-*")]:
+        shutil.rmtree(path)

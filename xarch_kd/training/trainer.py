@@ -34,8 +34,8 @@ from xarch_kd.training.checkpoints import (
     SOURCE_FILE,
     STATE_FILE,
     checkpoints,
-    latest_checkpoint,
     read_source_state,
+    seal,
     write_state,
 )
 from xarch_kd.training.loss_balancing import observe_gradients
@@ -240,8 +240,8 @@ class StageTrainer(Trainer):
         )
 
     def _where_to_go_on(self) -> str:
-        kept = latest_checkpoint(Path(str(self.args.output_dir)))
-        state = f"the last good checkpoint is {kept.name}" if kept else "no step of this stage was saved yet"
+        kept = checkpoints(Path(str(self.args.output_dir)))
+        state = f"the last good checkpoint is {kept[-1].name}" if kept else "no step of this stage was saved yet"
         return f"{state}; lower the stage's optimizer.lr or look at that batch's text. No optimizer step was taken."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -307,6 +307,7 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.processes.barrier()
             if self.processes.is_main:
+                seal(staging / final.name)
                 os.replace(staging / final.name, final)
         except (OSError, RuntimeError) as error:
             # torch.save reports a full disk as a RuntimeError of its zip writer.
