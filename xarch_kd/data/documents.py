@@ -112,17 +112,37 @@ class TokenizedDocuments:
         hashes = [
             content_hash(flat[start : start + length].tobytes()) for start, length in zip(starts, lengths, strict=True)
         ]
-        digest = hashlib.sha256(lengths.tobytes() + flat.tobytes() + (b"" if mask is None else mask.tobytes()))
+        ordered = OrderedHash()
+        ordered.add(flat, numpy.ones(len(flat), dtype=bool) if mask is None else mask)
         return cls(
             name=name,
             description=description or f"{len(lengths)} documents in memory",
             lengths=lengths,
             hashes=numpy.array(hashes, dtype=numpy.uint64),
-            fingerprint=digest.hexdigest(),
+            fingerprint=ordered.fingerprint(lengths, has_labels=mask is not None),
             flat_ids=flat,
             flat_counted=mask,
             starts=starts,
         )
+
+
+class OrderedHash:
+    """SHA-256 over ids and labels of documents in order, which are added in parts."""
+
+    def __init__(self) -> None:
+        self._ids, self._counted = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, ids: numpy.ndarray, counted: numpy.ndarray) -> None:
+        """Add tokens, and which of them are to be predicted (bool)."""
+        self._ids.update(ids.astype(numpy.uint32).tobytes())
+        self._counted.update(counted.tobytes())
+
+    def fingerprint(self, lengths: numpy.ndarray, *, has_labels: bool) -> str:
+        """Return the hash of what was added, as documents of these lengths."""
+        whole = hashlib.sha256(lengths.tobytes() + self._ids.digest())
+        if has_labels:
+            whole.update(self._counted.digest())
+        return whole.hexdigest()
 
 
 def content_hash(content: bytes) -> int:

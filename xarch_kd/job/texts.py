@@ -22,7 +22,7 @@ def corpus_of(text: Text) -> Corpus:
         dataset=text.dataset,
         dataset_config=text.dataset_config,
         split=text.split,
-        column=text.column,
+        column=text.column or "text",
     )
 
 

@@ -115,14 +115,26 @@ class Student(ConfigModel):
 
 
 class Text(ConfigModel):
-    """Exactly one of `builtin`, `files` (paths or glob patterns) and `dataset` (of the library `datasets`)."""
+    """Exactly one of `builtin`, `files` (paths, folders or glob patterns) and `dataset` (of the library `datasets`).
+
+    `revision` is the branch, tag or commit of a dataset of the hub. `shape` is found from the columns by default;
+    `column` names the column of plain text or of conversations. `train_on` is the tokens that are to be predicted, by
+    default all of plain text, the completions of `prompt_completion`, the assistant's turns of `messages`, and the
+    labels of `input_ids`. With `auto`, plain text gets the bos token where the tokenizer adds one, and ends with its
+    eos token; conversations begin and end as the chat template writes them.
+    """
 
     builtin: Literal["python-docs", "python-sources", "licences"] | None = None
     files: tuple[str, ...] | None = None
     dataset: str | None = None
     dataset_config: str | None = None
     split: str | None = None
-    column: str = "text"
+    revision: str | None = None
+    shape: Literal["auto", "text", "prompt_completion", "messages", "input_ids"] = "auto"
+    column: str | None = None
+    train_on: Literal["auto", "all", "completions", "assistant"] = "auto"
+    bos: Literal["auto", "always", "never"] = "auto"
+    eos: Literal["auto", "always", "never"] = "auto"
 
     @model_validator(mode="after")
     def _one_text(self) -> Text:
@@ -131,6 +143,11 @@ class Text(ConfigModel):
             raise ValueError(
                 f"exactly one of builtin | files | dataset must be given, found {' and '.join(given) or 'none'}"
             )
+        if self.column is not None and (self.builtin is not None or self.shape == "prompt_completion"):
+            raise ValueError("column names the column of text, messages or input_ids in files or in a dataset")
+        for name in ("dataset_config", "split", "revision"):
+            if getattr(self, name) is not None and self.dataset is None:
+                raise ValueError(f"{name} is for a dataset; name one with dataset: …")
         return self
 
 
