@@ -106,7 +106,7 @@ def test_it_is_the_debiased_similarity_of_standardized_features(
 def test_blocks_of_the_teacher_are_found_again(teacher: PreTrainedModel, strategy: str, mapping: Any) -> None:
     # The same model on both sides: each layer is most alike itself.
     plan = make_plan(mapping(strategy, student=mapping_student(mapping)))
-    models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer())
+    models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer(), student_tokenizer=tiny_tokenizer())
     found = calibrated(plan, models, rows_of(32), Reporter.silent())
     assert [(pair.student_layer, pair.teacher_layer) for pair in found.stages[0].pairs] == [
         (layer, layer) for layer in range(DEPTH)
@@ -154,7 +154,7 @@ def test_the_command_line_shows_the_map(mapping: Any, capsys: pytest.CaptureFixt
 
 def test_too_little_text(teacher: PreTrainedModel, mapping: Any) -> None:
     plan: Plan = make_plan(mapping("cka"))
-    models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer())
+    models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer(), student_tokenizer=tiny_tokenizer())
     with pytest.raises(DataError, match=r"too little text[\s\S]*7 rows"):
         calibrated(plan, models, rows_of(7), Reporter.silent())
 

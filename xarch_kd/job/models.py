@@ -14,7 +14,7 @@ from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.embeddings import Transfer, transfer_embeddings
 from xarch_kd.models.loading.load import fresh_model, load_model, load_tokenizer
 from xarch_kd.models.loading.progress import weights_progress
-from xarch_kd.models.loading.tokens import shared_vocabulary
+from xarch_kd.models.loading.tokens import check_rows, check_same_ids, shared_vocabulary
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.processes import Processes
 from xarch_kd.run.report import Reporter
@@ -24,11 +24,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class RunModels:
-    """Models of a run. The student trains in float32, whatever dtype it is saved in."""
+    """Models of a run. The student trains in float32, whatever dtype it is saved in.
+
+    Texts are cut by the teacher's `tokenizer`; the student is saved with its own, which is the same one unless the
+    student existed before.
+    """
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    student_tokenizer: PreTrainedTokenizerBase
 
 
 def device_of(plan: Plan) -> torch.device:
@@ -40,9 +45,32 @@ def device_of(plan: Plan) -> torch.device:
 
 
 def load_run_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """Return the teacher's tokenizer, which also cuts the training text."""
+    """Return the teacher's tokenizer, which also cuts the training text.
+
+    Raises `ModelError` for one that cannot be read, or with more tokens than the teacher's embedding has rows.
+    """
     teacher = plan.mapping.teacher
-    return load_tokenizer(teacher.tokenizer or teacher.model, teacher.revision)
+    tokenizer = load_tokenizer(teacher.tokenizer or teacher.model, teacher.revision)
+    check_rows(tokenizer, plan.teacher.vocabulary, side="teacher")
+    return tokenizer
+
+
+def load_student_tokenizer(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that the student is saved with: that of an existing student, else the teacher's `tokenizer`.
+
+    Raises `ModelError` where the student would read the teacher's token ids as other tokens.
+    """
+    student, rows = plan.mapping.student, plan.student.vocabulary
+    compares_tokens = any(stage.tokens is not None for stage in plan.mapping.stages)
+    own = tokenizer
+    if student.model is not None:
+        own = load_tokenizer(student.tokenizer or student.model, student.revision)
+        check_same_ids(tokenizer, own, rows)
+    elif student.config is not None:
+        check_rows(tokenizer, rows, side="student")
+    if compares_tokens and student.convert is None:
+        shared_vocabulary(tokenizer, own, plan.teacher.vocabulary, rows)
+    return own
 
 
 def config_fingerprint(config: PreTrainedConfig) -> str:
@@ -72,6 +100,7 @@ def load_models(
     conversion = student_source.convert
     # A conversion is exact only from full-precision weights; the teacher is rounded to its own dtype afterwards.
     dtype = torch.float32 if conversion is not None else DTYPES[teacher_reference.dtype]
+    student_tokenizer = load_student_tokenizer(plan, tokenizer)
     reporter.line(f"loading the teacher {teacher_reference.model}")
     teacher = load_weights(teacher_reference.model, reporter, revision=teacher_reference.revision, dtype=dtype)
     if conversion is not None:
@@ -92,13 +121,11 @@ def load_models(
     elif student_source.model is not None:
         reporter.line(f"loading the student {student_source.model}")
         student = load_weights(student_source.model, reporter, revision=student_source.revision)
-        own = load_tokenizer(student_source.tokenizer or student_source.model, student_source.revision)
-        shared_vocabulary(tokenizer, own, plan.teacher.vocabulary, plan.student.vocabulary)
     else:
         config = CONFIG_MAPPING[plan.student_config["model_type"]].from_dict(plan.student_config)
         student = fresh_model(config, seed=plan.mapping.seed)
-        rows = shared_vocabulary(tokenizer, tokenizer, plan.teacher.vocabulary, plan.student.vocabulary)
         if student_source.embeddings == "teacher":
+            rows = shared_vocabulary(tokenizer, tokenizer, plan.teacher.vocabulary, plan.student.vocabulary)
             for transfer in transfer_embeddings(teacher, student, rows=rows):
                 reporter.line(_transfer_line(transfer))
     device = (processes or Processes()).device(device_of(plan))
@@ -106,6 +133,7 @@ def load_models(
         teacher=teacher.to(device).eval().requires_grad_(False),  # type: ignore[arg-type]  # stubs expect a bound method
         student=student.to(device),  # type: ignore[arg-type]
         tokenizer=tokenizer,
+        student_tokenizer=student_tokenizer,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import resource
 import shlex
 import sys
@@ -120,7 +119,6 @@ class _Job:
 
     def run(self, fingerprint: str, state: State) -> None:
         """Check the inputs, then train unless the folder holds the finished run."""
-        _check_tracking(self.plan.mapping.tracking)
         started = time.perf_counter()
         tokenizer = load_run_tokenizer(self.plan)
         text, held_out = training_and_held_out(self.plan)
@@ -128,6 +126,8 @@ class _Job:
         made_from = self._checked_inputs(run_fingerprint(self.plan, tokenizer, rows, held_out), state)
         if state == "finished":
             return
+        for notice in self.plan.warnings:
+            self.reporter.line(f"warning: {notice}")
         if self.processes.world_size > 1:
             for notice in split_notices(self.plan, self.processes.world_size):
                 self.reporter.line(f"warning: {notice}")
@@ -313,9 +313,9 @@ class _Job:
     def _save(self, models: RunModels, projectors: dict[str, Tensor], seconds: float) -> None:
         student = models.student.cpu()  # type: ignore[call-arg]  # stubs expect a bound method
         student.requires_grad_(True).to(DTYPES[self.plan.mapping.student.dtype])  # type: ignore[arg-type]
-        save_student(student, models.tokenizer, self.folder.student, overwrite=True)
+        save_student(student, models.student_tokenizer, self.folder.student, overwrite=True)
         if self.plan.mapping.student.format == "mamba_ssm":
-            export_mamba_ssm(student, self.folder.mamba_ssm, models.tokenizer, overwrite=True)
+            export_mamba_ssm(student, self.folder.mamba_ssm, models.student_tokenizer, overwrite=True)
         if projectors:
             write_tensors(self.folder.projectors, projectors)
         if self.reports:
@@ -357,14 +357,6 @@ def _not_a_sum(align: Align) -> str | None:
     if isinstance(loss, MixingMatch) and loss.impl == "sketch":
         return "the sketch's random estimate"
     return None
-
-
-def _check_tracking(tracking: tuple[str, ...]) -> None:
-    for package in tracking:
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(
-                f"tracking needs the package '{package}'", asked=f"tracking: {package}", fix=f"pip install {package}"
-            )
 
 
 def _cache_of(stage: StagePlan, path: Path) -> tuple[FeatureCache | None, Path | None]:

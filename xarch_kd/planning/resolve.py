@@ -26,6 +26,7 @@ from xarch_kd.planning.custom import (
     CustomObjects,
     ProjectorFactory,
 )
+from xarch_kd.planning.input_checks import check_tokenizers, input_problems, input_warnings
 from xarch_kd.planning.layer_maps import entry_key, is_measured
 from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.plan import Plan
@@ -106,7 +107,9 @@ def _resolved(
     if rates is None:
         dtypes = {mapping.teacher.dtype, *(stage.precision for stage in mapping.stages)}
         rates = measured_rates(_device(mapping), dtypes)
-    return _plan(mapping, source, path, source_map, models, rates)
+    plan = _plan(mapping, source, path, source_map, models, rates)
+    check_tokenizers(mapping, models, source_map)
+    return plan
 
 
 def _plan(
@@ -117,7 +120,9 @@ def _plan(
     models: ModelPair,
     rates: Rates,
 ) -> Plan:
-    diagnostics = Diagnostics(warnings=[*models.custom.warnings(mapping), *models.warnings])
+    diagnostics = Diagnostics(
+        list(input_problems(mapping, models)), [*models.custom.warnings(mapping), *models.warnings]
+    )
     stages = [
         stage_plan(index, stage, mapping.data, models, rates, diagnostics) for index, stage in enumerate(mapping.stages)
     ]
@@ -158,11 +163,7 @@ def _named_similarities(
 
 
 def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
-    length = mapping.data.sequence_length
-    for model, name in ((models.teacher, "teacher"), (models.student, "student")):
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(longest, int) and length > longest:
-            yield f"data.sequence_length is {length}, but the {name} was made for at most {longest} positions"
+    yield from input_warnings(mapping, models)
     rows = (models.student.vocabulary, models.teacher.vocabulary)
     if rows[0] != rows[1] and any(stage.tokens is not None for stage in mapping.stages):
         yield (
@@ -193,6 +194,5 @@ def _transfer_note(models: ModelPair) -> str:
 def _device(mapping: MappingFile) -> str:
     if mapping.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if mapping.device == "cuda" and not torch.cuda.is_available():
-        return "cpu"
-    return mapping.device
+    # A device that is not there is a problem of its own.
+    return mapping.device if torch.cuda.is_available() else "cpu"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.errors import UsageError
 from xarch_kd.mapping_file.schema import ConversionOptions, MappingFile, Paths
-from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error, yaml_path_text
+from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error
 from xarch_kd.models.conversion.convert import plan_conversion
 from xarch_kd.models.fresh import FreshConfigError, fresh_config
 from xarch_kd.models.loading.load import load_config, read_student_config
 from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
 from xarch_kd.planning.custom import CustomObjects
 from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
-from xarch_kd.planning.problems import one_line
+from xarch_kd.planning.problems import located, one_line
 
 
 def resolve_models(mapping: MappingFile, custom: CustomObjects, source_map: SourceMap | None) -> ModelPair:
@@ -25,14 +23,14 @@ def resolve_models(mapping: MappingFile, custom: CustomObjects, source_map: Sour
 
     Raises `MappingFileError`, `ModelError`, `ConversionError` and `TapError`, each with the place in the mapping.
     """
-    with _located(("teacher", "model"), source_map):
+    with located(("teacher", "model"), source_map):
         config = load_config(mapping.teacher.model, mapping.teacher.revision)
     teacher = _handle(
         mapping.teacher.model, config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), source_map
     )
     source = _student_source(mapping, config, source_map)
     if mapping.student.format == "mamba_ssm":
-        with _located(("student", "format"), source_map):
+        with located(("student", "format"), source_map):
             mamba_ssm_config(source.config)
     student = _handle(
         source.reference, source.config, mapping.student.paths, mapping.student.dtype, ("student",), source_map
@@ -71,10 +69,10 @@ def _student_source(mapping: MappingFile, teacher: PreTrainedConfig, source_map:
             raise mapping_error(_config_problems(error), source_map) from None
         return _StudentSource(reference=f"fresh {student.config.get('model_type')}", config=config)
     if student.config is not None:
-        with _located(("student", "config"), source_map):
+        with located(("student", "config"), source_map):
             return _StudentSource(reference=student.config, config=read_student_config(student.config))
     assert student.model is not None
-    with _located(("student", "model"), source_map):
+    with located(("student", "model"), source_map):
         return _StudentSource(reference=student.model, config=load_config(student.model, student.revision))
 
 
@@ -82,7 +80,7 @@ def _converted(
     reference: str, conversion: ConversionOptions, teacher: PreTrainedConfig, source_map: SourceMap | None
 ) -> _StudentSource:
     try:
-        with _located(("student", "convert"), source_map):
+        with located(("student", "convert"), source_map):
             planned = plan_conversion(
                 teacher,
                 mixer=conversion.mixer,
@@ -118,22 +116,7 @@ def _handle(
     source_map: SourceMap | None,
 ) -> ModelHandle:
     try:
-        with _located(yaml_path, source_map):
+        with located(yaml_path, source_map):
             return ModelHandle.of(reference, config, paths, dtype)
     except UsageError as error:
         raise mapping_error([Problem((*yaml_path, "paths"), one_line(error))], source_map) from None
-
-
-@contextmanager
-def _located(yaml_path: YamlPath, source_map: SourceMap | None) -> Iterator[None]:
-    """Put the place in the mapping in front of the message of a `ModelError`."""
-    try:
-        yield
-    except ModelError as error:
-        location = yaml_path_text(yaml_path)
-        if source_map is not None:
-            position = source_map.position(yaml_path)
-            location = f"{source_map.name}:{position.line}:{position.column}: {location}"
-        raise type(error)(
-            f"{location}: {error.message}", asked=error.asked, found=error.found, allowed=error.allowed, fix=error.fix
-        ) from error

@@ -26,6 +26,7 @@ from xarch_kd.models.loading.reference import (
     without_implementations,
 )
 from xarch_kd.models.loading.stored import check_weights
+from xarch_kd.models.loading.tokenizer_file import tokenizer_error
 from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, stock_config
 from xarch_kd.models.mamba_ssm.format import import_mamba_ssm, mamba_ssm_folder_config
 
@@ -152,13 +153,9 @@ def load_tokenizer(reference: str, revision: str | None = None) -> PreTrainedTok
         name, options["gguf_file"] = str(source.path.parent), source.path.name
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(
-            "The tokenizer could not be read.",
-            asked=reference,
-            found=_first_line(error),
-            fix="give tokenizer: another reference, in the mapping file",
-        ) from error
+    except Exception as error:
+        # The libraries raise whatever they meet, the class Exception itself included.
+        raise tokenizer_error(source, error) from error
 
 
 def fresh_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

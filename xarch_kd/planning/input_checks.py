@@ -1,0 +1,114 @@
+"""Checks of what a run needs beside its mapping and configs: tokenizers, positions, device, packages, files.
+
+No weight and no whole text is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import nn
+
+from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.mapping_file.source_map import Problem, SourceMap
+from xarch_kd.models.loading.load import load_tokenizer
+from xarch_kd.models.loading.tokenizer_file import has_tokenizer, stored_tokens
+from xarch_kd.models.loading.tokens import check_same_ids, shared_vocabulary, too_many_tokens
+from xarch_kd.planning.models import ModelHandle, ModelPair
+from xarch_kd.planning.problems import located
+
+_POSITIONS: Final = re.compile(r"(^|[._])(wpe|\w*pos(ition)?s?(_|$)\w*)")
+
+
+def input_problems(mapping: MappingFile, models: ModelPair) -> Iterator[Problem]:
+    """Yield the problems of a mapping's inputs that are found without reading weights."""
+    yield from _device_problems(mapping)
+    yield from _package_problems(mapping)
+    yield from _position_problems(mapping, models)
+
+
+def input_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
+    """Yield a warning for each model that runs beyond the positions that it was trained with."""
+    length = mapping.data.sequence_length
+    for model, name in ((models.teacher, "teacher"), (models.student, "student")):
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(longest, int) and length > longest:
+            yield f"data.sequence_length is {length}, but the {name} was made for at most {longest} positions"
+
+
+def _device_problems(mapping: MappingFile) -> Iterator[Problem]:
+    if mapping.device == "cuda" and not torch.cuda.is_available():
+        build = "which is built without CUDA" if torch.version.cuda is None else "no device is found"
+        message = f"cuda cannot be used by this torch ({torch.__version__}): {build}. Use device: auto or device: cpu."
+        yield Problem(("device",), message)
+
+
+def _package_problems(mapping: MappingFile) -> Iterator[Problem]:
+    for index, package in enumerate(mapping.tracking):
+        if importlib.util.find_spec(package) is None:
+            yield Problem(("tracking", index), f"needs the package '{package}': pip install {package}")
+    for side, reference in (("teacher", mapping.teacher.model), ("student", mapping.student.model)):
+        if reference is not None and reference.lower().endswith(".gguf") and importlib.util.find_spec("gguf") is None:
+            yield Problem((side, "model"), "reading a GGUF file needs the package 'gguf': pip install 'xarch_kd[gguf]'")
+
+
+def _position_problems(mapping: MappingFile, models: ModelPair) -> Iterator[Problem]:
+    length = mapping.data.sequence_length
+    for model, name in ((models.teacher, "teacher"), (models.student, "student")):
+        longest = table_of_positions(model)
+        if longest is not None and length > longest:
+            message = (
+                f"{length} is longer than the {longest} positions that the {name} ({model.config.model_type}) has "
+                f"embeddings for, and it computes nothing beyond them. Use at most {longest}."
+            )
+            yield Problem(("data", "sequence_length"), message)
+            return
+
+
+def table_of_positions(model: ModelHandle) -> int | None:
+    """Return the number of positions in a model's table of learned or stored positions, None without such a table."""
+    whole = model.layout.model
+    sizes = [
+        # Positions of RoBERTa and its kin begin after the padding's.
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in whole.named_modules()
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name) and module is not model.layout.embedding
+    ]
+    sizes += [
+        buffer.shape[0]
+        for name, buffer in whole.named_buffers()
+        if buffer.ndim == 2 and buffer.shape[0] > 1 and _POSITIONS.search(name.rpartition(".")[2])
+    ]
+    if not sizes:
+        return None
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # Some tables have a few rows more than positions, e.g. OPT's begins with two that stand for padding.
+    return min([*sizes, stated]) if isinstance(stated, int) and stated > 0 else min(sizes)
+
+
+def check_tokenizers(mapping: MappingFile, models: ModelPair, source_map: SourceMap | None) -> None:
+    """Raise `ModelError`, with the place in the mapping, for a tokenizer that does not fit the models.
+
+    A student that exists has its own, which is compared with the teacher's.
+    """
+    teacher, student = mapping.teacher, mapping.student
+    reference = teacher.tokenizer or teacher.model
+    with located(("teacher", "tokenizer" if teacher.tokenizer else "model"), source_map):
+        tokens = stored_tokens(reference, teacher.revision)
+        for model, side in ((models.teacher, "teacher"), (models.student, "student")):
+            if tokens is not None and tokens > model.vocabulary and (side == "teacher" or student.config is not None):
+                raise too_many_tokens(tokens, model.vocabulary, side=side)
+    if student.model is None:
+        return
+    own = student.tokenizer or student.model
+    if not has_tokenizer(reference, teacher.revision) or not has_tokenizer(own, student.revision):
+        return
+    with located(("student", "tokenizer" if student.tokenizer else "model"), source_map):
+        teachers, students = load_tokenizer(reference, teacher.revision), load_tokenizer(own, student.revision)
+        check_same_ids(teachers, students, models.student.vocabulary)
+        if any(stage.tokens is not None for stage in mapping.stages):
+            shared_vocabulary(teachers, students, models.teacher.vocabulary, models.student.vocabulary)
