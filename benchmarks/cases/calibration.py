@@ -77,6 +77,7 @@ def calibration(*, idle: bool) -> Callable[[Options], Run]:
 
     def make(options: Options) -> Run:
         from xarch_kd.calibration.layer_similarity import layer_similarity
+        from xarch_kd.data.batches import Batch
         from xarch_kd.taps.layout import layout_of
         from xarch_kd.testing.tiny import tiny_model
 
@@ -84,8 +85,10 @@ def calibration(*, idle: bool) -> Callable[[Options], Run]:
         teacher, student = layout_of(teacher_model(options, idle=idle)), layout_of(tiny_model("mamba2", **settings))
 
         def run(inputs: Inputs) -> Tensor:
-            rows = token_ids(inputs["text"], options["vocabulary"])
-            return layer_similarity(TAP, teacher, student, rows).sum()
+            ids = token_ids(inputs["text"], options["vocabulary"])
+            size = max(1, TOKENS_AT_A_TIME // options["time"])
+            batches = [Batch(input_ids=part.long()) for part in ids.split(size)]
+            return layer_similarity(TAP, teacher, student, batches).sum()
 
         return run
 

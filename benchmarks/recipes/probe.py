@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from benchmarks.recipes.arms import Arm, seeded
 from xarch_kd.data.batches import Batch
-from xarch_kd.data.rows import pack
 from xarch_kd.files import write_text
 from xarch_kd.job.models import load_models, load_run_tokenizer
-from xarch_kd.job.texts import training_and_held_out
+from xarch_kd.job.texts import run_text
 from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.report import Reporter
 from xarch_kd.training.aligner import Aligner
 
 ROUNDS = 5
@@ -69,17 +68,17 @@ def _steps(arm: Arm, folder: Path) -> list[Callable[[], tuple[float, float]]]:
     plan = make_plan(path)
     tokenizer = load_run_tokenizer(plan)
     models = load_models(plan, tokenizer, lambda _: None)
-    most = max(stage.batch_size for stage in plan.stages)
-    rows = pack(training_and_held_out(plan)[0], tokenizer, plan.mapping.data.sequence_length, most=most)
+    rows = run_text(plan, tokenizer, Reporter.silent()).training
     return [
         _step(
-            Aligner(plan, teacher=models.teacher, student=models.student, stage=stage.index), rows[: stage.batch_size]
+            Aligner(plan, teacher=models.teacher, student=models.student, stage=stage.index),
+            rows.batch(range(stage.batch_size), origin="a probe"),
         )
         for stage in plan.stages
     ]
 
 
-def _step(aligner: Aligner, rows: Tensor) -> Callable[[], tuple[float, float]]:
+def _step(aligner: Aligner, batch: Batch) -> Callable[[], tuple[float, float]]:
     trained = [name for name, parameter in aligner.named_parameters() if parameter.requires_grad]
     parameters = [parameter for name, parameter in aligner.named_parameters() if name in set(trained)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
@@ -89,7 +88,6 @@ def _step(aligner: Aligner, rows: Tensor) -> Callable[[], tuple[float, float]]:
         for name, parameter in aligner.named_parameters():
             parameter.requires_grad_(name in trained)
         began = time.perf_counter()
-        batch = Batch(input_ids=rows)
         features = aligner.reader.read(batch)
         read = time.perf_counter()
         aligner(batch=batch, features=features).loss.backward()

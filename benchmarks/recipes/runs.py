@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from benchmarks.machine import ROOT
 from benchmarks.recipes.arms import MEASURED_TOKENS, Arm, seeded
-from xarch_kd.data.rows import pack
+from xarch_kd.data.batches import Batch
 from xarch_kd.evaluation.likelihood import token_nll
 from xarch_kd.files import write_text
 from xarch_kd.job.models import load_run_tokenizer
-from xarch_kd.job.texts import training_and_held_out
+from xarch_kd.job.texts import read_batches, run_text
 from xarch_kd.models.loading.load import load_model
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.report import Reporter
 
 PREPARED = re.compile(r"(?:calibration on about|fitted to) [\d,]+ tokens(?: in|:) ([\d.]+) s")
 
@@ -81,16 +81,16 @@ class Runs:
     def _measured(self, plan: Plan, run: Path) -> tuple[float, float]:
         """Return the held-out NLL of teacher and student, in nats per token, both in float32."""
         tokenizer = load_run_tokenizer(plan)
-        length = plan.mapping.data.sequence_length
-        rows = pack(training_and_held_out(plan)[1], tokenizer, length, most=MEASURED_TOKENS // length)
+        held_out = run_text(plan, tokenizer, Reporter.silent()).held_out()
+        rows = read_batches(held_out, MEASURED_TOKENS, plan.mapping.data.batch_size)
         kept = self.folder / f"teacher-seed-{plan.mapping.seed}.json"
         if not kept.exists():
             write_text(kept, json.dumps(_nll(plan.mapping.teacher.model, rows)))
         return json.loads(kept.read_text(encoding="utf-8")), _nll(str(run / "student"), rows)
 
 
-def _nll(reference: str, rows: Tensor) -> float:
-    return float(token_nll(load_model(reference, dtype=torch.float32), rows).double().mean())
+def _nll(reference: str, rows: list[Batch]) -> float:
+    return float(token_nll(load_model(reference, dtype=torch.float32), rows).double().nanmean())
 
 
 def _train(mapping: Path, run: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from xarch_kd.calibration.layer_similarity import layer_similarity
 from xarch_kd.cli.app import main
+from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError, DataError
 from xarch_kd.job.calibrate import calibrated
 from xarch_kd.job.models import RunModels
@@ -26,6 +27,7 @@ from xarch_kd.run.report import Reporter
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.mapping import TEXT
+from xarch_kd.testing.rows import rows_from
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 DEPTH = 5
@@ -85,7 +87,7 @@ def test_it_is_the_debiased_similarity_of_standardized_features(
     teacher: PreTrainedModel, student: PreTrainedModel
 ) -> None:
     rows = rows_of(24)
-    found = layer_similarity("hidden", layout_of(teacher), layout_of(student), rows)
+    found = layer_similarity("hidden", layout_of(teacher), layout_of(student), [Batch(input_ids=rows)])
     assert found.shape == (2, DEPTH)
     ours, theirs = (trace(model, rows, taps=["hidden"])["hidden"] for model in (student, teacher))
     parts = []
@@ -107,7 +109,7 @@ def test_blocks_of_the_teacher_are_found_again(teacher: PreTrainedModel, strateg
     # The same model on both sides: each layer is most alike itself.
     plan = make_plan(mapping(strategy, student=mapping_student(mapping)))
     models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer(), student_tokenizer=tiny_tokenizer())
-    found = calibrated(plan, models, rows_of(32), Reporter.silent())
+    found = calibrated(plan, models, rows_from(rows_of(32)), Reporter.silent())
     assert [(pair.student_layer, pair.teacher_layer) for pair in found.stages[0].pairs] == [
         (layer, layer) for layer in range(DEPTH)
     ]
@@ -156,7 +158,7 @@ def test_too_little_text(teacher: PreTrainedModel, mapping: Any) -> None:
     plan: Plan = make_plan(mapping("cka"))
     models = RunModels(teacher=teacher, student=teacher, tokenizer=tiny_tokenizer(), student_tokenizer=tiny_tokenizer())
     with pytest.raises(DataError, match=r"too little text[\s\S]*7 rows"):
-        calibrated(plan, models, rows_of(7), Reporter.silent())
+        calibrated(plan, models, rows_from(rows_of(7)), Reporter.silent())
 
 
 def test_mixing_is_no_feature(mapping: Any) -> None:

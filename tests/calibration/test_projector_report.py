@@ -21,6 +21,7 @@ from xarch_kd.calibration.projector_report import (
     warnings_of,
     write_reports,
 )
+from xarch_kd.data.rows import Selection
 from xarch_kd.errors import CheckpointError
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.conversion.convert import convert
@@ -30,6 +31,7 @@ from xarch_kd.projectors import PairStatistics, Projector, build_projector
 from xarch_kd.projectors.closed_form import explained_variance
 from xarch_kd.projectors.diagnostics import Diagnosis
 from xarch_kd.taps.trace import trace
+from xarch_kd.testing.rows import ids_of, rows_from, selection_from
 from xarch_kd.testing.tiny import VOCABULARY
 from xarch_kd.training.aligner import Aligner
 
@@ -51,20 +53,20 @@ def aligner_of(teacher: PreTrainedModel, folder: Path, **align: Any) -> Aligner:
     return Aligner(plan_of(folder, **align), teacher=teacher, student=convert(teacher, replace=[1]))
 
 
-def rows(number: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (number, 16), generator=torch.Generator().manual_seed(seed))
+def rows(number: int, seed: int = 0) -> Selection:
+    return selection_from(torch.randint(1, VOCABULARY, (number, 16), generator=torch.Generator().manual_seed(seed)))
 
 
 def test_halves_are_disjoint_and_bounded():
     text = torch.arange(40 * 16).view(40, 16)
-    fitted, held_out = halves(text, 10 * 16, seed=3)
+    fitted, held_out = map(ids_of, halves(rows_from(text), 10 * 16, seed=3))
     assert fitted.shape == held_out.shape == (5, 16)
     assert not set(fitted.flatten().tolist()) & set(held_out.flatten().tolist())
     order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
     # What closed forms are fitted to comes first in this order.
     assert set(torch.cat([fitted, held_out])[:, 0].tolist()) == set(text[order[-10:], 0].tolist())
-    assert [half.shape[0] for half in halves(text, 1, seed=3)] == [1, 1]
-    assert [half.shape[0] for half in halves(text[:1], 64, seed=3)] == [0, 1]
+    assert [len(half) for half in halves(rows_from(text), 1, seed=3)] == [1, 1]
+    assert [len(half) for half in halves(rows_from(text[:1]), 64, seed=3)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,8 @@ def test_every_kind_is_measured_as_it_projects(projector, teacher, teacher_folde
         module = aligner.projectors[report.projector.replace(".", "-")]
         layer = int(report.projector[-1])
         own, target = (
-            _hidden(model, held_out, layer)[:, 4:].flatten(0, 1).double() for model in (aligner.student, teacher)
+            _hidden(model, ids_of(held_out), layer)[:, 4:].flatten(0, 1).double()
+            for model in (aligner.student, teacher)
         )
         with torch.no_grad():
             projected = module.double()(own)
@@ -129,7 +132,7 @@ def test_one_row_of_text_leaves_nothing_to_fit_to(teacher, teacher_folder):
     aligner = Aligner(
         plan_of(teacher_folder, projector="linear"), teacher=teacher, student=convert(teacher, replace=[1])
     )
-    found = alone(aligner, *halves(rows(1), 64, seed=0))
+    found = alone(aligner, *halves(rows(1).rows, 64, seed=0))
     assert all(value["explained"] is None and "one row" in value["note"] for value in found.values()) and found
 
 

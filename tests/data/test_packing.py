@@ -114,7 +114,7 @@ def test_one_document_per_row_is_cut_counted_and_padded() -> None:
     rows = pack(_documents(3, 20, 8), 8, packing="none")
     assert [len(ids) for ids in _ids(rows)] == [3, 8, 8]
     assert rows.lengths is not None and rows.lengths.tolist() == [3, 8, 8]
-    assert rows.cut == 1 and rows.notice is not None and "12 of 31 tokens are left out" in rows.notice
+    assert rows.cut == 1 and "12 of 31 tokens are left out" in rows.notices[0]
     batch = rows.batch([0, 1], origin="a test")
     assert batch.attention_mask is not None
     assert batch.attention_mask.sum(1).tolist() == [3, 8]

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from xarch_kd.data.documents import TokenizedDocuments
+from xarch_kd.data.packing import pack
 from xarch_kd.errors import DataError, NonFiniteLoss, UsageError
+from xarch_kd.evaluation.evaluate import token_fingerprint
 from xarch_kd.evaluation.likelihood import perplexity, position_buckets, position_curve, token_nll
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model
 
@@ -30,6 +33,39 @@ def test_it_equals_the_models_own_logits(family: str, batch_size: int, chunk_siz
     assert found.shape == (5, 11) and found.dtype == torch.float32
     # Three blocks in float32 with another batch size, hence another order of sums.
     torch.testing.assert_close(found, expected.view(5, 11), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bamba"])
+def test_only_tokens_that_count_are_measured(family: str) -> None:
+    """Padding and tokens that labels leave out are NaN; documents that a row isolates are measured alone."""
+    documents = TokenizedDocuments.of(
+        [rows(1, length)[0].tolist() for length in (5, 9, 4, 12)],
+        [[index >= length // 2 for index in range(length)] for length in (5, 9, 4, 12)],
+    )
+    model = tiny_model(family)
+    alone = [token_nll(model, torch.from_numpy(documents.ids(number).astype("int64"))[None])[0] for number in range(4)]
+    expected = torch.cat([nll[documents.lengths[number] // 2 - 1 :] for number, nll in enumerate(alone)])
+    for packing, isolated in (("none", False), ("best_fit", True)):
+        packed = pack(documents, 16, packing=packing, isolated=isolated)
+        batches = [packed.batch([row], origin="a test") for row in range(len(packed))]
+        found = token_nll(model, batches)
+        assert found.shape[0] == 4
+        kept = found[~found.isnan()]
+        torch.testing.assert_close(kept.sort().values, expected.sort().values, rtol=1e-5, atol=1e-5)
+        one = [packed.batch(range(len(packed)), origin="a test")]
+        together = token_nll(model, one)
+        torch.testing.assert_close(
+            together[~together.isnan()].sort().values, expected.sort().values, rtol=1e-5, atol=1e-5
+        )
+        assert token_fingerprint(one) == token_fingerprint(batches)
+    assert token_fingerprint(one) != token_fingerprint([pack(documents, 15).batch([0, 1], origin="a test")])
+
+
+def test_text_of_which_nothing_counts_is_refused() -> None:
+    documents = TokenizedDocuments.of([[1, 2, 3]], [[True, False, False]])
+    batches = [pack(documents, 8, packing="none").batch([0], origin="a test")]
+    with pytest.raises(DataError, match=r"too little text[\s\S]*3 tokens, none of which is to be predicted"):
+        token_nll(tiny_model("llama"), batches)
 
 
 def test_the_model_is_left_as_it_was() -> None:

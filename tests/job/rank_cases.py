@@ -48,7 +48,11 @@ def disturb(patch: pytest.MonkeyPatch, case: dict[str, Any]) -> None:
 
     patch.setattr(StageProgress, "step", disturbed)
     if "other_data" in case:
-        patch.setattr(texts, "pack", lambda *arguments, **options: pack(*arguments, **options).flip(0))
+        patch.setattr(
+            texts,
+            "pack",
+            lambda documents, *rest, **options: pack(documents.select(range(len(documents))[::-1]), *rest, **options),
+        )
 
 
 def train_runs(runs: list[dict[str, Any]], folder: Path) -> None:

@@ -16,16 +16,17 @@ from xarch_kd.calibration import projector_report
 from xarch_kd.calibration.initialize import FIRST_TOKENS
 from xarch_kd.calibration.projector_report import halves
 from xarch_kd.cli.app import main
-from xarch_kd.data.rows import pack
+from xarch_kd.data.rows import Rows
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.models import load_models, load_run_tokenizer
-from xarch_kd.job.texts import training_and_held_out
+from xarch_kd.job.texts import run_text
 from xarch_kd.job.train import train
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.run.report import Reporter
 from xarch_kd.taps.trace import trace
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
+from xarch_kd.testing.rows import ids_of
 from xarch_kd.testing.runs import same, signal_after, student_of
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.checkpoints import STATE_FILE
@@ -63,9 +64,8 @@ def explained(own: Tensor, target: Tensor, weight: Tensor) -> float:
     return float(1 - (own @ weight.double().T - target).square().sum() / total)
 
 
-def rows_of(plan: Plan) -> Tensor:
-    text, _ = training_and_held_out(plan)
-    return pack(text, load_run_tokenizer(plan), plan.mapping.data.sequence_length)
+def rows_of(plan: Plan) -> Rows:
+    return run_text(plan, load_run_tokenizer(plan), Reporter.silent()).training
 
 
 def test_the_figures_are_those_of_dense_features(write_mapping: Write, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_figures_are_those_of_dense_features(write_mapping: Write, tmp_path:
     run = train(mapping, tmp_path / "run")
     (report,) = reports_of(tmp_path / "run")
     plan = make_plan(mapping)
-    fitted, held_out = halves(rows_of(plan), 1024, plan.mapping.seed)
+    fitted, held_out = map(ids_of, halves(rows_of(plan), 1024, plan.mapping.seed))
     assert fitted.shape == held_out.shape == (32, 16)
     weight = load_file(tmp_path / "run" / "projectors.safetensors")["stream.hidden-1.weight"]
     trained = AutoModelForCausalLM.from_pretrained(run.student)
@@ -189,7 +189,7 @@ def test_no_projector_is_in_the_student(write_mapping: Write, tmp_path: Path) ->
     aligner = Aligner(plan, teacher=models.teacher, student=models.student)
     aligner.load_trained_state(tmp_path / "run" / "stages" / "01-stream" / STATE_FILE)
     assert list(aligner.projectors) == ["hidden-1"]
-    student, ids = AutoModelForCausalLM.from_pretrained(run.student), rows_of(plan)[:4]
+    student, ids = AutoModelForCausalLM.from_pretrained(run.student), ids_of(rows_of(plan))[:4]
     assert same(dict(aligner.student.state_dict()), dict(student.state_dict()))
     with torch.no_grad():
         assert torch.equal(student(ids).logits, aligner.student.eval()(ids).logits)

@@ -68,7 +68,7 @@ def observations(
     device = next(aligner.student.parameters()).device
     pairs = tuple(pair for entry in aligner.entries for pair in entry.active_pairs(0))
     try:
-        for batch in (part.to(device) for given in batches for part in given.unpadded()):
+        for batch in (part.to(device) for given in batches for one in given.apart() for part in one.unpadded()):
             skip = FIRST_TOKENS if batch.input_ids.shape[1] > 2 * FIRST_TOKENS else 0
             features = aligner.reader.read(batch, sites=aligner.sites_of(pairs))
             sides, _ = aligner.paired_features(pairs, batch, features)

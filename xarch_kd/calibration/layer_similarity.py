@@ -7,14 +7,14 @@ standardized over all tokens first; first tokens, whose activations are massive,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from xarch_kd.data.rows import select_rows
+from xarch_kd.data.batches import Batch
+from xarch_kd.data.rows import Rows, rows_of_tokens, select_rows
 from xarch_kd.errors import DataError
 from xarch_kd.ops.similarity import LayerSimilarity
 from xarch_kd.planning.layer_maps import entry_key
@@ -33,66 +33,94 @@ TOKENS_AT_A_TIME: Final = 1024
 
 
 def measure_similarities(
-    plan: Plan, teacher: Layout, student: Layout, rows: Tensor, *, reporter: Reporter | None = None
+    plan: Plan, teacher: Layout, student: Layout, rows: Rows, *, reporter: Reporter | None = None
 ) -> dict[str, Tensor]:
     """Return CKA [student layers, teacher layers], float64 on the CPU, for each entry of `plan.uncalibrated`, by key.
 
-    `rows` [rows, time] are training text, of which about `calibration.tokens` tokens are read, in the order that the
-    seed gives. Raises DataError when there is too little of it.
+    `rows` are training text, of which about `calibration.tokens` tokens are read, in the order that the seed gives.
+    Raises DataError when there is too little of it.
     """
-    chosen = chosen_rows(plan, rows)
+    batches = chosen_batches(plan, rows)
     entries = {
         (stage, name): next(entry for entry in plan.mapping.stages[stage].align if entry.name == name)
         for stage, name in plan.uncalibrated
     }
     taps = dict.fromkeys(entry.tap for entry in entries.values())
-    tokens = 2 * len(taps) * chosen.numel()
+    tokens = 2 * len(taps) * sum(batch.tokens for batch in batches)
     with (reporter or Reporter.silent()).work("calibrating layer maps", tokens, "tokens") as work:
-        by_tap = {tap: layer_similarity(tap, teacher, student, chosen, work) for tap in taps}
+        by_tap = {tap: layer_similarity(tap, teacher, student, batches, work) for tap in taps}
     return {entry_key(stage, name): by_tap[entry.tap] for (stage, name), entry in entries.items()}
 
 
-def chosen_rows(plan: Plan, rows: Tensor) -> Tensor:
-    """Return the rows that are read: about `calibration.tokens` tokens, at least FEWEST_ROWS rows."""
-    count = max(FEWEST_ROWS, math.ceil(plan.mapping.calibration.tokens / rows.shape[1]))
-    if rows.shape[0] < FEWEST_ROWS:
+def chosen_batches(plan: Plan, rows: Rows) -> list[Batch]:
+    """Return the rows that are read, documents of isolated rows apart: about `calibration.tokens` tokens."""
+    count = max(FEWEST_ROWS, rows_of_tokens(rows, plan.mapping.calibration.tokens))
+    chosen = select_rows(rows, count, seed=plan.mapping.seed)
+    size = max(1, TOKENS_AT_A_TIME // rows.sequence_length)
+    batches = [part for batch in chosen.batches(size, origin="calibration text") for part in batch.apart()]
+    found = sum(int(_is_long_enough(batch).sum()) for batch in batches)
+    if found < FEWEST_ROWS:
         raise DataError(
             "There is too little text to compare layers on.",
-            found=f"{rows.shape[0]} rows of {rows.shape[1]} tokens",
+            found=f"{found} rows of {FIRST_TOKENS + 1} tokens or more, up to {rows.sequence_length}",
             allowed=f"at least {FEWEST_ROWS} rows",
             fix="give more text or a smaller data.sequence_length, or use a strategy that needs no calibration",
         )
-    return select_rows(rows, count, seed=plan.mapping.seed)
+    return batches
 
 
 @torch.no_grad()
-def layer_similarity(tap: str, teacher: Layout, student: Layout, rows: Tensor, work: Work | None = None) -> Tensor:
-    """Return the debiased CKA [student layers, teacher layers] of a tap over rows of token ids [rows, time].
+def layer_similarity(
+    tap: str, teacher: Layout, student: Layout, batches: Sequence[Batch], work: Work | None = None
+) -> Tensor:
+    """Return the debiased CKA [student layers, teacher layers] of a tap over the rows of batches.
 
     Tokens are counted in `work`, once per model.
     """
-    time = rows.shape[1]
-    positions = torch.linspace(min(FIRST_TOKENS, time - 1), time - 1, min(POSITIONS, time)).long().unique()
-    ours, theirs = (_features(layout, tap, rows, positions, work) for layout in (student, teacher))
+    positions = max(1, min(POSITIONS, max(batch.time for batch in batches) - FIRST_TOKENS))
+    ours, theirs = (_features(layout, tap, batches, positions, work) for layout in (student, teacher))
     sums = LayerSimilarity()
-    for position in range(len(positions)):
+    for position in range(positions):
         sums.update([layer[:, position] for layer in ours], [layer[:, position] for layer in theirs])
     return sums.result().total.cpu().double()
 
 
-def _features(layout: Layout, tap: str, rows: Tensor, positions: Tensor, work: Work | None) -> Sequence[Tensor]:
-    """Return what each layer gives at the positions of every row, standardized: [rows, positions, dim] a layer."""
+def _lengths(batch: Batch) -> Tensor:
+    full = torch.full((len(batch.input_ids),), batch.time)
+    return full if batch.attention_mask is None else batch.attention_mask.sum(1).cpu()
+
+
+def _is_long_enough(batch: Batch) -> Tensor:
+    return _lengths(batch) > FIRST_TOKENS
+
+
+def _positions_of(batch: Batch, count: int) -> Tensor:
+    """Return `count` positions [rows, count] at equal distances in each row, from after its first tokens to its last.
+
+    Rows that are shorter than that have some of them twice.
+    """
+    share = torch.linspace(0, 1, count, dtype=torch.float64)
+    first = min(FIRST_TOKENS, batch.time - 1)
+    # The smallest amount keeps a whole number from being rounded down.
+    return (first + share * (_lengths(batch)[:, None] - 1 - first) + 1e-9).long()
+
+
+def _features(
+    layout: Layout, tap: str, batches: Sequence[Batch], positions: int, work: Work | None
+) -> Sequence[Tensor]:
+    """Return what each layer gives at positions of every row, standardized: [rows, positions, dim] a layer."""
     was_training = layout.model.training
     layout.model.eval()
     kept: list[list[Tensor]] = [[] for _ in layout.blocks]
     device = next(layout.model.parameters()).device
-    size = max(1, TOKENS_AT_A_TIME // rows.shape[1])
-    for start in range(0, rows.shape[0], size):
-        traced = trace(layout, rows[start : start + size].to(device), taps=[tap])[tap]
+    for batch in (given.to(device) for given in batches):
+        traced = trace(layout, batch.input_ids, batch.model_mask, taps=[tap])[tap]
+        at, long_enough = _positions_of(batch, positions).to(device), _is_long_enough(batch).to(device)
         for layer, features in traced.items():
-            kept[layer].append(features[:, positions.to(device)].float())
+            picked = features.gather(1, at[:, :, None].clamp(min=0).expand(-1, -1, features.shape[-1]))
+            kept[layer].append(picked[long_enough].float())
         if work is not None:
-            work.advance(rows[start : start + size].numel())
+            work.advance(batch.tokens)
     layout.model.train(was_training)
     return [_standardized(torch.cat(parts)) for parts in kept]
 

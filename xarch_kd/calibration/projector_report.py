@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from xarch_kd.calibration.initialize import observations
 from xarch_kd.data.batches import Batch
-from xarch_kd.data.rows import select_rows
+from xarch_kd.data.rows import Rows, Selection, select_rows
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import write_text
 from xarch_kd.planning.plan import Plan
@@ -88,10 +87,10 @@ class ProjectorCheck:
     """Measurement of the projectors of one stage, before and after it; nothing is run where there are none.
 
     Both results are kept in `folder`, the stage's, so that a resumed run neither loses them nor measures a trained
-    student as if it were an initial one. `rows` [rows, time] are training text.
+    student as if it were an initial one. `rows` are training text.
     """
 
-    def __init__(self, plan: Plan, aligner: Aligner, rows: Tensor, folder: Path, reporter: Reporter) -> None:
+    def __init__(self, plan: Plan, aligner: Aligner, rows: Rows, folder: Path, reporter: Reporter) -> None:
         self.aligner, self.folder, self.reporter = aligner, folder, reporter
         self.fitted, self.held_out = halves(rows, min(plan.mapping.calibration.tokens, MOST_TOKENS), plan.mapping.seed)
 
@@ -107,7 +106,7 @@ class ProjectorCheck:
         """
         path = self.folder / ALONE_FILE
         if self.needed and not path.exists():
-            with self._work(self.fitted.numel() + self.held_out.numel()) as work:
+            with self._work(self.fitted.tokens + self.held_out.tokens) as work:
                 found = alone(self.aligner, self.fitted, self.held_out, work)
             write_text(path, _json(found))
 
@@ -119,7 +118,7 @@ class ProjectorCheck:
         if not path.exists():
             before = self.folder / ALONE_FILE
             known = _read(before) if before.exists() else {}
-            with self._work(self.held_out.numel()) as work:
+            with self._work(self.held_out.tokens) as work:
                 found = reports(self.aligner, self.held_out, known, work)
             write_reports(path, found)
         return read_reports(path)
@@ -128,20 +127,23 @@ class ProjectorCheck:
         return self.reporter.work(f"stage {self.aligner.stage.stage.name}: measuring projectors", tokens, "tokens")
 
 
-def halves(rows: Tensor, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return two disjoint halves of about `tokens` tokens of `rows` [rows, time]; the first is empty for one row.
+def halves(rows: Rows, tokens: int, seed: int) -> tuple[Selection, Selection]:
+    """Return two disjoint halves of about `tokens` tokens of `rows`; the first is empty for one row.
 
     They are the last in the order of which calibration takes the first, so that with enough text no closed form was
     fitted to them.
     """
-    chosen = select_rows(rows, max(2, tokens // rows.shape[1]), seed=seed, from_end=True)
-    return chosen[1::2], chosen[::2]
+    count = max(2, tokens * len(rows) // rows.tokens)
+    chosen = select_rows(rows, count, seed=seed, from_end=True).chosen
+    return Selection(rows=rows, chosen=chosen[1::2]), Selection(rows=rows, chosen=chosen[::2])
 
 
-def alone(aligner: Aligner, fitted: Tensor, held_out: Tensor, work: Work | None = None) -> dict[str, dict[str, Any]]:
+def alone(
+    aligner: Aligner, fitted: Selection, held_out: Selection, work: Work | None = None
+) -> dict[str, dict[str, Any]]:
     """Return by projector the variance `explained` by one of its kind alone, None where it cannot be, and a `note`.
 
-    It is fitted in closed form to rows `fitted` [rows, time] and measured on `held_out`.
+    It is fitted in closed form to the rows `fitted` and measured on `held_out`.
     """
     before = _statistics(aligner, fitted, work)
     found: dict[str, dict[str, Any]] = {}
@@ -157,9 +159,9 @@ def alone(aligner: Aligner, fitted: Tensor, held_out: Tensor, work: Work | None 
 
 
 def reports(
-    aligner: Aligner, held_out: Tensor, known: dict[str, dict[str, Any]], work: Work | None = None
+    aligner: Aligner, held_out: Selection, known: dict[str, dict[str, Any]], work: Work | None = None
 ) -> tuple[ProjectorReport, ...]:
-    """Return the reports of trained projectors, measured on rows `held_out` [rows, time]; `known` is from `alone`."""
+    """Return the reports of trained projectors, measured on the rows `held_out`; `known` is from `alone`."""
     missing = {"explained": None, "note": "a projector alone was not measured before the stage began"}
     made = []
     for key, seen in _statistics(aligner, held_out, work).items():
@@ -238,14 +240,13 @@ class _Seen:
 
 
 @torch.no_grad()
-def _statistics(aligner: Aligner, rows: Tensor, work: Work | None) -> dict[str, _Seen]:
-    """Return the statistics of each projector that learns, by key, over rows of token ids [rows, time]."""
+def _statistics(aligner: Aligner, rows: Selection, work: Work | None) -> dict[str, _Seen]:
+    """Return the statistics of each projector that learns, by key, over some rows."""
     found: dict[str, _Seen] = {}
-    size = max(1, BATCH_TOKENS // rows.shape[1])
-    parts: Iterable[Tensor] = rows.split(size) if rows.shape[0] else ()
+    size = max(1, BATCH_TOKENS // rows.rows.sequence_length)
+    batches: Iterable[Batch] = rows.batches(size, origin="calibration text")
     if work is not None:
-        parts = work.track(parts, lambda part: part.numel())
-    batches = (Batch(input_ids=part, origin="calibration text") for part in parts)
+        batches = work.track(batches, lambda batch: batch.tokens)
     for objective, projection, skip in observations(aligner, batches):
         if projection is None or not _learns(projection.projector):
             continue

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy
 import torch
@@ -154,6 +154,29 @@ class Batch:
             )
         return self._rows(slice(rank, None, ranks), self.input_ids.shape[1])
 
+    @property
+    def time(self) -> int:
+        """Length of the rows, padding included."""
+        return self.input_ids.shape[1]
+
+    def apart(self) -> tuple[Batch, ...]:
+        """Return the documents of packed rows as rows of their own, padded on the right; other batches unchanged.
+
+        Documents of similar length are one batch, so that padding stays small (`grouped_by_length`).
+        """
+        if self.position_ids is None:
+            return (self,)
+        host = {name: None if value is None else value.cpu() for name, value in self._tensors().items()}
+        pieces = _document_pieces(host)
+        if not pieces:
+            return ()
+        lengths = numpy.array([stop - start for _, start, stop in pieces])
+        parts = []
+        for group in grouped_by_length(lengths):
+            time = int(lengths[group].max())
+            parts.append(_of_pieces(host, [pieces[at] for at in group], time, self.origin).to(self.device))
+        return tuple(parts)
+
     def unpadded(self) -> Iterator[Batch]:
         """Yield the rows without their padding, as one batch per length; rows without a token are left out.
 
@@ -193,6 +216,66 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`. Raises CheckpointError when it is of another source."""
         ...
+
+
+# Tokens of padding that cost about as much as another pass over a batch.
+GROUP_COST: Final = 96
+
+
+def grouped_by_length(lengths: numpy.ndarray, group_cost: int = GROUP_COST) -> list[numpy.ndarray]:
+    """Return indices of `lengths` [items] in groups of similar length, the shortest first.
+
+    They minimize the padding of all groups to their longest item, plus `group_cost` tokens per group; items of a group
+    are in their given order.
+
+    >>> import numpy
+    >>> [group.tolist() for group in grouped_by_length(numpy.array([500, 20, 490, 24]))]
+    [[1, 3], [0, 2]]
+    """
+    order = numpy.argsort(lengths, kind="stable")
+    ordered = lengths[order]
+    # best[k] is the cost of the k shortest items; a group is a range of them.
+    best = numpy.zeros(len(ordered) + 1)
+    begins = numpy.zeros(len(ordered) + 1, dtype=numpy.int64)
+    for stop in range(1, len(ordered) + 1):
+        costs = best[:stop] + ordered[stop - 1] * (stop - numpy.arange(stop)) + group_cost
+        begins[stop] = int(costs.argmin())
+        best[stop] = costs[begins[stop]]
+    groups = []
+    stop = len(ordered)
+    while stop:
+        groups.append(numpy.sort(order[begins[stop] : stop]))
+        stop = int(begins[stop])
+    return groups[::-1]
+
+
+def _document_pieces(host: Mapping[str, Tensor | None]) -> list[tuple[int, int, int]]:
+    """Return (row, start, stop) of each document of packed rows, without padding."""
+    ids, positions, mask = host["input_ids"], host["position_ids"], host["attention_mask"]
+    assert ids is not None and positions is not None
+    kept = numpy.ones(ids.shape, dtype=bool) if mask is None else mask.numpy()
+    pieces = []
+    for row in range(len(ids)):
+        length = int(kept[row].sum())
+        starts = [0, *(at for at in (positions[row, :length] == 0).nonzero().flatten().tolist() if at)]
+        pieces += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], length], strict=True) if stop]
+    return pieces
+
+
+def _of_pieces(
+    host: Mapping[str, Tensor | None], pieces: Sequence[tuple[int, int, int]], time: int, origin: str
+) -> Batch:
+    ids, labels = host["input_ids"], host["labels"]
+    assert ids is not None
+    own_ids = torch.zeros(len(pieces), time, dtype=ids.dtype)
+    own_labels = None if labels is None else torch.full((len(pieces), time), IGNORED_LABEL, dtype=labels.dtype)
+    mask = torch.zeros(len(pieces), time, dtype=torch.bool)
+    for number, (row, start, stop) in enumerate(pieces):
+        own_ids[number, : stop - start] = ids[row, start:stop]
+        mask[number, : stop - start] = True
+        if own_labels is not None and labels is not None:
+            own_labels[number, : stop - start] = labels[row, start:stop]
+    return Batch(input_ids=own_ids, attention_mask=mask, labels=own_labels, origin=origin)
 
 
 def _check_types(batch: Batch) -> None:

@@ -7,10 +7,9 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import random
 import sysconfig
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from xarch_kd.errors import DataError, UsageError
@@ -33,6 +32,19 @@ def _without(document: str, seen: Set[str]) -> str:
     )
 
 
+def _without_repetition(documents: Sequence[str]) -> tuple[str, ...]:
+    """Return documents of which each paragraph is kept only in the longest that has it, and none that are left empty.
+
+    So no split of the documents measures text that was trained on.
+    """
+    seen: set[str] = set()
+    kept = list(documents)
+    for index in sorted(range(len(documents)), key=lambda index: -len(documents[index])):
+        kept[index] = _without(documents[index], seen)
+        seen.update(_paragraphs(documents[index]))
+    return tuple(document for document in kept if document.strip())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
     """Named list of documents. `description` is one line for tables; `sha256` covers all documents in order."""
@@ -50,47 +62,6 @@ class Corpus:
             digest.update(b"\0")
         return digest.hexdigest()
 
-    def split(self, held_out: float, *, seed: int) -> tuple[Corpus, Corpus]:
-        """Return (training, held-out) corpora that share no document.
-
-        Documents are shuffled by `seed` and moved to the held-out side until it has at least `held_out` of all
-        characters. A corpus of one document is split at the nearest line break instead. Paragraphs that occur in the
-        training side too are then removed from the held-out side, so that memorized text is not measured. Raises
-        `DataError` if nothing remains.
-        """
-        training, held = self._cut(held_out) if len(self.documents) == 1 else self._shuffled(held_out, seed)
-        seen = {paragraph for document in training.documents for paragraph in _paragraphs(document)}
-        own = tuple(
-            document for document in (_without(document, seen) for document in held.documents) if document.strip()
-        )
-        if not own:
-            raise DataError(
-                f"every paragraph of the held-out part of '{self.name}' occurs in its training part too",
-                fix="give less repetitive text, or another data.held_out or seed",
-            )
-        return training, replace(held, documents=own)
-
-    def _shuffled(self, held_out: float, seed: int) -> tuple[Corpus, Corpus]:
-        order = list(range(len(self.documents)))
-        random.Random(seed).shuffle(order)
-        wanted, taken, held = held_out * sum(map(len, self.documents)), 0, []
-        while order and (taken < wanted or not held) and len(order) > 1:
-            held.append(order.pop())
-            taken += len(self.documents[held[-1]])
-        return self._part("training", sorted(order)), self._part("held-out", sorted(held))
-
-    def _cut(self, held_out: float) -> tuple[Corpus, Corpus]:
-        text = self.documents[0]
-        at = text.find("\n", int(len(text) * (1 - held_out))) + 1 or int(len(text) * (1 - held_out))
-        whole = Corpus(name=self.name, description=self.description, documents=(text[:at], text[at:]))
-        return whole._part("training", [0]), whole._part("held-out", [1])
-
-    def _part(self, which: str, indices: Sequence[int]) -> Corpus:
-        documents = tuple(self.documents[index] for index in indices)
-        return Corpus(
-            name=f"{self.name} ({which})", description=f"{which} part of {self.description}", documents=documents
-        )
-
 
 def python_docs() -> Corpus:
     """Return the reference topics of the Python documentation that the standard library carries.
@@ -98,15 +69,10 @@ def python_docs() -> Corpus:
     Many topics are sections of longer ones: each paragraph is kept only in the longest topic that has it.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    seen: set[str] = set()
-    kept: dict[str, str] = {}
-    for key in sorted(topics, key=lambda key: (-len(topics[key]), key)):
-        kept[key] = _without(topics[key], seen)
-        seen.update(_paragraphs(topics[key]))
     return Corpus(
         name="python-docs",
         description="the Python reference's topics (pydoc_data.topics)",
-        documents=tuple(kept[key] for key in sorted(kept) if kept[key].strip()),
+        documents=_without_repetition([topics[key] for key in sorted(topics)]),
     )
 
 
@@ -115,7 +81,11 @@ def python_sources() -> Corpus:
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(folder.glob("*.py"))
     texts = tuple(path.read_text(encoding="utf-8", errors="replace") for path in files)
-    return Corpus(name="python-sources", description="source files of the Python standard library", documents=texts)
+    return Corpus(
+        name="python-sources",
+        description="source files of the Python standard library",
+        documents=_without_repetition(texts),
+    )
 
 
 def licences() -> Corpus:
@@ -129,7 +99,7 @@ def licences() -> Corpus:
     return Corpus(
         name="licences",
         description="legal prose: licence texts of the installed dependencies",
-        documents=tuple(texts.values()),
+        documents=_without_repetition(list(texts.values())),
     )
 
 

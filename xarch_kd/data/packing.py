@@ -101,15 +101,26 @@ class PackedRows:
         return 1 - self.tokens / (len(self) * self.sequence_length)
 
     @property
-    def notice(self) -> str | None:
-        """One line about what packing left out or padded, None where that is nothing."""
-        if self.packing == "none" and self.cut:
-            left_out = self.documents.tokens - self.tokens
-            return (
-                f"{self.cut:,} of {len(self):,} documents are longer than {self.sequence_length} tokens and are cut "
-                f"there: {left_out:,} of {self.documents.tokens:,} tokens are left out (packing: best_fit keeps them)"
-            )
-        return None
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each source, of which there is one."""
+        return (len(self),)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Share of each source."""
+        return (1.0,)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Lines about what packing left out."""
+        if not self.cut:
+            return ()
+        left_out = self.documents.tokens - self.tokens
+        return (
+            f"{self.cut:,} of {len(self):,} documents of {self.name} are longer than {self.sequence_length} tokens and "
+            f"are cut there: {left_out:,} of {self.documents.tokens:,} tokens are left out (packing: best_fit keeps "
+            "them)",
+        )
 
     def row(self, row: int) -> Row:
         """Return one row."""

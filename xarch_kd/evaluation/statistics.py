@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,6 +46,8 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Return the mean difference second - first of per-token values [rows, tokens], resampling whole clusters.
 
+    Tokens that are NaN for both models do not count, and neither do rows without another token.
+
     Tokens of one row share a context, so rows are drawn with replacement, or clusters of rows if `clusters` gives one
     label per row (its document, for example), with the values of both models together. The interval is the percentile
     interval. The p-value is 2 (n + 1) / (resamples + 1), at most 1, with n the resamples on the other side of 0.
@@ -64,8 +67,12 @@ def paired_bootstrap(
             found=f"level {level}, {resamples} resamples",
             allowed="0 < level < 1, >= 1 resamples",
         )
-    difference = (second.double() - first.double()).sum(1).numpy()
-    sums, counts = _by_cluster(difference, first.shape[1], clusters)
+    tokens = (~first.isnan()).sum(1).double().numpy()
+    difference = (second.double() - first.double()).nansum(1).numpy()
+    sums, counts = _by_cluster(difference, tokens, clusters)
+    if not counts.any() or not torch.equal(first.isnan(), second.isnan()):
+        raise UsageError("A paired difference needs both models' values of the same tokens.", found="other NaN values")
+    sums, counts = sums[counts > 0], counts[counts > 0]
     mean = float(sums.sum() / counts.sum())
     low = high = p_value = None
     if len(sums) > 1:
@@ -79,16 +86,16 @@ def paired_bootstrap(
 
 
 def _by_cluster(
-    difference: NDArray[np.float64], tokens: int, clusters: Sequence[int | str] | None
+    difference: NDArray[np.float64], tokens: NDArray[np.float64], clusters: Sequence[int | str] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the sum of differences and the number of tokens of each cluster."""
     if clusters is None:
-        return difference, np.full(len(difference), float(tokens))
+        return difference, tokens
     if len(clusters) != len(difference):
         raise UsageError("clusters needs one label per row.", found=len(clusters), allowed=len(difference))
     _, index = np.unique(np.asarray(clusters), return_inverse=True)
     sums = np.bincount(index, weights=difference).astype(np.float64)
-    return sums, np.bincount(index).astype(np.float64) * tokens
+    return sums, np.bincount(index, weights=tokens).astype(np.float64)
 
 
 def _resampled_means(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
@@ -10,12 +9,11 @@ from torch import Tensor
 
 from xarch_kd.calibration.initialize import prepare, tokens_to_prepare
 from xarch_kd.calibration.layer_similarity import measure_similarities
-from xarch_kd.data.batches import Batch
-from xarch_kd.data.rows import select_rows
+from xarch_kd.data.rows import Rows, rows_of_tokens, select_rows
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import read_tensors, write_tensors
 from xarch_kd.job.models import RunModels, load_models, load_run_tokenizer
-from xarch_kd.job.texts import packed, training_and_held_out
+from xarch_kd.job.texts import run_text
 from xarch_kd.planning.layer_maps import entry_key
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.resolve import calibrated_plan
@@ -32,12 +30,11 @@ def calibrate(plan: Plan, reporter: Reporter) -> Plan:
     if not plan.uncalibrated:
         return plan
     tokenizer = load_run_tokenizer(plan)
-    text, _ = training_and_held_out(plan)
-    rows = packed(text, tokenizer, plan, reporter)
+    rows = run_text(plan, tokenizer, reporter).training
     return calibrated(plan, load_models(plan, tokenizer, reporter), rows, reporter)
 
 
-def calibrated(plan: Plan, models: RunModels, rows: Tensor, reporter: Reporter, *, kept: Path | None = None) -> Plan:
+def calibrated(plan: Plan, models: RunModels, rows: Rows, reporter: Reporter, *, kept: Path | None = None) -> Plan:
     """Return the plan with the layer maps computed from the similarity of the layers of `models` on `rows`.
 
     The similarity is read from the file `kept` if it exists, and is written there otherwise. Raises CheckpointError for
@@ -80,10 +77,10 @@ def _read(plan: Plan, path: Path) -> dict[str, Tensor]:
     return stored
 
 
-def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Tensor, path: Path, reporter: Reporter) -> None:
+def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Rows, path: Path, reporter: Reporter) -> None:
     """Fit a stage's projectors and statistics to rows of training text, or read from `path` those fitted before.
 
-    `rows` [rows, time] are token ids, of which at most `calibration.tokens` are read.
+    `rows` are training text, of which at most `calibration.tokens` tokens are read.
     """
     wanted = min(tokens_to_prepare(aligner), plan.mapping.calibration.tokens)
     if wanted == 0:
@@ -101,15 +98,15 @@ def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Tensor, 
             ) from error
         return
     began = time.perf_counter()
-    chosen = select_rows(rows, max(1, math.ceil(wanted / rows.shape[1])), seed=plan.mapping.seed)
-    with reporter.work(f"stage {stage.stage.name}: calibrating", chosen.numel(), "tokens") as work:
-        parts = work.track(chosen.split(stage.batch_size), lambda part: part.numel())
-        notices = prepare(aligner, (Batch(input_ids=part, origin="calibration text") for part in parts))
+    chosen = select_rows(rows, rows_of_tokens(rows, wanted), seed=plan.mapping.seed)
+    with reporter.work(f"stage {stage.stage.name}: calibrating", chosen.tokens, "tokens") as work:
+        batches = chosen.batches(stage.batch_size, origin="calibration text")
+        notices = prepare(aligner, work.track(batches, lambda batch: batch.tokens))
     for notice in notices:
         reporter.line(f"stage {stage.stage.name}: {notice}")
     write_tensors(start, aligner.trained_state(student=False))
     reporter.line(
-        f"stage {stage.stage.name}: fitted to {chosen.numel():,} tokens in {time.perf_counter() - began:.1f} s"
+        f"stage {stage.stage.name}: fitted to {chosen.tokens:,} tokens in {time.perf_counter() - began:.1f} s"
     )
 
 

@@ -12,7 +12,7 @@ from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.results import Evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
 from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
-from xarch_kd.job.texts import HELD_OUT, evaluation_texts
+from xarch_kd.job.texts import HELD_OUT, RunText, evaluation_texts
 from xarch_kd.mapping_file.schema import Evaluate
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import plan_of_run
@@ -54,10 +54,14 @@ def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | N
     return evaluation
 
 
-def measure(plan: Plan, folder: RunFolder, reporter: Reporter) -> Evaluation:
-    """Measure the student saved in `folder`, both models in float32, and write and print the result."""
-    texts, descriptions = evaluation_texts(plan, load_run_tokenizer(plan), reporter)
-    reporter.line(f"measuring on {', '.join(f'{rows.numel():,} tokens of {name}' for name, rows in texts.items())}")
+def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | None = None) -> Evaluation:
+    """Measure the student saved in `folder`, both models in float32, and write and print the result.
+
+    `text` is that of the run, read here if it is not given.
+    """
+    texts, descriptions = evaluation_texts(plan, load_run_tokenizer(plan), reporter, text)
+    sizes = {name: sum(batch.tokens for batch in batches) for name, batches in texts.items()}
+    reporter.line(f"measuring on {', '.join(f'{tokens:,} tokens of {name}' for name, tokens in sizes.items())}")
     device = device_of(plan)
     teacher = plan.mapping.teacher
     evaluation = compare_models(
@@ -69,7 +73,6 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter) -> Evaluation:
         student_name=str(folder.student),
         teacher_paths=teacher.paths,
         student_paths=plan.mapping.student.paths,
-        batch_size=plan.mapping.data.batch_size,
         seed=plan.mapping.seed,
         reporter=reporter,
     )

@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from xarch_kd.data.corpus import Corpus
+from xarch_kd.data.rows import Rows
+from xarch_kd.job.texts import RunText
 from xarch_kd.models.loading.identity import config_identity, model_identity
 from xarch_kd.models.loading.tokens import tokenizer_identity
 from xarch_kd.planning.plan import Plan
@@ -21,13 +21,13 @@ HELD_OUT_TEXT = "held-out text"
 TOKENIZER = "tokenizer"
 
 
-def run_fingerprint(plan: Plan, tokenizer: PreTrainedTokenizerBase, rows: Tensor, held_out: Corpus) -> Fingerprint:
-    """Return the fingerprint of a run about to train on `rows`. Raises ModelError for models that cannot be read."""
+def run_fingerprint(plan: Plan, tokenizer: PreTrainedTokenizerBase, text: RunText) -> Fingerprint:
+    """Return the fingerprint of a run about to train on `text`. Raises ModelError for models that cannot be read."""
     return Fingerprint(
         inputs={
             MAPPING: mapping_fingerprint(plan),
-            TRAINING_TEXT: rows_fingerprint(rows),
-            HELD_OUT_TEXT: held_out_fingerprint(held_out),
+            TRAINING_TEXT: rows_fingerprint(text.training),
+            HELD_OUT_TEXT: held_out_fingerprint(text),
             **model_inputs(plan, tokenizer),
         },
         packages=installed_packages(),
@@ -44,15 +44,15 @@ def mapping_fingerprint(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def rows_fingerprint(rows: Tensor) -> str:
-    """Return size and hash of the rows [rows, time] that a run trains on, in their order."""
-    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
-    return f"{rows.shape[0]:,} rows of {rows.shape[1]:,} tokens, sha256 {digest[:16]}"
+def rows_fingerprint(rows: Rows) -> str:
+    """Return size and hash of the rows that a run trains on, in their order."""
+    return f"{len(rows):,} rows of {rows.sequence_length:,} tokens, sha256 {rows.fingerprint[:16]}"
 
 
-def held_out_fingerprint(held_out: Corpus) -> str:
+def held_out_fingerprint(text: RunText) -> str:
     """Return size and hash of the documents that a run is evaluated on."""
-    return f"{len(held_out.documents):,} documents, sha256 {held_out.sha256[:16]}"
+    documents = sum(len(part) for part in text.held_out_documents)
+    return f"{documents:,} documents, sha256 {text.held_out_fingerprint[:16]}"
 
 
 def model_inputs(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

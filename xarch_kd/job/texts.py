@@ -1,22 +1,86 @@
-"""Texts of a mapping file, as corpora and as token rows."""
+"""Texts of a mapping file as rows of tokens: the training text, its held-out part, and texts of other kinds."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
 from transformers import PreTrainedTokenizerBase
 
-from xarch_kd.data.corpus import Corpus, read_corpus
-from xarch_kd.data.rows import pack
-from xarch_kd.mapping_file.schema import Evaluate, Text
+from xarch_kd.data.batches import Batch
+from xarch_kd.data.corpus import read_corpus
+from xarch_kd.data.documents import TokenizedDocuments
+from xarch_kd.data.mixture import MixedRows
+from xarch_kd.data.packing import PackedRows, pack
+from xarch_kd.data.rows import Rows, first_rows, rows_of_tokens
+from xarch_kd.data.splitting import split_documents
+from xarch_kd.errors import DataError
+from xarch_kd.mapping_file.schema import Data, Evaluate, Text
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.report import Reporter
 
 HELD_OUT = "held-out"
 
 
-def corpus_of(text: Text) -> Corpus:
-    """Return the corpus of a text source."""
-    return read_corpus(
+@dataclass(frozen=True, kw_only=True)
+class RunText:
+    """Text of a run: the rows it trains on, and the documents held out of each source or named for evaluation."""
+
+    training: Rows
+    held_out_documents: tuple[TokenizedDocuments, ...]
+    data: Data
+
+    @property
+    def held_out_fingerprint(self) -> str:
+        """SHA-256 of the held-out documents in order."""
+        parts = "\n".join(part.fingerprint for part in self.held_out_documents)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Lines to print: the rows of each source, and what packing left out."""
+        parts = self.training.parts if isinstance(self.training, MixedRows) else (self.training,)
+        return (*(_size(part) for part in parts), *self.training.notices)
+
+    def held_out(self) -> Rows:
+        """Return the held-out rows. Raises DataError if no document is held out."""
+        if not self.held_out_documents:
+            raise DataError(
+                "there is no held-out text to measure on",
+                asked="an evaluation on held-out text",
+                found=f"no held-out document of {self.training.description}",
+                fix="raise data.held_out, give text of more than one document, or name other text under "
+                "data.evaluation: {files: …}",
+            )
+        rows = tuple(_held_out_rows(documents, self.data) for documents in self.held_out_documents)
+        if len(rows) == 1:
+            return rows[0]
+        return MixedRows(parts=rows, weights=_weights(self.data))
+
+
+def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> RunText:
+    """Return the text of a run, tokenized, split and packed. Raises DataError for a source without enough text."""
+    data, seed = plan.mapping.data, plan.mapping.seed
+    sources: Sequence[Text] = data.mixture or (data,)
+    sides = [
+        split_documents(documents_of(source, tokenizer, reporter), data.held_out_share, seed=seed) for source in sources
+    ]
+    parts = tuple(_packed(training, data) for training, _ in sides)
+    held = tuple(held_out for _, held_out in sides if held_out is not None)
+    if data.evaluation is not None:
+        held = (documents_of(data.evaluation, tokenizer, reporter),)
+    elif len(held) != len(sides):
+        # A mixture is measured as it is trained on, or not at all.
+        held = ()
+    training = MixedRows(parts=parts, weights=_weights(data)) if data.mixture else parts[0]
+    return RunText(training=training, held_out_documents=held, data=data)
+
+
+def documents_of(text: Text, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> TokenizedDocuments:
+    """Return the documents of a text source as token ids, each closed by the end-of-text token."""
+    corpus = read_corpus(
         builtin=text.builtin,
         files=text.files,
         dataset=text.dataset,
@@ -24,34 +88,56 @@ def corpus_of(text: Text) -> Corpus:
         split=text.split,
         column=text.column or "text",
     )
-
-
-def training_and_held_out(plan: Plan) -> tuple[Corpus, Corpus]:
-    """Return the two parts of the training corpus; they share no paragraph."""
-    data = plan.mapping.data
-    return corpus_of(data).split(data.held_out, seed=plan.mapping.seed)
-
-
-def packed(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, plan: Plan, reporter: Reporter, *, most: int | None = None
-) -> Tensor:
-    """Return the corpus as token rows [rows, time] of the plan's sequence length, at most `most` of them."""
-    documents = len(corpus.documents) if most is None else None
-    with reporter.work(f"tokenizing {corpus.name}", documents, "documents") as work:
-        return pack(corpus, tokenizer, plan.mapping.data.sequence_length, most=most, progress=work.at)
+    end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
+    with reporter.work(f"tokenizing {corpus.name}", len(corpus.documents), "documents") as work:
+        ids = [
+            # verbose=False: a document longer than the model's context is expected here, since rows are cut afterwards.
+            cast(list[int], tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) + end
+            for document in work.track(corpus.documents, lambda _: 1)
+        ]
+    return TokenizedDocuments.of([part for part in ids if part], name=corpus.name, description=corpus.description)
 
 
 def evaluation_texts(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return rows and one-line descriptions by name: the held-out part of the training corpus, then each of `also`."""
-    settings = plan.mapping.evaluate or Evaluate()
-    most = max(1, settings.tokens // plan.mapping.data.sequence_length)
-    _, held_out = training_and_held_out(plan)
-    rows = {HELD_OUT: packed(held_out, tokenizer, plan, reporter, most=most)}
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, text: RunText | None = None
+) -> tuple[dict[str, list[Batch]], dict[str, str]]:
+    """Return batches and one-line descriptions by name: the held-out text, then each of `also`.
+
+    `text` is that of the run, read here if it is not given.
+    """
+    settings, data = plan.mapping.evaluate or Evaluate(), plan.mapping.data
+    held_out = (text or run_text(plan, tokenizer, reporter)).held_out()
+    rows: dict[str, Rows] = {HELD_OUT: held_out}
     descriptions = {HELD_OUT: held_out.description}
     for source in settings.also:
-        corpus = corpus_of(source)
-        rows[corpus.name] = packed(corpus, tokenizer, plan, reporter, most=most)
-        descriptions[corpus.name] = f"another kind: {corpus.description}"
-    return rows, descriptions
+        found = _held_out_rows(documents_of(source, tokenizer, reporter), data)
+        rows[found.name] = found
+        descriptions[found.name] = f"another kind: {found.description}"
+    return {name: read_batches(part, settings.tokens, data.batch_size) for name, part in rows.items()}, descriptions
+
+
+def read_batches(rows: Rows, tokens: int, batch_size: int) -> list[Batch]:
+    """Return the first rows, of about `tokens` tokens but at least one, in batches."""
+    most = max(1, tokens // rows.sequence_length) if rows.lengths is None else rows_of_tokens(rows, tokens)
+    return list(first_rows(rows, most).batches(batch_size, origin="held-out text"))
+
+
+def _size(rows: Rows) -> str:
+    most = "" if rows.tokens == len(rows) * rows.sequence_length else "at most "
+    return f"{rows.tokens:,} tokens of {rows.description} in {len(rows):,} rows of {most}{rows.sequence_length}"
+
+
+def _weights(data: Data) -> tuple[float, ...]:
+    return tuple(source.weight for source in data.mixture or ())
+
+
+def _packed(documents: TokenizedDocuments, data: Data) -> PackedRows:
+    return pack(documents, data.sequence_length, packing=data.packing, isolated=data.documents == "isolated")
+
+
+def _held_out_rows(documents: TokenizedDocuments, data: Data) -> PackedRows:
+    """Return rows of text to measure on: as those that are trained on, but one shorter row of a short text."""
+    if data.packing == "wrapped" and documents.tokens < data.sequence_length:
+        isolated = data.documents == "isolated"
+        return pack(documents, data.sequence_length, packing="best_fit", isolated=isolated)
+    return _packed(documents, data)

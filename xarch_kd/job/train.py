@@ -17,16 +17,17 @@ from rich.console import Console
 from torch import Tensor
 
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
-from xarch_kd.data.rows import BatchOrder, StageRows
+from xarch_kd.data.mixture import MixedRows
+from xarch_kd.data.rows import BatchOrder, Rows, StageRows
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.files import write_tensors
 from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
-from xarch_kd.job.fingerprint import mapping_fingerprint, rows_fingerprint, run_fingerprint
+from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.run import Run
-from xarch_kd.job.texts import packed, training_and_held_out
+from xarch_kd.job.texts import run_text
 from xarch_kd.mapping_file.objectives import Align, MixingMatch
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.loading.save import save_student
@@ -121,9 +122,9 @@ class _Job:
         """Check the inputs, then train unless the folder holds the finished run."""
         started = time.perf_counter()
         tokenizer = load_run_tokenizer(self.plan)
-        text, held_out = training_and_held_out(self.plan)
-        rows = packed(text, tokenizer, self.plan, self.reporter)
-        made_from = self._checked_inputs(run_fingerprint(self.plan, tokenizer, rows, held_out), state)
+        text = run_text(self.plan, tokenizer, self.reporter)
+        rows = text.training
+        made_from = self._checked_inputs(run_fingerprint(self.plan, tokenizer, text), state)
         if state == "finished":
             return
         for notice in self.plan.warnings:
@@ -131,11 +132,12 @@ class _Job:
         if self.processes.world_size > 1:
             for notice in split_notices(self.plan, self.processes.world_size):
                 self.reporter.line(f"warning: {notice}")
-        self.reporter.line(f"{rows.numel():,} tokens of {text.description} in {rows.shape[0]} rows of {rows.shape[1]}")
+        for line in text.lines:
+            self.reporter.line(line)
         models = load_models(self.plan, tokenizer, self.reporter, self.processes)
         self.processes.check_same(
             {
-                "data": rows_fingerprint(rows),
+                "data": rows.fingerprint,
                 "teacher": config_fingerprint(models.teacher.config),
                 "student": config_fingerprint(models.student.config),
             }
@@ -148,7 +150,7 @@ class _Job:
         self.folder.event(
             "started",
             seconds_to_load=round(time.perf_counter() - started, 2),
-            data_sha256=text.sha256,
+            data_sha256=rows.fingerprint,
             processes=self.processes.world_size,
         )
         training = time.perf_counter()
@@ -161,7 +163,7 @@ class _Job:
         del models
         if self.processes.is_main:
             if self.plan.mapping.evaluate is not None:
-                measure(self.plan, self.folder, self.reporter)
+                measure(self.plan, self.folder, self.reporter, text)
             write_card(self.plan, self.folder)
             self.folder.event("finished", seconds=round(time.perf_counter() - started, 2))
             self.folder.finish()
@@ -186,7 +188,7 @@ class _Job:
         self.signals.agree(self.processes.any_rank)
         self.signals.check()
 
-    def _train_stages(self, models: RunModels, rows: Tensor) -> dict[str, Tensor]:
+    def _train_stages(self, models: RunModels, rows: Rows) -> dict[str, Tensor]:
         """Run all stages and return their projectors' weights, by stage and name."""
         projectors: dict[str, Tensor] = {}
         for stage in self.plan.stages:
@@ -198,7 +200,7 @@ class _Job:
             }
         return projectors
 
-    def _stage(self, stage: StagePlan, models: RunModels, rows: Tensor) -> Aligner:
+    def _stage(self, stage: StagePlan, models: RunModels, rows: Rows) -> Aligner:
         """Run one stage, or restore it if it was finished before."""
         aligner = Aligner(self.plan, teacher=models.teacher, student=models.student, stage=stage.index)
         path = self.folder.stage(stage.folder)
@@ -288,15 +290,13 @@ class _Job:
                 set_aside(one.path)
         return newest
 
-    def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Tensor) -> StageTrainer:
+    def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Rows) -> StageTrainer:
         mapping = self.plan.mapping
-        order = BatchOrder(
-            rows=rows.shape[0],
-            batch_size=stage.batch_size,
-            distinct=stage.distinct_batches,
-            seed=mapping.seed,
-            stage=stage.index,
+        order = BatchOrder.of(
+            rows, batch_size=stage.batch_size, distinct=stage.distinct_batches, seed=mapping.seed, stage=stage.index
         )
+        for line in draw_lines(stage, order, rows):
+            self.reporter.line(line)
         return StageTrainer(
             aligner,
             reader,
@@ -343,6 +343,18 @@ def split_notices(plan: Plan, world_size: int) -> Iterator[str]:
                     f"stage {stage.stage.name}, {align.name}: {reason} is computed from each process's own rows and "
                     f"averaged, so {world_size} processes do not give the numbers of one"
                 )
+
+
+def draw_lines(stage: StagePlan, order: BatchOrder, rows: Rows) -> Iterator[str]:
+    """Yield a line per source of a mixture: how many rows a stage draws of it."""
+    if not isinstance(rows, MixedRows):
+        return
+    total = order.distinct * order.batch_size
+    for part, count in zip(rows.parts, order.drawn(), strict=True):
+        yield (
+            f"stage {stage.stage.name}: {count:,} rows of {part.name}, {count / total:.1%} of the stage's rows and "
+            f"{count / len(part):.2f} times that source"
+        )
 
 
 def _not_a_sum(align: Align) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -136,12 +136,15 @@ class Text(ConfigModel):
     bos: Literal["auto", "always", "never"] = "auto"
     eos: Literal["auto", "always", "never"] = "auto"
 
+    # Keys of which exactly one is given.
+    sources: ClassVar[tuple[str, ...]] = ("builtin", "files", "dataset")
+
     @model_validator(mode="after")
     def _one_text(self) -> Text:
-        given = [name for name in ("builtin", "files", "dataset") if getattr(self, name) is not None]
+        given = [name for name in self.sources if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"exactly one of builtin | files | dataset must be given, found {' and '.join(given) or 'none'}"
+                f"exactly one of {' | '.join(self.sources)} must be given, found {' and '.join(given) or 'none'}"
             )
         if self.column is not None and (self.builtin is not None or self.shape == "prompt_completion"):
             raise ValueError("column names the column of text, messages or input_ids in files or in a dataset")
@@ -151,15 +154,50 @@ class Text(ConfigModel):
         return self
 
 
+class MixtureSource(Text):
+    """One source of a mixture; of the rows, the share `weight` over the sum of all weights is drawn from it."""
+
+    weight: Positive
+
+
 class Data(Text):
     """Training text: tokenized by the teacher's tokenizer, packed into rows of `sequence_length` tokens.
 
-    `held_out` is the share of documents (at least one) kept for evaluation; `batch_size` is rows per micro-batch.
+    `mixture` has several sources, drawn by weight. `packing`: rows cut across documents (`wrapped`), documents kept
+    whole where they fit (`best_fit`), or one document per row (`none`). With `documents: isolated`, no document of a
+    row is read in the context of another. `held_out` is the share of documents kept for evaluation, chosen by a hash of
+    their content, 0.1 unless `evaluation` names other text for it; `batch_size` is rows per micro-batch.
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("builtin", "files", "dataset", "mixture")
+
+    mixture: Annotated[tuple[MixtureSource, ...], Field(min_length=1)] | None = None
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 512
     batch_size: Annotated[int, Field(ge=1)] = 4
-    held_out: Annotated[Number, Field(gt=0, lt=1)] = 0.1
+    packing: Literal["wrapped", "best_fit", "none"] = "wrapped"
+    documents: Literal["joined", "isolated"] = "joined"
+    held_out: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    evaluation: Text | None = None
+
+    @property
+    def held_out_share(self) -> float:
+        """Share of the documents that is held out."""
+        if self.held_out is None:
+            return 0.0 if self.evaluation is not None else 0.1
+        return self.held_out
+
+    @model_validator(mode="after")
+    def _one_held_out_text(self) -> Data:
+        if self.evaluation is not None and self.held_out:
+            raise ValueError("held_out is the text to measure on unless evaluation names other text: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_have_their_own_keys(self) -> Data:
+        ignored = sorted(self.model_fields_set & set(Text.model_fields) - {"builtin", "files", "dataset"})
+        if self.mixture is not None and ignored:
+            raise ValueError(f"with a mixture, each of its sources has its own {', '.join(ignored)}: move it there")
+        return self
 
 
 class Optimizer(ConfigModel):

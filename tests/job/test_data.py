@@ -1,0 +1,121 @@
+"""Text of a run: packing, mixtures, and where held-out text comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xarch_kd.cli.app import main
+from xarch_kd.errors import DataError, MappingFileError
+from xarch_kd.job.models import load_run_tokenizer
+from xarch_kd.job.texts import RunText, evaluation_texts, run_text
+from xarch_kd.job.train import train
+from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.report import Reporter
+from xarch_kd.testing.mapping import LOGIT_STAGE, Write
+from xarch_kd.testing.runs import events_of
+
+
+def _lines(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def _data(*files: str, **more: Any) -> dict[str, Any]:
+    return {"files": list(files), "sequence_length": 16, "batch_size": 2, **more}
+
+
+def _text(mapping: Path) -> RunText:
+    plan = make_plan(mapping)
+    return run_text(plan, load_run_tokenizer(plan), Reporter.silent())
+
+
+@pytest.mark.parametrize("packing", ["wrapped", "best_fit", "none"])
+def test_rows_packed_each_way_train_and_are_measured(write_mapping: Write, tmp_path: Path, packing: str) -> None:
+    file = _lines(tmp_path / "t.jsonl", [f"document {number} " + "word " * (number % 7) for number in range(60)])
+    mapping = write_mapping(LOGIT_STAGE, data=_data(file, packing=packing), evaluate={"tokens": 64})
+    train(mapping, tmp_path / "run")
+    losses = [event["loss"] for event in events_of(tmp_path / "run") if event["event"] == "step"]
+    assert len(losses) == LOGIT_STAGE["steps"] and all(loss > 0 for loss in losses)
+    (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"]
+    assert figures["student_nll"] > 0 and figures["tokens"] > 30
+
+
+def test_copies_of_one_document_are_trained_on_and_cannot_be_measured(write_mapping: Write, tmp_path: Path) -> None:
+    file = _lines(tmp_path / "t.jsonl", ["always the same line of text"] * 100)
+    assert train(write_mapping(LOGIT_STAGE, data=_data(file)), tmp_path / "run").is_finished
+    mapping = write_mapping(LOGIT_STAGE, data=_data(file), evaluate={"tokens": 64})
+    with pytest.raises(DataError, match=r"no held-out text to measure on[\s\S]*data.evaluation"):
+        _text(mapping).held_out()
+
+
+def test_other_text_can_be_named_to_measure_on(write_mapping: Write, tmp_path: Path) -> None:
+    training = _lines(tmp_path / "t.jsonl", [f"training line {number}" for number in range(50)])
+    other = _lines(tmp_path / "o.jsonl", ["quite another text" for _ in range(20)])
+    mapping = write_mapping(LOGIT_STAGE, data=_data(training, evaluation={"files": [other]}), evaluate={"tokens": 64})
+    plan = make_plan(mapping)
+    tokenizer = load_run_tokenizer(plan)
+    text = run_text(plan, tokenizer, Reporter.silent())
+    # Nothing of the training text is held out.
+    documents = sum(len(tokenizer(f"training line {number}")["input_ids"]) + 1 for number in range(50))
+    assert text.training.tokens == documents // 16 * 16
+    texts, descriptions = evaluation_texts(plan, tokenizer, Reporter.silent(), text)
+    assert "quite another text" in tokenizer.decode(texts["held-out"][0].input_ids.flatten())
+    assert "o.jsonl" in descriptions["held-out"]
+
+
+def test_the_seed_decides_what_is_held_out_and_0_holds_out_nothing(write_mapping: Write, tmp_path: Path) -> None:
+    file = _lines(tmp_path / "t.jsonl", [f"line {number}" for number in range(100)])
+    found = [_text(write_mapping(data=_data(file, held_out=0.3), seed=seed)) for seed in (0, 0, 1)]
+    prints = [text.held_out_fingerprint for text in found]
+    assert prints[0] == prints[1] != prints[2]
+    assert _text(write_mapping(data=_data(file, held_out=0))).held_out_documents == ()
+
+
+def test_a_mixture_is_drawn_by_weight_and_counted(
+    write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [_lines(tmp_path / f"{name}.jsonl", [f"{name} {number}" * 4 for number in range(40)]) for name in "ab"]
+    sources = [{"files": [file], "weight": weight} for file, weight in zip(files, (3.0, 1.0), strict=True)]
+    data = {"mixture": sources, "sequence_length": 16, "batch_size": 2}
+    mapping = write_mapping({**LOGIT_STAGE, "steps": 20}, data=data, evaluate={"tokens": 128})
+    assert main(["train", str(mapping), "--output", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    counts = [
+        int(line.split(": ")[1].split(" rows")[0]) for line in printed.splitlines() if " of the stage's rows" in line
+    ]
+    assert sum(counts) == 40 and 22 <= counts[0] <= 38
+    held_out = _text(mapping).held_out()
+    assert held_out.weights == (3.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"mixture": [{"files": ["a"], "weight": 1}, {"files": ["b"], "weight": 0}]}, r"data\.mixture\[1\]\.weight"),
+        ({"mixture": [{"files": ["a"], "weight": -2}]}, r"data\.mixture\[0\]\.weight"),
+        ({"mixture": []}, r"data\.mixture"),
+        ({"mixture": [{"files": ["a"], "weight": 1}], "files": ["b"]}, "exactly one of builtin"),
+        ({"mixture": [{"files": ["a"], "weight": 1}], "column": "body"}, "column: move it there"),
+        ({"files": ["a"], "held_out": 0.1, "evaluation": {"files": ["b"]}}, "give one of them"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_read(
+    write_mapping: Write, data: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(MappingFileError, match=words):
+        make_plan(write_mapping(data=data))
+
+
+def test_an_empty_source_of_a_mixture_is_refused_by_name(write_mapping: Write, tmp_path: Path) -> None:
+    full = _lines(tmp_path / "full.jsonl", [f"line {number}" for number in range(50)])
+    (tmp_path / "empty.txt").write_text("  ")
+    sources = [{"files": [full], "weight": 1}, {"files": [str(tmp_path / "empty.txt")], "weight": 1}]
+    with pytest.raises(DataError, match=r"empty\.txt"):
+        _text(write_mapping(data={"mixture": sources, "sequence_length": 16}))
+    (tmp_path / "empty.txt").write_text("short")
+    with pytest.raises(DataError, match=r"empty\.txt[\s\S]*too short for one row"):
+        _text(write_mapping(data={"mixture": sources, "sequence_length": 16, "held_out": 0}))
