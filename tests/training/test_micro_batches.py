@@ -15,6 +15,7 @@ from xarch_kd.calibration.initialize import prepare, tokens_to_prepare
 from xarch_kd.data.batches import Batch
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.taps.trace import trace
 from xarch_kd.testing.tiny import tiny_model
 from xarch_kd.training.aligner import Aligner, AlignerOutput
 
@@ -56,6 +57,10 @@ HYBRID = {
         "tokens-" + (divergence if isinstance(divergence, str) else divergence["kind"]): _tokens(divergence)
         for divergence in DIVERGENCES
     },
+}
+HYBRID |= {
+    f"labelled-{name}": {**HYBRID[name], "align": [{**HYBRID[name]["align"][0], "tokens": "labelled"}]}
+    for name in ("mse", "relative_mse", "cosine", "gram", "mixing-cosine", "fed")
 }
 TRANSFORMER = {
     "relation": _entry("values", "relation"),
@@ -144,6 +149,30 @@ def test_micro_batches_add_up_to_one_large_batch(
     assert float(apart.mean()) != pytest.approx(float(whole.loss.detach()), rel=5e-5)
 
 
+def test_labelled_tokens_alone_count_where_that_is_asked_for(teacher_folder: Path, teacher: PreTrainedModel) -> None:
+    """Against the mean over the dense features of the labelled tokens."""
+    large, small = large_and_small()
+    assert large.labels is not None and large.labelled_mask is not None
+    labelled = large.labels != -100
+    assert torch.equal(large.labelled_mask, labelled) and large.labelled_tokens == int(labelled.sum()) < large.tokens
+    entry = _entry("hidden", "mse")["align"][0]
+    aligner = aligner_of(teacher_folder, teacher, {"align": [{**entry, "tokens": "labelled"}]}, hybrid=True)
+    with torch.no_grad():
+        own, target = (
+            trace(model, large.input_ids, large.model_mask, taps=["hidden"])["hidden"]
+            for model in (aligner.student, teacher)
+        )
+        errors = torch.stack([(own[layer] - target[layer]).square().mean(-1) for layer in own])
+        out = aligner(batch=large)
+    assert float(out.loss) == pytest.approx(float(errors[:, labelled].mean(1).sum()), rel=1e-4)
+    assert float(out.loss) != pytest.approx(float(errors[:, large.attention_mask].mean(1).sum()), rel=1e-3)
+    # A micro-batch in which nothing is labelled adds nothing.
+    empty = Batch(input_ids=large.input_ids[:1], labels=torch.full_like(large.input_ids[:1], -100))
+    outputs, _ = run(aligner, [*small, empty])
+    assert float(outputs[-1].loss.detach()) == 0.0
+    assert total(outputs) == pytest.approx(float(out.loss), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("stage", "hybrid"),
     [
@@ -182,7 +211,8 @@ def test_normalizers_are_summed_over_ranks_in_one_call(teacher_folder: Path, tea
     together = first.reduced(lambda vector: vector + vectors[0])
     expected = aligner.normalizers(large, aligner.reader.read(large))
     assert len(vectors) == 1
-    assert (float(together.tokens), float(together.predictions)) == (large.tokens, large.predictions)
+    counts = (large.tokens, large.labelled_tokens, large.predictions)
+    assert (float(together.tokens), float(together.labelled), float(together.predictions)) == counts
     assert together.teacher_sq_norms.keys() == expected.teacher_sq_norms.keys() and together.teacher_sq_norms
     for name, norm in expected.teacher_sq_norms.items():
         torch.testing.assert_close(together.teacher_sq_norms[name], norm, rtol=1e-6, atol=0)

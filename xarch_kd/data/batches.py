@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy
 import torch
 from torch import Tensor
 
+from xarch_kd.data.length_groups import grouped_by_length
 from xarch_kd.errors import UsageError
 from xarch_kd.losses.tokens import IGNORED_LABEL, next_token_labels
 
@@ -20,23 +21,30 @@ from xarch_kd.losses.tokens import IGNORED_LABEL, next_token_labels
 class _Derived:
     """Quantities derived from a batch on the host, so that no device is synchronized.
 
-    `valid` and `predicted` are flat indices [k] (int64, on the batch's device) of the tokens that the mask keeps and of
-    those whose next token counts; None where that is all of them.
+    `valid`, `labelled` and `predicted` are flat indices [k] (int64, on the batch's device) of the tokens that the mask
+    keeps, of those of them with a label, and of those whose next token counts; None where that is all of them.
+    `labelled_mask` [batch, time] is true at `labelled`.
     """
 
     fingerprint: str
     next_tokens: Tensor
     valid: Tensor | None
+    labelled: Tensor | None
+    labelled_mask: Tensor | None
     predicted: Tensor | None
     tokens: int
+    labelled_tokens: int
     predictions: int
     is_packed: bool
+    is_right_padded: bool
 
     def to(self, device: torch.device | str) -> _Derived:
         """Return it with its tensors on `device`."""
         moved = {
             name: None if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in (("valid", self.valid), ("predicted", self.predicted))
+            for name, tensor in (
+                (name, getattr(self, name)) for name in ("valid", "labelled", "labelled_mask", "predicted")
+            )
         }
         return dataclasses.replace(self, next_tokens=self.next_tokens.to(device, non_blocking=True), **moved)
 
@@ -114,6 +122,21 @@ class Batch:
         return self._derived.valid
 
     @property
+    def labelled(self) -> Tensor | None:
+        """Flat indices [k] of the tokens that the mask keeps and that have a label; None for all."""
+        return self._derived.labelled
+
+    @property
+    def labelled_mask(self) -> Tensor | None:
+        """Tokens [batch, time] that the mask keeps and that have a label, boolean; None for all."""
+        return self._derived.labelled_mask
+
+    @property
+    def labelled_tokens(self) -> int:
+        """Number of tokens that the mask keeps and that have a label; without labels, all that it keeps."""
+        return self._derived.labelled_tokens
+
+    @property
     def predicted(self) -> Tensor | None:
         """Flat indices [k] of the positions whose next token counts; None for all."""
         return self._derived.predicted
@@ -125,8 +148,14 @@ class Batch:
 
     @property
     def model_mask(self) -> Tensor | None:
-        """The mask as models of transformers take it: int64 [batch, time], 1 where a token counts."""
-        return None if self.attention_mask is None else self.attention_mask.long()
+        """The mask as models of transformers take it: int64 [batch, time], 1 where a token counts.
+
+        None for packed rows with padding at their ends alone: models that keep their documents apart take position ids
+        instead of a mask, and are causal, so that no token sees the padding after it.
+        """
+        if self.attention_mask is None or (self.position_ids is not None and self._derived.is_right_padded):
+            return None
+        return self.attention_mask.long()
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on `device`; its values are not read again."""
@@ -218,37 +247,6 @@ class BatchSource(Protocol):
         ...
 
 
-# Tokens of padding that cost about as much as another pass over a batch.
-GROUP_COST: Final = 96
-
-
-def grouped_by_length(lengths: numpy.ndarray, group_cost: int = GROUP_COST) -> list[numpy.ndarray]:
-    """Return indices of `lengths` [items] in groups of similar length, the shortest first.
-
-    They minimize the padding of all groups to their longest item, plus `group_cost` tokens per group; items of a group
-    are in their given order.
-
-    >>> import numpy
-    >>> [group.tolist() for group in grouped_by_length(numpy.array([500, 20, 490, 24]))]
-    [[1, 3], [0, 2]]
-    """
-    order = numpy.argsort(lengths, kind="stable")
-    ordered = lengths[order]
-    # best[k] is the cost of the k shortest items; a group is a range of them.
-    best = numpy.zeros(len(ordered) + 1)
-    begins = numpy.zeros(len(ordered) + 1, dtype=numpy.int64)
-    for stop in range(1, len(ordered) + 1):
-        costs = best[:stop] + ordered[stop - 1] * (stop - numpy.arange(stop)) + group_cost
-        begins[stop] = int(costs.argmin())
-        best[stop] = costs[begins[stop]]
-    groups = []
-    stop = len(ordered)
-    while stop:
-        groups.append(numpy.sort(order[begins[stop] : stop]))
-        stop = int(begins[stop])
-    return groups[::-1]
-
-
 def _document_pieces(host: Mapping[str, Tensor | None]) -> list[tuple[int, int, int]]:
     """Return (row, start, stop) of each document of packed rows, without padding."""
     ids, positions, mask = host["input_ids"], host["position_ids"], host["attention_mask"]
@@ -318,6 +316,8 @@ def _derive(host: Mapping[str, Tensor | None]) -> _Derived:
     # The first token of a document does not follow from the document before it.
     next_tokens[:, :-1][torch.from_numpy(starts[:, 1:])] = IGNORED_LABEL
     counts = (next_tokens != IGNORED_LABEL).numpy()
+    labelled = mask if labels is None else mask & (labels.numpy() != IGNORED_LABEL)
+    is_labelled = bool(labelled.all())
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
     for name, values in (
         ("ids", ids),
@@ -330,10 +330,14 @@ def _derive(host: Mapping[str, Tensor | None]) -> _Derived:
         fingerprint=digest.hexdigest(),
         next_tokens=next_tokens,
         valid=None if is_full else torch.from_numpy(mask.reshape(-1).nonzero()[0]),
+        labelled=None if is_labelled else torch.from_numpy(labelled.reshape(-1).nonzero()[0]),
+        labelled_mask=None if is_labelled else torch.from_numpy(labelled.copy()),
         predicted=None if counts.all() else torch.from_numpy(counts.reshape(-1).nonzero()[0]),
         tokens=int(mask.sum()),
+        labelled_tokens=int(labelled.sum()),
         predictions=int(counts.sum()),
         is_packed=is_packed,
+        is_right_padded=bool((mask[:, :-1] >= mask[:, 1:]).all()),
     )
 
 

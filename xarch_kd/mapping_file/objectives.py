@@ -64,7 +64,8 @@ class Align(ConfigModel):
     trained with the student), or explicit pairs. `embedding` and `head_input` have no layers. `mixing` and `values`
     have losses of their own. With `weight: auto` in its loss an entry gets the weight at which the norm of its
     gradient on the student equals, at the first steps, that of the tokens, or of the first entry with a number.
-    `schedule` changes the weight over the stage.
+    `schedule` changes the weight over the stage. With `tokens: labelled` only tokens with a label count, as those of
+    the assistant in a conversation; without labels these are all.
     """
 
     name: Name
@@ -73,6 +74,7 @@ class Align(ConfigModel):
     loss: Annotated[AlignLoss, Field(default_factory=_default_loss)]
     projector: ProjectorName | ProjectorWithOptions = "auto"
     schedule: Schedule | None = None
+    tokens: Literal["all", "labelled"] = "all"
 
     @property
     def projector_part(self) -> AnyProjector:

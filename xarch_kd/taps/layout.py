@@ -171,7 +171,7 @@ def _check_keeps_apart(layout: Layout, attention_mask: Tensor | None) -> None:
             if recurrent
             else "an attention_mask beside them, with which models of transformers do not look for documents",
             allowed="models of attention alone, and rows without padding",
-            fix="give each document a row of its own, padded on the right",
+            fix="give each document a row of its own, padded on the right: batch.apart()",
         )
 
 

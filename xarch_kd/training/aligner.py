@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError, NonFiniteLoss, UsageError
 from xarch_kd.files import read_tensors
 from xarch_kd.layer_mapping.layer_map import LayerMap
-from xarch_kd.losses.features import divisor
 from xarch_kd.objectives.alignment import ActivePair, Alignment, name_nonfinite
 from xarch_kd.objectives.next_token import HEAD_INPUT, NextTokenObjective
 from xarch_kd.objectives.normalizers import LossNormalizers
@@ -25,9 +25,11 @@ from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
 from xarch_kd.teacher.feature_cache import Feature, Features
 from xarch_kd.teacher.reader import TeacherFeatures
+from xarch_kd.training.isolation import splitting_reason
 from xarch_kd.training.loss_balancing import TOKENS, balance_of, read_balance, require_balanced
 from xarch_kd.training.stage_setup import freeze_others, set_checkpointing, stage_of
 from xarch_kd.training.student_features import block_input_site, replayed, traced
+from xarch_kd.training.token_counts import counts_of, make_indices_known, shares_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +123,18 @@ class Aligner(nn.Module):
         """The reader of the teacher at this stage's sites, without a cache."""
         return self._outside[1]
 
+    @cached_property
+    def splitting_reason(self) -> str | None:
+        """Why documents of packed rows need rows of their own here (`training.isolation`); None where they do not."""
+        entries = [entry.align for entry in self.entries]
+        return splitting_reason(entries, (self.layout, self.reader.layout))
+
+    def parts(self, batch: Batch) -> tuple[Batch, ...]:
+        """Return a micro-batch in the parts that are passed to `forward` one after another, in which no document of a
+        packed row is read in the context of another: the batch itself, or its documents by length.
+        """
+        return (batch,) if batch.position_ids is None or self.splitting_reason is None else batch.apart()
+
     @property
     def layout(self) -> Layout:
         """Layout of the student."""
@@ -161,14 +175,16 @@ class Aligner(nn.Module):
         teacher_sq_norms = {}
         if features is not None and self.needs_full_step_features:
             for pair in self.targets(step).pairs:
-                norm = pair.objective.teacher_sq_norm(features[pair.site], batch.attention_mask)
+                norm = pair.objective.teacher_sq_norm(features[pair.site], counts_of(pair.objective.entry, batch)[0])
                 if norm is not None:
                     teacher_sq_norms[pair.objective.pair.name] = norm
-        tokens, predictions = (
+        tokens, labelled, predictions = (
             torch.full((), count, dtype=torch.float64, device=batch.device)
-            for count in (batch.tokens, batch.predictions)
+            for count in (batch.tokens, batch.labelled_tokens, batch.predictions)
         )
-        return LossNormalizers(tokens=tokens, predictions=predictions, teacher_sq_norms=teacher_sq_norms)
+        return LossNormalizers(
+            tokens=tokens, labelled=labelled, predictions=predictions, teacher_sq_norms=teacher_sq_norms
+        )
 
     def forward(
         self,
@@ -196,7 +212,7 @@ class Aligner(nn.Module):
         settled by one read of the device at the end, or by a collector of `ops.checks` that is active.
         """
         batch = self._batch(batch, input_ids, attention_mask, labels)
-        with checks.settled_at_end(lambda collector: _make_indices_known(collector, batch)):
+        with checks.settled_at_end(lambda collector: make_indices_known(collector, batch)):
             targets = self.targets(step)
             if features is None:
                 features = self.reader.read(batch, sites=targets.sites)
@@ -208,8 +224,10 @@ class Aligner(nn.Module):
             for entry in self.entries:
                 own = [pair for pair in targets.pairs if pair.objective.entry is entry.align]
                 if own:
-                    found, auxiliary = entry.terms(own, sides, batch.attention_mask, normalizers, targets.progress)
-                    terms[entry.align.name], maps = found, maps | auxiliary
+                    mask, count = counts_of(entry.align, batch)
+                    divisors = normalizers.of_entry(entry.align)
+                    found, auxiliary = entry.terms(own, sides, mask, divisors, targets.progress)
+                    terms[entry.align.name], maps = found, maps | shares_of(auxiliary, count, divisors)
             if head_input is not None and self.next_token is not None:
                 next_token, target = self.next_token, features[HEAD_INPUT]
                 token = name_nonfinite(
@@ -217,7 +235,6 @@ class Aligner(nn.Module):
                     lambda: next_token.loss(head_input, target, batch.next_tokens, normalizers, targets.progress),
                 )
                 terms[TOKENS] = {TOKENS: token}
-            maps = _shares(maps, batch, normalizers)
             if objective is not None:
                 return _alone(objective, terms, batch)
             require_balanced(self.balance, self.balanced_step, step)
@@ -334,22 +351,6 @@ def _alone(objective: str, terms: Mapping[str, Mapping[str, Tensor]], batch: Bat
     none = torch.zeros((), device=batch.device, requires_grad=torch.is_grad_enabled())
     loss = torch.stack(list(found.values())).sum() if found else none
     return AlignerOutput(loss=loss, parts={name: term.detach() for name, term in found.items()})
-
-
-def _shares(maps: Mapping[str, Tensor], batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-    """Return the objectives of learned maps, weighted by the share of the step's tokens that this micro-batch has.
-
-    They are ratios of sums, so that micro-batches add up to the mean of their own values and not to the value of one
-    large batch.
-    """
-    return {name: term * (batch.tokens / divisor(normalizers.tokens, term)) for name, term in maps.items()}
-
-
-def _make_indices_known(collector: checks.DeferredChecks, batch: Batch) -> None:
-    """Give a collector the indices of the tokens that count, so that no operation reads them from the device."""
-    if batch.attention_mask is not None:
-        collector.set_indices(batch.attention_mask, batch.valid)
-    collector.set_indices(batch.next_tokens, batch.predicted)
 
 
 def _require_finite(parts: Mapping[str, Tensor]) -> None:

@@ -111,15 +111,18 @@ class StageTrainer(Trainer):
         """Draw the micro-batches of one step and work out its normalizers, over all of them and all ranks."""
         ranks = self.accelerator.num_processes
         drawn = [next(epoch_iterator).shard(self.accelerator.process_index, ranks) for _ in range(num_batches)]
-        ahead = self.aligner.needs_full_step_features or num_batches == 1
+        divided = [self.aligner.parts(batch) for batch in drawn]
+        ahead = self.aligner.needs_full_step_features or (num_batches == 1 and len(divided[0]) == 1)
         self._checks = checks.DeferredChecks()
         normalizers = LossNormalizers()
         samples: list[dict[str, Any]] = []
-        for batch in (batch.to(device) for batch in drawn):
-            with self._checks.collecting(), checks.renaming_errors(partial(self._named, batch=batch)):
-                features = self.reader.read(batch, sites=self._sites) if ahead else None
-                normalizers = normalizers + self.aligner.normalizers(batch, features, step=self._step)
-            samples.append({"batch": batch, "features": features})
+        for parts in divided:
+            samples.append({"parts": []})
+            for batch in (part.to(device) for part in parts):
+                with self._checks.collecting(), checks.renaming_errors(partial(self._named, batch=batch)):
+                    features = self.reader.read(batch, sites=self._sites) if ahead else None
+                    normalizers = normalizers + self.aligner.normalizers(batch, features, step=self._step)
+                samples[-1]["parts"].append({"batch": batch, "features": features})
         self._normalizers = normalizers if ranks == 1 else normalizers.reduced(self._summed_over_ranks)
         self._figures = {}
         self._balance(samples)
@@ -141,8 +144,9 @@ class StageTrainer(Trainer):
         """Run forward and backward of one objective over the step's micro-batches, through the wrapped module."""
         model = self.model_wrapped
         assert model is not None
-        for place, sample in enumerate(samples):
-            last = place == len(samples) - 1
+        parts = [part for sample in samples for part in sample["parts"]]
+        for place, sample in enumerate(parts):
+            last = place == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(model=model), self._checks.collecting():
                 loss = self._output(model, sample["batch"], sample["features"], objective).loss
                 if loss.requires_grad:
@@ -162,10 +166,16 @@ class StageTrainer(Trainer):
         assert isinstance(total, Tensor)
         return total
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run one micro-batch forward and backward, leaving the checks of its values to the end of the step."""
-        with self._checks.collecting():
-            return super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run the parts of a micro-batch forward and backward, leaving the checks of values to the end of the step."""
+        losses = []
+        for place, part in enumerate(inputs["parts"]):
+            last = place == len(inputs["parts"]) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model=model), self._checks.collecting():
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
