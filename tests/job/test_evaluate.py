@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from xarch_kd.cli.app import main
+from xarch_kd.errors import CheckpointError
 from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.files import sha256_of
 from xarch_kd.job.train import train
-from xarch_kd.testing.mapping import MIXER_STAGE, Write
+from xarch_kd.testing.mapping import MIXER_STAGE, TEXT, Write
+from xarch_kd.testing.runs import flip_bit
 
 
 @pytest.fixture
@@ -50,3 +56,103 @@ def test_a_gate_decides_the_exit_code(run: Path, capsys: pytest.CaptureFixture[s
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "not a run folder with a student" in capsys.readouterr().err
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["student/model.safetensors", "student/config.json", "plan.json"])
+def test_a_damaged_file_of_a_finished_run_is_named_and_stays_so(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    flip_bit(run / name)
+    before = files_of(run)
+    for command in ("evaluate", "show"):
+        assert main([command, str(run)]) == 3
+        assert f"{name} is not the file that the run wrote" in capsys.readouterr().err
+    if name.startswith("student/"):
+        assert main(["export", str(run), "--output", str(run.parent / "exported")]) == 3
+        assert f"{name} is not the file" in capsys.readouterr().err
+        with pytest.raises(CheckpointError, match="is not the file that the run wrote"):
+            train(run.parent / "mapping.yaml", run)
+    assert files_of(run) == before
+
+
+def test_a_missing_file_and_a_damaged_manifest_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = (run / "student" / "tokenizer.json").read_bytes()
+    (run / "student" / "tokenizer.json").unlink()
+    assert main(["evaluate", str(run)]) == 3
+    assert re.search(r"student/tokenizer\.json is not the file[\s\S]*no such file", capsys.readouterr().err)
+    (run / "student" / "tokenizer.json").write_bytes(content)
+    (run / "manifest.json").write_text("{")
+    assert main(["evaluate", str(run)]) == 3
+    assert "the manifest of the run is damaged" in capsys.readouterr().err
+    (run / "manifest.json").unlink()
+    assert main(["evaluate", str(run)]) == 2
+    assert "the run is not finished" in capsys.readouterr().err
+
+
+def test_measuring_does_not_hide_damage_to_files_that_it_does_not_read(run: Path) -> None:
+    flip_bit(run / "stages" / "01-mixers" / "trained.safetensors")
+    before = json.loads((run / "manifest.json").read_text())["files"]
+    assert main(["evaluate", str(run), "--tokens", "128"]) == 0
+    after = json.loads((run / "manifest.json").read_text())["files"]
+    written = {"evaluation.json", "student/README.md"}
+    assert {name: digest for name, digest in after.items() if before.get(name) != digest}.keys() == written
+
+
+@pytest.fixture
+def relative_run(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run whose mapping file has relative paths, trained in the folder `project`."""
+    project = tmp_path / "project"
+    shutil.copytree(teacher_folder, project / "teacher")
+    (project / "text.txt").write_text("".join(f"{number}. {TEXT}" for number in range(40)))
+    mapping = {
+        "version": 1,
+        "teacher": {"model": "teacher"},
+        "student": {"convert": {"mixer": "mamba2", "replace": [1]}},
+        "data": {"files": ["text.txt"], "sequence_length": 16, "batch_size": 2},
+        "device": "cpu",
+        "stages": [{**MIXER_STAGE, "steps": 1}],
+        "evaluate": {"tokens": 128},
+    }
+    (project / "mapping.yaml").write_text(yaml.safe_dump(mapping))
+    monkeypatch.chdir(project)
+    train("mapping.yaml", "runs/base")
+    return project / "runs" / "base"
+
+
+def test_a_run_is_measured_on_its_own_text_from_any_folder(
+    relative_run: Path, tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = read_evaluation(relative_run / "evaluation.json")
+    other = tmp_path / "other"
+    shutil.copytree(teacher_folder, other / "teacher")
+    (other / "text.txt").write_text("".join(f"{number}: something else {TEXT}" for number in range(40)))
+    monkeypatch.chdir(other)
+    assert main(["evaluate", "../project/runs/base"]) == 0
+    assert read_evaluation(relative_run / "evaluation.json") == measured
+    assert Path.cwd() == other
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda project: (project / "text.txt").write_text("".join(f"{number}; {TEXT}" for number in range(40))),
+            "held-out text: ",
+        ),
+        (lambda project: flip_bit(project / "teacher" / "model.safetensors"), "teacher, model.safetensors: "),
+    ],
+)
+def test_another_text_or_teacher_is_not_measured_in_place_of_the_runs_own(
+    relative_run: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], named: str
+) -> None:
+    change(relative_run.parent.parent)
+    before = files_of(relative_run)
+    assert main(["evaluate", str(relative_run)]) == 2
+    message = capsys.readouterr().err
+    assert "made from other inputs" in message
+    assert f"found:   {named}" in message
+    assert files_of(relative_run) == before

@@ -14,7 +14,8 @@ from tests.job.rank_cases import RATES
 from tests.job.test_shipped import FAMILIES, FILES, shrunk, teachers
 from tests.training.test_micro_batches import HYBRID, TRANSFORMER
 from xarch_kd.errors import UsageError
-from xarch_kd.job.train import split_notices, train
+from xarch_kd.job.split import split_notices
+from xarch_kd.job.train import train
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.launch import launch
 from xarch_kd.testing.mapping import LOGIT_STAGE, Write

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.run.folder import RunFolder
 
 
 def command(
@@ -23,6 +24,9 @@ def command(
         raise UsageError(f"{output} exists and is not an empty folder.", fix="give a new folder as --output")
     # Other commands take run folders, so a run folder stands for its student.
     folder = student / "student" if (student / "student" / "config.json").is_file() else student
+    if folder != student:
+        run = RunFolder(student)
+        run.verify(run.student)
     if not folder.is_dir():
         raise ModelError("There is no such folder.", asked=student, fix="download a hub model into a folder first")
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from xarch_kd.cli.console import make_console, quiet_libraries
 from xarch_kd.errors import UsageError
+from xarch_kd.run.folder import RunFolder
 
 PROMPTS = ("The with statement is used to", "Once upon a time there was a little girl who")
 
@@ -27,10 +28,14 @@ def command(
 ) -> None:
     """Show a run's result: the table, text that teacher and student generate, code that loads the student."""
     check_run(run)
+    folder = RunFolder(run.resolve())
+    folder.verify(folder.mapping, folder.plan, folder.evaluation, folder.projector_reports, folder.student)
     console = make_console()
     print_result(console, run)
     print_projectors(console, run)
-    console.print(generations(run, prompt or list(PROMPTS), tokens=tokens, temperature=temperature, seed=seed))
+    with folder.working_directory():
+        table = generations(folder, prompt or list(PROMPTS), tokens=tokens, temperature=temperature, seed=seed)
+    console.print(table)
     console.print()
     console.print(loading_lines(run / "student"), highlight=False, markup=False, soft_wrap=True)
 
@@ -85,16 +90,22 @@ def print_projectors(console: Console, run: Path) -> None:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def generations(run: Path, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:
+def generations(folder: RunFolder, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:
     """Return a table of the text that teacher and student generate after each prompt."""
     quiet_libraries()
     from xarch_kd.generation.continuation import continuations
     from xarch_kd.generation.sampling import Sampling
     from xarch_kd.mapping_file.load import load_mapping
+    from xarch_kd.models.loading.identity import model_identity
     from xarch_kd.models.loading.load import load_model, load_tokenizer
+    from xarch_kd.run.fingerprint import check_recorded
 
-    mapping, *_ = load_mapping(run / "mapping.yaml")
-    student_folder = str(run / "student")
+    mapping, *_ = load_mapping(folder.mapping)
+    identity = model_identity(mapping.teacher.model, mapping.teacher.revision)
+    check_recorded(
+        folder.recorded(), {f"teacher, {name}": value for name, value in identity.items()}, folder=folder.root
+    )
+    student_folder = str(folder.student)
     # The student's tokenizer is the teacher's; loading it from the student's folder is faster than from a .gguf file.
     tokenizer = load_tokenizer(student_folder)
     sampling = Sampling(max_new_tokens=tokens, temperature=temperature)

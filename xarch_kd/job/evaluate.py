@@ -11,11 +11,13 @@ from xarch_kd.errors import GateFailed, UsageError
 from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.results import Evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
+from xarch_kd.job.fingerprint import evaluated_inputs
 from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
-from xarch_kd.job.texts import HELD_OUT, RunText, evaluation_texts
+from xarch_kd.job.texts import HELD_OUT, RunText, evaluation_texts, run_text
 from xarch_kd.mapping_file.schema import Evaluate
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import plan_of_run
+from xarch_kd.run.fingerprint import check_recorded
 from xarch_kd.run.folder import RunFolder
 from xarch_kd.run.report import Reporter
 
@@ -23,8 +25,10 @@ from xarch_kd.run.report import Reporter
 def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | None = None) -> Evaluation:
     """Measure the student of `run`, write `evaluation.json`, model card and manifest, and return the figures.
 
-    `tokens` bounds the tokens of each text (default: the mapping file's `evaluate.tokens`). Raises UsageError when
-    `run` is not a run folder with a student in it.
+    `tokens` bounds the tokens of each text (default: the mapping file's `evaluate.tokens`). Relative paths of the
+    mapping file start where the run was trained. Raises UsageError when `run` is not a finished run folder, or its
+    text, tokenizer or teacher is not the one that it was made from, CheckpointError for a file that is not as it was
+    written.
 
     >>> import xarch_kd as xkd
     >>> from rich.console import Console
@@ -35,22 +39,33 @@ def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | N
     >>> evaluation.result("held-out").tokens > 0
     True
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder(Path(run).resolve())
     if not folder.mapping.is_file() or not (folder.student / "config.json").is_file():
         raise UsageError(
             "this is not a run folder with a student in it",
             asked=folder.root,
             fix="give the folder that `xarch-kd train … --output` finished",
         )
-    plan = plan_of_run(folder.mapping)
-    settings = plan.mapping.evaluate or Evaluate()
-    if tokens is not None:
-        settings = settings.model_copy(update={"tokens": tokens})
-    plan = replace(plan, mapping=plan.mapping.model_copy(update={"evaluate": settings}))
-    with folder.locked():
-        evaluation = measure(plan, folder, Reporter(console))
+    if not folder.manifest.is_file():
+        raise UsageError(
+            "the run is not finished: it has a student, but no manifest",
+            asked=folder.root,
+            fix="finish it first: xarch-kd train … --resume",
+        )
+    reporter = Reporter(console)
+    with folder.locked(), folder.working_directory():
+        folder.verify(folder.mapping, folder.plan, folder.student, folder.projector_reports)
+        plan = plan_of_run(folder.mapping)
+        settings = plan.mapping.evaluate or Evaluate()
+        if tokens is not None:
+            settings = settings.model_copy(update={"tokens": tokens})
+        plan = replace(plan, mapping=plan.mapping.model_copy(update={"evaluate": settings}))
+        tokenizer = load_run_tokenizer(plan)
+        text = run_text(plan, tokenizer, reporter)
+        check_recorded(folder.recorded(), evaluated_inputs(plan, tokenizer, text), folder=folder.root)
+        evaluation = measure(plan, folder, reporter, text)
         write_card(plan, folder)
-        folder.finish()
+        folder.update_manifest(folder.evaluation, folder.student / "README.md")
     return evaluation
 
 
@@ -70,7 +85,7 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
         texts,
         descriptions=descriptions,
         teacher_name=teacher.model,
-        student_name=str(folder.student),
+        student_name=str(_from_here(folder.student)),
         teacher_paths=teacher.paths,
         student_paths=plan.mapping.student.paths,
         seed=plan.mapping.seed,
@@ -79,6 +94,11 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
     write_evaluation(evaluation, folder.evaluation)
     reporter.show(render(evaluation))
     return evaluation
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path as it is written from the working directory, where it is inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def check_gate(evaluation: Evaluation, gate: float) -> None:

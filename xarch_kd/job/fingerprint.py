@@ -28,11 +28,17 @@ def run_fingerprint(plan: Plan, tokenizer: PreTrainedTokenizerBase, text: RunTex
             MAPPING: mapping_fingerprint(plan),
             TRAINING_TEXT: rows_fingerprint(text.training),
             HELD_OUT_TEXT: held_out_fingerprint(text),
-            **model_inputs(plan, tokenizer),
+            **teacher_inputs(plan, tokenizer),
+            **student_inputs(plan),
         },
         packages=installed_packages(),
         working_directory=str(Path.cwd()),
     )
+
+
+def evaluated_inputs(plan: Plan, tokenizer: PreTrainedTokenizerBase, text: RunText) -> dict[str, str]:
+    """Return the inputs that an evaluation of a run reads: held-out text, tokenizer, the teacher's files."""
+    return {HELD_OUT_TEXT: held_out_fingerprint(text), **teacher_inputs(plan, tokenizer)}
 
 
 def mapping_fingerprint(plan: Plan) -> str:
@@ -55,14 +61,19 @@ def held_out_fingerprint(text: RunText) -> str:
     return f"{documents:,} documents, sha256 {text.held_out_fingerprint[:16]}"
 
 
-def model_inputs(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the inputs that are not text: the tokenizer, the teacher's files, and the student's if it has any."""
-    teacher, student = plan.mapping.teacher, plan.mapping.student
-    found = {TOKENIZER: tokenizer_identity(tokenizer)}
-    found |= {f"teacher, {name}": value for name, value in model_identity(teacher.model, teacher.revision).items()}
+def teacher_inputs(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the tokenizer and the teacher's files."""
+    teacher = plan.mapping.teacher
+    found = {f"teacher, {name}": value for name, value in model_identity(teacher.model, teacher.revision).items()}
+    return {TOKENIZER: tokenizer_identity(tokenizer), **found}
+
+
+def student_inputs(plan: Plan) -> dict[str, str]:
+    """Return the files that the student is made from, none where it is made from the teacher or the mapping file."""
+    student = plan.mapping.student
     own: dict[str, str] = {}
     if student.model is not None:
         own = model_identity(student.model, student.revision)
     elif isinstance(student.config, str):
         own = config_identity(student.config)
-    return found | {f"student, {name}": value for name, value in own.items()}
+    return {f"student, {name}": value for name, value in own.items()}

@@ -45,7 +45,8 @@ class Run:
     found the run finished and did nothing. Metrics are read from the folder on first use and then kept: open the folder
     again to follow a run that is still training.
 
-    Raises UsageError if the folder does not hold a run.
+    Raises UsageError if the folder does not hold a run, and CheckpointError, on use, for a file of a finished run that
+    is not as it was written.
 
     >>> import xarch_kd as xkd
     >>> from rich.console import Console
@@ -91,6 +92,7 @@ class Run:
     @cached_property
     def plan(self) -> Mapping[str, Any]:
         """The resolved plan as JSON data."""
+        self.folder.verify(self.folder.plan)
         return _object(self.folder.plan.read_text(encoding="utf-8"), self.folder.plan)
 
     @cached_property
@@ -98,6 +100,7 @@ class Run:
         """The lines of `events.jsonl`: every step's losses, and what happened in between."""
         if not self.folder.events.is_file():
             return ()
+        self.folder.verify(self.folder.events)
         lines = self.folder.events.read_text(encoding="utf-8").splitlines(keepends=True)
         # The last line of a run that is training, or was killed, may be cut short.
         whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines
@@ -111,6 +114,7 @@ class Run:
     @cached_property
     def evaluation(self) -> Evaluation | None:
         """Likelihood of teacher and student on each text, None if it was not measured."""
+        self.folder.verify(self.folder.evaluation)
         return read_evaluation(self.folder.evaluation) if self.folder.evaluation.is_file() else None
 
     @property

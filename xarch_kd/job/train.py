@@ -27,12 +27,11 @@ from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.run import Run
+from xarch_kd.job.split import split_notices
 from xarch_kd.job.texts import run_text
-from xarch_kd.mapping_file.objectives import Align, MixingMatch
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
-from xarch_kd.planning.layer_maps import is_learned
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.render import plan_as_dict
 from xarch_kd.planning.resolve import make_plan
@@ -126,6 +125,7 @@ class _Job:
         rows = text.training
         made_from = self._checked_inputs(run_fingerprint(self.plan, tokenizer, text), state)
         if state == "finished":
+            self.processes.from_main(lambda: self.folder.verify(self.folder.student))
             return
         for notice in self.plan.warnings:
             self.reporter.line(f"warning: {notice}")
@@ -323,28 +323,6 @@ class _Job:
         self.folder.event("saved", training_seconds=round(seconds, 2), peak_bytes=peak_bytes())
 
 
-def split_notices(plan: Plan, world_size: int) -> Iterator[str]:
-    """Yield a warning for each objective that is not the same when its rows are split over processes.
-
-    Raises UsageError for a stage whose micro-batches have fewer rows than there are processes.
-    """
-    for stage in plan.stages:
-        if stage.batch_size < world_size:
-            raise UsageError(
-                f"the micro-batches of stage '{stage.stage.name}' have fewer rows than there are processes",
-                found=f"batch_size {stage.batch_size} for {world_size} processes",
-                allowed="one row or more per process: the rows of each micro-batch are split over the processes",
-                fix=f"set the stage's batch_size to {world_size} or more, or start fewer processes",
-            )
-        for align in stage.stage.align:
-            reason = _not_a_sum(align)
-            if reason is not None:
-                yield (
-                    f"stage {stage.stage.name}, {align.name}: {reason} is computed from each process's own rows and "
-                    f"averaged, so {world_size} processes do not give the numbers of one"
-                )
-
-
 def draw_lines(stage: StagePlan, order: BatchOrder, rows: Rows) -> Iterator[str]:
     """Yield a line per source of a mixture: how many rows a stage draws of it."""
     if not isinstance(rows, MixedRows):
@@ -355,20 +333,6 @@ def draw_lines(stage: StagePlan, order: BatchOrder, rows: Rows) -> Iterator[str]
             f"stage {stage.stage.name}: {count:,} rows of {part.name}, {count / total:.1%} of the stage's rows and "
             f"{count / len(part):.2f} times that source"
         )
-
-
-def _not_a_sum(align: Align) -> str | None:
-    """Return what of an entry is no sum over tokens, None where everything is."""
-    loss = align.loss
-    if loss.kind == "cka":
-        return "CKA"
-    if is_learned(align):
-        return "the objective of the learned layer map"
-    if isinstance(loss, MixingMatch) and loss.heads == "learned":
-        return "the objective of the learned head map"
-    if isinstance(loss, MixingMatch) and loss.impl == "sketch":
-        return "the sketch's random estimate"
-    return None
 
 
 def _cache_of(stage: StagePlan, path: Path) -> tuple[FeatureCache | None, Path | None]:

@@ -110,6 +110,26 @@ def check_unchanged(recorded: Fingerprint | None, found: Fingerprint, *, folder:
     )
 
 
+def check_recorded(recorded: Fingerprint | None, found: Mapping[str, str], *, folder: Path) -> None:
+    """Raise UsageError, naming every difference, unless these inputs of a finished run are those it was made from.
+
+    Only the inputs in `found` are compared; nothing is where the run recorded none.
+    """
+    if recorded is None:
+        return
+    prefixes = {name.split(",")[0] for name in found}
+    before = {name: value for name, value in recorded.inputs.items() if name.split(",")[0] in prefixes}
+    lines = _changes(before, found)
+    if lines:
+        raise UsageError(
+            "the run was made from other inputs than those that its mapping file names now",
+            asked=folder,
+            found="\n           ".join(lines),
+            fix=f"restore what changed; relative paths start at {recorded.working_directory}, if that folder exists, "
+            "and else at the working directory. Nothing was written.",
+        )
+
+
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     names: Iterable[str] = dict.fromkeys([*before, *now])
     return [

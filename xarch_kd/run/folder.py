@@ -6,19 +6,21 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.files import cannot_write, sha256_of, write_json, write_text
 from xarch_kd.run.fingerprint import Fingerprint
 
 State = Literal["new", "unfinished", "finished"]
+SHOWN_DIGITS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,66 @@ class RunFolder:
         files = sorted(
             path for path in self.root.rglob("*") if path.is_file() and path.name not in ("manifest.json", "run.lock")
         )
-        digests = {str(path.relative_to(self.root)): sha256_of(path) for path in files}
-        write_json(self.manifest, {"files": digests})
+        self._write_manifest({str(path.relative_to(self.root)): sha256_of(path) for path in files})
+
+    def update_manifest(self, *written: Path) -> None:
+        """Put files of a finished run that were just written into its manifest; all others keep their hashes."""
+        if self.is_owner:
+            own = {str(path.relative_to(self.root)): sha256_of(path) for path in written}
+            self._write_manifest(dict(sorted({**self._manifest(), **own}.items())))
+
+    def verify(self, *paths: Path) -> None:
+        """Raise CheckpointError naming the first file of a finished run, at or under `paths`, that the manifest denies.
+
+        Files that the manifest lists and that are missing count. An unfinished run has no manifest: nothing is checked.
+        """
+        if not self.manifest.exists():
+            return
+        wanted = [str(path.relative_to(self.root)) for path in paths]
+        for name, digest in self._manifest().items():
+            if not any(name == path or name.startswith(f"{path}/") for path in wanted):
+                continue
+            try:
+                found = sha256_of(self.root / name)
+            except OSError as error:
+                found = f"no such file ({error.strerror})"
+            if found != digest:
+                raise CheckpointError(
+                    f"{name} is not the file that the run wrote",
+                    asked=self.root / name,
+                    found=f"sha256 {found[:SHOWN_DIGITS]}" if len(found) == len(digest) else found,
+                    allowed=f"sha256 {digest[:SHOWN_DIGITS]}, as {self.manifest.name} lists it",
+                    fix="restore it from a copy, or train again with another --output"
+                    if name != self.evaluation.name
+                    else f"measure again: xarch-kd evaluate {shlex.quote(str(self.root))}",
+                )
+
+    def _manifest(self) -> dict[str, str]:
+        """Return the hash of each file. Raises CheckpointError for a damaged manifest."""
+        try:
+            files = json.loads(self.manifest.read_text(encoding="utf-8"))["files"]
+            return {str(name): str(digest) for name, digest in files.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                "the manifest of the run is damaged, so that its files cannot be checked",
+                asked=self.manifest,
+                found=f"{type(error).__name__}: {error}",
+                fix="restore it from a copy, or train again with another --output",
+            ) from None
+
+    def _write_manifest(self, digests: Mapping[str, str]) -> None:
+        write_json(self.manifest, {"files": dict(digests)})
+
+    @contextmanager
+    def working_directory(self) -> Iterator[None]:
+        """Work where the run was trained, so that relative paths of its mapping file mean the same files.
+
+        Where that folder no longer exists, or is not recorded, nothing changes. The root must be an absolute path.
+        """
+        recorded = self.recorded()
+        place = Path(recorded.working_directory) if recorded is not None else Path.cwd()
+        with chdir(place) if place.is_dir() else nullcontext():
+            yield
 
     def drop(self, folder: Path) -> None:
         """Remove a folder inside the run folder that is no longer needed."""
