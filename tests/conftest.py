@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,12 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the token store, and what the library datasets writes, out of the home folder; subprocesses inherit it."""
     os.environ["XARCH_KD_CACHE"] = str(tmp_path_factory.mktemp("xarch-kd-cache"))
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection, which otherwise looks at all of it after every stage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ the folder of CASES.json.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -113,6 +114,8 @@ def main(path: Path) -> None:
     """Run everything that the file asks for."""
     logging.set_verbosity_error()
     torch.set_num_threads(1)
+    # What is imported stays, so collecting garbage between stages need not look at it.
+    gc.freeze()
     cases = json.loads(path.read_text())
     errors = gradient_errors(Path(cases["teacher"]))
     (path.parent / f"gradients-{os.environ['RANK']}.json").write_text(json.dumps(errors))
