@@ -1,18 +1,14 @@
-"""Corpora: named lists of documents from the standard library, from files, or from Hugging Face `datasets`."""
+"""Corpora that every installation has: documentation and sources of Python, licence texts."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib
 import importlib.metadata
-import json
 import sysconfig
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-
-from xarch_kd.errors import DataError, UsageError
 
 # Core dependencies whose licence texts are used as out-of-domain prose.
 LICENSED = ("torch", "numpy", "scipy", "transformers", "safetensors", "pydantic", "einops", "Jinja2", "rich", "typer")
@@ -108,96 +104,3 @@ BUILTIN: dict[str, Callable[[], Corpus]] = {
     "python-sources": python_sources,
     "licences": licences,
 }
-
-
-def read_corpus(
-    *,
-    builtin: str | None = None,
-    files: Sequence[str] | None = None,
-    dataset: str | None = None,
-    dataset_config: str | None = None,
-    split: str | None = None,
-    column: str = "text",
-) -> Corpus:
-    """Return the corpus that exactly one of `builtin`, `files` and `dataset` names.
-
-    `files` are paths or glob patterns: `.jsonl` gives one document per line (its `column`), any
-    other file one document. Raises `DataError` for missing, unreadable or empty files.
-    """
-    if builtin is not None:
-        corpus = BUILTIN[builtin]()
-    elif files is not None:
-        corpus = _from_files(files, column)
-    elif dataset is not None:
-        corpus = _from_dataset(dataset, dataset_config, split or "train", column)
-    else:
-        raise UsageError("no text source", allowed="exactly one of builtin | files | dataset")
-    documents = tuple(document for document in corpus.documents if document.strip())
-    if not documents:
-        raise DataError(
-            f"the text source '{corpus.name}' is empty",
-            found=f"{len(corpus.documents)} documents, none with text in it",
-            fix="give files that hold text, or another source",
-        )
-    return Corpus(name=corpus.name, description=corpus.description, documents=documents)
-
-
-def _from_files(patterns: Sequence[str], column: str) -> Corpus:
-    paths: list[Path] = []
-    for pattern in patterns:
-        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-        if not found:
-            raise DataError(
-                "a file pattern matches nothing",
-                asked=pattern,
-                found=f"no file under {Path.cwd()}",
-                fix="give a path or a glob pattern from the working directory, e.g. files: ['texts/*.txt']",
-            )
-        paths.extend(Path(name) for name in found if Path(name).is_file())
-    documents: list[str] = []
-    for path in paths:
-        documents.extend(_read_file(path, column))
-    name = ", ".join(patterns)
-    return Corpus(name=name, description=f"{len(paths)} files ({name})", documents=tuple(documents))
-
-
-def _read_file(path: Path, column: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} as UTF-8 text", found=str(error)) from error
-    if path.suffix != ".jsonl":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            documents.append(_jsonl_text(line, column, f"{path}:{number}"))
-    return documents
-
-
-def _jsonl_text(line: str, column: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not a line of JSON", found=str(error)) from error
-    if not isinstance(value, dict) or not isinstance(value.get(column), str):
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise DataError(
-            f"{where}: no text under '{column}'",
-            found=f"keys: {keys}",
-            fix="name the column in the mapping file: column: …",
-        )
-    return value[column]
-
-
-def _from_dataset(name: str, config: str | None, split: str, column: str) -> Corpus:
-    datasets = importlib.import_module("datasets")
-    local = Path(name)
-    if local.is_dir():
-        table = datasets.load_from_disk(name)
-        table = table[split] if hasattr(table, "keys") else table
-    else:
-        table = datasets.load_dataset(name, config, split=split)
-    if column not in table.column_names:
-        raise DataError(f"dataset '{name}' has no column '{column}'", allowed=", ".join(table.column_names))
-    return Corpus(name=name, description=f"dataset {name}, split {split}", documents=tuple(table[column]))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from xarch_kd.data.batches import Batch
-from xarch_kd.data.corpus import read_corpus
 from xarch_kd.data.documents import TokenizedDocuments
 from xarch_kd.data.mixture import MixedRows
 from xarch_kd.data.packing import PackedRows, pack
 from xarch_kd.data.rows import Rows, first_rows, rows_of_tokens
+from xarch_kd.data.sources import open_documents
 from xarch_kd.data.splitting import split_documents
 from xarch_kd.errors import DataError
 from xarch_kd.mapping_file.schema import Data, Evaluate, Text
@@ -65,37 +64,18 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
     data, seed = plan.mapping.data, plan.mapping.seed
     sources: Sequence[Text] = data.mixture or (data,)
     sides = [
-        split_documents(documents_of(source, tokenizer, reporter), data.held_out_share, seed=seed) for source in sources
+        split_documents(open_documents(source, tokenizer, reporter=reporter), data.held_out_share, seed=seed)
+        for source in sources
     ]
     parts = tuple(_packed(training, data) for training, _ in sides)
     held = tuple(held_out for _, held_out in sides if held_out is not None)
     if data.evaluation is not None:
-        held = (documents_of(data.evaluation, tokenizer, reporter),)
+        held = (open_documents(data.evaluation, tokenizer, reporter=reporter),)
     elif len(held) != len(sides):
         # A mixture is measured as it is trained on, or not at all.
         held = ()
     training = MixedRows(parts=parts, weights=_weights(data)) if data.mixture else parts[0]
     return RunText(training=training, held_out_documents=held, data=data)
-
-
-def documents_of(text: Text, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> TokenizedDocuments:
-    """Return the documents of a text source as token ids, each closed by the end-of-text token."""
-    corpus = read_corpus(
-        builtin=text.builtin,
-        files=text.files,
-        dataset=text.dataset,
-        dataset_config=text.dataset_config,
-        split=text.split,
-        column=text.column or "text",
-    )
-    end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
-    with reporter.work(f"tokenizing {corpus.name}", len(corpus.documents), "documents") as work:
-        ids = [
-            # verbose=False: a document longer than the model's context is expected here, since rows are cut afterwards.
-            cast(list[int], tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) + end
-            for document in work.track(corpus.documents, lambda _: 1)
-        ]
-    return TokenizedDocuments.of([part for part in ids if part], name=corpus.name, description=corpus.description)
 
 
 def evaluation_texts(
@@ -110,7 +90,7 @@ def evaluation_texts(
     rows: dict[str, Rows] = {HELD_OUT: held_out}
     descriptions = {HELD_OUT: held_out.description}
     for source in settings.also:
-        found = _held_out_rows(documents_of(source, tokenizer, reporter), data)
+        found = _held_out_rows(open_documents(source, tokenizer, reporter=reporter), data)
         rows[found.name] = found
         descriptions[found.name] = f"another kind: {found.description}"
     return {name: read_batches(part, settings.tokens, data.batch_size) for name, part in rows.items()}, descriptions
