@@ -123,6 +123,15 @@ def test_one_document_per_row_is_cut_counted_and_padded() -> None:
     assert rows.batch([0], origin="a test").input_ids.shape == (1, 3)
 
 
+def test_documents_whose_labels_are_cut_off_are_counted_and_refused_if_they_are_all() -> None:
+    lengths = (30, 6, 30)
+    counted = [[index >= length - 5 for index in range(length)] for length in lengths]
+    documents = TokenizedDocuments.of([[1] * length for length in lengths], counted)
+    assert "2 of them have no token to predict" in pack(documents, 8, packing="none").notices[0]
+    with pytest.raises(DataError, match=r"no token of 'in memory' is to be predicted[\s\S]*best_fit"):
+        pack(documents.select([0, 2]), 8, packing="none")
+
+
 @pytest.mark.parametrize("packing", ["wrapped", "best_fit", "none"])
 def test_labels_follow_their_tokens(packing: Packing) -> None:
     documents = _documents(10, 4, 7, 3, labels=True)

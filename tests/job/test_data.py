@@ -6,17 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import torch
+from rich.console import Console
 
+from tests.job.test_train import END_TO_END
+from tests.training.test_micro_batches import run, total
 from xarch_kd.cli.app import main
-from xarch_kd.errors import DataError, MappingFileError
-from xarch_kd.job.models import load_run_tokenizer
+from xarch_kd.data.batches import Batch
+from xarch_kd.data.rows import BatchOrder
+from xarch_kd.errors import DataError, Interrupted, MappingFileError
+from xarch_kd.job.evaluate import evaluate
+from xarch_kd.job.models import load_models, load_run_tokenizer
 from xarch_kd.job.texts import RunText, evaluation_texts, run_text
 from xarch_kd.job.train import train
 from xarch_kd.planning.resolve import make_plan
+from xarch_kd.run.progress import StageProgress, StepFigures
 from xarch_kd.run.report import Reporter
 from xarch_kd.testing.mapping import LOGIT_STAGE, Write
-from xarch_kd.testing.runs import events_of
+from xarch_kd.testing.runs import events_of, same, signal_after, student_of
+from xarch_kd.training.aligner import Aligner
 
 
 def _lines(path: Path, texts: list[str]) -> str:
@@ -42,6 +52,42 @@ def test_rows_packed_each_way_train_and_are_measured(write_mapping: Write, tmp_p
     assert len(losses) == LOGIT_STAGE["steps"] and all(loss > 0 for loss in losses)
     (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"]
     assert figures["student_nll"] > 0 and figures["tokens"] > 30
+
+
+@pytest.mark.parametrize("student", ["recurrent", "attention"])
+def test_a_step_on_isolated_documents_is_that_of_documents_alone(
+    write_mapping: Write, tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, student: str
+) -> None:
+    """Through the trainer, with two micro-batches a step, against a pass per document."""
+    file = _lines(tmp_path / "t.jsonl", [f"{number}: " + "word " * (number % 5) for number in range(60)])
+    data = _data(file, packing="best_fit", documents="isolated", sequence_length=32, held_out=0)
+    stage = {**END_TO_END, "steps": 1, "gradient_accumulation": 2}
+    changes: dict[str, Any] = {}
+    if student == "attention":
+        changes = {"student": {"model": str(teacher_folder)}}
+        stage |= {
+            "train": ["all"],
+            "align": [{"name": "stream", "tap": "hidden", "layers": [{"student": 1, "teacher": 2}]}],
+        }
+    mapping = write_mapping(stage, data=data, **changes)
+    steps: list[StepFigures] = []
+    monkeypatch.setattr(StageProgress, "step", lambda self, figures: steps.append(figures))
+    train(mapping, tmp_path / "run")
+    plan = make_plan(mapping)
+    tokenizer = load_run_tokenizer(plan)
+    models = load_models(plan, tokenizer, Reporter.silent())
+    aligner = Aligner(plan, teacher=models.teacher, student=models.student)
+    rows = run_text(plan, tokenizer, Reporter.silent()).training
+    order = BatchOrder.of(rows, batch_size=2, distinct=2, seed=0, stage=0)
+    drawn = [rows.row(row) for batch in range(2) for row in order.rows(batch)]
+    alone = [
+        Batch(input_ids=torch.from_numpy(piece)[None])
+        for row in drawn
+        for piece in numpy.split(row.ids, (row.positions == 0).nonzero()[0][1:])
+    ]
+    assert len(alone) > len(drawn) and (aligner.splitting_reason is None) == (student == "attention")
+    outputs, _ = run(aligner, alone)
+    assert steps[0].loss == pytest.approx(total(outputs), rel=1e-5)
 
 
 def test_copies_of_one_document_are_trained_on_and_cannot_be_measured(write_mapping: Write, tmp_path: Path) -> None:
@@ -75,6 +121,23 @@ def test_the_seed_decides_what_is_held_out_and_0_holds_out_nothing(write_mapping
     assert _text(write_mapping(data=_data(file, held_out=0))).held_out_documents == ()
 
 
+def test_a_streamed_dataset_is_trained_on_measured_and_resumed(write_mapping: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    _lines(folder / "train.jsonl", [f"document {number} " + "word " * (number % 7) for number in range(300)])
+    data = {"dataset": str(folder), "streaming": True, "sequence_length": 16, "batch_size": 2}
+    mapping = write_mapping(LOGIT_STAGE, data=data, evaluate={"tokens": 64}, calibration={"tokens": 64})
+    train(mapping, tmp_path / "whole")
+    (figures,) = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["likelihood"]
+    assert figures["student_nll"] > 0 and 30 < figures["tokens"] <= 64
+    more = evaluate(tmp_path / "whole", tokens=128, console=Console(quiet=True))
+    assert 64 < more.result("held-out").tokens <= 128
+    with signal_after(2), pytest.raises(Interrupted):
+        train(mapping, tmp_path / "stopped")
+    train(mapping, tmp_path / "stopped", resume=True)
+    assert same(student_of(tmp_path / "stopped"), student_of(tmp_path / "whole"))
+
+
 def test_a_mixture_is_drawn_by_weight_and_counted(
     write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +153,7 @@ def test_a_mixture_is_drawn_by_weight_and_counted(
     assert sum(counts) == 40 and 22 <= counts[0] <= 38
     held_out = _text(mapping).held_out()
     assert held_out.weights == (3.0, 1.0)
+    assert ", ".join(files) in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +164,9 @@ def test_a_mixture_is_drawn_by_weight_and_counted(
         ({"mixture": []}, r"data\.mixture"),
         ({"mixture": [{"files": ["a"], "weight": 1}], "files": ["b"]}, "exactly one of builtin"),
         ({"mixture": [{"files": ["a"], "weight": 1}], "column": "body"}, "column: move it there"),
+        ({"files": ["a"], "streaming": True}, "streaming is for a dataset"),
+        ({"dataset": "a", "streaming": True, "packing": "best_fit"}, "streaming is for a dataset"),
+        ({"dataset": "a", "streaming": True}, "streamed rows cannot be drawn again: leave out batches of stage mixers"),
         ({"files": ["a"], "held_out": 0.1, "evaluation": {"files": ["b"]}}, "give one of them"),
     ],
 )

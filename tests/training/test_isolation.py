@@ -60,6 +60,7 @@ def aligner_of(folder: Path, teacher: PreTrainedModel, stage: dict[str, Any], st
     ("student", "stage", "reason"),
     [
         ("llama", TOKEN_WISE, None),
+        ("llama", {**_entry("mixer_output", "mse"), "inputs": "teacher", "train": ["mixers"]}, None),
         ("llama", _entry("hidden", "gram"), "compares the tokens of a row with each other"),
         ("llama", _entry("mixing", "mixing"), "compares the tokens of a row with each other"),
         ("llama", _entry("values", "relation"), "compares the tokens of a row with each other"),

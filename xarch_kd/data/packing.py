@@ -52,7 +52,8 @@ class PackedRows:
     """Rows of at most `sequence_length` tokens of `documents`, read from their store when a batch is asked for.
 
     Memory holds 8 bytes per document, and 24 more where no document is cut across rows. `tokens` counts the tokens of
-    all rows; `cut` are the documents of which a rest is left out because a row holds one document (`packing: none`).
+    all rows; `cut` counts the documents of which a rest is left out because a row holds one document (`packing: none`),
+    and `unlabelled` those of them without a token to predict in what is kept.
     """
 
     documents: TokenizedDocuments
@@ -61,6 +62,7 @@ class PackedRows:
     isolated: bool
     tokens: int
     cut: int = 0
+    unlabelled: int = 0
     _ends: numpy.ndarray | None = field(default=None)
     _pieces: _Pieces | None = field(default=None)
 
@@ -116,10 +118,11 @@ class PackedRows:
         if not self.cut:
             return ()
         left_out = self.documents.tokens - self.tokens
+        lost = f"; {self.unlabelled:,} of them have no token to predict before that" if self.unlabelled else ""
         return (
             f"{self.cut:,} of {len(self):,} documents of {self.name} are longer than {self.sequence_length} tokens and "
-            f"are cut there: {left_out:,} of {self.documents.tokens:,} tokens are left out (packing: best_fit keeps "
-            "them)",
+            f"are cut there: {left_out:,} of {self.documents.tokens:,} tokens are left out{lost} (packing: "
+            "best_fit keeps all)",
         )
 
     def row(self, row: int) -> Row:
@@ -195,13 +198,24 @@ def pack(
         )
     pieces = _single(documents, sequence_length) if packing == "none" else _best_fit(documents, sequence_length)
     _require_rows(documents, len(pieces.rows) - 1, sequence_length)
+    cut = (documents.lengths > sequence_length).nonzero()[0] if packing == "none" else numpy.empty(0, dtype=numpy.int64)
+    unlabelled = 0
+    if documents.has_labels:
+        unlabelled = sum(not _counted(documents, int(document))[:sequence_length].any() for document in cut)
+    if len(cut) == len(documents) == unlabelled:
+        raise DataError(
+            f"no token of '{documents.name}' is to be predicted in the first {sequence_length} tokens of its documents",
+            found=f"{len(cut):,} documents, all longer than a row",
+            fix="packing: best_fit, which keeps the rest of long documents, or a larger data.sequence_length",
+        )
     return PackedRows(
         documents=documents,
         sequence_length=sequence_length,
         packing=packing,
         isolated=isolated,
         tokens=int(pieces.lengths.sum()),
-        cut=int((documents.lengths > sequence_length).sum()) if packing == "none" else 0,
+        cut=len(cut),
+        unlabelled=unlabelled,
         _pieces=pieces,
     )
 

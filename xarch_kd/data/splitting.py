@@ -33,12 +33,21 @@ def split_documents(
     keys = _mixed(documents.hashes, seed)
     if (keys == keys[0]).all():
         return documents, None
-    held = keys.astype(numpy.float64) < held_out * 2.0**64
+    held = _lowest(keys, held_out)
     if not held.any():
         held = keys == keys.min()
     if held.all():
         held = keys != keys.max()
     return _part(documents, "training", ~held), _part(documents, "held-out", held)
+
+
+def is_held_out(content: int, held_out: float, *, seed: int) -> bool:
+    """Return True if a document of that hash is among the `held_out` share, as `split_documents` chooses it."""
+    return bool(_lowest(_mixed(numpy.array([content], dtype=numpy.uint64), seed), held_out)[0])
+
+
+def _lowest(keys: numpy.ndarray, share: float) -> numpy.ndarray:
+    return keys.astype(numpy.float64) < share * 2.0**64
 
 
 def _mixed(hashes: numpy.ndarray, seed: int) -> numpy.ndarray:

@@ -13,6 +13,7 @@ import xarch_kd
 from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
 from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.files import write_text
+from xarch_kd.mapping_file.schema import Text
 from xarch_kd.models.loading.licence import licence_of
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.folder import RunFolder
@@ -102,10 +103,15 @@ def card(plan: Plan, evaluation: Path, reports: Sequence[ProjectorReport] = ()) 
         figures=_figures(evaluation),
         stages=plan.stages,
         warnings=list(warnings_of(reports)),
-        data=data.builtin or data.dataset or ", ".join(data.files or ()),
+        data=", ".join(named_source(source) for source in data.mixture or (data,)),
         mapping=plan.source.rstrip(),
     )
     return f"{made}\n"
+
+
+def named_source(text: Text) -> str:
+    """Return a text source as the mapping file names it."""
+    return text.builtin or text.dataset or ", ".join(text.files or ())
 
 
 def folder_title(plan: Plan) -> str:

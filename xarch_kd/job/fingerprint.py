@@ -57,8 +57,10 @@ def rows_fingerprint(rows: Rows) -> str:
 
 def held_out_fingerprint(text: RunText) -> str:
     """Return size and hash of the documents that a run is evaluated on."""
-    documents = sum(len(part) for part in text.held_out_documents)
-    return f"{documents:,} documents, sha256 {text.held_out_fingerprint[:16]}"
+    documents = f"{sum(len(part) for part in text.held_out_documents):,} documents"
+    if text.stream is not None:
+        documents = "streamed documents"
+    return f"{documents}, sha256 {text.held_out_fingerprint[:16]}"
 
 
 def teacher_inputs(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

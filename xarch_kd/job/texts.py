@@ -8,32 +8,55 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from xarch_kd.data.batches import Batch
+from xarch_kd.data.batches import Batch, BatchSource
 from xarch_kd.data.documents import TokenizedDocuments
 from xarch_kd.data.mixture import MixedRows
 from xarch_kd.data.packing import PackedRows, pack
-from xarch_kd.data.rows import Rows, first_rows, rows_of_tokens
+from xarch_kd.data.rows import BatchOrder, Rows, StageRows, first_rows, rows_of_tokens
 from xarch_kd.data.sources import open_documents
 from xarch_kd.data.splitting import split_documents
+from xarch_kd.data.streaming import DocumentStream, StreamedRows, first_documents
 from xarch_kd.errors import DataError
 from xarch_kd.mapping_file.schema import Data, Evaluate, Text
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.report import Reporter
 
 HELD_OUT = "held-out"
+# Rows that comparing layers needs at least, some of them too short for it.
+CALIBRATION_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunText:
-    """Text of a run: the rows it trains on, and the documents held out of each source or named for evaluation."""
+    """Text of a run: the rows it trains on, and the documents held out of each source or named for evaluation.
+
+    Of a `stream`, `training` has the first rows, which calibration reads.
+    """
 
     training: Rows
     held_out_documents: tuple[TokenizedDocuments, ...]
     data: Data
+    stream: DocumentStream | None = None
+
+    def source(self, order: BatchOrder) -> BatchSource:
+        """Return the batches of a stage, in `order`, or in the order of the stream."""
+        if self.stream is None:
+            return StageRows(self.training, order)
+        return StreamedRows(
+            self.stream,
+            sequence_length=self.data.sequence_length,
+            batch_size=order.batch_size,
+            held_out=self.data.held_out_share,
+            seed=order.seed,
+            isolated=self.data.documents == "isolated",
+        )
 
     @property
     def held_out_fingerprint(self) -> str:
-        """SHA-256 of the held-out documents in order."""
+        """SHA-256 of the held-out documents in order; of a stream, whose end is not known, of the first one alone."""
+        if self.stream is not None and self.data.evaluation is None:
+            first = b"".join(part.hashes[:1].tobytes() for part in self.held_out_documents)
+            return hashlib.sha256(first).hexdigest()
         parts = "\n".join(part.fingerprint for part in self.held_out_documents)
         return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -63,10 +86,13 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
     """Return the text of a run, tokenized, split and packed. Raises DataError for a source without enough text."""
     data, seed = plan.mapping.data, plan.mapping.seed
     sources: Sequence[Text] = data.mixture or (data,)
-    sides = [
-        split_documents(open_documents(source, tokenizer, reporter=reporter), data.held_out_share, seed=seed)
-        for source in sources
-    ]
+    stream = DocumentStream(data, tokenizer) if data.streaming else None
+    if stream is not None:
+        sides = [_first_of(stream, plan)]
+    else:
+        share = data.held_out_share
+        documents = (open_documents(source, tokenizer, reporter=reporter) for source in sources)
+        sides = [split_documents(part, share, seed=seed) for part in documents]
     parts = tuple(_packed(training, data) for training, _ in sides)
     held = tuple(held_out for _, held_out in sides if held_out is not None)
     if data.evaluation is not None:
@@ -75,7 +101,20 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
         # A mixture is measured as it is trained on, or not at all.
         held = ()
     training = MixedRows(parts=parts, weights=_weights(data)) if data.mixture else parts[0]
-    return RunText(training=training, held_out_documents=held, data=data)
+    return RunText(training=training, held_out_documents=held, data=data, stream=stream)
+
+
+def _first_of(stream: DocumentStream, plan: Plan) -> tuple[TokenizedDocuments, TokenizedDocuments | None]:
+    """Return the documents of a stream that calibration and evaluation read, training and held out."""
+    data, row = plan.mapping.data, plan.mapping.data.sequence_length
+    return first_documents(
+        stream,
+        # Calibration reads the first half, and the projector report the other.
+        training_tokens=max(2 * plan.mapping.calibration.tokens, CALIBRATION_ROWS * row),
+        held_out_tokens=(plan.mapping.evaluate or Evaluate()).tokens + row,
+        held_out=data.held_out_share,
+        seed=plan.mapping.seed,
+    )
 
 
 def evaluation_texts(

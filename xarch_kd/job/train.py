@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.mixture import MixedRows
-from xarch_kd.data.rows import BatchOrder, Rows, StageRows
+from xarch_kd.data.rows import BatchOrder, Rows
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.files import write_tensors
 from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
@@ -121,7 +121,7 @@ class _Job:
         """Check the inputs, then train unless the folder holds the finished run."""
         started = time.perf_counter()
         tokenizer = load_run_tokenizer(self.plan)
-        text = run_text(self.plan, tokenizer, self.reporter)
+        self.text = text = run_text(self.plan, tokenizer, self.reporter)
         rows = text.training
         made_from = self._checked_inputs(run_fingerprint(self.plan, tokenizer, text), state)
         if state == "finished":
@@ -297,10 +297,14 @@ class _Job:
         )
         for line in draw_lines(stage, order, rows):
             self.reporter.line(line)
+        if mapping.data.documents == "isolated" and mapping.data.packing != "none":
+            reason = aligner.splitting_reason
+            how = "position ids" if reason is None else f"rows of their own, as {reason}"
+            self.reporter.line(f"stage {stage.stage.name}: documents of a row are kept apart by {how}")
         return StageTrainer(
             aligner,
             reader,
-            StageRows(rows, order),
+            self.text.source(order),
             stage,
             folder=self.folder.stage(stage.folder),
             seed=mapping.seed,

@@ -166,7 +166,8 @@ class Data(Text):
     `mixture` has several sources, drawn by weight. `packing`: rows cut across documents (`wrapped`), documents kept
     whole where they fit (`best_fit`), or one document per row (`none`). With `documents: isolated`, no document of a
     row is read in the context of another. `held_out` is the share of documents kept for evaluation, chosen by a hash of
-    their content, 0.1 unless `evaluation` names other text for it; `batch_size` is rows per micro-batch.
+    their content, 0.1 unless `evaluation` names other text for it; `batch_size` is rows per micro-batch. With
+    `streaming`, a dataset is read and tokenized while it is trained on, in its own order.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("builtin", "files", "dataset", "mixture")
@@ -178,6 +179,7 @@ class Data(Text):
     documents: Literal["joined", "isolated"] = "joined"
     held_out: Annotated[Number, Field(ge=0, lt=1)] | None = None
     evaluation: Text | None = None
+    streaming: bool = False
 
     @property
     def held_out_share(self) -> float:
@@ -190,6 +192,14 @@ class Data(Text):
     def _one_held_out_text(self) -> Data:
         if self.evaluation is not None and self.held_out:
             raise ValueError("held_out is the text to measure on unless evaluation names other text: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> Data:
+        if self.streaming and (self.dataset is None or self.packing != "wrapped"):
+            raise ValueError(
+                "streaming is for a dataset with packing: wrapped, as nothing is known of documents to come"
+            )
         return self
 
     @model_validator(mode="after")
@@ -304,6 +314,13 @@ class MappingFile(ConfigModel):
     calibration: Calibration = Calibration()
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     evaluate: Evaluate | None = None
+
+    @model_validator(mode="after")
+    def _streamed_rows_are_drawn_once(self) -> MappingFile:
+        again = [stage.name for stage in self.stages if stage.batches is not None]
+        if self.data.streaming and again:
+            raise ValueError(f"streamed rows cannot be drawn again: leave out batches of stage {', '.join(again)}")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> MappingFile:
