@@ -191,7 +191,25 @@ CASES = {
     "stage without steps": (
         "    steps: 2\n",
         "",
-        "map.yaml:26:5: stages[1].steps: required key is missing. It must be a whole number.",
+        "map.yaml:26:5: stages[1]: exactly one of steps | epochs must be given, e.g. steps: 100, found neither",
+    ),
+    "stage with steps and epochs": (
+        "    steps: 2\n",
+        "    steps: 2\n    epochs: 1\n",
+        "map.yaml:26:5: stages[1]: exactly one of steps | epochs must be given, e.g. steps: 100, found both",
+    ),
+    "DeepSpeed": (
+        "seed: 0\n",
+        "seed: 0\ndeepspeed: ds.json\n",
+        "map.yaml:14:1: deepspeed: not supported. Several processes train data-parallel: python -m "
+        "torch.distributed.run --nproc-per-node 2 -m xarch_kd train FILE --output FOLDER. Less memory: "
+        "gradient_checkpointing: true, optimizer: {optim: adafactor}, a smaller batch_size with gradient_accumulation",
+    ),
+    "LoRA": (
+        "    mixer: mamba2\n    keep_attention: every 2\n",
+        "    mixer: mamba2\n    keep_attention: every 2\n  lora: {r: 8}\n",
+        "map.yaml:9:3: student.lora: not supported. Train a part of the student instead, e.g. train: [mixers] in its "
+        "stages",
     ),
     "two stages of one name": (
         "name: logits",

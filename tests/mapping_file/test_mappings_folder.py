@@ -18,6 +18,7 @@ from xarch_kd.mapping_file.json_schema import FILE_NAME
 from xarch_kd.mapping_file.load import load_mapping, parse_mapping
 from xarch_kd.mapping_file.objectives import Align, Tokens
 from xarch_kd.mapping_file.schema import Data, Evaluate, MappingFile, Model, Stage, Student
+from xarch_kd.mapping_file.training import Optimizer, StageEvaluation
 from xarch_kd.mapping_file.yaml_core import read_yaml
 
 MAPPINGS = folder("mappings")
@@ -33,6 +34,8 @@ PARTS: dict[str, Any] = {
     "align": Align,
     "tokens": Tokens,
     "evaluate": Evaluate,
+    "evaluation": StageEvaluation,
+    "optimizer": Optimizer,
 }
 
 needs_teacher = pytest.mark.skipif(

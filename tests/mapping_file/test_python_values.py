@@ -99,7 +99,8 @@ def test_problems_are_those_of_the_file(change: Callable[[Any], None]) -> None:
     [
         (put(3, value=1), "a key must be text, found 3"),
         (put("stages", 0, None, value=1), "stages[0]: a key must be text, found None"),
-        (put("stages", 0, "steps", value=None), "stages[0].steps: must be a whole number, found nothing. If it is not"),
+        (put("stages", 0, "name", value=None), "stages[0].name: must be text, found nothing. If it is not wanted,"),
+        (put("stages", 0, "steps", value=None), "stages[0]: exactly one of steps | epochs must be given"),
         (put("seed", value=np.int64(3)), "seed: must be a plain value, found numpy.int64. Allowed are text, numbers"),
         (put("seed", value=torch.tensor(3)), "seed: must be a plain value, found torch.Tensor"),
         (put("data", "builtin", value={"python-docs"}), "data.builtin: must be a plain value, found set"),

@@ -41,6 +41,10 @@ COMMANDS: dict[str, CommandHelp] = {
         "Run a mapping file: distil, save the student, evaluate it.",
         ("xarch-kd train mapping.yaml --output runs/first", "xarch-kd train mapping.yaml --output runs/first --resume"),
     ),
+    "watch": CommandHelp(
+        "Draw the loss curves of a running or finished run.",
+        ("xarch-kd watch runs/first", "xarch-kd watch runs/first --once --stage mixers"),
+    ),
     "evaluate": CommandHelp(
         "Evaluate a run's student against its teacher on the same tokens.",
         ("xarch-kd evaluate runs/first",),

@@ -51,7 +51,7 @@ No code comes with this checkpoint: it is a stock `{{ student.model_type }}` mod
 ## Training
 
 {% for stage in stages -%}
-- `{{ stage.stage.name }}`: {{ stage.stage.steps }} steps, {{ "{:,}".format(stage.tokens) }} tokens,
+- `{{ stage.stage.name }}`: {{ stage.steps }} steps, {{ "{:,}".format(stage.tokens) }} tokens,
   {{ "{:,}".format(stage.trainable_parameters) }} parameters trained
 {% endfor %}
 {%- for warning in warnings %}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ class StageMetrics:
     `step` is the last optimizer step of `steps`; `loss` and its weighted `parts`, by objective and layer, are those of
     that step (None and empty before the first one). `seconds`, since the last resume, and `peak_bytes` are None until
     the stage is finished.
+
+    `evaluations` are the figures on held-out text by step: `loss`, `nll` and the parts. `weights_of_step` is the step
+    whose weights the stage ended with, None until then or without evaluations.
     """
 
     name: str
@@ -36,6 +39,15 @@ class StageMetrics:
     parts: Mapping[str, float]
     seconds: float | None
     peak_bytes: int | None
+    evaluations: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    weights_of_step: int | None = None
+
+    @property
+    def held_out(self) -> Mapping[str, float]:
+        """Figures on held-out text of the weights that the stage ended with, of the last evaluation until then."""
+        last = max(self.evaluations, default=None)
+        kept = self.weights_of_step if self.weights_of_step in self.evaluations else last
+        return {} if kept is None else self.evaluations[kept]
 
 
 class Run:
@@ -127,13 +139,15 @@ class Run:
     def metrics(self) -> Mapping[str, float]:
         """Last losses and evaluation results by name, e.g. `mixers/loss`, `mixers/mixer-output.6`, `held-out/student`.
 
-        Losses are those of each stage's last step; results are NLL per token in nats.
+        Losses are those of each stage's last step; results are NLL per token in nats. Stages that are evaluated while
+        they train add `mixers/held-out/loss`, `mixers/held-out/nll` and their parts (`StageMetrics.held_out`).
         """
         found: dict[str, float] = {}
         for name, stage in self.stages.items():
             if stage.loss is not None:
                 found[f"{name}/loss"] = stage.loss
             found |= {f"{name}/{part}": value for part, value in stage.parts.items()}
+            found |= {f"{name}/held-out/{part}": value for part, value in stage.held_out.items()}
         for result in self.evaluation.likelihood if self.evaluation is not None else ():
             found[f"{result.text}/teacher"] = result.teacher_nll
             found[f"{result.text}/student"] = result.student_nll
@@ -144,6 +158,12 @@ class Run:
         own = [event for event in self.events if event.get("stage") == stage["name"]]
         last = next((event for event in reversed(own) if event["event"] == "step"), {})
         finished = [event for event in own if event["event"] == "stage-finished"]
+        kept = [event["step"] for event in own if event["event"] == "weights-kept"]
+        evaluations = {
+            event["step"]: {"loss": event["loss"], "nll": event["nll"], **event["parts"]}
+            for event in own
+            if event["event"] == "evaluation"
+        }
         return StageMetrics(
             name=stage["name"],
             step=last.get("step", 0),
@@ -152,6 +172,8 @@ class Run:
             parts=dict(last.get("parts", {})),
             seconds=finished[-1]["seconds"] if finished else None,
             peak_bytes=finished[-1]["peak_bytes"] if finished else None,
+            evaluations=evaluations,
+            weights_of_step=kept[-1] if kept else None,
         )
 
     def __repr__(self) -> str:
@@ -170,21 +192,33 @@ class Run:
         return as_html(self)
 
 
-def _stage_table(stages: Any) -> Table:
+def _stage_table(stages: Iterable[StageMetrics]) -> Table:
+    rows = tuple(stages)
+    columns = ["stage", "step", "loss", "parts", "time", "memory"]
+    if any(stage.held_out for stage in rows):
+        columns.insert(4, "held-out")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("stage", "step", "loss", "parts", "time", "memory"):
+    for column in columns:
         table.add_column(column, overflow="fold", justify="left" if column in ("stage", "parts") else "right")
-    for stage in stages:
-        shown = [f"{name} {value:.4g}" for name, value in list(stage.parts.items())[:4]]
-        table.add_row(
-            Text(stage.name),
-            f"{stage.step}/{stage.steps}",
-            "" if stage.loss is None else f"{stage.loss:.4g}",
-            Text(", ".join(shown) + (f", … ({len(stage.parts)})" if len(stage.parts) > 4 else "")),
-            "" if stage.seconds is None else duration(stage.seconds),
-            "" if stage.peak_bytes is None else byte_text(stage.peak_bytes),
-        )
+    for stage in rows:
+        cells = _cells(stage)
+        table.add_row(*(cells[column] for column in columns))
     return table
+
+
+def _cells(stage: StageMetrics) -> dict[str, Text | str]:
+    """Return the cells of a stage's row, by column."""
+    shown = [f"{name} {value:.4g}" for name, value in list(stage.parts.items())[:4]]
+    held_out = stage.held_out
+    return {
+        "stage": Text(stage.name),
+        "step": f"{stage.step}/{stage.steps}",
+        "loss": "" if stage.loss is None else f"{stage.loss:.4g}",
+        "parts": Text(", ".join(shown) + (f", … ({len(stage.parts)})" if len(stage.parts) > 4 else "")),
+        "held-out": f"{held_out['loss']:.4g}, NLL {held_out['nll']:.4g}" if held_out else "",
+        "time": "" if stage.seconds is None else duration(stage.seconds),
+        "memory": "" if stage.peak_bytes is None else byte_text(stage.peak_bytes),
+    }
 
 
 def _object(text: str, path: Path) -> Mapping[str, Any]:

@@ -25,16 +25,18 @@ from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
+from xarch_kd.job.held_out import held_out_batches, held_out_rows
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.run import Run
 from xarch_kd.job.split import split_notices
 from xarch_kd.job.texts import run_text
+from xarch_kd.job.tracking import tracked
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.render import plan_as_dict
-from xarch_kd.planning.resolve import make_plan
+from xarch_kd.planning.resolve import make_plan, with_steps
 from xarch_kd.run.fingerprint import Fingerprint, changed_patches, changed_releases, check_unchanged
 from xarch_kd.run.folder import RunFolder, State
 from xarch_kd.run.processes import Processes, joined_processes
@@ -45,7 +47,7 @@ from xarch_kd.taps.layout import layout_of
 from xarch_kd.teacher.feature_cache import DiskCache, FeatureCache, MemoryCache
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.checkpoints import STATE_FILE, newest_whole, remove_checkpoints, set_aside, write_state
+from xarch_kd.training.checkpoints import STATE_FILE, newest_whole, remove_checkpoints, set_aside, step_of, write_state
 from xarch_kd.training.trainer import StageTrainer
 
 
@@ -116,6 +118,7 @@ class _Job:
         self.signals = signals
         self.processes = processes
         self.reports: list[ProjectorReport] = []
+        self.held_out: Rows | None = None
 
     def run(self, fingerprint: str, state: State) -> None:
         """Check the inputs, then train unless the folder holds the finished run."""
@@ -132,8 +135,10 @@ class _Job:
         if self.processes.world_size > 1:
             for notice in split_notices(self.plan, self.processes.world_size):
                 self.reporter.line(f"warning: {notice}")
+        self.plan = self._with_steps(rows)
         for line in text.lines:
             self.reporter.line(line)
+        self.held_out = held_out_rows(text, self.plan)
         models = load_models(self.plan, tokenizer, self.reporter, self.processes)
         self.processes.check_same(
             {
@@ -183,6 +188,16 @@ class _Job:
             self.reporter.line(f"warning: version of {line}")
         return recorded
 
+    def _with_steps(self, rows: Rows) -> Plan:
+        """Return the plan with a number of steps for each stage of epochs, and report it."""
+        plan = with_steps(self.plan, rows=len(rows))
+        for before, stage in zip(self.plan.stages, plan.stages, strict=True):
+            if before.is_open:
+                self.reporter.line(
+                    f"stage {stage.stage.name}: {before.stage.epochs:g} epochs are {stage.steps:,} steps"
+                )
+        return plan
+
     def _check_signals(self) -> None:
         """Raise Interrupted on every rank if any received a signal."""
         self.signals.agree(self.processes.any_rank)
@@ -214,7 +229,7 @@ class _Job:
             return aligner
         began = time.perf_counter()
         checkpoint = self._checkpoint(stage, path)
-        first_step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        first_step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             self.folder.event("resumed", stage=stage.stage.name, step=first_step)
         else:
@@ -227,15 +242,19 @@ class _Job:
         )
         trainer = self._trainer(stage, aligner, reader, rows)
         progress = StageProgress(
-            self.folder, self.reporter, stage=stage.stage.name, steps=stage.stage.steps, first_step=first_step
+            self.folder, self.reporter, stage=stage.stage.name, steps=stage.steps, first_step=first_step
         )
-        with progress, self.signals.deferred(), warnings.catch_warnings():
+        writers = tracked(
+            self.plan.mapping.tracking, self.folder.root, stage.stage.name, is_owner=self.processes.is_main
+        )
+        with writers, progress, self.signals.deferred(), warnings.catch_warnings():
             # Raised by torch when a scheduler's state is restored before the first step of this process.
             warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
             trainer.progress = progress
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.state.global_step < stage.stage.steps:
+            trainer.run(checkpoint)
+        if trainer.state.global_step < stage.steps:
             self._check_signals()
+        self._end(stage, trainer)
         report_maps(stage, aligner, self.folder, self.reporter)
         with self.processes.main_first():
             reports = check.after()
@@ -247,7 +266,7 @@ class _Job:
             self.folder.drop(cache_folder)
         seconds = time.perf_counter() - began
         self.folder.event("stage-finished", stage=stage.stage.name, seconds=round(seconds, 2), peak_bytes=peak_bytes())
-        self.reporter.line(f"stage {stage.stage.name}: {stage.stage.steps} steps in {clock(seconds)}")
+        self.reporter.line(f"stage {stage.stage.name}: {trainer.state.global_step} steps in {clock(seconds)}")
         for line in (line for report in reports for line in report.lines):
             self.reporter.line(line)
         return aligner
@@ -290,6 +309,29 @@ class _Job:
                 set_aside(one.path)
         return newest
 
+    def _end(self, stage: StagePlan, trainer: StageTrainer) -> None:
+        """Give the student the weights that the stage ends with, and report them if they are not the last step's."""
+        last, kept = trainer.state.global_step, trainer.finish()
+        if trainer.stopped_early:
+            self.reporter.line(
+                f"stage {stage.stage.name}: stopped after step {last}: the evaluations stopped improving"
+            )
+        if kept != last:
+            self.reporter.line(
+                f"stage {stage.stage.name}: the student has the weights of step {kept}, the best evaluated"
+            )
+        is_averaged = trainer.average is not None
+        if is_averaged:
+            self.reporter.line(f"stage {stage.stage.name}: the student has the moving average of its weights")
+        if is_averaged or stage.stage.evaluation is not None:
+            self.folder.event(
+                "weights-kept",
+                stage=stage.stage.name,
+                step=kept,
+                stopped_early=trainer.stopped_early,
+                is_averaged=is_averaged,
+            )
+
     def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Rows) -> StageTrainer:
         mapping = self.plan.mapping
         order = BatchOrder.of(
@@ -312,6 +354,7 @@ class _Job:
             processes=self.processes,
             tracking=mapping.tracking,
             signals=self.signals,
+            held_out=held_out_batches(stage, self.held_out),
         )
 
     def _save(self, models: RunModels, projectors: dict[str, Tensor], seconds: float) -> None:

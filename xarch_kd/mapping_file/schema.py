@@ -12,17 +12,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from xarch_kd.mapping_file.objectives import Align, Tokens
-from xarch_kd.mapping_file.scalars import (
-    BelowOne,
-    ConfigModel,
-    ConfigValues,
-    Fraction,
-    LayerIndex,
-    Name,
-    NonNegative,
-    Number,
-    Positive,
-)
+from xarch_kd.mapping_file.scalars import ConfigModel, ConfigValues, LayerIndex, Name, Number, Positive
+from xarch_kd.mapping_file.training import Optimizer, StageEvaluation, WeightAveraging
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MixerName = Literal["mamba2", "gated_delta"]
@@ -210,23 +201,6 @@ class Data(Text):
         return self
 
 
-class Optimizer(ConfigModel):
-    """AdamW. `projector_lr` and `projector_weight_decay` default to the others; `warmup` is a share of the steps.
-
-    `mixer_lr` is the rate of the mixers, those that `train: [mixers]` means; by default it is `lr`.
-    """
-
-    lr: Positive = 1e-3
-    mixer_lr: Positive | None = None
-    projector_lr: Positive | None = None
-    weight_decay: NonNegative = 0.0
-    projector_weight_decay: NonNegative | None = None
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Fraction = 0.05
-    max_grad_norm: Positive = 1.0
-
-
 class Cache(ConfigModel):
     """Cache of the teacher's features of a stage: place and size limit."""
 
@@ -235,14 +209,15 @@ class Cache(ConfigModel):
 
 
 class Stage(ConfigModel):
-    """One `transformers.Trainer` run.
+    """One `transformers.Trainer` run of `steps` optimizer steps, or of `epochs` passes over its rows.
 
     `batches` bounds the number of different batches drawn: further steps go over them again in a new order, which
     with a cache costs no teacher pass. `precision` is the autocast type of the student's pass.
     """
 
     name: Name
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Positive | None = None
     train: tuple[Trainable, ...]
     inputs: Literal["teacher", "student"] = "student"
     align: tuple[Align, ...] = ()
@@ -255,6 +230,8 @@ class Stage(ConfigModel):
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    evaluation: StageEvaluation | None = None
+    ema: WeightAveraging | None = None
 
     @property
     def cache_place(self) -> Literal["memory", "disk", "off"]:
@@ -269,6 +246,9 @@ class Stage(ConfigModel):
 
     @model_validator(mode="after")
     def _has_an_objective(self) -> Stage:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise ValueError(f"exactly one of steps | epochs must be given, e.g. steps: 100, found {found}")
         if not self.align and self.tokens is None:
             raise ValueError("a stage needs at least one objective: give align and/or tokens")
         if len(self.train) == 0:

@@ -22,6 +22,7 @@ _WRONG_KIND = {
     "float_type",
     "bool_type",
     "tuple_type",
+    "dict_type",
     "model_type",
     "model_attributes_type",
     "none_required",
@@ -33,6 +34,21 @@ RENAMED: Final = {
     "initialisation": "init",
     "standardise": "standardize",
     "width": "hidden",
+}
+_DATA_PARALLEL = (
+    "not supported. Several processes train data-parallel: python -m torch.distributed.run --nproc-per-node 2 "
+    "-m xarch_kd train FILE --output FOLDER. Less memory: gradient_checkpointing: true, optimizer: {optim: adafactor}, "
+    "a smaller batch_size with gradient_accumulation"
+)
+_TRAIN_A_PART = "not supported. Train a part of the student instead, e.g. train: [mixers] in its stages"
+# Key of other training tools -> what to do instead.
+UNSUPPORTED: Final = {
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "zero_stage"), _DATA_PARALLEL),
+    **dict.fromkeys(("lora", "peft", "qlora", "peft_config", "lora_config"), _TRAIN_A_PART),
+    "num_train_epochs": "not a key here. Use epochs in each stage",
+    "max_steps": "not a key here. Use steps in each stage",
+    "fp16": "not supported. Use precision: bfloat16 in the stage",
+    "bf16": "not a key here. Use precision: bfloat16 in the stage",
 }
 # Keys that discriminate between the parts of a union.
 TAGS = ("kind", "strategy")
@@ -110,6 +126,8 @@ def _unknown_key(place: YamlPath, data: Any) -> str:
     allowed = sorted(part.model_fields, key=lambda name: name not in TAGS) if part is not None else []
     if RENAMED.get(key) in allowed:
         return renamed(key, RENAMED[key], kind="key")
+    if key in UNSUPPORTED:
+        return UNSUPPORTED[key]
     suggestion = suggest(key, allowed)
     if suggestion:
         return f"unknown key.{suggestion}"
@@ -188,7 +206,8 @@ def expected(annotation: Any) -> str:
             parts = _item_parts(option)
             words.append(f"a list of {{{', '.join(parts[0].model_fields)}}} entries" if parts else "a list")
         elif kind == "values":
-            words.append("a mapping with a model_type and its sizes")
+            is_config = get_args(option)[1] is Any
+            words.append("a mapping with a model_type and its sizes" if is_config else "a mapping of names to values")
         elif kind == "mapping":
             keys = f"keys among {', '.join(option.model_fields)}"
             words.append(f"a mapping with a '{_discriminator(option)}'" if told_apart else f"a mapping with {keys}")

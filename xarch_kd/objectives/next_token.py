@@ -40,7 +40,7 @@ class NextTokenObjective:
     ) -> Tensor:
         """Return the micro-batch's share of the loss at `progress`, from head inputs and labels [batch, time]."""
         factor = self.schedule.factor(progress)
-        student_head, teacher_head = _head(self._student), _head(self._teacher)
+        student_head, teacher_head = head_of(self._student), head_of(self._teacher)
         return token_loss(
             tensor(student).to(student_head.weight.dtype),
             student_head,
@@ -67,7 +67,8 @@ def _divergence(options: Tokens, custom: CustomObjects) -> Any:
     return chosen if isinstance(chosen, str) else chosen.model_dump()
 
 
-def _head(layout: Layout) -> Head:
+def head_of(layout: Layout) -> Head:
+    """Return the output head of a model, with what is done to its logits."""
     return Head(
         weight=layout.head_weight, bias=layout.head_bias, scale=layout.logit_scale, softcap=layout.logit_softcap
     )

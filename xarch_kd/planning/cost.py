@@ -148,7 +148,9 @@ def stage_cost(work: StageWork, teacher: ModelHandle, student: ModelHandle, rate
     teacher_flops = teacher_token * tokens * work.teacher_passes
     student_flops = student_token * tokens * work.student_passes
     seconds = rates.seconds(teacher_flops, teacher.dtype) + rates.seconds(student_flops, work.stage.precision)
-    return Cost(flops=teacher_flops + student_flops, seconds=seconds, peak_bytes=_peak_bytes(work, teacher, student))
+    return Cost(
+        flops=teacher_flops + student_flops, seconds=seconds, peak_bytes=_peak_bytes(work, teacher, student, rates)
+    )
 
 
 def _student_flops(work: StageWork, student: ModelHandle) -> float:
@@ -195,13 +197,18 @@ def _mixing_flops(layout: Layout, index: int, length: int) -> float:
     return 9.0 * number_of(config, "intermediate_size") * number_of(config, "state_size") if kind == "mamba" else 0.0
 
 
-def _peak_bytes(work: StageWork, teacher: ModelHandle, student: ModelHandle) -> int:
+def _peak_bytes(work: StageWork, teacher: ModelHandle, student: ModelHandle, rates: Rates) -> int:
     # The student trains in float32, whatever dtype it is saved in.
     student_bytes = parameter_count(student.layout.model) * BYTES["float32"]
     models = parameter_count(teacher.layout.model) * BYTES[teacher.dtype] + student_bytes
     trained = sum(p.numel() for p in student.layout.model.parameters() if student.names[id(p)] in work.trainable)
     # Gradient and two moments of what trains; a projector also has its weight.
     training = 3 * trained * BYTES["float32"] + 16 * work.projector_parameters
+    # The moving average of what trains, and the best weights, which are kept in main memory.
+    copies = int(work.stage.ema is not None)
+    if rates.device == "cpu" and work.stage.evaluation is not None and work.stage.evaluation.keep == "best":
+        copies += 1
+    training += copies * trained * BYTES["float32"]
     lowest = _lowest_trained(work, student)
     kept = [_kept_numbers(student.layout, index, work) for index in work.student_blocks if index >= lowest]
     if work.stage.gradient_checkpointing and kept:

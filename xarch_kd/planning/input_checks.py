@@ -24,9 +24,14 @@ from xarch_kd.planning.problems import located
 _POSITIONS: Final = re.compile(r"(^|[._])(wpe|\w*pos(ition)?s?(_|$)\w*)")
 
 
-def input_problems(mapping: MappingFile, models: ModelPair) -> Iterator[Problem]:
-    """Yield the problems of a mapping's inputs that are found without reading weights."""
+def input_problems(mapping: MappingFile, models: ModelPair, *, for_training: bool = True) -> Iterator[Problem]:
+    """Yield the problems of a mapping's inputs that are found without reading weights.
+
+    Where a finished run is measured, not trained, the packages of its `tracking` are not needed.
+    """
     yield from _device_problems(mapping)
+    if for_training:
+        yield from _tracking_problems(mapping)
     yield from _package_problems(mapping)
     yield from _position_problems(mapping, models)
 
@@ -47,10 +52,13 @@ def _device_problems(mapping: MappingFile) -> Iterator[Problem]:
         yield Problem(("device",), message)
 
 
-def _package_problems(mapping: MappingFile) -> Iterator[Problem]:
+def _tracking_problems(mapping: MappingFile) -> Iterator[Problem]:
     for index, package in enumerate(mapping.tracking):
         if importlib.util.find_spec(package) is None:
             yield Problem(("tracking", index), f"needs the package '{package}': pip install {package}")
+
+
+def _package_problems(mapping: MappingFile) -> Iterator[Problem]:
     for side, reference in (("teacher", mapping.teacher.model), ("student", mapping.student.model)):
         if reference is not None and reference.lower().endswith(".gguf") and importlib.util.find_spec("gguf") is None:
             yield Problem((side, "model"), "reading a GGUF file needs the package 'gguf': pip install 'xarch_kd[gguf]'")

@@ -7,7 +7,8 @@ from typing import get_args
 
 from xarch_kd.errors import check_table
 from xarch_kd.losses.schedules import SHAPES, WeightSchedule
-from xarch_kd.mapping_file.objectives import Schedule
+from xarch_kd.mapping_file.layer_maps import LearnedStrategy
+from xarch_kd.mapping_file.objectives import Align, Schedule
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
 from xarch_kd.planning.layer_maps import redraw_period
@@ -30,14 +31,38 @@ def objective_problems(stage: Stage, pairs: Sequence[PairPlan], place: YamlPath)
     schedules = [weight_schedule(entry.schedule) for entry in entries]
     if stage.tokens is not None:
         schedules.append(weight_schedule(stage.tokens.schedule))
-    for step in _turns(schedules, stage.steps):
-        if not any(schedule.factor(step / stage.steps) > 0 for schedule in schedules):
+    # A stage of epochs is checked when its text was read.
+    steps = stage.steps or 0
+    for step in _turns(schedules, steps):
+        if not any(schedule.factor(step / steps) > 0 for schedule in schedules):
             message = (
-                f"no objective has a weight above 0 at step {step + 1} of {stage.steps}. Let their schedules meet, or "
+                f"no objective has a weight above 0 at step {step + 1} of {steps}. Let their schedules meet, or "
                 "make two stages."
             )
             yield Problem(place, message)
-            return
+            break
+    changing = next(_changing(stage, entries), None)
+    if changing is not None and stage.evaluation is not None and stage.evaluation.compares:
+        message = (
+            f"keep: best and patience compare held-out losses of different steps, but {changing}, so that they are not "
+            "the same loss. Use metric: nll."
+        )
+        yield Problem((*place, "evaluation"), message, on="key")
+
+
+def _changing(stage: Stage, entries: Sequence[Align]) -> Iterator[str]:
+    """Yield what makes the held-out loss of a stage another function at another step."""
+    if stage.evaluation is None or stage.evaluation.metric != "loss":
+        return
+    for entry in entries:
+        if entry.schedule is not None:
+            yield f"the weight of {entry.name} has a schedule"
+        if redraw_period(entry) is not None:
+            yield f"the layer map of {entry.name} is redrawn"
+        if isinstance(entry.layers, LearnedStrategy) and entry.layers.final_temperature is not None:
+            yield f"the temperature of the layer map of {entry.name} changes"
+    if stage.tokens is not None and stage.tokens.schedule is not None:
+        yield "the weight of tokens has a schedule"
 
 
 def _turns(schedules: Sequence[WeightSchedule], steps: int) -> list[int]:

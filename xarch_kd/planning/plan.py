@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xarch_kd.display import as_html, as_text
+from xarch_kd.errors import UsageError
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.schema import MappingFile, Stage
 
@@ -75,6 +76,9 @@ class PairPlan:
 class StagePlan:
     """One stage, resolved. Bytes and FLOPs are estimates for one machine; see `cost.py` for their derivation.
 
+    A stage of `epochs` has no number of steps before the text was read (`is_open`; `resolve.with_steps` gives it one):
+    until then `tokens`, `flops`, `seconds`, `distinct_batches` and `cache_bytes` are those of one step.
+
     `layer_map_plots` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` with
     `mixer_lr` as their rate.
     """
@@ -100,6 +104,22 @@ class StagePlan:
     def folder(self) -> str:
         """Name of the stage's folder inside the run folder, e.g. `01-mixers`."""
         return f"{self.index + 1:02d}-{self.stage.name}"
+
+    @property
+    def is_open(self) -> bool:
+        """True for a stage of epochs whose number of steps depends on text that was not read yet."""
+        return self.stage.steps is None
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps. Raises UsageError if it depends on text that was not read yet."""
+        if self.stage.steps is None:
+            raise UsageError(
+                f"the number of steps of stage '{self.stage.name}' depends on the text",
+                asked=f"epochs: {self.stage.epochs:g}",
+                fix="train the plan with xarch_kd.train, which reads the text, or give the stage steps instead",
+            )
+        return self.stage.steps
 
     def align_of(self, pair: PairPlan) -> Align:
         """The `align` entry that `pair` came from."""

@@ -12,10 +12,14 @@ from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, yaml_
 
 @dataclass
 class Diagnostics:
-    """Errors and warnings, collected over the whole file."""
+    """Errors and warnings, collected over the whole file.
+
+    `for_training` is false where a finished run is measured, which needs no optimizer and no writer.
+    """
 
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    for_training: bool = True
 
     def add(self, problem: Problem) -> None:
         """Add a problem that many pairs may share, once."""

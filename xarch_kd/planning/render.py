@@ -149,21 +149,22 @@ def _stages(plan: Plan) -> Table:
             stage.stage.inputs,
             ", ".join(stage.stage.train),
             count_text(stage.trainable_parameters),
-            str(stage.stage.steps),
+            f"{stage.stage.epochs:g} epochs" if stage.is_open else str(stage.steps),
             f"{stage.batch_size}{accumulated}",
-            count_text(stage.tokens),
+            f"{count_text(stage.tokens)} per step" if stage.is_open else count_text(stage.tokens),
             _objectives(stage),
             f"{byte_text(stage.cache_bytes)} {stage.stage.cache_place}" if stage.cache_bytes else "off",
             byte_text(stage.peak_bytes),
-            duration(stage.seconds),
+            f"{duration(stage.seconds)} per step" if stage.is_open else duration(stage.seconds),
         )
     if len(plan.stages) > 1:
         peak = max(stage.peak_bytes for stage in plan.stages)
         seconds = sum(stage.seconds for stage in plan.stages)
         tokens = sum(stage.tokens for stage in plan.stages)
-        table.add_row(
-            "together", "", "", "", "", "", count_text(tokens), "", "", byte_text(peak), duration(seconds), style="bold"
-        )
+        sums = (count_text(tokens), duration(seconds))
+        if any(stage.is_open for stage in plan.stages):
+            sums = ("depends on the text",) * 2
+        table.add_row("together", "", "", "", "", "", sums[0], "", "", byte_text(peak), sums[1], style="bold")
     return table
 
 

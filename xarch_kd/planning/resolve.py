@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from xarch_kd.errors import check_table
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.python_values import mapping_as_yaml, mapping_from
-from xarch_kd.mapping_file.schema import MappingFile, MixerName, TargetName
+from xarch_kd.mapping_file.schema import MappingFile, MixerName, Stage, TargetName
 from xarch_kd.mapping_file.source_map import SourceMap, mapping_error
 from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.conversion.targets import TARGETS
@@ -29,7 +30,7 @@ from xarch_kd.planning.custom import (
 from xarch_kd.planning.input_checks import check_tokenizers, input_problems, input_warnings
 from xarch_kd.planning.layer_maps import entry_key, is_measured
 from xarch_kd.planning.models import ModelPair
-from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.problems import Diagnostics
 from xarch_kd.planning.resolve_models import resolve_models
 from xarch_kd.planning.stage import stage_plan
@@ -81,7 +82,7 @@ def make_plan(
 def plan_of_run(path: Path) -> Plan:
     """Return the plan of the mapping file of a run that is measured and not trained; custom objects are not needed."""
     loaded, source, source_map = load_mapping(path)
-    return _resolved(loaded, source, path, source_map, CustomObjects.stand_ins(loaded), None)
+    return _resolved(loaded, source, path, source_map, CustomObjects.stand_ins(loaded), None, for_training=False)
 
 
 def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor]) -> Plan:
@@ -89,8 +90,35 @@ def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor]) -> Plan:
 
     Only the stages are resolved again: models and rates are those of `plan`.
     """
-    models = replace(plan.models, similarities=similarities)
-    return _plan(plan.mapping, plan.source, plan.path, None, models, plan.rates)
+    return _replanned(plan, (stage.stage for stage in plan.stages), replace(plan.models, similarities=similarities))
+
+
+def with_steps(plan: Plan, *, rows: int) -> Plan:
+    """Return the plan with a number of steps for each stage of epochs, from the number of training rows.
+
+    An epoch is one pass over the rows, or over the stage's `batches` if it has that limit; the last step is a full one.
+    `plan.mapping` stays as it was written. Raises MappingFileError for what shows only now, such as a cache that is too
+    large.
+    """
+    if not any(stage.is_open for stage in plan.stages):
+        return plan
+    return _replanned(plan, (_in_steps(stage, rows) for stage in plan.stages), plan.models)
+
+
+def _in_steps(plan: StagePlan, rows: int) -> Stage:
+    stage = plan.stage
+    if stage.epochs is None:
+        return stage
+    micro_batches = rows / plan.batch_size if stage.batches is None else min(stage.batches, rows / plan.batch_size)
+    steps = max(1, math.ceil(round(stage.epochs * micro_batches / stage.gradient_accumulation, 9)))
+    return stage.model_copy(update={"steps": steps, "epochs": None})
+
+
+def _replanned(plan: Plan, stages: Iterable[Stage], models: ModelPair) -> Plan:
+    """Return the plan with other stages or models; its mapping stays as it was written."""
+    mapping = plan.mapping.model_copy(update={"stages": tuple(stages)})
+    found = _plan(mapping, plan.source, plan.path, None, models, plan.rates)
+    return replace(found, mapping=plan.mapping)
 
 
 def _resolved(
@@ -100,6 +128,8 @@ def _resolved(
     source_map: SourceMap | None,
     custom: CustomObjects,
     rates: Rates | None,
+    *,
+    for_training: bool = True,
 ) -> Plan:
     if missing := custom.problems(mapping):
         raise mapping_error(missing, source_map)
@@ -107,7 +137,7 @@ def _resolved(
     if rates is None:
         dtypes = {mapping.teacher.dtype, *(stage.precision for stage in mapping.stages)}
         rates = measured_rates(_device(mapping), dtypes)
-    plan = _plan(mapping, source, path, source_map, models, rates)
+    plan = _plan(mapping, source, path, source_map, models, rates, for_training=for_training)
     check_tokenizers(mapping, models, source_map)
     return plan
 
@@ -119,9 +149,13 @@ def _plan(
     source_map: SourceMap | None,
     models: ModelPair,
     rates: Rates,
+    *,
+    for_training: bool = True,
 ) -> Plan:
     diagnostics = Diagnostics(
-        list(input_problems(mapping, models)), [*models.custom.warnings(mapping), *models.warnings]
+        problems=list(input_problems(mapping, models, for_training=for_training)),
+        warnings=[*models.custom.warnings(mapping), *models.warnings],
+        for_training=for_training,
     )
     stages = [
         stage_plan(index, stage, mapping.data, models, rates, diagnostics) for index, stage in enumerate(mapping.stages)
@@ -174,6 +208,11 @@ def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
     if mapping.student.embeddings == "teacher":
         yield _transfer_note(models)
     for stage in mapping.stages:
+        if stage.epochs is not None:
+            yield (
+                f"stage {stage.name}: the steps of {stage.epochs:g} epochs depend on the text, which is read by train: "
+                "its tokens, cache and time are those of one step here"
+            )
         part = {"embeddings", "head"} & set(stage.train)
         if len(part) == 1 and "all" not in stage.train and embedding is models.student.layout.head_weight:
             yield f"stage {stage.name}: the student's head is its embedding, so training {part.pop()} trains both"

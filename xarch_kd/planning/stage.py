@@ -13,6 +13,7 @@ from xarch_kd.planning.cost import BYTES, Rates, StageWork, stage_cost
 from xarch_kd.planning.mixing_sizes import mixing_size
 from xarch_kd.planning.models import ModelHandle, ModelPair
 from xarch_kd.planning.objective_checks import batch_warnings, objective_problems, redraw_warnings
+from xarch_kd.planning.optimizers import optimizer_problems
 from xarch_kd.planning.pairs import align_pairs
 from xarch_kd.planning.plan import PairPlan, StagePlan
 from xarch_kd.planning.problems import Diagnostics, one_line
@@ -44,6 +45,8 @@ def stage_plan(
     _note_unreached(stage, pairs, set(trainable), models, diagnostics)
     rows = stage.batch_size or data.batch_size
     diagnostics.problems += objective_problems(stage, pairs, place)
+    if diagnostics.for_training:
+        diagnostics.problems += optimizer_problems(stage, (*place, "optimizer"))
     diagnostics.warnings += [*batch_warnings(stage, pairs, rows * data.sequence_length), *redraw_warnings(stage)]
     if len(diagnostics.problems) > known:
         return None
@@ -73,7 +76,8 @@ class _Resolved:
 
     @property
     def micro_batches(self) -> int:
-        return self.stage.steps * self.stage.gradient_accumulation
+        # Of one step, if the number of steps is not known yet.
+        return (self.stage.steps or 1) * self.stage.gradient_accumulation
 
     @property
     def distinct(self) -> int:
@@ -113,7 +117,7 @@ def _measured(resolved: _Resolved, models: ModelPair, rates: Rates, diagnostics:
         batch_size=resolved.rows,
         distinct_batches=resolved.distinct,
         tokens_per_step=tokens_per_step,
-        tokens=tokens_per_step * resolved.stage.steps,
+        tokens=tokens_per_step * (resolved.stage.steps or 1),
         cache_bytes=work.cache_bytes,
         flops=cost.flops,
         seconds=cost.seconds,
@@ -261,7 +265,11 @@ def _cache_fits(resolved: _Resolved, needed: int, diagnostics: Diagnostics) -> b
     stage, distinct = resolved.stage, resolved.distinct
     if needed == 0:
         return True
-    if distinct == resolved.micro_batches:
+    if resolved.stage.steps is None:
+        diagnostics.warnings.append(
+            f"stage {stage.name}: the size of its cache depends on the text, so its limit is checked when that was read"
+        )
+    elif distinct == resolved.micro_batches:
         diagnostics.warnings.append(
             f"stage {stage.name}: every batch is drawn once, so the cache is never read; give fewer batches "
             "than steps, or cache: off"

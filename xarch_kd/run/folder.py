@@ -180,11 +180,15 @@ class RunFolder:
                         path.rmdir()
 
     def finish(self) -> None:
-        """Write the manifest: the run is done."""
+        """Write the manifest: the run is done. Logs of W&B, whose own process may still write them, are left out."""
         if not self.is_owner:
             return
         files = sorted(
-            path for path in self.root.rglob("*") if path.is_file() and path.name not in ("manifest.json", "run.lock")
+            path
+            for path in self.root.rglob("*")
+            if path.is_file()
+            and path.name not in ("manifest.json", "run.lock")
+            and path.relative_to(self.root).parts[0] != "wandb"
         )
         self._write_manifest({str(path.relative_to(self.root)): sha256_of(path) for path in files})
 

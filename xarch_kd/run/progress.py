@@ -26,6 +26,21 @@ class StepFigures:
     gradient_norm: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutFigures:
+    """Figures on held-out text after `step` steps of a stage, over all ranks.
+
+    `parts` are the weighted terms of `loss`, by objective name; `nll` is the student's negative log-likelihood per
+    token in nats, over `tokens` predicted tokens.
+    """
+
+    step: int
+    loss: float
+    parts: Mapping[str, float]
+    nll: float
+    tokens: int
+
+
 class StageProgress:
     """Shows and records the steps of one stage."""
 
@@ -87,6 +102,24 @@ class StageProgress:
             self.reporter.line(
                 f"{self.stage}  step {figures.step}/{self.steps}  {speed}  ETA {clock(eta)}  {losses}",
             )
+
+    def evaluation(self, figures: HeldOutFigures, *, is_best: bool) -> None:
+        """Record and show figures on held-out text; `is_best` if the stage's metric was never lower."""
+        self.folder.event(
+            "evaluation",
+            stage=self.stage,
+            step=figures.step,
+            loss=figures.loss,
+            parts=dict(figures.parts),
+            nll=figures.nll,
+            tokens=figures.tokens,
+            is_best=is_best,
+        )
+        best = "  (best so far)" if is_best else ""
+        self.reporter.line(
+            f"{self.stage}  step {figures.step}/{self.steps}  held-out loss {figures.loss:.4f}  "
+            f"{shown_parts(figures.parts)}  NLL {figures.nll:.4f}{best}"
+        )
 
     def balanced(self, balance: Mapping[str, Any]) -> None:
         """Record and show the scales that make the gradients of balanced objectives as large as the anchor's."""

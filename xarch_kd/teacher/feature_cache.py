@@ -47,10 +47,15 @@ def feature_key(batch: str, teacher: str) -> str:
 
 
 class MemoryCache:
-    """Features kept in main memory, whatever device the teacher runs on."""
+    """Features kept in main memory, whatever device the teacher runs on.
 
-    def __init__(self) -> None:
+    With a `limit` in bytes, features that would exceed it are not kept, so that they are read from the teacher again.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
         self._kept: dict[str, Features] = {}
+        self._limit = limit
+        self._bytes = 0
 
     def get(self, key: str) -> Features | None:
         """Return the features of `key`, or None."""
@@ -58,7 +63,12 @@ class MemoryCache:
 
     def put(self, key: str, features: Features) -> None:
         """Keep the features under `key`."""
+        size = sum(_bytes_of(feature) for feature in features.values())
+        known = sum(_bytes_of(feature) for feature in self._kept.get(key, {}).values())
+        if self._limit is not None and self._bytes + size - known > self._limit:
+            return
         self._kept[key] = {site: moved(feature, "cpu") for site, feature in features.items()}
+        self._bytes += size - known
 
 
 class DiskCache:
@@ -102,6 +112,11 @@ def moved(feature: Feature, device: torch.device | str) -> Feature:
         return feature.detach().to(device)
     tensors = {name: value.detach().to(device) for name, value in _fields(feature).items() if isinstance(value, Tensor)}
     return dataclasses.replace(feature, **tensors)
+
+
+def _bytes_of(feature: Feature) -> int:
+    tensors = [feature] if isinstance(feature, Tensor) else _fields(feature).values()
+    return sum(value.nbytes for value in tensors if isinstance(value, Tensor))
 
 
 def _fields(mixing: Mixing) -> dict[str, Any]:

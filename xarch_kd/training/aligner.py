@@ -150,7 +150,7 @@ class Aligner(nn.Module):
 
     def progress(self, step: int) -> float:
         """Return the share of the stage's steps that are done before step `step`, which counts from 0."""
-        return min(max(step / self.stage.stage.steps, 0.0), 1.0)
+        return min(max(step / self.stage.steps, 0.0), 1.0)
 
     def targets(self, step: int = 0) -> StepTargets:
         """Return the active pairs of a step and the teacher's sites that they need; worked out once per step."""
@@ -281,7 +281,7 @@ class Aligner(nn.Module):
         The head input is None where the stage has no token objective.
         """
         stage = self.stage.stage
-        with self._autocast(batch.device):
+        with self.autocast(batch.device):
             if stage.inputs == "student":
                 read = traced(self.layout, stage, pairs, batch)
                 return (
@@ -296,7 +296,8 @@ class Aligner(nn.Module):
 
         return sides, None
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the autocast of the student's pass on a device."""
         if self.stage.stage.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -334,13 +335,17 @@ class Aligner(nn.Module):
             for objective in entry.objectives:
                 names = {name: f"fitted.{objective.pair.name}.{name}" for name in objective.to_fit}
                 objective.fitted = {name: stored[key] for name, key in names.items() if key in stored}
-        own = self.trained_state(student=student)
-        _check_keys(path, own.keys(), stored.keys())
-        for name, tensor_ in own.items():
-            if not name.startswith("fitted."):
-                tensor_.copy_(stored[name])
+        _check_keys(path, self.trained_state(student=student).keys(), stored.keys())
+        self.copy_trained_state(stored, student=student)
         if self.balance is not None:
             self.balance = read_balance(self.balance, path)
+
+    @torch.no_grad()
+    def copy_trained_state(self, stored: Mapping[str, Tensor], *, student: bool = True) -> None:
+        """Copy the tensors of a `trained_state` of this stage into student, projectors and maps."""
+        for name, own in self.trained_state(student=student).items():
+            if not name.startswith("fitted."):
+                own.copy_(stored[name])
 
 
 def _alone(objective: str, terms: Mapping[str, Mapping[str, Tensor]], batch: Batch) -> AlignerOutput:

@@ -43,6 +43,11 @@ def write_state(aligner: Aligner, path: Path) -> None:
     write_tensors(path, aligner.trained_state())
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that were done when a checkpoint was written."""
+    return int(checkpoint.name.split("-")[1])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a stage, oldest first."""
     found = [

@@ -1,17 +1,36 @@
-"""Parameter groups of AdamW: matrices decay, vectors do not, and mixers may have a learning rate of their own."""
+"""Optimizer of a stage: matrices decay, vectors do not, and mixers may have a learning rate of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
-from xarch_kd.mapping_file.schema import Optimizer
+from xarch_kd.mapping_file.training import Optimizer
+from xarch_kd.planning.optimizers import optimizer_class
+
+
+def build_optimizer(
+    student: nn.Module, auxiliary: list[nn.Parameter], settings: Optimizer, mixers: Collection[str]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of the trainable parameters of `student` and of `auxiliary` ones, projectors and maps."""
+    projector_decay = settings.projector_weight_decay
+    groups = [
+        *parameter_groups(student, settings, mixers),
+        {
+            "params": auxiliary,
+            "weight_decay": settings.weight_decay if projector_decay is None else projector_decay,
+            "lr": settings.lr if settings.projector_lr is None else settings.projector_lr,
+        },
+    ]
+    kind, options = optimizer_class(settings)
+    return kind([group for group in groups if group["params"]], **options)
 
 
 def parameter_groups(student: nn.Module, settings: Optimizer, mixers: Collection[str]) -> list[dict[str, Any]]:
-    """Return the trainable parameters of `student` as groups of `torch.optim.AdamW`; `mixers` names those of mixers.
+    """Return the trainable parameters of `student` as groups of an optimizer; `mixers` names those of mixers.
 
     Without `mixer_lr` there are two groups, at the learning rate of the optimizer. With it there are four.
     """
@@ -31,3 +50,10 @@ def _by_decay(parameters: list[nn.Parameter], settings: Optimizer, **rate: float
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay, **rate},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, **rate},
     ]
+
+
+def set_mode(optimizer: Any, *, training: bool) -> None:
+    """Let an optimizer that averages weights itself (schedule-free) give the model its average, or take it back."""
+    change = getattr(optimizer, "train" if training else "eval", None)
+    if callable(change):
+        change()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer
 
 from xarch_kd.data.batches import Batch, BatchSource
 from xarch_kd.errors import NonFiniteLoss, XarchError
@@ -29,6 +29,8 @@ from xarch_kd.taps.sites import Site
 from xarch_kd.teacher.feature_cache import Features
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner, AlignerOutput
+from xarch_kd.training.arguments import training_arguments
+from xarch_kd.training.callbacks import EvaluateEvery, Guard, UpdateAverage
 from xarch_kd.training.checkpoints import (
     KEPT_CHECKPOINTS,
     SOURCE_FILE,
@@ -36,10 +38,14 @@ from xarch_kd.training.checkpoints import (
     checkpoints,
     read_source_state,
     seal,
+    step_of,
     write_state,
 )
+from xarch_kd.training.ema import WeightAverage
+from xarch_kd.training.held_out import HeldOut, read_record
 from xarch_kd.training.loss_balancing import observe_gradients
-from xarch_kd.training.optimizer import parameter_groups
+from xarch_kd.training.micro_batches import MicroBatchStream
+from xarch_kd.training.optimizer import build_optimizer, set_mode
 
 # Every process holds all parameters and, once they are reduced, all gradients.
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -66,6 +72,7 @@ class StageTrainer(Trainer):
         tracking: tuple[str, ...],
         signals: StopSignals,
         processes: Processes | None = None,
+        held_out: Iterable[Batch] = (),
     ) -> None:
         self.aligner = aligner
         self.processes = processes or Processes()
@@ -78,32 +85,67 @@ class StageTrainer(Trainer):
         self._checks = checks.DeferredChecks()
         super().__init__(
             model=aligner,
-            args=_arguments(plan, self.processes, folder=folder, seed=seed, cpu=cpu, tracking=tracking),
+            args=training_arguments(plan, self.processes, folder=folder, seed=seed, cpu=cpu, tracking=tracking),
         )
         # `compute_loss` divides sums by the normalizers of the whole step, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Guard(self, signals))
+        self.add_callback(Guard(self.settle, signals, self.processes.any_rank))
+        self.average: WeightAverage | None = None
+        if plan.stage.ema is not None:
+            self.average = WeightAverage(aligner.student, plan.stage.ema.decay)
+            self.add_callback(UpdateAverage(self.average))
+        self.held_out: HeldOut | None = None
+        if plan.stage.evaluation is not None:
+            self.add_callback(EvaluateEvery(plan.stage.evaluation.every))
+            self.held_out = HeldOut(
+                aligner,
+                reader.layout,
+                held_out,
+                plan.stage.evaluation,
+                seed=seed,
+                rank=self.processes.rank,
+                ranks=self.processes.world_size,
+            )
+
+    def run(self, checkpoint: Path | None = None) -> None:
+        """Train the stage, from a checkpoint if there is one, until its last step, a signal or early stopping."""
+        if checkpoint is not None and self._had_stopped(checkpoint):
+            self._load_from_checkpoint(str(checkpoint))
+            self.state.global_step = step_of(checkpoint)
+            return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def _had_stopped(self, checkpoint: Path) -> bool:
+        """Return True if early stopping ended the stage at the step of a checkpoint."""
+        settings = self.plan.stage.evaluation
+        return settings is not None and read_record(checkpoint).is_exhausted(settings.patience)
+
+    @property
+    def stopped_early(self) -> bool:
+        """True if early stopping ended the stage."""
+        return self.held_out is not None and self.held_out.must_stop
+
+    def finish(self) -> int:
+        """Give the student the weights that the stage ends with, and return the step that they are of."""
+        set_mode(self.optimizer, training=False)
+        if self.average is not None:
+            self.average.copy_to_student()
+        best = None if self.held_out is None else self.held_out.restore_best()
+        return self._step if best is None else best
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW over student matrices, student vectors (no decay), projectors and maps (own rate and decay)."""
+        """Return the stage's optimizer over student matrices, student vectors (no decay), projectors and maps."""
         if self.optimizer is None:
-            settings = self.plan.stage.optimizer
-            projector_lr = settings.lr if settings.projector_lr is None else settings.projector_lr
-            projector_decay = settings.projector_weight_decay
-            projector_decay = settings.weight_decay if projector_decay is None else projector_decay
-            groups = [
-                *parameter_groups(self.aligner.student, settings, self.plan.mixers),
-                {"params": self.aligner.auxiliary_parameters(), "weight_decay": projector_decay, "lr": projector_lr},
-            ]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, eps=1e-8
+            auxiliary = self.aligner.auxiliary_parameters()
+            self.optimizer = build_optimizer(
+                self.aligner.student, auxiliary, self.plan.stage.optimizer, self.plan.mixers
             )
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
         """Return the stage's micro-batches, drawn only when they are needed, so that a saved state is exact."""
-        return _Stream(self.source, self.plan.stage.steps * self.plan.stage.gradient_accumulation)
+        return MicroBatchStream(self.source, self.plan.steps * self.plan.stage.gradient_accumulation)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -229,6 +271,9 @@ class StageTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of all gradients, whose finiteness is the last check of the step."""
+        if grad_norm is None and self.accelerator.distributed_type in REPLICATED:
+            # Where nothing is clipped; the Trainer would multiply all gradients by a factor, NaN if their norm is.
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._checks.add(torch.isfinite(torch.as_tensor(norm)), self._gradient_error)
         return norm
@@ -276,6 +321,30 @@ class StageTrainer(Trainer):
         named = {f"{self.plan.stage.name}/{name}": value for name, value in parts.items()}
         super().log({**logs, "loss": loss, **named}, start_time)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the student on held-out text; remember the best, and stop when `patience` is exhausted."""
+        assert self.held_out is not None
+        with self._evaluated_weights():
+            figures = self.held_out.measure(self._step, self._summed_over_ranks)
+            is_best = self.held_out.observe(figures)
+        if self.progress is not None:
+            self.progress.evaluation(figures, is_best=is_best)
+        named = {f"eval_{self.plan.stage.name}/{name}": value for name, value in figures.parts.items()}
+        metrics = {"eval_loss": figures.loss, "eval_nll": figures.nll, **named}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.stopped_early:
+            self.control.should_training_stop = True
+        return metrics
+
+    @contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        """Run the block with the weights that the stage would end with: those of an average, if there is one."""
+        set_mode(self.optimizer, training=False)
+        with nullcontext() if self.average is None else self.average.applied():
+            yield
+        set_mode(self.optimizer, training=True)
+
     def _summed_figures(self) -> list[float]:
         """Return the loss parts of the step, summed over ranks, and copied from the device at once."""
         if not self._figures:
@@ -288,11 +357,19 @@ class StageTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         write_state(self.aligner, folder / STATE_FILE)
         write_json(folder / SOURCE_FILE, self.source.state_dict())
+        if self.held_out is not None:
+            self.held_out.save(folder)
+        if self.average is not None:
+            self.average.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         self.aligner.load_trained_state(folder / STATE_FILE)
         self.source.load_state_dict(read_source_state(folder / SOURCE_FILE))
+        if self.held_out is not None:
+            self.held_out.load(folder)
+        if self.average is not None:
+            self.average.load(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging())
@@ -328,74 +405,3 @@ class StageTrainer(Trainer):
         if self.processes.is_main:
             for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
-
-
-class _Stream:
-    """Micro-batches of a source as the Trainer iterates over them; its length is that of the whole stage.
-
-    Nothing is drawn ahead, which a source that samples from the student could not do, and a resumed iteration begins
-    where the source's state was restored to.
-    """
-
-    def __init__(self, source: BatchSource, micro_batches: int) -> None:
-        self.source = source
-        self.micro_batches = micro_batches
-
-    def __len__(self) -> int:
-        return self.micro_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            yield self.source.draw()
-
-
-class _Guard(TrainerCallback):
-    """Callback that settles the checks of a step before the optimizer steps, and stops after a signal requested it."""
-
-    def __init__(self, trainer: StageTrainer, signals: StopSignals) -> None:
-        self.trainer = trainer
-        self.signals = signals
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.settle()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.signals.agree(self.trainer.processes.any_rank)
-        if self.signals.requested is not None:
-            control.should_save = True
-            control.should_training_stop = True
-
-
-def _arguments(
-    plan: StagePlan, processes: Processes, *, folder: Path, seed: int, cpu: bool, tracking: tuple[str, ...]
-) -> TrainingArguments:
-    settings = plan.stage.optimizer
-    return TrainingArguments(
-        output_dir=str(folder),
-        run_name=f"{folder.parent.parent.name}-{plan.stage.name}",
-        max_steps=plan.stage.steps,
-        per_device_train_batch_size=plan.batch_size,
-        gradient_accumulation_steps=plan.stage.gradient_accumulation,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=round(settings.warmup * plan.stage.steps),
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=1,
-        save_steps=plan.stage.checkpoint_every or max(1, math.ceil(plan.stage.steps / 4)),
-        seed=seed,
-        use_cpu=cpu,
-        # A layer map that is redrawn, or an objective whose weight is 0, leaves parameters without a gradient.
-        ddp_find_unused_parameters=True,
-        # accelerate takes a backend for a process group, which one process does not have.
-        log_level_replica="error",
-        ddp_backend="gloo" if cpu and processes.world_size > 1 else None,
-        report_to=list(tracking) or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        # The source's own state determines where a resumed stage continues.
-        ignore_data_skip=True,
-        # `StageTrainer` refuses losses that are not finite; this filter would read each loss from the device.
-        logging_nan_inf_filter=False,
-    )
