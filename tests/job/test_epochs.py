@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from xarch_kd.errors import Interrupted, MappingFileError, UsageError
+from xarch_kd.job.evaluate import evaluate
 from xarch_kd.job.train import train
 from xarch_kd.planning.render import plan_as_dict
 from xarch_kd.planning.resolve import make_plan, plan_of_run, with_steps
@@ -66,6 +67,11 @@ def test_a_run_of_an_epoch_is_the_run_of_its_steps_and_resumes(write_mapping: Wr
     train(mapping, tmp_path / "stopped", resume=True)
     assert same(student_of(tmp_path / "stopped"), student_of(tmp_path / "steps"))
     assert train(mapping, tmp_path / "stopped").was_finished
+    # Evaluating plans the mapping file again, which does not have the number of steps.
+    evaluate(tmp_path / "stopped", tokens=64, console=Console(quiet=True))
+    card = (run.student / "README.md").read_text()
+    assert f"`mixers`: {steps} steps, {steps * 64} tokens," in card
+    assert f"`mixers`: {steps} steps, {steps * 64} tokens," in (tmp_path / "stopped/student/README.md").read_text()
     assert {event["steps"] for event in events_of(tmp_path / "epochs") if event["event"] == "step"} == {steps}
 
 
@@ -77,7 +83,7 @@ def test_a_plan_shows_epochs_and_that_their_cost_depends_on_the_text(write_mappi
     shown = capture.get()
     assert "2 epochs" in shown and "32 per step" in shown
     assert shown.count("depends on the text") == 2
-    assert any("the steps of 2 epochs depend on the text" in warning for warning in plan.warnings)
+    assert any("its number of steps (epochs: 2) depends on the text" in warning for warning in plan.warnings)
     stage = json.loads(json.dumps(plan_as_dict(plan)))["stages"][0]["stage"]
     assert (stage["steps"], stage["epochs"]) == (None, 2.0)
     with pytest.raises(UsageError, match="the number of steps of stage 'mixers' depends on the text"):

@@ -114,6 +114,7 @@ def test_a_stage_stops_after_evaluations_that_do_not_improve(whole: Run) -> None
     assert stage.step == stage.weights_of_step + 2 < STEEP["steps"]
     (kept,) = (event for event in events_of(whole.path) if event["event"] == "weights-kept")
     assert kept["stopped_early"] is True
+    assert f"`mixers`: {stage.step} steps, {stage.step * 32} tokens," in (whole.student / "README.md").read_text()
 
 
 def test_the_next_stage_begins_with_the_best_weights(write_mapping: Write, tmp_path: Path, whole: Run) -> None:
@@ -154,6 +155,15 @@ def test_what_cannot_be_compared_is_refused(write_mapping: Write, changes: dict[
     with pytest.raises(MappingFileError) as caught:
         make_plan(write_mapping({**LOGIT_STAGE, **changes}))
     assert message in str(caught.value)
+
+
+def test_a_plan_without_held_out_text_is_refused(write_mapping: Write, text_file: Path) -> None:
+    data = {"files": [str(text_file)], "sequence_length": 16, "held_out": 0}
+    stage = {**LOGIT_STAGE, "evaluation": {"every": 1}}
+    with pytest.raises(MappingFileError) as caught:
+        make_plan(write_mapping(stage, data=data))
+    assert "stages[0].evaluation: needs held-out text, and data.held_out is 0." in str(caught.value)
+    make_plan(write_mapping(stage, data={**data, "evaluation": {"files": [str(text_file)]}}))
 
 
 def test_a_metric_that_stays_the_same_may_go_with_a_schedule(write_mapping: Write) -> None:

@@ -6,12 +6,15 @@ import json
 import struct
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from xarch_kd.errors import UsageError
+from xarch_kd.job.tracking import tracked
 from xarch_kd.job.train import train
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import events_of
@@ -107,3 +110,47 @@ def test_weights_and_biases_has_a_run_per_stage_in_the_run_folder(
         assert found == pytest.approx(by_step(run, kind, own)), key
     manifest = json.loads((run / "manifest.json").read_text())["files"]
     assert not [name for name in manifest if name.startswith("wandb")]
+
+
+class Wandb(types.ModuleType):
+    """A stand-in that records its calls."""
+
+    def __init__(self, *, run: object = None, error: Exception | None = None) -> None:
+        super().__init__("wandb")
+        self.run, self.error = run, error
+        self.calls: list[Any] = []
+
+    def init(self, **options: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.calls.append(options["name"])
+
+    def finish(self, *, exit_code: int) -> None:
+        self.calls.append(exit_code)
+
+    Settings = dict
+
+
+def test_a_run_of_weights_and_biases_ends_with_its_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for stand_in, is_owner, expected in (
+        (Wandb(), True, ["run-mixers", 0]),
+        (Wandb(), False, []),
+        (Wandb(run=object()), True, []),
+    ):
+        monkeypatch.setitem(sys.modules, "wandb", stand_in)
+        with tracked(["wandb"], tmp_path / "run", "mixers", is_owner=is_owner):
+            pass
+        assert stand_in.calls == expected
+    failing = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", failing)
+    with pytest.raises(ValueError, match="in the stage"), tracked(["wandb"], tmp_path / "run", "m", is_owner=True):
+        raise ValueError("in the stage")
+    assert failing.calls == ["run-m", 1]
+
+
+def test_without_a_login_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(error=RuntimeError("api_key not configured")))
+    with pytest.raises(UsageError) as caught, tracked(["wandb"], tmp_path, "mixers", is_owner=True):
+        pass
+    assert caught.value.found == "api_key not configured"
+    assert "WANDB_MODE=offline" in str(caught.value.fix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +13,7 @@ import xarch_kd
 from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
 from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.files import write_text
+from xarch_kd.job.run import Run
 from xarch_kd.mapping_file.schema import Text
 from xarch_kd.models.loading.licence import licence_of
 from xarch_kd.planning.plan import Plan
@@ -51,7 +52,8 @@ No code comes with this checkpoint: it is a stock `{{ student.model_type }}` mod
 ## Training
 
 {% for stage in stages -%}
-- `{{ stage.stage.name }}`: {{ stage.steps }} steps, {{ "{:,}".format(stage.tokens) }} tokens,
+- `{{ stage.stage.name }}`: {{ steps[stage.stage.name] }} steps, {{
+  "{:,}".format(steps[stage.stage.name] * stage.tokens_per_step) }} tokens,
   {{ "{:,}".format(stage.trainable_parameters) }} parameters trained
 {% endfor %}
 {%- for warning in warnings %}
@@ -70,11 +72,15 @@ Data: {{ data }}. The figures of every step are in the run's `events.jsonl`.
 def write_card(plan: Plan, folder: RunFolder) -> None:
     """Write `student/README.md` from the plan, the evaluation of the run and the reports on its projectors."""
     reports = read_reports(folder.projector_reports) if folder.projector_reports.is_file() else ()
-    write_text(folder.student / "README.md", card(plan, folder.evaluation, reports))
+    steps = {name: stage.step for name, stage in Run(folder.root).stages.items()}
+    write_text(folder.student / "README.md", card(plan, steps, folder.evaluation, reports))
 
 
-def card(plan: Plan, evaluation: Path, reports: Sequence[ProjectorReport] = ()) -> str:
-    """Return the text of the model card, with the warnings of `reports` on the projectors."""
+def card(plan: Plan, steps: Mapping[str, int], evaluation: Path, reports: Sequence[ProjectorReport] = ()) -> str:
+    """Return the text of the model card, with the warnings of `reports` on the projectors.
+
+    `steps` are the optimizer steps that each stage took, by its name.
+    """
     teacher = plan.teacher
     replaced = [str(row.index) for row in plan.student.layers if row.replaced]
     licence = licence_of(teacher.reference, plan.mapping.teacher.revision)
@@ -102,6 +108,7 @@ def card(plan: Plan, evaluation: Path, reports: Sequence[ProjectorReport] = ()) 
         licence=licence,
         figures=_figures(evaluation),
         stages=plan.stages,
+        steps=steps,
         warnings=list(warnings_of(reports)),
         data=", ".join(named_source(source) for source in data.mixture or (data,)),
         mapping=plan.source.rstrip(),

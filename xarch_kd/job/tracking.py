@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from xarch_kd.errors import UsageError
+
 # Project of W&B unless WANDB_PROJECT names another.
 PROJECT: Final = "xarch-kd"
 
@@ -18,6 +20,8 @@ def tracked(tracking: Sequence[str], run: Path, stage: str, *, is_owner: bool) -
 
     Its files are in `wandb/` of the run folder; `WANDB_MODE`, `WANDB_PROJECT` and the other variables of W&B apply. A
     W&B run that was begun before is used and left to its owner. TensorBoard files are written by the trainer alone.
+
+    Raises UsageError if W&B cannot begin a run.
     """
     if "wandb" not in tracking or not is_owner:
         yield
@@ -27,14 +31,22 @@ def tracked(tracking: Sequence[str], run: Path, stage: str, *, is_owner: bool) -
     if wandb.run is not None:
         yield
         return
-    wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=f"{run.name}-{stage}",
-        group=run.name,
-        dir=str(run),
-        # The console is the reporter's.
-        settings=wandb.Settings(console="off", silent=True),
-    )
+    try:
+        wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=f"{run.name}-{stage}",
+            group=run.name,
+            dir=str(run),
+            # The console is the reporter's.
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except Exception as error:  # W&B raises its own classes, and those of its service and of the network
+        raise UsageError(
+            "W&B cannot begin a run",
+            asked="tracking: [wandb]",
+            found=str(error) or type(error).__name__,
+            fix="wandb login, or set WANDB_MODE=offline, then run again with --resume",
+        ) from error
     exit_code = 1
     try:
         yield

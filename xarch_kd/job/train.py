@@ -193,9 +193,8 @@ class _Job:
         plan = with_steps(self.plan, rows=len(rows))
         for before, stage in zip(self.plan.stages, plan.stages, strict=True):
             if before.is_open:
-                self.reporter.line(
-                    f"stage {stage.stage.name}: {before.stage.epochs:g} epochs are {stage.steps:,} steps"
-                )
+                epochs = f"{before.stage.epochs:g}"
+                self.reporter.line(f"stage {stage.stage.name}: {stage.steps:,} steps, from epochs: {epochs}")
         return plan
 
     def _check_signals(self) -> None:

@@ -210,8 +210,8 @@ def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
     for stage in mapping.stages:
         if stage.epochs is not None:
             yield (
-                f"stage {stage.name}: the steps of {stage.epochs:g} epochs depend on the text, which is read by train: "
-                "its tokens, cache and time are those of one step here"
+                f"stage {stage.name}: its number of steps (epochs: {stage.epochs:g}) depends on the text, which train "
+                "reads: its tokens, cache and time in the plan are those of one step"
             )
         part = {"embeddings", "head"} & set(stage.train)
         if len(part) == 1 and "all" not in stage.train and embedding is models.student.layout.head_weight:

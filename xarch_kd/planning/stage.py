@@ -45,6 +45,9 @@ def stage_plan(
     _note_unreached(stage, pairs, set(trainable), models, diagnostics)
     rows = stage.batch_size or data.batch_size
     diagnostics.problems += objective_problems(stage, pairs, place)
+    if stage.evaluation is not None and data.evaluation is None and data.held_out_share == 0:
+        message = "needs held-out text, and data.held_out is 0. Raise it, or name other text under data.evaluation."
+        diagnostics.problems.append(Problem((*place, "evaluation"), message, on="key"))
     if diagnostics.for_training:
         diagnostics.problems += optimizer_problems(stage, (*place, "optimizer"))
     diagnostics.warnings += [*batch_warnings(stage, pairs, rows * data.sequence_length), *redraw_warnings(stage)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xarch_kd.data.batches import Batch
 from xarch_kd.errors import CheckpointError, DataError, NonFiniteLoss
@@ -26,6 +26,7 @@ from xarch_kd.taps.trace import trace
 from xarch_kd.teacher.feature_cache import MemoryCache
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner
+from xarch_kd.training.stage_setup import evaluation_mode
 
 # Beside the other files of a checkpoint.
 RECORD_FILE: Final = "held_out.json"
@@ -93,7 +94,8 @@ class HeldOut:
                 found=f"a batch of {fewest} rows for {ranks} processes",
                 fix="raise data.held_out, or start fewer processes",
             )
-        self._batches = tuple(batch.shard(rank, ranks) for batch in whole)
+        own = (batch.shard(rank, ranks) for batch in whole)
+        self._batches = tuple(part for batch in own for part in aligner.parts(batch))
         self._reader = TeacherFeatures(teacher, aligner.targets().sites, MemoryCache(FEATURE_BYTES))
         self._best: dict[str, Tensor] = {}
 
@@ -106,7 +108,7 @@ class HeldOut:
         device = next(self._aligner.student.parameters()).device
         step = steps - 1
         batches = [batch.to(device) for batch in self._batches]
-        with _evaluating(self._aligner), _own_random_numbers(self._seed, device):
+        with evaluation_mode(self._aligner), _own_random_numbers(self._seed, device):
             normalizers = LossNormalizers()
             for batch in batches:
                 features = self._reader.read(batch, sites=self._sites(step))
@@ -119,7 +121,7 @@ class HeldOut:
                 output = self._aligner(batch=batch, features=features, normalizers=normalizers, step=step)
                 for name, part in output.parts.items():
                     parts[name] = parts.get(name, torch.zeros_like(nll)) + part.double()
-                # A document that a row isolates is a row of its own.
+                # Of documents that a row isolates, each is a row of its own.
                 for part in batch.apart():
                     nll = nll + self._nll(part)
         *values, total = summed(torch.stack([*parts.values(), nll])).tolist()
@@ -205,18 +207,6 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"cannot read {path}", found=str(error), fix="delete the checkpoint and run again with --resume"
     )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; each part of the module has its own mode again afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 @contextmanager

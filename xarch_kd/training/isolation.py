@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xarch_kd.mapping_file.losses import DistanceOptions
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.taps.layout import Layout, run_base
 from xarch_kd.taps.mamba_ssm import is_mamba_ssm_model
 from xarch_kd.taps.sites import MIXING_TAPS
+from xarch_kd.training.stage_setup import evaluation_mode
 
 # Tokens of each of the two documents of a probe.
 PROBE_TOKENS: Final = 8
@@ -47,7 +47,7 @@ def keeps_documents_apart(layout: Layout) -> bool:
     vocabulary = layout.embedding.weight.shape[0]
     ids = torch.arange(3 * PROBE_TOKENS, device=weight.device).view(3, PROBE_TOKENS) % int(vocabulary)  # type: ignore[arg-type]  # a Tensor's shape
     positions = torch.arange(PROBE_TOKENS, device=weight.device).repeat(1, 2)
-    with _evaluating(layout.model):
+    with evaluation_mode(layout.model):
         alone = run_base(layout, ids[1:2]).float()
         packed = [
             run_base(layout, torch.cat((first, ids[1:2]), 1), position_ids=positions)[:, PROBE_TOKENS:].float()
@@ -59,14 +59,3 @@ def keeps_documents_apart(layout: Layout) -> bool:
 
 def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool((found - expected).norm() <= tolerance * expected.norm())
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import UsageError
@@ -52,3 +54,15 @@ def set_checkpointing(student: PreTrainedModel, wanted: bool) -> None:
         getattr(student, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(student, f"{word}_checkpointing_disable")()
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode; each part of the module has its own mode again afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

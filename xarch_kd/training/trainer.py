@@ -42,6 +42,7 @@ from xarch_kd.training.checkpoints import (
     write_state,
 )
 from xarch_kd.training.ema import WeightAverage
+from xarch_kd.training.gradients import clip_gradients, gradient_norm, nonfinite_parameter
 from xarch_kd.training.held_out import HeldOut, read_record
 from xarch_kd.training.loss_balancing import observe_gradients
 from xarch_kd.training.micro_batches import MicroBatchStream
@@ -257,23 +258,16 @@ class StageTrainer(Trainer):
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip gradients as the Trainer does, but let a norm that is NaN zero the finite ones instead of spoiling them.
-
-        Those that are not finite can then still be named.
-        """
+        """Clip gradients as the Trainer does, so that those that are not finite can still be named."""
         if self.accelerator.distributed_type not in REPLICATED:
             return super()._clip_grad_norm(model)
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        bound = torch.where(norm.isnan(), torch.full_like(norm, math.inf), norm)
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, bound)
-        return norm
+        return clip_gradients(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of all gradients, whose finiteness is the last check of the step."""
         if grad_norm is None and self.accelerator.distributed_type in REPLICATED:
             # Where nothing is clipped; the Trainer would multiply all gradients by a factor, NaN if their norm is.
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            grad_norm = gradient_norm(model)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self._checks.add(torch.isfinite(torch.as_tensor(norm)), self._gradient_error)
         return norm
@@ -283,14 +277,9 @@ class StageTrainer(Trainer):
         self._checks.settle()
 
     def _gradient_error(self) -> NonFiniteLoss:
-        bad = (
-            name
-            for name, parameter in self.aligner.named_parameters()
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-        )
         return NonFiniteLoss(
             f"a gradient of stage '{self.plan.stage.name}' is not finite at step {self._step + 1}",
-            found=f"parameter {next(bad, 'unknown: every gradient is finite, but their norm is not')}",
+            found=f"parameter {nonfinite_parameter(self.aligner)}",
             fix=self._where_to_go_on(),
         )
 
