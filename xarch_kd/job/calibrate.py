@@ -110,9 +110,9 @@ def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Rows, pa
     )
 
 
-def report_maps(stage: StagePlan, aligner: Aligner, folder: RunFolder, reporter: Reporter) -> None:
-    """Print and record the layer maps that a stage learned, and warn of those that collapsed."""
-    for name, layer_map in aligner.layer_maps(stage.steps).items():
+def report_maps(stage: StagePlan, aligner: Aligner, folder: RunFolder, reporter: Reporter, *, step: int) -> None:
+    """Print and record the layer maps that a stage learned until `step`, and warn of those that collapsed."""
+    for name, layer_map in aligner.layer_maps(step).items():
         warning = layer_map.collapsed()
         weights = [[round(weight, 4) for weight in row] for row in layer_map.weights.tolist()]
         folder.event("layer-map", stage=stage.stage.name, entry=name, weights=weights, warning=warning)

@@ -253,8 +253,7 @@ class _Job:
             trainer.run(checkpoint)
         if trainer.state.global_step < stage.steps:
             self._check_signals()
-        self._end(stage, trainer)
-        report_maps(stage, aligner, self.folder, self.reporter)
+        report_maps(stage, aligner, self.folder, self.reporter, step=self._end(stage, trainer))
         with self.processes.main_first():
             reports = check.after()
         self.reports += reports
@@ -308,8 +307,8 @@ class _Job:
                 set_aside(one.path)
         return newest
 
-    def _end(self, stage: StagePlan, trainer: StageTrainer) -> None:
-        """Give the student the weights that the stage ends with, and report them if they are not the last step's."""
+    def _end(self, stage: StagePlan, trainer: StageTrainer) -> int:
+        """Give the student the weights that the stage ends with, report and record them, and return their step."""
         last, kept = trainer.state.global_step, trainer.finish()
         if trainer.stopped_early:
             self.reporter.line(
@@ -330,6 +329,7 @@ class _Job:
                 stopped_early=trainer.stopped_early,
                 is_averaged=is_averaged,
             )
+        return kept
 
     def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Rows) -> StageTrainer:
         mapping = self.plan.mapping
