@@ -82,7 +82,8 @@ def test_a_plan_shows_epochs_and_that_their_cost_depends_on_the_text(write_mappi
         console.print(plan)
     shown = capture.get()
     assert "2 epochs" in shown and "32 per step" in shown
-    assert shown.count("depends on the text") == 2
+    # Tokens and time of all stages together, and the warning.
+    assert shown.count("depends on the text") == 3
     assert any("its number of steps (epochs: 2) depends on the text" in warning for warning in plan.warnings)
     stage = json.loads(json.dumps(plan_as_dict(plan)))["stages"][0]["stage"]
     assert (stage["steps"], stage["epochs"]) == (None, 2.0)

@@ -1,4 +1,4 @@
-"""How a stage trains: optimizer, learning-rate schedule, evaluation while it trains."""
+"""Training settings of a stage: optimizer, learning-rate schedule, held-out evaluation, averaging of weights."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Aligner(nn.Module):
 
     @cached_property
     def splitting_reason(self) -> str | None:
-        """Why documents of packed rows need rows of their own here (`training.isolation`); None where they do not."""
+        """Reason that packed documents need rows of their own (`training.isolation`); None where they do not."""
         entries = [entry.align for entry in self.entries]
         return splitting_reason(entries, (self.layout, self.reader.layout))
 
