@@ -37,6 +37,10 @@ COMMANDS: dict[str, CommandHelp] = {
         "Check a mapping file and print the resolved run; reads no weights.",
         ("xarch-kd plan mapping.yaml", "xarch-kd plan mapping.yaml --json"),
     ),
+    "data": CommandHelp(
+        "Show what is in a mapping file's text; reads no weights.",
+        ("xarch-kd data mapping.yaml", "xarch-kd data mapping.yaml --rows 5 --json"),
+    ),
     "train": CommandHelp(
         "Run a mapping file: distil, save the student, evaluate it.",
         ("xarch-kd train mapping.yaml --output runs/first", "xarch-kd train mapping.yaml --output runs/first --resume"),

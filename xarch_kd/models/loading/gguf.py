@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -283,13 +285,30 @@ def _foreign_config(header: GgufHeader) -> PreTrainedConfig:
         raise ModelError(f"{header.path} holds an architecture that is not read.", found=header.architecture) from error
 
 
+@contextmanager
+def name_map_built_once() -> Iterator[None]:
+    """Let `gguf` build its table of tensor names once: transformers has it built anew for every submodule of a model.
+
+    Of a model of 30 layers that is most of the time to load it.
+    """
+    import gguf
+
+    build = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = lru_cache(build)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = build
+
+
 def check_gguf_placed(model: PreTrainedModel, path: Path) -> None:
     """Raise `ModelError` for a tensor of a GGUF file that transformers did not put into `model`."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     header = read_gguf_header(path)
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config={})
-    placed = get_gguf_hf_weights_map(model, processor)
+    with name_map_built_once():
+        placed = get_gguf_hf_weights_map(model, processor)
     # Experts are split or stacked by name, outside the map; rotary frequencies are part of the config.
     extra = [
         name for name in header.tensors if name not in placed and name != ROPE_FREQUENCIES and "_exps." not in name

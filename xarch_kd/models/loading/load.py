@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from xarch_kd.errors import ModelError, suggest
 from xarch_kd.files import expanded
 from xarch_kd.models.loading.fit import check_placed, check_weights_finite, follow_loaded_head, follow_stored_head
-from xarch_kd.models.loading.gguf import check_gguf_placed, gguf_config
+from xarch_kd.models.loading.gguf import check_gguf_placed, gguf_config, name_map_built_once
 from xarch_kd.models.loading.reference import (
     Source,
     check_config,
@@ -119,16 +120,17 @@ def load_model(
     elif source.path is not None:
         place["pretrained_model_name_or_path"] = str(source.path)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **place,
-            revision=revision or "main",
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            # The report names them, and they are refused below; the error that is raised otherwise names nothing.
-            ignore_mismatched_sizes=True,
-        )
+        with name_map_built_once() if source.kind == "gguf" else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **place,
+                revision=revision or "main",
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                # The report names them, and they are refused below; the error that is raised otherwise names nothing.
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
     model, report = loaded
