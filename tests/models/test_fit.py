@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from xarch_kd.cli.app import main
 from xarch_kd.errors import ModelError
-from xarch_kd.models.loading.load import load_config, load_model
+from xarch_kd.models.loading.load import check_files, load_config, load_model, meta_model
 from xarch_kd.models.loading.stored import same_bytes, stored_tensors
-from xarch_kd.testing.tiny import tiny_model
+from xarch_kd.testing.tiny import SIZES, tiny_model
 
 Edit = Callable[[dict[str, Tensor]], None]
 
@@ -84,8 +85,29 @@ REFUSED = {
 def test_weights_without_a_place_are_refused_with_the_likely_cause(
     tmp_path: Path, sizes: dict[str, Any], config: dict[str, Any], edit: Edit | None, message: str
 ) -> None:
-    with pytest.raises(ModelError, match=message):
-        load_model(str(saved(tmp_path, edit=edit, config=config, **sizes)))
+    folder = str(saved(tmp_path, edit=edit, config=config, **sizes))
+    with pytest.raises(ModelError, match=message) as loaded:
+        load_model(folder)
+    # The same is found without reading weights.
+    with pytest.raises(ModelError) as named:
+        check_files(meta_model(load_config(folder)), folder)
+    assert str(named.value) == str(loaded.value)
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+def test_names_of_a_saved_model_have_their_places(tmp_path: Path, model_type: str) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path)
+    check_files(meta_model(load_config(str(tmp_path))), str(tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["convert", "--keep-attention", "all", "--output", "student"]])
+def test_commands_refuse_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = saved(tmp_path / "teacher", config={"attention_bias": False}, attention_bias=True)
+    assert main([*arguments, str(folder)]) == 3
+    assert "12 weights that have no place" in capsys.readouterr().err
 
 
 def test_masks_that_old_releases_saved_pass_where_the_class_has_them(tmp_path: Path) -> None:

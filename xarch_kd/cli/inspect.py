@@ -12,7 +12,7 @@ from rich.table import Table
 
 from xarch_kd.errors import UsageError, suggest
 from xarch_kd.mapping_file.schema import Paths
-from xarch_kd.models.loading.load import load_config, meta_model
+from xarch_kd.models.loading.load import check_files, load_config, meta_model
 from xarch_kd.taps.inspect import TapRow, inspect_model
 
 
@@ -28,9 +28,11 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")] = False,
 ) -> None:
-    """List the taps of a model with shapes and modules, from its config alone."""
+    """List the taps of a model with shapes and modules, from its config; the names of its weights are checked."""
     config = load_config(model, revision)
-    rows = inspect_model(meta_model(config), parse_paths(path or []))
+    built = meta_model(config)
+    check_files(built, model)
+    rows = inspect_model(built, parse_paths(path or []))
     if as_json:
         print(
             json.dumps(

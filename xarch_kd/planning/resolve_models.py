@@ -11,7 +11,7 @@ from xarch_kd.mapping_file.schema import ConversionOptions, MappingFile, Paths
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error
 from xarch_kd.models.conversion.convert import plan_conversion
 from xarch_kd.models.fresh import FreshConfigError, fresh_config
-from xarch_kd.models.loading.load import load_config, read_student_config
+from xarch_kd.models.loading.load import check_files, load_config, read_student_config
 from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
 from xarch_kd.planning.custom import CustomObjects
 from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
@@ -35,6 +35,10 @@ def resolve_models(mapping: MappingFile, custom: CustomObjects, source_map: Sour
     student = _handle(
         source.reference, source.config, mapping.student.paths, mapping.student.dtype, ("student",), source_map
     )
+    for model, place in ((teacher, "teacher"), (student, "student")):
+        if place == "teacher" or mapping.student.model is not None:
+            with located((place, "model"), source_map):
+                check_files(model.layout.model, model.reference)
     return ModelPair(
         teacher,
         student,

@@ -70,11 +70,12 @@ class Conversion(ABC):
             # The caller of `convert`, whose arguments are checked by a wrapper.
             warnings.warn(self.all_recurrent, UserWarning, stacklevel=4)
         report = progress or (lambda done, total: None)
+        check_finite(teacher.state_dict(), what="The teacher")
         if check:
             self.check(teacher)
         report(1, 3)
         state = self.state(teacher, dtype, seed=seed if init == "random" else None)
-        check_finite(state, what="The converted student")
+        check_finite(state, what=f"The converted student in {dtype}")
         report(2, 3)
         config = copy.deepcopy(self.config)
         config.dtype = dtype

@@ -41,7 +41,8 @@ def check_exact(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
             asked=f"{config.model_type} to {student.config.model_type}",
             found=f"largest difference {difference:.3g}; the largest logit is {largest:.3g}",
             allowed=f"{tolerance:.3g}",
-            fix="report it with the teacher's config.json: one of its fields is not carried over",
+            fix="this class does not carry over a field of the teacher's config: try another target (target: in_place "
+            "keeps the teacher's class), or build a fresh student (student: {config: …}), which is not converted",
         )
     return difference
 

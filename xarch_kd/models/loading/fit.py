@@ -6,11 +6,14 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.conversion.weights import check_finite
@@ -67,6 +70,34 @@ def check_placed(report: Mapping[str, Any], config: PreTrainedConfig, *, where: 
             found=f"missing: {_listed(missing)}" + (f"; without a place: {_listed(extra)}" if extra else ""),
             fix=_COMPARE,
         )
+
+
+def check_stored_placed(model: PreTrainedModel, folder: Path, *, where: str) -> None:
+    """Raise `ModelError` as `check_placed` does, from the names in a folder's safetensors files; no weights are read.
+
+    `model` may be on the meta device. Names of older releases are first renamed as transformers renames them. Quantized
+    checkpoints and folders without weights pass: loading checks them.
+    """
+    if _quantization(model.config) or not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
+        return
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    found, are_converted = set(), False
+    for name in stored_tensors(folder):
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        found.add(renamed)
+        are_converted |= converter is not None
+    # One stored tensor may become several, whose names are not all known here.
+    missing = set() if are_converted else state.keys() - found - getattr(model, "all_tied_weights_keys", {}).keys()
+    report = SimpleNamespace(missing_keys=missing, unexpected_keys=found - state.keys())
+    model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]  # reads these two
+    check_placed(vars(report), model.config, where=where)
+
+
+def _quantization(config: PreTrainedConfig) -> object:
+    return getattr(config, "quantization_config", None)
 
 
 def _wrapper(extra: Collection[str]) -> str:

@@ -17,7 +17,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.errors import ModelError, suggest
 from xarch_kd.files import expanded
-from xarch_kd.models.loading.fit import check_placed, check_weights_finite, follow_loaded_head, follow_stored_head
+from xarch_kd.models.loading.fit import (
+    check_placed,
+    check_stored_placed,
+    check_weights_finite,
+    follow_loaded_head,
+    follow_stored_head,
+)
 from xarch_kd.models.loading.gguf import check_gguf_placed, gguf_config, name_map_built_once
 from xarch_kd.models.loading.reference import (
     Source,
@@ -179,6 +185,16 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             found=f"{type(error).__name__}: {_first_line(error)}",
             fix="compare config.json with the one that the weights were saved with",
         ) from error
+
+
+def check_files(model: PreTrainedModel, reference: str) -> None:
+    """Raise `ModelError` unless the names of the weights in a folder are those of `model`; no weights are read.
+
+    Hub ids, GGUF files, mamba_ssm folders and folders without weights pass: loading checks them.
+    """
+    source = resolve(reference)
+    if source.kind == "folder" and source.path is not None and not is_mamba_ssm_folder(source):
+        check_stored_placed(model, source.path, where=reference)
 
 
 def _first_line(error: Exception) -> str:

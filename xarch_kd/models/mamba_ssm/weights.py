@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from xarch_kd.errors import ModelError
+from xarch_kd.models.loading.fit import check_placed
 from xarch_kd.taps.mamba_ssm import is_mamba_ssm_model
 
 MULTIPLE = 128
@@ -99,6 +99,7 @@ def stock_state(state: Mapping[str, Tensor], config: PreTrainedConfig, *, where:
     if config.tie_word_embeddings and "backbone.embedding.weight" in given:
         given["lm_head.weight"] = given["backbone.embedding.weight"]
     found: dict[str, Tensor] = {}
+    missing = []
     for name, parts in rows.items():
         parts.sort(key=_rank)
         value = given.pop(name, None)
@@ -106,14 +107,15 @@ def stock_state(state: Mapping[str, Tensor], config: PreTrainedConfig, *, where:
             # mamba_ssm can have a bias in one projection of an attention and none in the other.
             value = torch.zeros(sum(shapes[part].numel() for part in parts))
         if value is None:
-            raise ModelError(f"The checkpoint in {where} lacks a weight that its config requires.", found=name)
+            missing.append(name)
+            continue
         found |= dict(zip(parts, _split(name, value, [shapes[part] for part in parts]), strict=True))
-    wrong = [name for name, value in found.items() if value.shape != shapes[name]]
-    if wrong or given:
-        raise ModelError(
-            f"The weights in {where} are not those of its config.",
-            found=", ".join([*(f"{mamba_ssm_name(name)} of another shape" for name in wrong), *given][:4]),
-        )
+    wrong = []
+    for name, parts in rows.items():
+        if any(part in found and found[part].shape != shapes[part] for part in parts):
+            wanted = (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
+            wrong.append((name, state[name].shape, wanted))
+    check_placed({"missing_keys": missing, "unexpected_keys": given, "mismatched_keys": wrong}, config, where=where)
     return found
 
 
