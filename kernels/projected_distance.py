@@ -79,11 +79,11 @@ def distance_row(
         along = cosine * inverse * inverse
         value = 1.0 - cosine
     else:
-        if KIND == "mse" or KIND == "huber" or KIND == "l2":
+        if KIND == "mse" or KIND == "huber":
             divisor = width * 1.0
         elif KIND == "normalised_mse":
             divisor = tl.sum(teacher_length, 0) + epsilon
-        elif KIND == "squared_error":
+        elif KIND == "squared_error" or KIND == "l2":
             divisor = 1.0
         else:
             tl.static_assert(False, "unknown KIND of distance")
@@ -92,7 +92,7 @@ def distance_row(
         if KIND == "l2":
             value = tl.sqrt(value)
             # At y = t it is multiplied by 0.
-            across = 1.0 / (divisor * tl.maximum(value, 1e-30))
+            across = 1.0 / tl.maximum(value, 1e-30)
     tl.store(DISTANCE + row, value)
     if WITH_GRADIENT:
         scale = tl.load(SCALE + row)

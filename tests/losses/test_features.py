@@ -60,7 +60,7 @@ def test_the_value_is_the_mean_over_tokens_or_the_ratio_of_sums(kind: str) -> No
         "cosine": torch.zeros((), dtype=torch.float64),
         "normalised_mse": (((y - t) ** 2).sum(-1) / (t**2).sum(-1)).mean(),
         "huber": torch.where((y - t).abs() > 1, (y - t).abs() - 0.5, (y - t) ** 2 / 2).mean(),
-        "l2": ((y - t) ** 2).mean(-1).sqrt().mean(),
+        "l2": ((y - t) ** 2).sum(-1).sqrt().mean(),
     }[kind]
     # The energy is added up from float32 squares.
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-13)

@@ -53,7 +53,7 @@ def _dense(inputs: dict[str, Tensor], kind: str, dtype: torch.dtype, back: torch
         "mse": squared / t.shape[-1],
         "squared_error": squared,
         "huber": torch.where((y - t).abs() > 1, (y - t).abs() - 0.5, (y - t) ** 2 / 2).mean(-1),
-        "l2": squared.sqrt() / t.shape[-1] ** 0.5,
+        "l2": squared.sqrt(),
         "cosine": 1 - (y * t).sum(-1) / (((y**2).sum(-1) + SMALL) * (energy + SMALL)).sqrt(),
         "normalised_mse": squared / (energy + SMALL),
     }[kind]

@@ -21,7 +21,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "squared_error": lambda y, t: ((y - t) ** 2).sum(-1),
     # At the default delta of 1.
     "huber": lambda y, t: torch.where((y - t).abs() > 1, (y - t).abs() - 0.5, (y - t) ** 2 / 2).mean(-1),
-    "l2": lambda y, t: ((y - t) ** 2).mean(-1).sqrt(),
+    "l2": lambda y, t: ((y - t) ** 2).sum(-1).sqrt(),
     "cosine": lambda y, t: (
         1 - torch.einsum("...d,...d->...", y, t) / ((y.pow(2).sum(-1) + EPSILON) * (t.pow(2).sum(-1) + EPSILON)).sqrt()
     ),
@@ -114,7 +114,7 @@ def test_huber_turns_at_delta(delta: float, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_l2_pulls_with_one_strength_until_it_is_there(impl: str) -> None:
-    """The gradient of a token has the length 1 / √width however far it is, and is 0 where student and teacher agree."""
+    """The gradient of a token has the length 1 however far it is, and is 0 where student and teacher agree."""
     _, teacher, _, _ = make()
     gap = torch.randn(*SHAPE, TEACHER_WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gap *= torch.logspace(-6, 3, 21, dtype=torch.float64).view(*SHAPE, 1)
@@ -123,7 +123,7 @@ def test_l2_pulls_with_one_strength_until_it_is_there(impl: str) -> None:
     value = projected_distance(student, teacher, distance="l2", reduction="sum", impl=impl).total
     value.backward()
     assert student.grad is not None
-    expected = torch.full(SHAPE, TEACHER_WIDTH**-0.5, dtype=torch.float64)
+    expected = torch.ones(SHAPE, dtype=torch.float64)
     expected[0, 0] = 0
     torch.testing.assert_close(student.grad.norm(dim=-1), expected, rtol=1e-9, atol=0)
 

@@ -135,15 +135,14 @@ def _huber_rows(student: Tensor, teacher: Tensor, delta: float) -> Rows:
 
 def _l2(student: Tensor, teacher: Tensor) -> Tensor:
     # A norm has the subgradient 0 at 0, where a root of a sum has none.
-    return torch.linalg.vector_norm(student - teacher, dim=-1) / teacher.shape[-1] ** 0.5
+    return torch.linalg.vector_norm(student - teacher, dim=-1)
 
 
 def _l2_rows(student: Tensor, teacher: Tensor) -> Rows:
     difference = student - teacher
     # By the norm of the difference, whose squares might overflow or vanish.
     length = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-    root = teacher.shape[-1] ** 0.5
-    return length.squeeze(-1) / root, difference.mul_(torch.where(length > 0, 1 / (length * root), 0.0))
+    return length.squeeze(-1), difference.mul_(torch.where(length > 0, 1 / length, 0.0))
 
 
 def _cosine(student: Tensor, teacher: Tensor, epsilon: float) -> Tensor:

@@ -54,8 +54,8 @@ def projected_distance(
 
     `student` is [..., student dim], `teacher` [..., teacher dim], `weight` [teacher dim, student dim], `bias` [teacher
     dim]; `mask` is boolean with the leading axes, true at valid tokens. `distance` is a `FeatureDistanceFormula` or a
-    name. Of each token: `mse`, the mean over the dimensions of (y - t)²; `squared_error`, the sum; `l2`, the root of
-    the mean, whose gradient is 0 where y = t; `huber`, the mean over the dimensions of (y - t)² / 2, or of
+    name. Of each token: `mse`, the mean over the dimensions of (y - t)²; `squared_error`, the sum; `l2`, its root,
+    whose gradient is 0 where y = t; `huber`, the mean over the dimensions of (y - t)² / 2, or of
     delta (|y - t| - delta / 2) where |y - t| > delta; `cosine`, 1 - y·t / (|y| |t|) with epsilon under both roots;
     `normalised_mse`, |y - t|² / (|t|² + epsilon). `relative_mse` is Σ|y - t|² / Σ|t|² over all valid tokens.
 
