@@ -112,3 +112,25 @@ def test_ranks_share_the_rows_of_a_batch() -> None:
     assert batch.shard(0, 1) is batch
     with pytest.raises(UsageError, match=r"2 rows for 3 processes[\s\S]*batch_size >= 3"):
         batch.shard(0, 3)
+
+
+def test_labelled_tokens_are_those_of_the_mask_with_a_label() -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+    mask = torch.tensor([[True] * 4, [True, True, True, False]])
+    labels = torch.tensor([[-100, -100, 7, 8], [9, 10, 11, -100]])
+    batch = Batch(input_ids=ids, attention_mask=mask, labels=labels)
+    assert batch.labelled_mask is not None and batch.labelled is not None
+    assert torch.equal(batch.labelled_mask, labels != -100)
+    assert batch.labelled.tolist() == [2, 3, 4, 5, 6] and batch.labelled_tokens == 5
+    # Without labels every token that the mask keeps is one of them.
+    without = Batch(input_ids=ids, attention_mask=mask)
+    assert without.labelled_mask is not None and torch.equal(without.labelled_mask, mask)
+    assert Batch(input_ids=ids).labelled_mask is None and Batch(input_ids=ids).labelled_tokens == 8
+
+
+def test_models_take_position_ids_instead_of_a_mask_where_packed_rows_are_padded_at_their_ends() -> None:
+    ids, positions = torch.arange(6).view(1, 6), torch.tensor([[0, 1, 0, 1, 0, 1]])
+    at_the_end, inside = torch.tensor([[True] * 4 + [False] * 2]), torch.tensor([[True, False, True, True, True, True]])
+    assert Batch(input_ids=ids, attention_mask=at_the_end, position_ids=positions).model_mask is None
+    assert Batch(input_ids=ids, attention_mask=inside, position_ids=positions).model_mask is not None
+    assert Batch(input_ids=ids, attention_mask=at_the_end).model_mask is not None

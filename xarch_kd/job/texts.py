@@ -62,9 +62,13 @@ class RunText:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Lines to print: the rows of each source, and what packing left out."""
+        """Lines to print: the rows of each source, what packing left out, and how much text is held out."""
         parts = self.training.parts if isinstance(self.training, MixedRows) else (self.training,)
-        return (*(_size(part) for part in parts), *self.training.notices)
+        held_out = tuple(
+            f"held out: {documents.tokens:,} tokens in {len(documents):,} documents, {documents.description}"
+            for documents in self.held_out_documents
+        )
+        return (*(_size(part) for part in parts), *self.training.notices, *held_out)
 
     def held_out(self) -> Rows:
         """Return the held-out rows. Raises DataError if no document is held out."""
