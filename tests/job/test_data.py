@@ -88,6 +88,8 @@ def test_a_step_on_isolated_documents_is_that_of_documents_alone(
     assert len(alone) > len(drawn) and (aligner.splitting_reason is None) == (student == "attention")
     outputs, _ = run(aligner, alone)
     assert steps[0].loss == pytest.approx(total(outputs), rel=1e-5)
+    # What is shown as tokens per second counts tokens alone, not padding.
+    assert steps[0].tokens == sum(len(row.ids) for row in drawn)
 
 
 def test_copies_of_one_document_are_trained_on_and_cannot_be_measured(write_mapping: Write, tmp_path: Path) -> None:
@@ -167,6 +169,7 @@ def test_a_mixture_is_drawn_by_weight_and_counted(
         ({"files": ["a"], "streaming": True}, "streaming is for a dataset"),
         ({"dataset": "a", "streaming": True, "packing": "best_fit"}, "streaming is for a dataset"),
         ({"dataset": "a", "streaming": True}, "streamed rows cannot be drawn again: leave out batches of stage mixers"),
+        ({"dataset": "a", "streaming": True, "held_out": 0.5, "evaluation": {"files": ["b"]}}, "give one of them"),
         ({"files": ["a"], "held_out": 0.1, "evaluation": {"files": ["b"]}}, "give one of them"),
     ],
 )
@@ -175,6 +178,14 @@ def test_contradictions_are_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(MappingFileError, match=words):
         make_plan(write_mapping(data=data))
+
+
+def test_epochs_of_a_stream_are_refused(write_mapping: Write) -> None:
+    stage = {name: value for name, value in LOGIT_STAGE.items() if name != "steps"} | {"epochs": 1}
+    with pytest.raises(
+        MappingFileError, match="the length of a stream is not known: give steps, not epochs, to logits"
+    ):
+        make_plan(write_mapping(stage, data={"dataset": "a", "streaming": True}))
 
 
 def test_an_empty_source_of_a_mixture_is_refused_by_name(write_mapping: Write, tmp_path: Path) -> None:

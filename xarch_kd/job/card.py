@@ -52,7 +52,7 @@ No code comes with this checkpoint: it is a stock `{{ student.model_type }}` mod
 ## Training
 
 {% for stage in stages -%}
-- `{{ stage.stage.name }}`: {{ steps[stage.stage.name] }} steps, {{
+- `{{ stage.stage.name }}`: {{ steps[stage.stage.name] }} steps, {{ "at most " if is_padded }}{{
   "{:,}".format(steps[stage.stage.name] * stage.tokens_per_step) }} tokens,
   {{ "{:,}".format(stage.trainable_parameters) }} parameters trained
 {% endfor %}
@@ -110,6 +110,7 @@ def card(plan: Plan, steps: Mapping[str, int], evaluation: Path, reports: Sequen
         stages=plan.stages,
         steps=steps,
         warnings=list(warnings_of(reports)),
+        is_padded=data.packing != "wrapped",
         data=", ".join(named_source(source) for source in data.mixture or (data,)),
         mapping=plan.source.rstrip(),
     )

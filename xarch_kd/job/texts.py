@@ -111,11 +111,12 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
 def _first_of(stream: DocumentStream, plan: Plan) -> tuple[TokenizedDocuments, TokenizedDocuments | None]:
     """Return the documents of a stream that calibration and evaluation read, training and held out."""
     data, row = plan.mapping.data, plan.mapping.data.sequence_length
+    evaluated = [stage.stage.evaluation.batches * stage.batch_size for stage in plan.stages if stage.stage.evaluation]
     return first_documents(
         stream,
         # Calibration reads the first half, and the projector report the other.
         training_tokens=max(2 * plan.mapping.calibration.tokens, CALIBRATION_ROWS * row),
-        held_out_tokens=(plan.mapping.evaluate or Evaluate()).tokens + row,
+        held_out_tokens=max([(plan.mapping.evaluate or Evaluate()).tokens, *(rows * row for rows in evaluated)]) + row,
         held_out=data.held_out_share,
         seed=plan.mapping.seed,
     )

@@ -300,6 +300,9 @@ class MappingFile(ConfigModel):
         again = [stage.name for stage in self.stages if stage.batches is not None]
         if self.data.streaming and again:
             raise ValueError(f"streamed rows cannot be drawn again: leave out batches of stage {', '.join(again)}")
+        passes = [stage.name for stage in self.stages if stage.epochs is not None]
+        if self.data.streaming and passes:
+            raise ValueError(f"the length of a stream is not known: give steps, not epochs, to {', '.join(passes)}")
         return self
 
     @model_validator(mode="after")

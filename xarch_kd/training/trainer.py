@@ -83,6 +83,7 @@ class StageTrainer(Trainer):
         self.progress: StageProgress | None = None
         self._normalizers = LossNormalizers()
         self._figures: dict[str, Tensor] = {}
+        self._tokens = 0
         self._checks = checks.DeferredChecks()
         super().__init__(
             model=aligner,
@@ -152,9 +153,10 @@ class StageTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Draw the micro-batches of one step and work out its normalizers, over all of them and all ranks."""
-        ranks = self.accelerator.num_processes
-        drawn = [next(epoch_iterator).shard(self.accelerator.process_index, ranks) for _ in range(num_batches)]
-        divided = [self.aligner.parts(batch) for batch in drawn]
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        drawn = [next(epoch_iterator) for _ in range(num_batches)]
+        self._tokens = sum(batch.tokens for batch in drawn)
+        divided = [self.aligner.parts(batch.shard(rank, ranks)) for batch in drawn]
         ahead = self.aligner.needs_full_step_features or (num_batches == 1 and len(divided[0]) == 1)
         self._checks = checks.DeferredChecks()
         normalizers = LossNormalizers()
@@ -302,7 +304,7 @@ class StageTrainer(Trainer):
                     step=self.state.global_step,
                     loss=loss,
                     parts=parts,
-                    tokens=self.plan.tokens_per_step,
+                    tokens=self._tokens,
                     learning_rate=float(logs.get("learning_rate", math.nan)),
                     gradient_norm=None if gradient_norm is None else float(gradient_norm),
                 )
