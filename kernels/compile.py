@@ -2,15 +2,18 @@
 
     python -m xarch_kd.kernels.compile            # compare with the committed table
     python -m xarch_kd.kernels.compile --write    # rewrite the table
+    python -m xarch_kd.kernels.compile --changed  # all, but only a sample if the table is of these very sources
     python -m xarch_kd.kernels.compile mixing_distance ssd    # only labels that contain every word
 
 A kernel file ships the configurations in its module-level tuple `SPECIMENS` (of `tiles.Specimen`). The table is
-`resources.json`, and `resources.md` for reading; both name the release of triton that compiled them.
+`resources.json`, and `resources.md` for reading; both name the release of triton that compiled them. The table has a
+hash of the sources too: with the same sources and the same release its figures hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -29,6 +32,8 @@ PACKAGE = "xarch_kd.kernels"
 TABLE = FOLDER / "resources.json"
 PAGE = FOLDER / "resources.md"
 PROCESSES = 2
+# Of a table that holds, one configuration of this many is compiled: no multiple of the three targets, so some of each.
+SAMPLE_EVERY = 25
 
 # Limits of the hardware: bytes of shared memory per program, registers per thread (AMD: vector and accumulator
 # registers together).
@@ -97,6 +102,21 @@ def problems(
     if whole:
         lines += [f"{name}: in {TABLE.name} but not shipped" for name in bounds if name not in rows]
     return lines
+
+
+def sources_hash() -> str:
+    """Return the SHA-256 of all kernel files and of this one, by name."""
+    found = hashlib.sha256()
+    for path in sorted(FOLDER.glob("*.py")):
+        found.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def is_of_these_sources(table: Mapping[str, Any]) -> bool:
+    """Return whether the table was written from the kernels as they are, by the release of triton that is installed."""
+    import triton
+
+    return table.get("sources") == sources_hash() and table.get("triton") == triton.__version__
 
 
 def _specimens_of(module: str) -> tuple[Any, ...]:
@@ -171,7 +191,11 @@ def _page(rows: Mapping[str, Row], version: str) -> str:
 def _write(rows: Mapping[str, Row]) -> dict[str, Any]:
     import triton
 
-    table = {"triton": triton.__version__, "configurations": dict(sorted(rows.items()))}
+    table = {
+        "triton": triton.__version__,
+        "sources": sources_hash(),
+        "configurations": dict(sorted(rows.items())),
+    }
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
     PAGE.write_text(_page(table["configurations"], triton.__version__))
     return table
@@ -182,17 +206,22 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.compile", description="Compile the kernels.")
     parser.add_argument("words", nargs="*", help="only configurations whose name contains every word")
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
+    parser.add_argument("--changed", action="store_true", help="only a sample if the table is of these very sources")
     options = parser.parse_args(None if arguments is None else list(arguments))
     # The interpreter replaces the kernels by functions that cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     chosen = specimens(options.words)
+    is_sample = options.changed and is_of_these_sources(known)
+    if is_sample:
+        chosen = dict(sorted(chosen.items())[::SAMPLE_EVERY])
     rows = compile_all(chosen)
     for name, row in rows.items():
         print(f"{name:<72} {row['registers']:>4} registers {row['spills']:>5} spills {row['shared']:>7} shared")
-    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    is_whole = not options.words and not is_sample
     if options.write:
-        known = _write({**(known.get("configurations", {}) if options.words else {}), **rows})
-    wrong = problems(chosen, rows, known, whole=not options.words)
+        known = _write({**({} if is_whole else known.get("configurations", {})), **rows})
+    wrong = problems(chosen, rows, known, whole=is_whole)
     print("\n".join(wrong) if wrong else f"{len(rows)} configurations, nothing wrong", file=sys.stderr)
     return 1 if wrong else 0
 
