@@ -169,9 +169,8 @@ def test_token_ids_keep_their_labels_and_lose_their_padding() -> None:
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
         {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": [-100, -100, -100]},
     ]
-    ids, counted, documents = tokenized(rows)
+    ids, counted, _ = tokenized(rows)
     assert ids == [[5, 6, 7], [5, 6]] and counted == [[False, True, True], [False, False]]
-    assert documents.unlabelled == 1
     assert tokenized(rows, train_on="all")[1] == [None, None]
 
 
@@ -254,7 +253,7 @@ def test_long_texts_in_windows_are_what_one_call_returns(monkeypatch: pytest.Mon
 
     made, text = byte_level(), inspect.getsource(json).replace("json", "日本 json") * 3
     expected = made(text)["input_ids"] + [made.eos_token_id]
-    for name, value in {"LONGEST_CALL": 1000, "OVERLAP": 200, "PIECE": 77}.items():
+    for name, value in {"LONGEST_CALL": 2000, "WINDOW": 1000, "OVERLAP": 200, "PIECE": 77}.items():
         monkeypatch.setattr(f"xarch_kd.data.long_text.{name}", value)
     source = Text(files=("x",))
     documents = DocumentTokenizer(made, source)
@@ -272,7 +271,7 @@ def test_long_texts_in_windows_are_what_one_call_returns(monkeypatch: pytest.Mon
 def test_a_text_whose_windows_have_no_common_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    for name, value in {"LONGEST_CALL": 1000, "OVERLAP": 200, "PIECE": 100}.items():
+    for name, value in {"LONGEST_CALL": 1000, "WINDOW": 1000, "OVERLAP": 200, "PIECE": 100}.items():
         monkeypatch.setattr(f"xarch_kd.data.long_text.{name}", value)
     with pytest.raises(DataError, match=r"file:1: a text of more than 1,000 characters[\s\S]*without blanks"):
         tokenized([{"text": "x" * 5000}], PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?"))

@@ -16,6 +16,9 @@ from xarch_kd.errors import DataError
 
 # Characters of a text that is tokenized in one call; the tokenizer needs about 100 bytes per token for it.
 LONGEST_CALL: Final = 2**20
+# Characters of a window of a longer text, and windows in one call.
+WINDOW: Final = 2**18
+WINDOWS: Final = 4
 # Characters of a text with labels, which is tokenized in one call.
 LONGEST_LABELLED: Final = 2**23
 # Characters of a text that are hashed and joined at once.
@@ -102,15 +105,25 @@ class LongText:
             whole = self.start + "".join(iter(lambda: self._more(LONGEST_CALL), ""))
             yield numpy.array(next(encoded(tokenizer, [RenderedText(self.place, whole)]))[0], dtype=numpy.int64)
             return
-        text, offset = self.start, 0
-        ids, starts = _tokens(tokenizer, text, offset)
-        while more := self._more(LONGEST_CALL - OVERLAP):
-            offset += len(text) - OVERLAP
-            text = text[-OVERLAP:] + more
-            before = ids, starts
-            ids, starts, ready = self._joined(before, *_tokens(tokenizer, text, offset), offset)
-            yield ready
-        yield ids
+        before: tuple[numpy.ndarray, numpy.ndarray] | None = None
+        for windows in _groups(self._windows(), WINDOWS):
+            for offset, ids, starts in _tokens(tokenizer, windows):
+                if before is not None:
+                    ids, starts, ready = self._joined(before, ids, starts, offset)
+                    yield ready
+                before = ids, starts
+        if before is not None:
+            yield before[0]
+
+    def _windows(self) -> Iterator[tuple[str, int]]:
+        """Yield the windows of the text, with the number of characters before each."""
+        held, offset = "", 0
+        for more in itertools.chain((self.start,), iter(lambda: self._more(WINDOW), "")):
+            held += more
+            while len(held) > WINDOW:
+                yield held[:WINDOW], offset
+                held, offset = held[WINDOW - OVERLAP :], offset + WINDOW - OVERLAP
+        yield held, offset
 
     def _more(self, characters: int) -> str:
         """Return the next characters of the text, at least so many if there are."""
@@ -149,18 +162,26 @@ class LongText:
         )
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, window: str, offset: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return the token ids of a window and the characters of the whole text at which they start."""
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, windows: Sequence[tuple[str, int]]
+) -> Iterator[tuple[int, numpy.ndarray, numpy.ndarray]]:
+    """Yield, for each window, the characters before it, its token ids, and where each starts in the whole text."""
     found: Any = tokenizer(
-        window,
+        [window for window, _ in windows],
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=True,
         verbose=False,
     )
-    starts = numpy.array(found["offset_mapping"], dtype=numpy.int64).reshape(-1, 2)[:, 0] + offset
-    return numpy.array(found["input_ids"], dtype=numpy.int64), starts
+    for number, (_, offset) in enumerate(windows):
+        starts = numpy.array(found["offset_mapping"][number], dtype=numpy.int64).reshape(-1, 2)[:, 0] + offset
+        yield offset, numpy.array(found["input_ids"][number], dtype=numpy.int64), starts
+
+
+def _groups(windows: Iterator[tuple[str, int]], size: int) -> Iterator[list[tuple[str, int]]]:
+    while group := list(itertools.islice(windows, size)):
+        yield group
 
 
 def _in_pieces(pieces: Iterable[str]) -> Iterator[str]:

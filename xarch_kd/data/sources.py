@@ -26,8 +26,10 @@ from xarch_kd.errors import DataError
 from xarch_kd.mapping_file.schema import Text
 from xarch_kd.run.report import Reporter
 
-# Batches that are tokenized in another thread while the next are read; the tokenizer uses all processors.
-AHEAD: Final = 2
+# The tokenizer uses all processors; a second thread has work for it while the first makes Python lists of its ids.
+THREADS: Final = 2
+# Batches that are tokenized, or wait for it, while the next is read.
+AHEAD: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +138,15 @@ def _write(folder: Path, source: _Source, text: Text, tokenizer: PreTrainedToken
     notices = []
     if documents.blank:
         notices.append(f"{documents.blank:,} texts without a character beside blanks are left out")
-    if documents.unlabelled:
-        notices.append(
-            f"{documents.unlabelled:,} of {writer.documents:,} documents have no token that is to be predicted"
-        )
+    if writer.unlabelled:
+        notices.append(f"{writer.unlabelled:,} of {writer.documents:,} documents have no token that is to be predicted")
     if writer.documents == 0:
         raise DataError(
             f"the text source '{source.name}' is empty",
             found=f"{documents.blank} documents, none with text in it",
             fix="give files that hold text, or another source",
         )
-    if documents.unlabelled == writer.documents:
+    if writer.unlabelled == writer.documents:
         raise DataError(
             f"no token of '{source.name}' is to be predicted",
             found=f"{writer.documents:,} documents without labels, train_on: {text.train_on}",
@@ -156,9 +156,9 @@ def _write(folder: Path, source: _Source, text: Text, tokenizer: PreTrainedToken
 
 
 def _parts(documents: DocumentTokenizer, source: Iterable[Any]) -> Iterator[TokenizedPart]:
-    """Yield what documents are as token ids, in order; the next batches are read while one is tokenized."""
+    """Yield what documents are as token ids, in order; the next batches are read while others are tokenized."""
     pending: deque[Future[list[TokenizedPart]]] = deque()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for batch in documents.batches(source):
             is_long = isinstance(batch, LongText)
             while len(pending) >= (1 if is_long else AHEAD):

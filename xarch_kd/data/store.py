@@ -44,12 +44,14 @@ def cache_folder() -> Path:
 class StoreWriter:
     """Files of a new store in `folder`, written one document after another.
 
-    In memory are 16 bytes per document. `limit` is the number of token ids of the tokenizer.
+    In memory are 16 bytes per document. `limit` is the number of token ids of the tokenizer; `unlabelled` counts the
+    documents of which no token is to be predicted.
     """
 
     folder: Path
     limit: int
     tokens: int = 0
+    unlabelled: int = 0
     _lengths: array[int] = field(default_factory=lambda: array("q"))
     _hashes: array[int] = field(default_factory=lambda: array("Q"))
     _length: int = 0
@@ -78,6 +80,7 @@ class StoreWriter:
                     if counted is not None:
                         counted.write(mask.tobytes())
                     self._is_partial = self._is_partial or not mask.all()
+                    self.unlabelled += part.counted is not None and not mask.any()
                     self._hash.add(part.ids, mask)
                     self._end(part)
                     yield self.tokens

@@ -50,15 +50,15 @@ class _Prepared:
 class DocumentTokenizer:
     """Tokenizer of documents as a text source of a mapping file sets it: `train_on`, `bos`, `eos`.
 
-    `blank` counts the plain texts without a character that is no blank, which are left out; `unlabelled` the documents
-    of which no token is to be predicted.
+    `blank` counts the plain texts without a character that is no blank, which are left out. Batches may be tokenized in
+    several threads.
 
     Raises DataError for `bos: always` or `eos: always` with a tokenizer that has no such token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
         self.tokenizer, self.train_on = tokenizer, text.train_on
-        self.blank = self.unlabelled = 0
+        self.blank = 0
         self._front = _added_in_front(tokenizer)
         self._bos, self._eos = text.bos, text.eos
         self._chat = ChatTemplate(tokenizer)
@@ -160,7 +160,6 @@ class DocumentTokenizer:
             own = numpy.asarray(counted[dropped[0] : len(ids) - dropped[1]], dtype=bool)
             ends = numpy.full(len(back), prepared.ends_counted)
             mask = numpy.concatenate((numpy.zeros(len(front), dtype=bool), own, ends))
-            self.unlabelled += not mask.any()
         return TokenizedPart(whole, mask, prepared.content)
 
     def _around(self, ids: Sequence[int], *, is_chat: bool) -> tuple[list[int], list[int]]:
