@@ -17,7 +17,7 @@ from xarch_kd.errors import DataError
 # Characters of a text that is tokenized in one call; the tokenizer needs about 100 bytes per token for it.
 LONGEST_CALL: Final = 2**20
 # Characters of a window of a longer text, and windows in one call.
-WINDOW: Final = 2**18
+WINDOW: Final = 2**17
 WINDOWS: Final = 4
 # Characters of a text with labels, which is tokenized in one call.
 LONGEST_LABELLED: Final = 2**23
