@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from xarch_kd.errors import Interrupted, MappingFileError
@@ -164,6 +165,15 @@ def test_a_plan_without_held_out_text_is_refused(write_mapping: Write, text_file
         make_plan(write_mapping(stage, data=data))
     assert "stages[0].evaluation: needs held-out text, and data.held_out is 0." in str(caught.value)
     make_plan(write_mapping(stage, data={**data, "evaluation": {"files": [str(text_file)]}}))
+
+
+def test_a_plan_shows_that_a_stage_is_evaluated_and_averaged(write_mapping: Write) -> None:
+    settings = {"every": 2, "keep": "best", "metric": "nll"}
+    plan = make_plan(write_mapping({**LOGIT_STAGE, "evaluation": settings, "ema": {"decay": 0.99}}))
+    console = Console(width=250)
+    with console.capture() as capture:
+        console.print(plan)
+    assert "held-out nll every 2 steps, best kept; moving average of weights, decay 0.99" in capture.get()
 
 
 def test_a_metric_that_stays_the_same_may_go_with_a_schedule(write_mapping: Write) -> None:

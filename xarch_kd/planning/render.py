@@ -176,6 +176,12 @@ def _objectives(stage: StagePlan) -> str:
             parts.append(f"{tokens.divergence_label} at T={tokens.temperature:g}, weight {tokens.weight:g}")
         if tokens.cross_entropy:
             parts.append(f"cross-entropy, weight {tokens.cross_entropy:g}")
+    evaluation, average = stage.stage.evaluation, stage.stage.ema
+    if evaluation is not None:
+        kept = ", best kept" if evaluation.keep == "best" else ""
+        parts.append(f"held-out {evaluation.metric} every {evaluation.every} steps{kept}")
+    if average is not None:
+        parts.append(f"moving average of weights, decay {average.decay:g}")
     return "; ".join(parts)
 
 
