@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from xarch_kd.errors import printable
+
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 MAXIMUM_LINES = 30
 WIDTH = 120
+
+
+class AsIs:
+    """A rich renderable that is shown as it is: no markup in its text, and control characters escaped."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.renderable, options.update(markup=False)):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def shortened_lines(text: str, *, more: str, limit: int = MAXIMUM_LINES) -> str:
@@ -26,9 +40,11 @@ def as_text(renderable: RenderableType, *, more: str) -> str:
     """Return a rich renderable as plain text of at most 30 lines, as a `repr` is."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
+    console = Console(
+        file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, legacy_windows=False, emoji=False
+    )
     with console.capture() as captured:
-        console.print(renderable, highlight=False)
+        console.print(AsIs(renderable), highlight=False)
     return shortened_lines(captured.get(), more=more)
 
 
@@ -36,8 +52,8 @@ def as_html(renderable: RenderableType) -> str:
     """Return a rich renderable as HTML for a notebook."""
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False)
-    console.print(renderable, highlight=False)
+    console = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False, emoji=False)
+    console.print(AsIs(renderable), highlight=False)
     return console.export_html(code_format='<pre style="line-height: 1.2">{code}</pre>', inline_styles=True)
 
 

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Callable, Iterable
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+
+# Characters that act on a terminal instead of being shown there, except tab and newline: control characters, marks that
+# reverse the order of text, and lone surrogates, which cannot be printed at all.
+_ACTING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: escape sequences and other control characters are shown, e.g. as `\\x1b`."""
+    return _ACTING.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
 class XarchError(Exception):
@@ -49,7 +60,7 @@ class XarchError(Exception):
     def __str__(self) -> str:
         details = (("asked", self.asked), ("found", self.found), ("allowed", self.allowed), ("fix", self.fix))
         lines = [f"  {label + ':':<9}{value}" for label, value in details if value is not None]
-        return "\n".join([self.message, *lines])
+        return printable("\n".join([self.message, *lines]))
 
 
 class UsageError(XarchError):
@@ -95,7 +106,7 @@ class ProcessError(XarchError):
 
 
 class Interrupted(XarchError):
-    """The run was stopped by a signal after its checkpoint was written."""
+    """The run was stopped by a signal; the message has where a resumed run starts."""
 
     exit_code = 130
 

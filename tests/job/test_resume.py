@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -55,6 +56,31 @@ def test_ctrl_c_exits_130_with_the_command_to_resume(
     assert main(["train", str(mapping), "--output", str(run)]) == 2
     assert f"resume it: {command}" in capsys.readouterr().err
     assert main(command.split()[1:]) == 0
+
+
+def test_two_signals_at_once_save_the_step_and_the_message_is_true(
+    write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapping, run = write_mapping({**MIXER_STAGE, "steps": 60}, LOGIT_STAGE), tmp_path / "run"
+    command = ["train", str(mapping), "--output", str(run)]
+    with signal_after(3, signal.SIGINT, signal.SIGTERM):
+        assert main(command) == 130
+    message = "stopped by SIGINT; the run resumes after step 4 of 60 of stage 'mixers'. Resume with:"
+    assert message in capsys.readouterr().err
+    assert [path.name for path in (run / "stages" / "01-mixers").iterdir()] == ["checkpoint-4"]
+    with signal_after(1):
+        assert main([*command, "--resume"]) == 130
+    resumed = [event["step"] for event in events_of(run) if event["event"] in ("resumed", "step")]
+    assert resumed == [1, 2, 3, 4, 4, 5, 6]
+
+
+def test_a_signal_before_the_first_step_is_no_loss_that_is_hidden(
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = write_mapping()
+    monkeypatch.setattr("xarch_kd.job.train.load_models", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="resumes at step 1 of stage 'mixers', of which no step is saved"):
+        train(mapping, tmp_path / "run")
 
 
 def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping: Write, tmp_path: Path) -> None:

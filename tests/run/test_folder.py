@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.files import sha256_of, write_text
 from xarch_kd.run.fingerprint import Fingerprint
 from xarch_kd.run.folder import RunFolder
@@ -46,9 +46,23 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_mapping_file_is_refused(tmp_path: Path) -> None:
+    before = {"seed": 0, "stages": [{"name": "a", "steps": 4}, {"name": "b"}]}
+    RunFolder(tmp_path).start("version: 1\n", {"mapping": before}, "one", MADE_FROM)
+    now = {"seed": 0, "stages": [{"name": "a", "steps": 5}]}
+    with pytest.raises(UsageError, match="holds the run of another mapping file") as refused:
+        RunFolder(tmp_path).state("two", now)
+    assert [line.strip() for line in str(refused.value).splitlines()[3:5]] == [
+        "stages[0].steps: 4 at the start, 5 now",
+        'stages[1].name: "b" at the start, absent now',
+    ]
+
+
+def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     RunFolder(tmp_path).start("version: 1\n", {}, "one", MADE_FROM)
-    with pytest.raises(UsageError, match="holds the run of another mapping file"):
-        RunFolder(tmp_path).state("two")
+    (tmp_path / "plan.json").write_text("{")
+    for use in (lambda folder: folder.state("one"), lambda folder: folder.recorded()):
+        with pytest.raises(CheckpointError, match=r"plan\.json of the run is damaged"):
+            use(RunFolder(tmp_path))
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

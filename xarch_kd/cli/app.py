@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import xarch_kd
-from xarch_kd.errors import XarchError
+from xarch_kd.errors import XarchError, printable
 
 
 class CommandHelp(NamedTuple):
@@ -175,7 +175,7 @@ def run() -> NoReturn:
 def _show_warning(message: Warning | str, *_place: object) -> None:
     # Every rank of a run on several processes meets the same ones.
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr)
+        print(printable(f"warning: {message}"), file=sys.stderr)
 
 
 def _report(error: Exception) -> int:
@@ -196,5 +196,5 @@ def _report(error: Exception) -> int:
             code = 3
     rank = os.environ.get("RANK")
     label = "error" if rank is None else f"error on rank {rank}"
-    print(text if code == 130 else f"{label}: {text}", file=sys.stderr)
+    print(printable(text if code == 130 else f"{label}: {text}"), file=sys.stderr)
     return code

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from rich.console import Console
+
+from xarch_kd.display import AsIs
+from xarch_kd.errors import printable
 
 # Without a terminal, rich would cut tables to 80 columns and break their words.
 PLAIN_WIDTH = 110
 
 
-def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
-    """Return a console as wide as the terminal, or of `PLAIN_WIDTH` columns without one."""
-    console = Console(quiet=quiet, stderr=stderr)
-    return console if console.is_terminal else Console(quiet=quiet, stderr=stderr, width=PLAIN_WIDTH)
+class PlainConsole(Console):
+    """Console that prints text of mapping files, paths and models as it is: no markup, control characters escaped."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print objects as `rich.console.Console.print` does, but literally."""
+        shown = [printable(item) if isinstance(item, str) else AsIs(item) for item in objects]
+        super().print(*shown, **{"markup": False, "emoji": False, "highlight": False, **options})
+
+
+def make_console(*, quiet: bool = False, stderr: bool = False, plain_width: int = PLAIN_WIDTH) -> PlainConsole:
+    """Return a console as wide as the terminal, or of `plain_width` columns without one."""
+    console = PlainConsole(quiet=quiet, stderr=stderr)
+    return console if console.is_terminal else PlainConsole(quiet=quiet, stderr=stderr, width=plain_width)
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from xarch_kd.errors import UsageError, renamed
+from xarch_kd.errors import UsageError, printable, renamed
 from xarch_kd.mapping_file.schema import MixerName, TargetName
 
 
@@ -76,7 +76,7 @@ def command(
         )
     save_student(student, load_tokenizer(teacher, revision), output)
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    print(f"{output}: {type(student).__name__}, {parameters:,} parameters, untrained")
+    print(printable(f"{output}: {type(student).__name__}, {parameters:,} parameters, untrained"))
 
 
 def selection(text: str | None) -> str | list[int] | None:

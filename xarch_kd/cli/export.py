@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from xarch_kd.errors import ModelError, UsageError
+from xarch_kd.errors import ModelError, UsageError, printable
 from xarch_kd.run.folder import RunFolder
 
 
@@ -54,4 +54,4 @@ def command(
         save_student(model, tokenizer, output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = "MambaLMHeadModel of mamba_ssm" if format == "mamba_ssm" else type(model).__name__
-    print(f"{output}: {name}, {parameters:,} parameters{'' if has_tokenizer else ', no tokenizer'}")
+    print(printable(f"{output}: {name}, {parameters:,} parameters{'' if has_tokenizer else ', no tokenizer'}"))

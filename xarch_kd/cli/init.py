@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from xarch_kd.errors import printable
+
 
 def command(
     teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
@@ -30,4 +32,4 @@ def command(
         print(text, end="")
         return
     write_mapping(output, text)
-    print(f"wrote {output}; next: xarch-kd plan {output}")
+    print(printable(f"wrote {output}; next: xarch-kd plan {output}"))

@@ -7,9 +7,9 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from xarch_kd.cli.console import make_console
 from xarch_kd.errors import UsageError, suggest
 from xarch_kd.mapping_file.schema import Paths
 from xarch_kd.models.loading.load import check_files, load_config, meta_model
@@ -40,8 +40,8 @@ def command(
             )
         )
         return
-    console = Console()
-    console.print(f"{model} ({config.model_type})", highlight=False, markup=False)
+    console = make_console()
+    console.print(f"{model} ({config.model_type})")
     console.print(render(rows))
 
 

@@ -38,12 +38,12 @@ def command(
 
 
 def _plan(mapping: Path, *, as_json: bool, calibrate: bool) -> None:
+    from xarch_kd.cli.console import make_console
     from xarch_kd.planning.render import plan_as_dict, render_plan
     from xarch_kd.planning.resolve import make_plan
 
     plan = make_plan(mapping)
     if calibrate:
-        from xarch_kd.cli.console import make_console
         from xarch_kd.job.calibrate import calibrate as run_calibration
         from xarch_kd.run.report import Reporter
 
@@ -51,13 +51,8 @@ def _plan(mapping: Path, *, as_json: bool, calibrate: bool) -> None:
     if as_json:
         print(json.dumps(plan_as_dict(plan), indent=2))
         return
-    from rich.console import Console
-
     # Tables are as wide as the terminal; in a pipe or a file they are not cut.
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(render_plan(plan), highlight=False)
+    make_console(plain_width=200).print(render_plan(plan))
 
 
 @contextmanager

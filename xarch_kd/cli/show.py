@@ -37,7 +37,7 @@ def command(
         table = generations(folder, prompt or list(PROMPTS), tokens=tokens, temperature=temperature, seed=seed)
     console.print(table)
     console.print()
-    console.print(loading_lines(run / "student"), highlight=False, markup=False, soft_wrap=True)
+    console.print(loading_lines(run / "student"), soft_wrap=True)
 
 
 def check_run(run: Path) -> None:
@@ -59,7 +59,7 @@ def print_result(console: Console, run: Path) -> None:
     """Print the table of `evaluation.json`, or the command that writes it."""
     file = run / "evaluation.json"
     if not file.is_file():
-        console.print(f"Not evaluated yet: xarch-kd evaluate {run}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Not evaluated yet: xarch-kd evaluate {run}", soft_wrap=True)
         return
     from xarch_kd.evaluation.results import read_evaluation, render
 
@@ -87,7 +87,7 @@ def print_projectors(console: Console, run: Path) -> None:
     for report in reports:
         for warning in report.diagnosis.warnings:
             text = f"{report.stage}, {report.projector}: {warning}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
 
 
 def generations(folder: RunFolder, prompts: list[str], *, tokens: int, temperature: float, seed: int) -> Table:

@@ -47,4 +47,4 @@ def command(
     console = make_console(quiet=quiet or os.environ.get("RANK", "0") != "0")
     run = train(make_plan(mapping), output, resume=resume, console=console)
     outcome = "finished before; nothing was done" if run.was_finished else "finished"
-    console.print(f"{outcome}: {run.student}", highlight=False, soft_wrap=True)
+    console.print(f"{outcome}: {run.student}", soft_wrap=True)

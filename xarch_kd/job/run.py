@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from xarch_kd.display import as_html, as_text
+from xarch_kd.display import AsIs, as_html, as_text
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render
 from xarch_kd.planning.render import byte_text, duration
@@ -186,7 +186,7 @@ class Run:
             parts.append(render(self.evaluation))
         if self.is_finished:
             parts.append(Text(f"student: {self.student}"))
-        return Group(*parts)
+        return AsIs(Group(*parts))
 
     def _repr_html_(self) -> str:
         return as_html(self)

@@ -27,6 +27,7 @@ from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.held_out import held_out_batches, held_out_rows
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
+from xarch_kd.job.resume_point import resume_point
 from xarch_kd.job.run import Run
 from xarch_kd.job.split import split_notices
 from xarch_kd.job.texts import run_text
@@ -34,8 +35,9 @@ from xarch_kd.job.tracking import tracked
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
+from xarch_kd.planning.disk import check_disk
 from xarch_kd.planning.plan import Plan, StagePlan
-from xarch_kd.planning.render import plan_as_dict
+from xarch_kd.planning.render import byte_text, disk_line, plan_as_dict
 from xarch_kd.planning.resolve import make_plan, with_steps
 from xarch_kd.run.fingerprint import Fingerprint, changed_patches, changed_releases, check_unchanged
 from xarch_kd.run.folder import RunFolder, State
@@ -85,7 +87,7 @@ def train(
             "The output is not a path.", asked=f"output_dir={output_dir!r}", allowed="the path of a folder, str or Path"
         )
     plan = plan if isinstance(plan, Plan) else make_plan(plan)
-    fingerprint = mapping_fingerprint(plan)
+    fingerprint, content = mapping_fingerprint(plan), plan.mapping.model_dump(mode="json")
     with joined_processes(device_of(plan)) as processes:
         folder = RunFolder(Path(output_dir), is_owner=processes.is_main)
         reporter = Reporter(console) if processes.is_main else Reporter.silent()
@@ -93,9 +95,9 @@ def train(
             ["xarch-kd", "train", str(plan.path or folder.mapping), "--output", str(folder.root), "--resume"]
         )
         processes.check_same({"mapping file": fingerprint})
-        processes.from_main(lambda: folder.state(fingerprint))
-        with folder.locked(), StopSignals(command) as signals:
-            state = processes.from_main(lambda: folder.state(fingerprint))
+        processes.from_main(lambda: folder.state(fingerprint, content))
+        with folder.locked(), StopSignals(command, lambda: resume_point(plan, folder)) as signals:
+            state = processes.from_main(lambda: folder.state(fingerprint, content))
             if state == "unfinished" and not resume:
                 raise UsageError(
                     "the output folder holds this run, unfinished", asked=folder.root, fix=f"resume it: {command}"
@@ -128,10 +130,12 @@ class _Job:
         rows = text.training
         made_from = self._checked_inputs(run_fingerprint(self.plan, tokenizer, text), state)
         if state == "finished":
-            self.processes.from_main(lambda: self.folder.verify(self.folder.student))
+            self.processes.from_main(lambda: self.folder.verify(self.folder.plan, self.folder.student))
             return
         for notice in self.plan.warnings:
             self.reporter.line(f"warning: {notice}")
+        free = self.processes.from_main(lambda: check_disk(self.plan, self.folder.root))
+        self.reporter.line(f"disk: {disk_line(self.plan)}; {byte_text(free)} free")
         if self.processes.world_size > 1:
             for notice in split_notices(self.plan, self.processes.world_size):
                 self.reporter.line(f"warning: {notice}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from rich.markup import escape
+from rich.text import Text
 from torch import Tensor
 
 from xarch_kd.display import preformatted, shortened_lines
@@ -64,8 +64,8 @@ class LayerMap:
     def __repr__(self) -> str:
         return shortened_lines(self.text_plot(), more="print(layer_map.text_plot())")
 
-    def __rich__(self) -> str:
-        return escape(self.text_plot())
+    def __rich__(self) -> Text:
+        return Text(self.text_plot())
 
     def _repr_html_(self) -> str:
         return preformatted(self.text_plot())

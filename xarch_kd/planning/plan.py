@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xarch_kd.display import as_html, as_text
+from xarch_kd.display import AsIs, as_html, as_text
 from xarch_kd.errors import UsageError
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.mapping_file.schema import MappingFile, Stage
+from xarch_kd.planning.disk import DiskUse, disk_use
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -165,7 +166,7 @@ class Plan:
     def __rich__(self) -> RenderableType:
         from xarch_kd.planning.render import render_plan
 
-        return render_plan(self)
+        return AsIs(render_plan(self))
 
     def _repr_html_(self) -> str:
         return as_html(self)
@@ -174,6 +175,11 @@ class Plan:
     def timing_assumptions(self) -> str:
         """The assumptions behind the estimated times, in one line."""
         return self.rates.timing_assumptions
+
+    @property
+    def disk(self) -> DiskUse:
+        """Bytes that the run writes to its folder, a forecast."""
+        return disk_use(self.stages, self.mapping.student, self.student.parameters)
 
     @property
     def custom(self) -> CustomObjects:

@@ -33,6 +33,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "stages": [_stage_as_dict(stage) for stage in plan.stages],
         "warnings": list(plan.warnings),
         "timing_assumptions": plan.timing_assumptions,
+        "disk_bytes": dataclasses.asdict(plan.disk),
         "similarities": {name: [list(row) for row in matrix] for name, matrix in plan.similarities.items()},
         "custom": plan.custom.qualified_names(),
     }
@@ -49,6 +50,7 @@ def render_plan(plan: Plan) -> RenderableType:
     for name, matrix in plan.similarities.items():
         parts += [Text(similarity_text_plot(f"similarity (CKA) for {name}", torch.tensor(matrix))), Text("")]
     parts.append(Text(f"Time: {plan.timing_assumptions}.", style="dim"))
+    parts.append(Text(f"Disk: {disk_line(plan)}.", style="dim"))
     parts += [Text(f"notice: {warning}", style="yellow") for warning in plan.warnings]
     return Group(*parts)
 
@@ -64,6 +66,13 @@ def render_summary(plan: Plan) -> RenderableType:
     if plan.warnings:
         parts.append(Text(f"{len(plan.warnings)} notices: see plan.warnings"))
     return Group(*parts)
+
+
+def disk_line(plan: Plan) -> str:
+    """Return the forecast of the run folder's size, in one line."""
+    return (
+        f"up to {byte_text(plan.disk.peak)} in the run folder while it trains, {byte_text(plan.disk.kept)} at the end"
+    )
 
 
 def byte_text(count: float) -> str:
@@ -121,7 +130,7 @@ def _blocks(plan: Plan) -> Table:
     if len(teacher.layers) == len(student.layers):
         rows = zip(teacher.layers, student.layers, strict=True)
         for key, run in groupby(rows, key=lambda pair: (pair[0].mixer, pair[1].mixer, pair[1].replaced)):
-            mark = "[bold]replaced[/]" if key[2] else ""
+            mark = Text("replaced" if key[2] else "", style="bold")
             table.add_row(ranges([own.index for own, _ in run]), key[0], key[1], mark)
         return table
     for mixer, span in _runs(teacher):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -79,6 +80,22 @@ def changed_patches(recorded: Fingerprint, found: Fingerprint) -> list[str]:
     return _changes(
         *({name: version for name, version in side.packages.items() if name in same} for side in (recorded, found))
     )
+
+
+def changed_values(before: Any, now: Any) -> list[str]:
+    """Return one line for each key of two JSON objects whose values differ, e.g. of a mapping file."""
+    return _changes(*(dict(_flattened(value, "")) for value in (before, now)))
+
+
+def _flattened(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, entry in value.items():
+            yield from _flattened(entry, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple) and value:
+        for index, entry in enumerate(value):
+            yield from _flattened(entry, f"{place}[{index}]")
+    else:
+        yield place, json.dumps(value, ensure_ascii=False, default=str)
 
 
 def check_unchanged(recorded: Fingerprint | None, found: Fingerprint, *, folder: Path, finished: bool) -> None:

@@ -17,10 +17,11 @@ from typing import Any, Final, Literal
 
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.files import cannot_write, sha256_of, write_json, write_text
-from xarch_kd.run.fingerprint import Fingerprint
+from xarch_kd.run.fingerprint import Fingerprint, changed_values
 
 State = Literal["new", "unfinished", "finished"]
 SHOWN_DIGITS: Final = 16
+SHOWN_CHANGES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ class RunFolder:
         """The folder of one stage, e.g. `stages/01-mixers`."""
         return self.root / "stages" / name
 
-    def state(self, fingerprint: str) -> State:
+    def state(self, fingerprint: str, mapping: Mapping[str, Any] | None = None) -> State:
         """Return whether the folder is new, or holds this run unfinished or finished.
 
-        Raises UsageError when it holds something else, or a run of another mapping file.
+        Raises UsageError when it holds something else, or a run of another mapping file, of whose content `mapping` the
+        differing keys are named; CheckpointError for a damaged plan.json.
         """
         if not self.root.exists():
             return "new"
@@ -100,7 +102,8 @@ class RunFolder:
         inside = sorted(path.name for path in self.root.iterdir() if path.name != "run.lock")
         if not inside:
             return "new"
-        recorded = self._recorded_fingerprint()
+        plan = self._recorded_plan()
+        recorded = plan.get("fingerprint")
         if recorded is None:
             raise UsageError(
                 "the output folder holds something else than a run",
@@ -110,28 +113,35 @@ class RunFolder:
                 fix="give another --output; nothing was changed",
             )
         if recorded != fingerprint:
+            lines = [f"a run of mapping {recorded[:12]}, this one is {fingerprint[:12]}"]
+            lines += changed_values(plan.get("mapping"), mapping) if mapping is not None else []
+            rest = [f"… and {len(lines) - SHOWN_CHANGES} more"] if len(lines) > SHOWN_CHANGES else []
             raise UsageError(
                 "the output folder holds the run of another mapping file",
                 asked=self.root,
-                found=f"a run of mapping {recorded[:12]}, this one is {fingerprint[:12]}",
+                found="\n           ".join([*lines[:SHOWN_CHANGES], *rest]),
                 fix=f"give another --output, or compare with {self.mapping}; nothing was changed",
             )
         return "finished" if self.manifest.exists() else "unfinished"
 
-    def _recorded_fingerprint(self) -> str | None:
+    def _recorded_plan(self) -> dict[str, Any]:
+        """Return plan.json, empty if there is none. Raises CheckpointError if it is damaged."""
         try:
             value = json.loads(self.plan.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return value.get("fingerprint") if isinstance(value, dict) else None
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                "plan.json of the run is damaged, so that the run cannot be compared with this one",
+                asked=self.plan,
+                found=str(error),
+                fix="restore it from a copy, or give another --output; nothing was changed",
+            ) from None
+        return value if isinstance(value, dict) else {}
 
     def recorded(self) -> Fingerprint | None:
         """Return what the run was made from when it started, None for a new folder or one of an older version."""
-        try:
-            value = json.loads(self.plan.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return Fingerprint.from_dict(value.get("made_from")) if isinstance(value, dict) else None
+        return Fingerprint.from_dict(self._recorded_plan().get("made_from"))
 
     def start(self, source: str, plan: Mapping[str, Any], fingerprint: str, made_from: Fingerprint) -> None:
         """Write what identifies the run: `fingerprint` is that of its mapping file, `made_from` that of all inputs."""

@@ -57,12 +57,12 @@ class StageProgress:
     def __enter__(self) -> StageProgress:
         if self.reporter.console.is_terminal:
             self._live = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 console=self.reporter.console,
             )
             self._live.start()

@@ -11,6 +11,9 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from xarch_kd.display import AsIs
+from xarch_kd.errors import printable
+
 # Work that ends sooner shows no progress.
 QUIET_SECONDS: Final = 3.0
 # Between two plain lines of one piece of work, where there is no terminal.
@@ -35,12 +38,12 @@ class Reporter:
         return cls(Console(quiet=True))
 
     def line(self, text: str) -> None:
-        """Print one message as it is, without highlighting or wrapping."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        """Print one message as it is, without highlighting or wrapping, control characters escaped."""
+        self.console.print(printable(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or a panel."""
-        self.console.print(renderable)
+        self.console.print(AsIs(renderable))
 
     def work(self, name: str, total: int | None, unit: str) -> Work:
         """Return the progress of `total` units of work (None: not known yet), to be entered for its duration."""
@@ -55,7 +58,7 @@ class Work:
     """
 
     def __init__(self, reporter: Reporter, name: str, total: int | None, unit: str) -> None:
-        self.name, self.total, self.unit, self.done = name, total, unit, 0
+        self.name, self.total, self.unit, self.done = printable(name), total, unit, 0
         self._reporter = reporter
         self._live: Progress | None = None
         self._started = self._next_line = 0.0
@@ -107,7 +110,7 @@ class Work:
 
     def _begin(self, now: float) -> Progress:
         live = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             RateColumn(self.unit),

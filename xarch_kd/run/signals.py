@@ -1,28 +1,38 @@
-"""Ctrl-C and SIGTERM: the step in progress ends, its checkpoint is written, and the run can be resumed."""
+"""Ctrl-C and SIGTERM: the step in progress ends, its checkpoint is written, and the run can be resumed from there."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Final
 
 from xarch_kd.errors import Interrupted
+
+SAME_REQUEST_SECONDS: Final = 1.0
 
 
 class StopSignals:
     """While entered, SIGINT and SIGTERM are requests to stop.
 
     Inside `deferred()` a request waits for the end of the step (`requested` is then the signal's name) and a second one
-    stops at once; elsewhere, where there is no step to save, it raises Interrupted immediately.
+    stops at once; elsewhere, where there is no step to save, it raises Interrupted immediately. Signals within a second
+    of the first are the same request: launchers, terminals and supervisors send several at once. `resume_point` returns
+    where a resumed run starts, read from its files when the message is made. `clock` returns seconds.
     """
 
-    def __init__(self, resume_command: str) -> None:
+    def __init__(
+        self, resume_command: str, resume_point: Callable[[], str], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.resume_command = resume_command
+        self.resume_point = resume_point
         self.requested: str | None = None
+        self._clock = clock
+        self._since = 0.0
         self._deferred = False
         self._previous: dict[int, Any] = {}
 
@@ -58,12 +68,18 @@ class StopSignals:
             raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
-        """The error that ends the run; its text holds the command to resume."""
-        return Interrupted(f"stopped by {self.requested}; nothing is lost. Resume with:\n  {self.resume_command}")
+        """The error that ends the run; its text holds where a resumed run starts, and the command."""
+        return Interrupted(f"stopped by {self.requested}; {self.resume_point()}. Resume with:\n  {self.resume_command}")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again = self.requested is not None
-        self.requested = signal.Signals(number).name
+        again, now = self.requested is not None, self._clock()
+        if again and now - self._since < SAME_REQUEST_SECONDS:
+            return
+        self.requested, self._since = signal.Signals(number).name, now
         if again or not self._deferred:
             raise self.interrupted()
-        print(f"\n{self.requested}: stopping after this step (once more to stop at once)", file=sys.stderr, flush=True)
+        print(
+            f"\n{self.requested}: stopping after this step, with a checkpoint (once more to stop at once, without one)",
+            file=sys.stderr,
+            flush=True,
+        )

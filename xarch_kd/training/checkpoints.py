@@ -17,7 +17,6 @@ from xarch_kd.training.loss_balancing import write_balance
 STATE_FILE = "trained.safetensors"
 # State of the batch source, beside it.
 SOURCE_FILE = "source.json"
-KEPT_CHECKPOINTS = 2
 # SHA-256 of every other file of a checkpoint.
 CHECKSUM_FILE = "checksums.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")

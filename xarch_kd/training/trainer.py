@@ -21,6 +21,7 @@ from xarch_kd.errors import NonFiniteLoss, XarchError
 from xarch_kd.files import cannot_write, write_json
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
+from xarch_kd.planning.disk import KEPT_CHECKPOINTS
 from xarch_kd.planning.plan import StagePlan
 from xarch_kd.run.processes import Processes
 from xarch_kd.run.progress import StageProgress, StepFigures
@@ -32,7 +33,6 @@ from xarch_kd.training.aligner import Aligner, AlignerOutput
 from xarch_kd.training.arguments import training_arguments
 from xarch_kd.training.callbacks import EvaluateEvery, Guard, UpdateAverage
 from xarch_kd.training.checkpoints import (
-    KEPT_CHECKPOINTS,
     SOURCE_FILE,
     STATE_FILE,
     checkpoints,
