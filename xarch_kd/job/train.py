@@ -19,7 +19,7 @@ from torch import Tensor
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.mixture import MixedRows
 from xarch_kd.data.rows import BatchOrder, Rows
-from xarch_kd.errors import CheckpointError, UsageError
+from xarch_kd.errors import UsageError
 from xarch_kd.files import write_tensors
 from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
 from xarch_kd.job.card import write_card
@@ -27,7 +27,7 @@ from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.held_out import held_out_batches, held_out_rows
 from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
-from xarch_kd.job.resume_point import resume_point
+from xarch_kd.job.resuming import restore_stage, resume_point, usable_checkpoint
 from xarch_kd.job.run import Run
 from xarch_kd.job.split import split_notices
 from xarch_kd.job.texts import run_text
@@ -49,7 +49,7 @@ from xarch_kd.taps.layout import layout_of
 from xarch_kd.teacher.feature_cache import DiskCache, FeatureCache, MemoryCache
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner
-from xarch_kd.training.checkpoints import STATE_FILE, newest_whole, remove_checkpoints, set_aside, step_of, write_state
+from xarch_kd.training.checkpoints import STATE_FILE, remove_checkpoints, step_of, write_state
 from xarch_kd.training.trainer import StageTrainer
 
 
@@ -225,13 +225,13 @@ class _Job:
         done = path / STATE_FILE
         check = ProjectorCheck(self.plan, aligner, rows, path, self.reporter)
         if done.exists():
-            self._restore(aligner, done)
+            restore_stage(aligner, done, self.processes)
             with self.processes.main_first():
                 self.reports += check.after()
             self.reporter.line(f"stage {stage.stage.name}: done before")
             return aligner
         began = time.perf_counter()
-        checkpoint = self._checkpoint(stage, path)
+        checkpoint = usable_checkpoint(stage, path, self.folder, self.reporter, self.processes)
         first_step = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             self.folder.event("resumed", stage=stage.stage.name, step=first_step)
@@ -272,44 +272,6 @@ class _Job:
         for line in (line for report in reports for line in report.lines):
             self.reporter.line(line)
         return aligner
-
-    def _restore(self, aligner: Aligner, done: Path) -> None:
-        """Load the trained tensors of a finished stage, and remove checkpoints that an interruption left."""
-        try:
-            aligner.load_trained_state(done)
-        except CheckpointError as error:
-            raise CheckpointError(
-                error.message,
-                asked=done,
-                found=error.found,
-                fix=f"restore it from a copy, or delete {done.parent} and the folders of later stages, which are then "
-                "trained again with --resume",
-            ) from error
-        if self.processes.is_main:
-            remove_checkpoints(done.parent)
-
-    def _checkpoint(self, stage: StagePlan, path: Path) -> Path | None:
-        """Return the newest whole checkpoint of a stage; damaged ones are named and set aside.
-
-        Raises CheckpointError if there are checkpoints and none is whole.
-        """
-        newest, damaged = self.processes.from_main(lambda: newest_whole(path))
-        found = ", ".join(f"{one.path.name}: {one.reason}" for one in damaged)
-        if damaged and newest is None:
-            raise CheckpointError(
-                f"no checkpoint of stage '{stage.stage.name}' is whole",
-                asked=path,
-                found=found,
-                fix=f"restore a copy of it, or delete {path} to train this stage again from its start with --resume",
-            )
-        for one in damaged:
-            self.folder.event("damaged-checkpoint", stage=stage.stage.name, checkpoint=one.path.name, reason=one.reason)
-            self.reporter.line(
-                f"warning: {one.path}: {one.reason}; resuming from {newest.name if newest else ''} instead"
-            )
-            if self.processes.is_main:
-                set_aside(one.path)
-        return newest
 
     def _end(self, stage: StagePlan, trainer: StageTrainer) -> int:
         """Give the student the weights that the stage ends with, report and record them, and return their step."""

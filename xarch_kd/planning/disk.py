@@ -1,7 +1,8 @@
 """Disk space of a run: tensors of its checkpoints, cached features and saved students.
 
-A checkpoint holds what trains and the two moments of AdamW, all in float32. While one is written, the two before it are
-still there. A finished stage keeps what it trained, and a finished run also the student and the projectors.
+A checkpoint holds what trains and the two moments of AdamW, all in float32, and a copy each of the average of the
+weights and of the best evaluated ones. While one is written, the two before it are still there. A finished stage keeps
+what it trained, and a finished run also the student and the projectors.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def disk_use(stages: Sequence[StagePlan], student: Student, parameters: int) -> 
     for stage in stages:
         trained = stage.trainable_parameters + stage.projector_parameters
         cache = stage.cache_bytes if stage.stage.cache_place == "disk" else 0
-        peak = max(peak, kept + (KEPT_CHECKPOINTS + 1) * CHECKPOINT_BYTES * trained + cache)
+        copies = (stage.stage.ema is not None) + (stage.stage.evaluation is not None)
+        checkpoint = (CHECKPOINT_BYTES + copies * TRAINED_BYTES) * trained
+        peak = max(peak, kept + (KEPT_CHECKPOINTS + 1) * checkpoint + cache)
         kept += TRAINED_BYTES * trained
     kept += TRAINED_BYTES * sum(stage.projector_parameters for stage in stages)
     kept += parameters * STORED_BYTES[student.dtype] * (2 if student.format == "mamba_ssm" else 1)
