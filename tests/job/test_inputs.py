@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from xarch_kd.cli.app import main
 from xarch_kd.errors import Interrupted, UsageError
+from xarch_kd.job.fingerprint import student_inputs
 from xarch_kd.job.train import train
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.run import fingerprint
-from xarch_kd.testing.mapping import MIXER_STAGE, TEXT, Write
+from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, TEXT, Write
 from xarch_kd.testing.runs import same, signal_after, student_of
 from xarch_kd.testing.tiny import tiny_tokenizer
 
@@ -135,6 +137,20 @@ def test_another_release_of_transformers_is_refused_and_a_patch_warned_of(
     train(mapping, run, resume=True)
     warning = f"warning: version of transformers: {installed['transformers']} at the start, {later['transformers']} now"
     assert warning in capsys.readouterr().out
+
+
+def test_a_student_that_exists_is_an_input_with_its_own_tokenizer(
+    write_mapping: Write, teacher: Path, tmp_path: Path
+) -> None:
+    student = Path(shutil.copytree(teacher, tmp_path / "student"))
+    plan = make_plan(write_mapping({**LOGIT_STAGE, "train": ["all"]}, student={"model": str(student)}))
+    before = student_inputs(plan)
+    assert before.keys() == {"student, config.json", "student, model.safetensors", "student, tokenizer"}
+    change_template(student)
+    change_weight(student)
+    after = student_inputs(plan)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"student, model.safetensors", "student, tokenizer"}
 
 
 def test_a_finished_run_of_other_text_is_not_returned_as_this_one(

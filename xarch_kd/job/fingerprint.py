@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from xarch_kd.data.rows import Rows
 from xarch_kd.job.texts import RunText
 from xarch_kd.models.loading.identity import config_identity, model_identity
+from xarch_kd.models.loading.load import load_tokenizer
 from xarch_kd.models.loading.tokens import tokenizer_identity
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.fingerprint import Fingerprint, installed_packages
@@ -76,6 +77,8 @@ def student_inputs(plan: Plan) -> dict[str, str]:
     own: dict[str, str] = {}
     if student.model is not None:
         own = model_identity(student.model, student.revision)
+        # The student is saved with its own.
+        own[TOKENIZER] = tokenizer_identity(load_tokenizer(student.tokenizer or student.model, student.revision))
     elif isinstance(student.config, str):
         own = config_identity(student.config)
     return {f"student, {name}": value for name, value in own.items()}
