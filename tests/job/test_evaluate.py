@@ -136,6 +136,20 @@ def test_a_run_is_measured_on_its_own_text_from_any_folder(
     assert Path.cwd() == other
 
 
+def test_another_text_of_another_kind_is_warned_of(relative_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project, name = relative_run.parent.parent, "also.txt"
+    mapping = yaml.safe_load((project / "mapping.yaml").read_text())
+    mapping["evaluate"] = {"tokens": 64, "also": [{"files": [name]}]}
+    (project / "mapping.yaml").write_text(yaml.safe_dump(mapping))
+    for text, warns in ((TEXT * 4, False), (TEXT * 4, False), (TEXT.upper() * 4, True)):
+        (project / name).write_text(text)
+        if not (project / "runs" / "also").exists():
+            train("mapping.yaml", "runs/also")
+        capsys.readouterr()
+        assert main(["evaluate", "runs/also"]) == 0
+        assert (f"warning: {name} has other tokens" in capsys.readouterr().out) == warns
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from xarch_kd.errors import GateFailed, UsageError
+from xarch_kd.errors import DataError, GateFailed, UsageError
 from xarch_kd.evaluation.evaluate import compare_models
-from xarch_kd.evaluation.results import Evaluation, render, write_evaluation
+from xarch_kd.evaluation.results import Evaluation, read_evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
 from xarch_kd.job.fingerprint import evaluated_inputs
 from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
@@ -91,9 +91,24 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
         seed=plan.mapping.seed,
         reporter=reporter,
     )
+    for text_name in _changed_texts(folder.evaluation, evaluation):
+        reporter.line(f"warning: {text_name} has other tokens than when the run was measured before")
     write_evaluation(evaluation, folder.evaluation)
     reporter.show(render(evaluation))
     return evaluation
+
+
+def _changed_texts(earlier: Path, evaluation: Evaluation) -> list[str]:
+    """Return the texts, of as many rows as in the file of an earlier evaluation, whose tokens differ from then."""
+    try:
+        before = {(result.text, result.rows): result.fingerprint for result in read_evaluation(earlier).likelihood}
+    except DataError:
+        return []
+    return [
+        result.text
+        for result in evaluation.likelihood
+        if before.get((result.text, result.rows), result.fingerprint) != result.fingerprint
+    ]
 
 
 def _from_here(path: Path) -> Path:
