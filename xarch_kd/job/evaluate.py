@@ -80,7 +80,14 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
     device = device_of(plan)
     teacher = plan.mapping.teacher
     evaluation = compare_models(
-        load_weights(teacher.model, reporter, revision=teacher.revision, device=device),
+        load_weights(
+            teacher.model,
+            reporter,
+            revision=teacher.revision,
+            device=device,
+            quantization=teacher.quantization,
+            allow_quantized=True,
+        ),
         load_weights(str(folder.student), reporter, device=device),
         texts,
         descriptions=descriptions,

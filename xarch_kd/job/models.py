@@ -14,6 +14,7 @@ from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.embeddings import Transfer, transfer_embeddings
 from xarch_kd.models.loading.load import fresh_model, load_model, load_tokenizer
 from xarch_kd.models.loading.progress import weights_progress
+from xarch_kd.models.loading.quantized import Quantization
 from xarch_kd.models.loading.tokens import check_rows, check_same_ids, shared_vocabulary
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.processes import Processes
@@ -86,10 +87,19 @@ def load_weights(
     revision: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
+    quantization: Quantization | None = None,
+    allow_quantized: bool = False,
 ) -> PreTrainedModel:
     """Return the model of a reference as `load_model` does, showing the progress of reading it."""
     with reporter.work(f"loading {reference}", None, "tensors") as work, weights_progress(work.at):
-        return load_model(reference, revision=revision, dtype=dtype, device=device)
+        return load_model(
+            reference,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            allow_quantized=allow_quantized,
+        )
 
 
 def load_models(
@@ -102,7 +112,14 @@ def load_models(
     dtype = torch.float32 if conversion is not None else DTYPES[teacher_reference.dtype]
     student_tokenizer = load_student_tokenizer(plan, tokenizer)
     reporter.line(f"loading the teacher {teacher_reference.model}")
-    teacher = load_weights(teacher_reference.model, reporter, revision=teacher_reference.revision, dtype=dtype)
+    teacher = load_weights(
+        teacher_reference.model,
+        reporter,
+        revision=teacher_reference.revision,
+        dtype=dtype,
+        quantization=teacher_reference.quantization,
+        allow_quantized=conversion is None,
+    )
     if conversion is not None:
         replaced = sum(row.replaced for row in plan.student.layers)
         reporter.line(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")

@@ -43,12 +43,16 @@ class Paths(ConfigModel):
 
 
 class Model(ConfigModel):
-    """A model reference: hub id, local folder, `.gguf` file, or `package:distribution/file.gguf`."""
+    """A model reference: hub id, local folder, `.gguf` file, or `package:distribution/file.gguf`.
+
+    `quantization` quantizes the frozen teacher's linear layers while it is loaded, by torchao; its head stays as it is.
+    """
 
     model: str
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Dtype = "float32"
+    quantization: Literal["int8", "int4"] | None = None
     paths: Paths | None = None
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.mapping_file.source_map import Problem, SourceMap
 from xarch_kd.models.loading.load import load_tokenizer
+from xarch_kd.models.loading.quantized import stored_method, unsupported_reason
 from xarch_kd.models.loading.tokenizer_file import has_tokenizer, stored_tokens
 from xarch_kd.models.loading.tokens import check_same_ids, shared_vocabulary, too_many_tokens
 from xarch_kd.planning.models import ModelHandle, ModelPair
@@ -33,6 +34,7 @@ def input_problems(mapping: MappingFile, models: ModelPair, *, for_training: boo
     if for_training:
         yield from _tracking_problems(mapping)
     yield from _package_problems(mapping)
+    yield from _quantization_problems(mapping, models)
     yield from _position_problems(mapping, models)
 
 
@@ -62,6 +64,18 @@ def _package_problems(mapping: MappingFile) -> Iterator[Problem]:
     for side, reference in (("teacher", mapping.teacher.model), ("student", mapping.student.model)):
         if reference is not None and reference.lower().endswith(".gguf") and importlib.util.find_spec("gguf") is None:
             yield Problem((side, "model"), "reading a GGUF file needs the package 'gguf': pip install 'xarch_kd[gguf]'")
+
+
+def _quantization_problems(mapping: MappingFile, models: ModelPair) -> Iterator[Problem]:
+    teacher, asked = models.teacher.config, mapping.teacher.quantization
+    place = ("teacher", "model" if asked is None else "quantization")
+    if mapping.student.convert is not None and (asked is not None or stored_method(teacher) is not None):
+        found = f"quantization: {asked}" if asked is not None else f"a checkpoint quantized by {stored_method(teacher)}"
+        yield Problem(place, f"conversion takes a teacher in full precision, found {found}")
+    elif (reason := unsupported_reason(teacher, asked)) is not None:
+        yield Problem(place, reason)
+    if mapping.student.model is not None and (method := stored_method(models.student.config)) is not None:
+        yield Problem(("student", "model"), f"a student trains in full precision, found one quantized by {method}")
 
 
 def _position_problems(mapping: MappingFile, models: ModelPair) -> Iterator[Problem]:

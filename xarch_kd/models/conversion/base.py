@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError
 from xarch_kd.models.conversion.check import check_exact, runnable
-from xarch_kd.models.conversion.weights import check_finite
+from xarch_kd.models.conversion.weights import check_finite, check_plain
 
 Selection = str | Sequence[int] | None
 Progress = Callable[[int, int], None]
@@ -70,6 +70,7 @@ class Conversion(ABC):
             # The caller of `convert`, whose arguments are checked by a wrapper.
             warnings.warn(self.all_recurrent, UserWarning, stacklevel=4)
         report = progress or (lambda done, total: None)
+        check_plain(teacher)
         check_finite(teacher.state_dict(), what="The teacher")
         if check:
             self.check(teacher)

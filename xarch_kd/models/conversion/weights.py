@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from xarch_kd.errors import ConversionError, ModelError
@@ -145,6 +145,17 @@ def widened(weight: Tensor) -> Tensor:
 
 def _times(weight: Tensor, factor: float) -> Tensor:
     return weight if factor == 1.0 else widened(weight) * factor
+
+
+def check_plain(model: PreTrainedModel) -> None:
+    """Raise `ConversionError` for a quantized teacher, whose weights are of another class or not floating point."""
+    for name, value in model.named_parameters():
+        if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point() or value.element_size() == 1:
+            raise ConversionError(
+                "Conversion takes full-precision weights only, and the teacher is quantized.",
+                found=f"{name}: {type(value).__name__} of {value.dtype}",
+                fix="load the checkpoint that it was quantized from",
+            )
 
 
 def check_finite(state: Mapping[str, Tensor], *, what: str) -> None:

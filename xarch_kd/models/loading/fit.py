@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.conversion.weights import check_finite
+from xarch_kd.models.loading.quantized import full_precision, stored_method
 from xarch_kd.models.loading.stored import INDEX, WEIGHTS, StoredTensor, same_bytes, stored_tensors
 
 # Buffers that old releases of transformers saved and that a model computes itself.
@@ -78,7 +79,7 @@ def check_stored_placed(model: PreTrainedModel, folder: Path, *, where: str) -> 
     `model` may be on the meta device. Names of older releases are first renamed as transformers renames them. Quantized
     checkpoints and folders without weights pass: loading checks them.
     """
-    if _quantization(model.config) or not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
+    if stored_method(model.config) or not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
         return
     state = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -94,10 +95,6 @@ def check_stored_placed(model: PreTrainedModel, folder: Path, *, where: str) -> 
     report = SimpleNamespace(missing_keys=missing, unexpected_keys=found - state.keys())
     model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]  # reads these two
     check_placed(vars(report), model.config, where=where)
-
-
-def _quantization(config: PreTrainedConfig) -> object:
-    return getattr(config, "quantization_config", None)
 
 
 def _wrapper(extra: Collection[str]) -> str:
@@ -124,7 +121,7 @@ def _listed(keys: Collection[str]) -> str:
 
 def check_weights_finite(model: nn.Module, *, where: str) -> None:
     """Raise `ModelError` that names the first weight with a NaN or infinite entry."""
-    check_finite(model.state_dict(), what=where)
+    check_finite({name: full_precision(value) for name, value in model.state_dict().items()}, what=where)
 
 
 def follow_stored_head(config: PreTrainedConfig, folder: Path) -> None:

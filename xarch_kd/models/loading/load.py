@@ -25,6 +25,13 @@ from xarch_kd.models.loading.fit import (
     follow_stored_head,
 )
 from xarch_kd.models.loading.gguf import check_gguf_placed, gguf_config, name_map_built_once
+from xarch_kd.models.loading.quantized import (
+    Quantization,
+    check_full_precision,
+    check_head,
+    loading_options,
+    stored_method,
+)
 from xarch_kd.models.loading.reference import (
     Source,
     check_config,
@@ -108,18 +115,32 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     config: PreTrainedConfig | None = None,
+    quantization: Quantization | None = None,
+    allow_quantized: bool = False,
 ) -> PreTrainedModel:
     """Return the causal language model of a reference, in eval mode, every weight a plain tensor of `dtype`.
 
-    By default `dtype` is the checkpoint's. A folder in mamba_ssm's format is loaded as the stock class that it equals.
-    Raises `ModelError` for weights that are missing, truncated, pickled, or not those of the config.
+    If `dtype` is None, it is the checkpoint's. A folder in mamba_ssm's format is loaded as the stock class that it
+    equals. A frozen teacher may be quantized: with `allow_quantized` in its checkpoint, with `quantization` on the fly,
+    by torchao; its head stays plain. Raises `ModelError` for weights that are missing, truncated, pickled, or not those
+    of the config, and for a quantized checkpoint where it is not allowed.
     """
     source = resolve(reference, revision)
+    if quantization is not None and (source.kind == "gguf" or is_mamba_ssm_folder(source)):
+        raise ModelError(
+            "Only a checkpoint of transformers is quantized on the fly.",
+            asked=f"quantization: {quantization}",
+            found=reference,
+        )
     if source.path is not None and is_mamba_ssm_folder(source):
         return import_mamba_ssm(source.path, dtype=dtype).to(device)  # type: ignore[arg-type]  # stubs expect a bound method
     config = _config(source) if config is None else config
+    if not allow_quantized:
+        check_full_precision(config, where=reference)
     if source.kind == "folder" and source.path is not None:
         check_weights(source.path)
+    quantized = loading_options(config, quantization, where=reference)
+    has_codes = quantization is not None or stored_method(config) is not None
     place: dict[str, Any] = {"pretrained_model_name_or_path": source.name, "use_safetensors": True}
     if source.kind == "gguf" and source.path is not None:
         place = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
@@ -129,6 +150,7 @@ def load_model(
         with name_map_built_once() if source.kind == "gguf" else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **place,
+                **quantized,
                 revision=revision or "main",
                 config=config,
                 dtype="auto" if dtype is None else dtype,
@@ -145,6 +167,8 @@ def load_model(
         check_gguf_placed(model, source.path)
     check_weights_finite(model, where=reference)
     follow_loaded_head(model, where=reference)
+    if has_codes:
+        check_head(model, where=reference)
     # A GGUF model keeps its quantizer, which would stop it from being saved, long after its weights are plain.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -1,0 +1,105 @@
+"""Quantized teachers: which checkpoints transformers loads, which package they need, and int8 or int4 on the fly."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from xarch_kd.errors import ModelError
+
+Quantization = Literal["int8", "int4"]
+# Method in a checkpoint's config -> the module that transformers needs for it (None: none), and its name for pip.
+PACKAGES: Final[dict[str, tuple[str, str] | None]] = {
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "torchao": ("torchao", "torchao"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "fp8": None,
+}
+# Weights per scale of int4.
+_GROUP: Final = 32
+
+
+def stored_method(config: PreTrainedConfig) -> str | None:
+    """Return the quantization method that a checkpoint's config names, None for full precision."""
+    found: Any = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    if values.get("load_in_4bit") or values.get("load_in_8bit"):
+        return "bitsandbytes"
+    method = values.get("quant_method")
+    return str(getattr(method, "value", method))
+
+
+def unsupported_reason(config: PreTrainedConfig, quantization: str | None) -> str | None:
+    """Return why a quantized model cannot be loaded here, with the line that mends it, or None."""
+    method = stored_method(config)
+    if method is not None and quantization is not None:
+        return f"the checkpoint is quantized already ({method}), so quantization: {quantization} cannot be asked for"
+    if method is not None and method not in PACKAGES:
+        return f"the checkpoint is quantized by the method {method}; allowed: {', '.join(PACKAGES)}, GGUF files"
+    package = ("torchao", "torchao") if quantization is not None else PACKAGES[method] if method is not None else None
+    if package is None or importlib.util.find_spec(package[0]) is not None:
+        return None
+    what = f"quantization: {quantization}" if quantization is not None else f"a checkpoint quantized by {method}"
+    return f"{what} needs the package {package[1]}: pip install {package[1]}"
+
+
+def check_full_precision(config: PreTrainedConfig, *, where: str) -> None:
+    """Raise `ModelError` for a quantized checkpoint where full-precision weights are needed."""
+    method = stored_method(config)
+    if method is not None:
+        raise ModelError(
+            "The checkpoint is quantized; conversion, and a student, take full-precision weights only.",
+            asked=where,
+            found=f"quantization_config: {method}",
+            fix="name the checkpoint that it was quantized from; a quantized one can be a frozen teacher",
+        )
+
+
+def loading_options(config: PreTrainedConfig, quantization: str | None, *, where: str) -> dict[str, Any]:
+    """Return what `from_pretrained` takes for a quantized model; FP8 weights are multiplied by their scales on loading.
+
+    Raises `ModelError` for a method or a package that is not there.
+    """
+    reason = unsupported_reason(config, quantization)
+    if reason is not None:
+        raise ModelError("The quantized model cannot be loaded.", asked=where, found=reason)
+    if stored_method(config) == "fp8":
+        stored: Any = config.quantization_config  # type: ignore[attr-defined]
+        stored["dequantize"] = True
+    if quantization is None:
+        return {}
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from transformers import TorchAoConfig
+
+    kinds = {
+        "int8": Int8WeightOnlyConfig,
+        # Runs on every device; the 4-bit values are stored in a byte each.
+        "int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(_GROUP)),
+    }
+    return {"quantization_config": TorchAoConfig(kinds[quantization]())}
+
+
+def full_precision(weight: Tensor) -> Tensor:
+    """Return the values of a weight that may be of one of torchao's classes, as a plain tensor."""
+    return weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize()
+
+
+def check_head(model: PreTrainedModel, *, where: str) -> None:
+    """Raise `ModelError` for a head that is quantized: token distributions are computed from its plain weight."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if isinstance(weight, Tensor) and (type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point()):
+        raise ModelError(
+            "The head of the quantized model is quantized too, and token distributions need its plain weight.",
+            asked=where,
+            found=f"{type(weight).__name__} of {weight.dtype}",
+            fix="use a checkpoint whose lm_head was left out of quantization, which is the default of these methods",
+        )
