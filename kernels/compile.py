@@ -2,12 +2,12 @@
 
     python -m xarch_kd.kernels.compile            # compare with the committed table
     python -m xarch_kd.kernels.compile --write    # rewrite the table
-    python -m xarch_kd.kernels.compile --changed  # all, but only a sample if the table is of these very sources
+    python -m xarch_kd.kernels.compile --changed  # of files as they were when the table was written, only a sample
     python -m xarch_kd.kernels.compile mixing_distance ssd    # only labels that contain every word
 
 A kernel file ships the configurations in its module-level tuple `SPECIMENS` (of `tiles.Specimen`). The table is
 `resources.json`, and `resources.md` for reading; both name the release of triton that compiled them. The table has a
-hash of the sources too: with the same sources and the same release its figures hold.
+hash of each file too: of the same sources and by the same release, its figures hold.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}
 REGISTER_LIMIT = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
 
 Row = dict[str, int]
+_IMPORTS = re.compile(r"^(?:from|import) xarch_kd\.kernels(.*)$", re.MULTILINE)
 
 
 def specimens(words: Sequence[str] = ()) -> dict[str, tuple[str, int, str]]:
@@ -104,19 +105,35 @@ def problems(
     return lines
 
 
-def sources_hash() -> str:
-    """Return the SHA-256 of all kernel files and of this one, by name."""
-    found = hashlib.sha256()
-    for path in sorted(FOLDER.glob("*.py")):
-        found.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return found.hexdigest()
+def sources_hash(file: str) -> str:
+    """Return the SHA-256 of a kernel file, of those that it imports, and of this one."""
+    wanted, found = [file, Path(__file__).stem], set[str]()
+    while wanted:
+        name = wanted.pop()
+        if name not in found and (FOLDER / f"{name}.py").is_file():
+            found.add(name)
+            if name != Path(__file__).stem:
+                wanted += re.findall(r"\w+", " ".join(_IMPORTS.findall((FOLDER / f"{name}.py").read_text())))
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(f"{name}\0".encode() + (FOLDER / f"{name}.py").read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
-def is_of_these_sources(table: Mapping[str, Any]) -> bool:
-    """Return whether the table was written from the kernels as they are, by the release of triton that is installed."""
+def compiled_files(table: Mapping[str, Any]) -> set[str]:
+    """Return the files whose rows of the table were written from them as they are, by the triton that is installed."""
     import triton
 
-    return table.get("sources") == sources_hash() and table.get("triton") == triton.__version__
+    if table.get("triton") != triton.__version__:
+        return set()
+    return {file for file, written in table.get("sources", {}).items() if written == sources_hash(file)}
+
+
+def changed(chosen: Mapping[str, tuple[str, int, str]], table: Mapping[str, Any]) -> dict[str, tuple[str, int, str]]:
+    """Return the configurations of files that changed since the table was written, and a sample of the others."""
+    known = compiled_files(table)
+    same = sorted(name for name, (file, _, _) in chosen.items() if file in known)[::SAMPLE_EVERY]
+    return {name: chosen[name] for name in sorted(chosen) if name in same or chosen[name][0] not in known}
 
 
 def _specimens_of(module: str) -> tuple[Any, ...]:
@@ -188,13 +205,17 @@ def _page(rows: Mapping[str, Row], version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(rows: Mapping[str, Row]) -> dict[str, Any]:
+def _write(rows: Mapping[str, Row], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `rows` and those of the table `known` that are not among them."""
     import triton
 
+    every = specimens()
+    whole = {file for file, _, _ in every.values()}
+    whole -= {file for name, (file, _, _) in every.items() if name not in rows}
     table = {
         "triton": triton.__version__,
-        "sources": sources_hash(),
-        "configurations": dict(sorted(rows.items())),
+        "sources": {**known.get("sources", {}), **{file: sources_hash(file) for file in sorted(whole)}},
+        "configurations": dict(sorted({**known.get("configurations", {}), **rows}.items())),
     }
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
     PAGE.write_text(_page(table["configurations"], triton.__version__))
@@ -206,21 +227,22 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {PACKAGE}.compile", description="Compile the kernels.")
     parser.add_argument("words", nargs="*", help="only configurations whose name contains every word")
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
-    parser.add_argument("--changed", action="store_true", help="only a sample if the table is of these very sources")
+    parser.add_argument(
+        "--changed", action="store_true", help="only a sample of files that have not changed since the table"
+    )
     options = parser.parse_args(None if arguments is None else list(arguments))
     # The interpreter replaces the kernels by functions that cannot be compiled.
     os.environ["TRITON_INTERPRET"] = "0"
     known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     chosen = specimens(options.words)
-    is_sample = options.changed and is_of_these_sources(known)
-    if is_sample:
-        chosen = dict(sorted(chosen.items())[::SAMPLE_EVERY])
+    if options.changed:
+        chosen = changed(chosen, known)
     rows = compile_all(chosen)
     for name, row in rows.items():
         print(f"{name:<72} {row['registers']:>4} registers {row['spills']:>5} spills {row['shared']:>7} shared")
-    is_whole = not options.words and not is_sample
+    is_whole = not options.words and not options.changed
     if options.write:
-        known = _write({**({} if is_whole else known.get("configurations", {})), **rows})
+        known = _write(rows, {} if is_whole else known)
     wrong = problems(chosen, rows, known, whole=is_whole)
     print("\n".join(wrong) if wrong else f"{len(rows)} configurations, nothing wrong", file=sys.stderr)
     return 1 if wrong else 0

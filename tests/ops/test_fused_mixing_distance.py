@@ -37,7 +37,7 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 def softmax(seed: int, heads: int, key_heads: int, width: int, **settings: Any) -> SoftmaxMixing:
     generator = torch.Generator().manual_seed(seed)
-    batch, time = settings.pop("batch", 2), settings.pop("time", 45)
+    batch, time = settings.pop("batch", 1), settings.pop("time", 45)
     dtype = settings.pop("dtype", torch.float32)
     return SoftmaxMixing(
         query=normal(generator, batch, time, heads, width).to(dtype),
@@ -50,7 +50,7 @@ def softmax(seed: int, heads: int, key_heads: int, width: int, **settings: Any) 
 def ssd(seed: int, heads: int, groups: int, state: int, **settings: Any) -> SSDMixing:
     """Heads that forget slowly, and so fast that exp(-200 dt) is 0."""
     generator = torch.Generator().manual_seed(seed)
-    batch, time = settings.pop("batch", 2), settings.pop("time", 45)
+    batch, time = settings.pop("batch", 1), settings.pop("time", 45)
     dtype = settings.pop("dtype", torch.float32)
     dt = torch.rand(batch, time, heads, generator=generator, dtype=torch.float64)
     rates = torch.tensor([0.05, 1.0, 6.0, 200.0], dtype=torch.float64)[torch.arange(heads) % 4]
@@ -179,20 +179,29 @@ def check(teacher: SoftmaxMixing, student: Student, distance: Any, head_map: Ten
         assert error <= budget, f"{name}: {error:.3g} of {size:.3g}, budget {budget:.3g}"
 
 
-# One whole sequence, one of a single token, one with padding on both sides.
-RAGGED = bounds((0, 45), (7, 8), (5, 41))
+# One of a single token, one with padding on both sides.
+RAGGED = bounds((7, 8), (5, 41))
+
+
+# One distance of each kernel.
+@pytest.mark.parametrize("distance", ["kl", "cosine"])
+def test_softmax_with_mixtures_windows_caps_and_lengths(distance: Any) -> None:
+    teacher = softmax(0, 3, 1, 40, batch=2, window=7, softcap=5.0, **RAGGED)
+    student = softmax(1, 2, 1, 24, batch=2, window=11, softcap=2.0, **RAGGED)
+    check(teacher, student, distance, mixture(2, 3))
 
 
 @pytest.mark.parametrize("distance", [*DIVERGENCES, *SQUARES])
-def test_softmax_with_mixtures_windows_caps_and_lengths(distance: Any) -> None:
-    teacher = softmax(0, 3, 1, 40, batch=3, window=7, softcap=5.0, **RAGGED)
-    student = softmax(1, 2, 1, 24, batch=3, window=11, softcap=2.0, **RAGGED)
-    check(teacher, student, distance, mixture(2, 3))
+def test_every_distance(distance: Any) -> None:
+    teacher = softmax(0, 2, 1, 40, time=19)
+    check(teacher, softmax(1, 1, 1, 24, time=19), distance, mixture(1, 2))
+    if distance in SQUARES:
+        check(teacher, ssd(1, 1, 1, 24, time=19), distance, mixture(1, 2))
 
 
 @pytest.mark.parametrize("distance", ["kl", "cosine"])
 def test_softmax_with_grouped_heads_on_both_sides(distance: Any) -> None:
-    teacher, student = softmax(0, 4, 2, 16, batch=1, time=33), softmax(1, 4, 1, 20, batch=1, time=33)
+    teacher, student = softmax(0, 4, 2, 16, time=19), softmax(1, 4, 1, 20, time=19)
     check(teacher, student, distance)
     check(student, teacher, distance)
 
@@ -200,51 +209,50 @@ def test_softmax_with_grouped_heads_on_both_sides(distance: Any) -> None:
 @pytest.mark.parametrize(("distance", "student_causal"), [("kl", False), ("frobenius", True)])
 def test_softmax_that_is_not_causal(distance: Any, student_causal: bool) -> None:
     ragged = bounds((0, 20), (3, 17))
-    teacher = softmax(0, 1, 1, 16, time=20, causal=False, window=9, **ragged)
-    check(teacher, softmax(1, 1, 1, 16, time=20, causal=student_causal, **ragged), distance)
+    teacher = softmax(0, 1, 1, 16, batch=2, time=20, causal=False, window=9, **ragged)
+    check(teacher, softmax(1, 1, 1, 16, batch=2, time=20, causal=student_causal, **ragged), distance)
 
 
 @pytest.mark.parametrize("distance", ["kl", "cosine"])
 def test_each_map_has_its_own_span(distance: Any) -> None:
-    teacher, student = softmax(0, 1, 1, 16, time=37, **bounds((18, 37), (2, 30))), softmax(1, 1, 1, 16, time=37)
-    check(teacher, student, distance)
+    teacher = softmax(0, 1, 1, 16, batch=2, time=37, **bounds((18, 37), (2, 30)))
+    check(teacher, softmax(1, 1, 1, 16, batch=2, time=37), distance)
 
 
-@pytest.mark.parametrize("distance", SQUARES)
-def test_ssd_with_mixtures_windows_caps_and_lengths(distance: Any) -> None:
-    teacher = softmax(0, 3, 1, 40, batch=3, window=7, softcap=5.0, **RAGGED)
-    check(teacher, ssd(1, 4, 2, 24, batch=3, **RAGGED), distance, mixture(4, 3))
+def test_ssd_with_mixtures_windows_caps_and_lengths() -> None:
+    teacher = softmax(0, 3, 1, 40, batch=2, window=7, softcap=5.0, **RAGGED)
+    check(teacher, ssd(1, 4, 2, 24, batch=2, **RAGGED), "cosine", mixture(4, 3))
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_ssd_groups(groups: int) -> None:
-    check(softmax(0, 4, 2, 16, batch=1), ssd(1, 4, groups, 16, batch=1), "cosine")
+    check(softmax(0, 4, 2, 16, time=19), ssd(1, 4, groups, 16, time=19), "cosine")
 
 
 def test_ssd_with_one_state_a_head_for_each_channel_and_no_skip() -> None:
-    check(softmax(0, 2, 1, 16, time=33), ssd(1, 4, 1, 1, time=33, D=None), "frobenius", mixture(4, 2))
+    check(softmax(0, 2, 1, 16, time=19), ssd(1, 4, 1, 1, time=19, D=None), "frobenius", mixture(4, 2))
 
 
 def test_small_decays_after_large_ones_keep_their_size() -> None:
     """The sum of logarithms passes 15 000, where float32 has steps of 0.001, ten times the later decays."""
-    student = ssd(1, 1, 1, 16, batch=1, D=None)
+    student = ssd(1, 1, 1, 16, D=None)
     student.log_decay[:, :16], student.log_decay[:, 16:] = -999.0, -1e-4
-    check(softmax(0, 1, 1, 16, batch=1), student, "cosine")
+    check(softmax(0, 1, 1, 16), student, "cosine")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["softmax kl", "softmax cosine", "ssd cosine"])
 def test_narrow_dtypes(kind: str, dtype: torch.dtype) -> None:
-    teacher = softmax(0, 2, 1, 16, time=37, batch=1, dtype=dtype)
+    teacher = softmax(0, 2, 1, 16, time=37, dtype=dtype)
     make = softmax if kind.startswith("softmax") else ssd
-    check(teacher, make(1, 2, 1, 24, time=37, batch=1, dtype=dtype), kind.split()[1])
+    check(teacher, make(1, 2, 1, 24, time=37, dtype=dtype), kind.split()[1])
 
 
 def test_gradients_between_maps_that_are_almost_one_survive_bfloat16() -> None:
     """At a KL of 4e-5 the difference of two rounded products would be wrong by a sixth."""
-    teacher = softmax(0, 2, 1, 32, batch=1, dtype=torch.bfloat16)
+    teacher = softmax(0, 2, 1, 32, dtype=torch.bfloat16)
     shift = normal(torch.Generator().manual_seed(3), *teacher.query.shape) * 0.01
-    student = softmax(0, 2, 1, 32, batch=1)
+    student = softmax(0, 2, 1, 32)
     student = SoftmaxMixing(
         query=student.query + shift.float(), key=teacher.key.float(), scale=teacher.scale
     ).map_factors(torch.Tensor.bfloat16)
@@ -253,8 +261,8 @@ def test_gradients_between_maps_that_are_almost_one_survive_bfloat16() -> None:
 
 def test_small_upstream_gradients_survive_float16() -> None:
     """Slopes of 1e-7, below float16's smallest number, against queries of 500: the key's gradient is representable."""
-    teacher = softmax(0, 1, 1, 16, time=33, batch=1, dtype=torch.float16)
-    student = softmax(1, 1, 1, 16, time=33, batch=1, dtype=torch.float16)
+    teacher = softmax(0, 1, 1, 16, time=33, dtype=torch.float16)
+    student = softmax(1, 1, 1, 16, time=33, dtype=torch.float16)
     query, key = (student.query * 500).requires_grad_(), (student.key / 500).requires_grad_()
     student = SoftmaxMixing(query=query, key=key, scale=student.scale)
     true = measure(lambda t, s: dense_rows(t, s, "kl", None) * 1e-6, teacher, student, torch.float64)["key"]
@@ -268,11 +276,13 @@ def test_single_tokens(student: Student) -> None:
     check(softmax(0, 2, 2, 16, time=1), student, "cosine")
 
 
-@pytest.mark.parametrize("student", [softmax(1, 2, 1, 16, time=19), ssd(1, 2, 1, 16, time=19)], ids=["softmax", "ssd"])
+@pytest.mark.parametrize(
+    "student", [softmax(1, 2, 1, 16, batch=2, time=19), ssd(1, 2, 1, 16, batch=2, time=19)], ids=["softmax", "ssd"]
+)
 def test_what_stands_in_padding_changes_nothing(student: Student) -> None:
     """The second sequence is padding alone: zeros everywhere, whatever the factors hold."""
     ranges = bounds((3, 17), (5, 5))
-    teacher, student = softmax(0, 2, 1, 16, time=19, **ranges), dataclasses.replace(student, **ranges)
+    teacher, student = softmax(0, 2, 1, 16, batch=2, time=19, **ranges), dataclasses.replace(student, **ranges)
     distance = "kl" if isinstance(student, SoftmaxMixing) else "cosine"
     padding = ~inside(student).any(-1).squeeze(1)
 
@@ -323,7 +333,7 @@ def test_one_factor_alone_is_trained() -> None:
         for name in ("query", "key"):
             own = student.map_factors(torch.Tensor.detach)
             factor = own.factors[name].requires_grad_()
-            upstream = torch.rand(2, 19, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
+            upstream = torch.rand(1, 19, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
             fused(distance)(teacher, own).backward(upstream.float())
             assert factor.grad is not None and torch.equal(factor.grad.double(), both[name])
             factor.requires_grad_(False)
@@ -334,7 +344,7 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     from xarch_kd.kernels import mixing_distance as kernels
 
     teacher, student, other = softmax(0, 2, 1, 16, time=5), softmax(1, 2, 1, 16, time=5), ssd(1, 2, 1, 16, time=5)
-    ranges, settings = torch.tensor([[0, 5, 0, 5], [1, 4, 1, 4]], dtype=torch.int32), ([0.2, 0.3], [0.0, 3.0])
+    ranges, settings = torch.tensor([[0, 5, 1, 4]], dtype=torch.int32), ([0.2, 0.3], [0.0, 3.0])
     own = [factor.requires_grad_() for factor in student.factors.values()]
     pair = (*own, *teacher.factors.values(), ranges, mixture(2, 2), *settings, [True, True], [0, 3])
     factors = [factor.requires_grad_() for factor in other.factors.values()]
@@ -360,9 +370,11 @@ def test_compiled_graphs_hold_the_operators_whole() -> None:
         assert torch.equal(compiled(*arguments), operator(*arguments)[0])
 
 
-@pytest.mark.parametrize("student", [softmax(1, 2, 1, 16, time=19), ssd(1, 2, 1, 16, time=19)], ids=["softmax", "ssd"])
+@pytest.mark.parametrize(
+    "student", [softmax(1, 2, 1, 16, batch=2, time=19), ssd(1, 2, 1, 16, batch=2, time=19)], ids=["softmax", "ssd"]
+)
 def test_the_operation_runs_it_when_asked(student: Student) -> None:
-    teacher, mask = softmax(0, 3, 1, 16, time=19), torch.ones(2, 19, dtype=torch.bool)
+    teacher, mask = softmax(0, 3, 1, 16, batch=2, time=19), torch.ones(2, 19, dtype=torch.bool)
     mask[0, 4:9] = False
 
     def run(impl: str) -> Callable[..., Tensor]:
@@ -375,7 +387,7 @@ def test_the_operation_runs_it_when_asked(student: Student) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=2.0**-16 * float(value.abs().max()))
 
 
-PLAIN, SMALL_SSD = softmax(0, 1, 1, 8, time=4, batch=1), ssd(0, 1, 1, 8, time=4, batch=1)
+PLAIN, SMALL_SSD = softmax(0, 1, 1, 8, time=4), ssd(0, 1, 1, 8, time=4)
 DELTA = DeltaMixing(query=PLAIN.query, key=PLAIN.key, beta=torch.ones(1, 4, 1))
 UNSUPPORTED: dict[str, tuple[Any, Any, str, str]] = {
     "student": (PLAIN, DELTA, "cosine", "not for softmax with delta"),
@@ -384,7 +396,7 @@ UNSUPPORTED: dict[str, tuple[Any, Any, str, str]] = {
     "acausal": (dataclasses.replace(PLAIN, causal=False), SMALL_SSD, "cosine", "not causal"),
     "sinks": (dataclasses.replace(PLAIN, sinks=torch.zeros(1)), PLAIN, "cosine", "sinks"),
     "student sinks": (PLAIN, dataclasses.replace(PLAIN, sinks=torch.zeros(1)), "cosine", "sinks"),
-    "width": (PLAIN, softmax(0, 1, 1, 257, time=4, batch=1), "cosine", "at most 256 numbers, and these have 257"),
+    "width": (PLAIN, softmax(0, 1, 1, 257, time=4), "cosine", "at most 256 numbers, and these have 257"),
     "dtype": (PLAIN, PLAIN.map_factors(torch.Tensor.double), "cosine", "not float64"),
 }
 

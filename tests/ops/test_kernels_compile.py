@@ -30,27 +30,30 @@ def test_every_configuration_compiles_within_its_bounds() -> None:
     assert done.returncode == 0, done.stderr
     compiled = [line for line in done.stdout.splitlines() if " registers " in line]
     table = json.loads(gate.TABLE.read_text())
-    expected = sorted(table["configurations"])
-    if gate.is_of_these_sources(table):
-        expected = expected[:: gate.SAMPLE_EVERY]
-        assert {name.split("/")[-1] for name in expected} == gate.SHARED_LIMIT.keys()
-    assert [line.split()[0] for line in compiled] == expected
+    assert [line.split()[0] for line in compiled] == list(gate.changed(gate.specimens(), table))
 
 
-def test_a_table_of_other_sources_or_of_another_triton_is_compiled_again(
+def test_files_that_changed_and_all_files_under_another_triton_are_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import triton
-
-    table = {"triton": triton.__version__, "sources": gate.sources_hash()}
-    assert gate.is_of_these_sources(table)
-    assert not gate.is_of_these_sources({**table, "triton": "0.0.0"})
+    every = gate.specimens()
+    files = {file for file, _, _ in every.values()}
+    table = json.loads(gate.TABLE.read_text()) | {"sources": {file: gate.sources_hash(file) for file in files}}
+    sample = gate.changed(every, table)
+    assert len(sample) == -(-len(every) // gate.SAMPLE_EVERY)
+    assert {name.split("/")[-1] for name in sample} == gate.SHARED_LIMIT.keys()
+    assert gate.changed(every, {**table, "triton": "0.0.0"}) == gate.changed(every, {}) == dict(sorted(every.items()))
     for path in gate.FOLDER.glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(gate, "FOLDER", tmp_path)
-    assert gate.is_of_these_sources(table)
-    (tmp_path / "tiles.py").write_text("# changed")
-    assert not gate.is_of_these_sources(table)
+    assert gate.compiled_files(table) == files
+    (tmp_path / "projected_distance.py").write_text("# changed")
+    assert gate.compiled_files(table) == files - {"projected_distance"}
+    # Others import it.
+    (tmp_path / "mixing_ssd.py").write_text("# changed")
+    assert gate.compiled_files(table) == files - {"projected_distance", "mixing_specimens"}
+    (tmp_path / "compile.py").write_text("# changed")
+    assert gate.compiled_files(table) == set()
 
 
 def test_the_table_has_every_kernel_and_target_and_the_page_says_the_same() -> None:
