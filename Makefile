@@ -33,6 +33,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.recipes
 	$(BIN)/python -m benchmarks.recipes --table strategies
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.data
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python -m xarch_kd.testing.families_page

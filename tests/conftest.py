@@ -32,6 +32,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
 
 
+# Files whose fixtures take long. Tests are taken over from the end of another worker's, so that these are not divided.
+FIRST = ("test_ranks.py", "test_smollm2.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 def pytest_collection_finish() -> None:
     """Exempt what is imported by now from garbage collection, which otherwise looks at all of it after every stage."""
     gc.collect()
