@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "num_heads": 8,
     "head_dim": 8,
     "state_size": 16,
+    "chunk_size": 16,
 }
 RATES = Rates("cpu", {"float32": 1e11, "bfloat16": 2e11, "float16": 1e11})
 STAGE = {**LOGIT_STAGE, "train": ["all"], "optimizer": {"lr": 1e-3, "mixer_lr": 1e-2}}

@@ -27,6 +27,7 @@ STUDENT = {
     "n_groups": 4,
     "state_size": 16,
     "expand": 2,
+    "chunk_size": 16,
 }
 EVERYTHING: dict[str, Any] = {
     "name": "all",

@@ -84,7 +84,7 @@ def test_a_signal_before_the_first_step_is_no_loss_that_is_hidden(
 
 
 def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping: Write, tmp_path: Path) -> None:
-    stage = {**MIXER_STAGE, "steps": 60, "checkpoint_every": 5}
+    stage = {**MIXER_STAGE, "steps": 30, "checkpoint_every": 5}
     mapping, run = write_mapping(stage), tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(run), "-q"])
     checkpoints = run / "stages" / "01-mixers"

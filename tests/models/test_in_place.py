@@ -270,24 +270,31 @@ assert "AutoModelForCausalLM" in inspect.getsource(auto)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "from transformers import LlamaForCausalLM",
-        "from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention",
-        "from transformers import Trainer",
-    ],
+STATEMENTS = (
+    "from transformers import LlamaForCausalLM",
+    "from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention",
+    "from transformers import Trainer",
 )
-def test_any_part_of_transformers_can_be_imported_after_this_package(statement: str) -> None:
+
+
+def test_any_part_of_transformers_can_be_imported_after_this_package() -> None:
+    # One process loads torch, and each of its children is as one that has not loaded transformers.
     code = f"""
-import sys
+import os, sys, torch
 import xarch_kd
-{statement}
-from transformers import AutoConfig, AutoModelForCausalLM
-assert "transformers.models.gpt2.modeling_gpt2" not in sys.modules
-config = AutoConfig.for_model("xarch_kd_gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=32, replaced_layers=[0],
-    mixer_settings=dict(mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2))
-assert type(AutoModelForCausalLM.from_config(config)).__name__ == "InPlaceGPT2LMHeadModel"
+assert "transformers" not in sys.modules
+for statement in {STATEMENTS!r}:
+    child = os.fork()
+    if child:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, statement
+        continue
+    exec(statement)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    assert "transformers.models.gpt2.modeling_gpt2" not in sys.modules
+    config = AutoConfig.for_model("xarch_kd_gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=32, replaced_layers=[0],
+        mixer_settings=dict(mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2))
+    assert type(AutoModelForCausalLM.from_config(config)).__name__ == "InPlaceGPT2LMHeadModel"
+    break
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
