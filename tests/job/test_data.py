@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.job.test_train import END_TO_END
 from tests.training.test_micro_batches import run, total
@@ -197,3 +198,27 @@ def test_an_empty_source_of_a_mixture_is_refused_by_name(write_mapping: Write, t
     (tmp_path / "empty.txt").write_text("short")
     with pytest.raises(DataError, match=r"empty\.txt[\s\S]*too short for one row"):
         _text(write_mapping(data={"mixture": sources, "sequence_length": 16, "held_out": 0}))
+
+
+def test_completions_alone_are_measured(write_mapping: Write, tmp_path: Path) -> None:
+    """Labels from the file to the figures, against logits of the saved student, a document at a time."""
+    pairs = [(f"question {number}? ", "answer " + "no " * (number % 4)) for number in range(12)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt, "completion": end}) + "\n" for prompt, end in pairs))
+    data = _data(
+        str(file), packing="best_fit", documents="isolated", sequence_length=64, evaluation={"files": [str(file)]}
+    )
+    stage = {**LOGIT_STAGE, "align": [{**END_TO_END["align"][0], "tokens": "labelled"}]}
+    run = train(write_mapping(stage, data=data, evaluate={"tokens": 4096}), tmp_path / "run")
+    (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"]
+    tokenizer, student = AutoTokenizer.from_pretrained(run.student), AutoModelForCausalLM.from_pretrained(run.student)
+    values: list[float] = []
+    for prompt, end in pairs:
+        ids = [*tokenizer(prompt + end, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        first = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            logits = student(torch.tensor([ids])).logits[0]
+        nll = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+        values += nll[first - 1 :].tolist()
+    assert figures["tokens"] == len(values)
+    assert figures["student_nll"] == pytest.approx(sum(values) / len(values), rel=1e-4)

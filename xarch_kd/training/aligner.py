@@ -130,8 +130,10 @@ class Aligner(nn.Module):
         return splitting_reason(entries, (self.layout, self.reader.layout))
 
     def parts(self, batch: Batch) -> tuple[Batch, ...]:
-        """Return a micro-batch in the parts that are passed to `forward` one after another, in which no document of a
-        packed row is read in the context of another: the batch itself, or its documents by length.
+        """Return the parts of a micro-batch that `forward` takes one after another.
+
+        No document of a packed row is read in the context of another: the batch itself where position ids keep its
+        documents apart, or the documents as rows of their own, in groups of similar length.
         """
         return (batch,) if batch.position_ids is None or self.splitting_reason is None else batch.apart()
 
