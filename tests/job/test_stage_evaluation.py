@@ -137,6 +137,22 @@ def test_a_resumed_run_keeps_the_same_best_and_stops_at_the_same_step(
     assert (resumed.step, resumed.evaluations) == (stage.step, stage.evaluations)
 
 
+def test_evaluations_before_the_weights_are_balanced_are_not_compared(
+    write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {**MIXER_STAGE["align"][0], "loss": {"kind": "relative_mse", "weight": "auto"}}
+    other = {"name": "other", "tap": "mixer_output", "layers": "replaced", "loss": {"kind": "cosine"}}
+    stage = {
+        **MIXER_STAGE,
+        "steps": 2,
+        "align": [entry, other],
+        "evaluation": {"every": 1, "batches": 1, "keep": "best"},
+    }
+    run = train(write_mapping(stage), tmp_path / "run").stages["mixers"]
+    assert list(run.evaluations) == [1, 2] and run.weights_of_step == 2
+    assert "so that the last weights are kept and not the best" in capsys.readouterr().out
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"evaluation": {"every": 0}}, "stages[0].evaluation.every: must be at least 1"),
     ({"evaluation": {"every": 2, "kep": "best"}}, "unknown key. Did you mean 'keep'?"),

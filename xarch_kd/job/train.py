@@ -284,6 +284,8 @@ class _Job:
             self.reporter.line(
                 f"stage {stage.stage.name}: the student has the weights of step {kept}, the best evaluated"
             )
+        if trainer.held_out is not None and trainer.held_out.notice is not None:
+            self.reporter.line(f"warning: stage {stage.stage.name}: {trainer.held_out.notice}")
         is_averaged = trainer.average is not None
         if is_averaged:
             self.reporter.line(f"stage {stage.stage.name}: the student has the moving average of its weights")

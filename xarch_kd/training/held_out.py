@@ -157,6 +157,16 @@ class HeldOut:
         """True once `patience` evaluations in a row were not the best."""
         return self.record.is_exhausted(self.settings.patience)
 
+    @property
+    def notice(self) -> str | None:
+        """Line about `keep: best` without an evaluation to compare; None otherwise."""
+        if self.settings.keep == "last" or self.record.best_step is not None:
+            return None
+        return (
+            "its evaluations all came before weight: auto was balanced and were not compared, so that the last weights "
+            "are kept and not the best"
+        )
+
     def restore_best(self) -> int | None:
         """Copy the weights of the best evaluation into the aligner and return its step; None with `keep: last`."""
         if not self._best:
