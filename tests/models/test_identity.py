@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils.hub import cached_file
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.loading import identity
@@ -55,6 +57,24 @@ def test_a_config_is_identified_by_its_file(tmp_path: Path) -> None:
     assert config_identity(str(tmp_path)) == {"config.json": file_identity(tmp_path / "config.json")}
     with pytest.raises(ModelError):
         config_identity(str(tmp_path / "absent"))
+
+
+def test_a_hub_model_is_identified_by_the_commit_that_its_revision_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = ["a" * 40, "b" * 40]
+    repository = tmp_path / "models--owner--name"
+    for commit in commits:
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
+    (repository / "refs").mkdir()
+    monkeypatch.setattr(identity, "cached_file", partial(cached_file, cache_dir=str(tmp_path), local_files_only=True))
+    for commit in commits:
+        (repository / "refs" / "main").write_text(commit)
+        assert model_identity("owner/name") == {"commit": commit}
+    assert model_identity("owner/name", commits[0]) == {"commit": commits[0]}
+    with pytest.raises(ModelError, match="could not be found on the hub"):
+        model_identity("owner/other")
 
 
 def test_a_tokenizer_is_its_rules_and_not_what_calls_left_in_it() -> None:

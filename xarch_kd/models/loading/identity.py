@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from transformers import PreTrainedConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.loading.reference import Source, read_config_json, resolve
@@ -75,8 +75,17 @@ def _shown(size: int, digest: str) -> str:
 
 
 def _commit(source: Source) -> str:
+    """Return the commit that a revision is now, from the folder of the hub's cache that its config lies in."""
     try:
-        values, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision)
+        config = cached_file(source.name, "config.json", revision=source.revision)
     except (OSError, ValueError) as error:
         raise ModelError("The model could not be found on the hub.", asked=source.name, found=error) from error
-    return str(values.get("_commit_hash") or source.revision or "main")
+    commit = extract_commit_hash(config, None)
+    if commit is None:
+        raise ModelError(
+            "The commit of the hub model is not known, so a later change of it could not be seen.",
+            asked=source.name,
+            found=f"config.json at {config}",
+            fix=f"download it, e.g. hf download {source.name} --local-dir FOLDER, and name the folder",
+        )
+    return commit
