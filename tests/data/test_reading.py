@@ -130,7 +130,7 @@ def test_places_are_lines_and_rows(tmp_path: Path) -> None:
         for path in sorted(tmp_path.iterdir())
     }
     assert places == {
-        "a.csv": [":3", ":4"],
+        "a.csv": [":2", ":4"],
         "a.json": [":1:2", ":2:2"],
         "a.jsonl": [":1", ":3"],
         "a.parquet": [": row 1", ": row 2"],

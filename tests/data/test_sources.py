@@ -183,6 +183,7 @@ def test_sources_of_all_kinds_in_one_order(opened: Any, tmp_path: Path) -> None:
         (("blank.txt",), r"the text source '.*blank\.txt' is empty"),
         (("text.jsonl", "chat.jsonl"), r"chat\.jsonl:1: a document of another shape[\s\S]*text, as in .*text\.jsonl:1"),
         (("text.jsonl", "body.jsonl"), r"body\.jsonl:1: no text under 'text'[\s\S]*columns: body"),
+        (("sharegpt.jsonl",), r'sharegpt\.jsonl:1[\s\S]*write conversations as messages: \[\{"role"'),
     ],
 )
 def test_files_that_do_not_fit_are_refused(opened: Any, tmp_path: Path, names: tuple[str, ...], message: str) -> None:
@@ -190,6 +191,7 @@ def test_files_that_do_not_fit_are_refused(opened: Any, tmp_path: Path, names: t
     write(tmp_path / "text.jsonl", [{"text": "a"}])
     write(tmp_path / "chat.jsonl", [{"messages": CHAT}])
     write(tmp_path / "body.jsonl", [{"body": "a"}])
+    write(tmp_path / "sharegpt.jsonl", [{"conversations": [{"from": "human", "value": "a"}]}])
     with pytest.raises(DataError, match=message):
         opened(Text(files=tuple(str(tmp_path / name) for name in names)))
 

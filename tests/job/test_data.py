@@ -114,6 +114,9 @@ def test_other_text_can_be_named_to_measure_on(write_mapping: Write, tmp_path: P
     texts, descriptions = evaluation_texts(plan, tokenizer, Reporter.silent(), text)
     assert "quite another text" in tokenizer.decode(texts["held-out"][0].input_ids.flatten())
     assert "o.jsonl" in descriptions["held-out"]
+    assert "warning" not in "".join(text.lines)
+    same = write_mapping(LOGIT_STAGE, data=_data(training, evaluation={"files": [training]}), evaluate={"tokens": 64})
+    assert "50 of 50 documents of data.evaluation are in the training text too" in _text(same).lines[-1]
 
 
 def test_the_seed_decides_what_is_held_out_and_0_holds_out_nothing(write_mapping: Write, tmp_path: Path) -> None:

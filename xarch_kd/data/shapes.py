@@ -21,7 +21,7 @@ NEEDED: Final[dict[str, tuple[str, ...]]] = {
 }
 OPTIONAL: Final = ("tools", "labels", "attention_mask")
 # Columns of conversations under other names, which are not read without being asked for.
-OTHER_NAMES: Final = ("conversations", "conversation", "instruction", "content", "body")
+OTHER_NAMES: Final = ("instruction", "content", "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,14 @@ def _listed(columns: Sequence[str]) -> str:
 def _without_column(record: Record, column: str) -> DataError:
     columns = record.columns
     other = next((name for name in OTHER_NAMES if name in columns), columns[0] if columns else "…")
+    fix = f"name the column in the mapping file, e.g. column: {other}"
+    if "conversations" in columns:
+        fix = 'write conversations as messages: [{"role": "user", "content": "…"}, …]'
     return DataError(
         f"{record.place}: no text under '{column}'{suggest(column, columns)}",
         found=f"columns: {_listed(columns)}",
         allowed="text; prompt and completion; messages; input_ids; or the column that `column` names",
-        fix=f"name the column in the mapping file, e.g. column: {other}",
+        fix=fix,
     )
 
 

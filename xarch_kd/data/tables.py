@@ -27,10 +27,12 @@ def csv_records(file: DataFile) -> Iterator[Record]:
             header = next(rows, [])
             if len(set(header)) != len(header):
                 raise DataError(f"{file.path}:1: the header has a column twice", found=", ".join(header)[:200])
+            after = rows.line_num
             for row in rows:
+                # A row of several lines is named by its first.
+                place, after = f"{file.path}:{after + 1}", rows.line_num
                 if not row:
                     continue
-                place = f"{file.path}:{rows.line_num}"
                 if len(row) != len(header):
                     raise DataError(
                         f"{place}: a row has another number of columns than the header",

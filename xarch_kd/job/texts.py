@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 
 from xarch_kd.data.batches import Batch, BatchSource
@@ -30,13 +31,15 @@ CALIBRATION_ROWS = 32
 class RunText:
     """Text of a run: the rows it trains on, and the documents held out of each source or named for evaluation.
 
-    Of a `stream`, `training` has the first rows, which calibration reads.
+    Of a `stream`, `training` has the first rows, which calibration reads. `trained_on` counts the documents named for
+    evaluation that are in the training text too.
     """
 
     training: Rows
     held_out_documents: tuple[TokenizedDocuments, ...]
     data: Data
     stream: DocumentStream | None = None
+    trained_on: int = 0
 
     def source(self, order: BatchOrder) -> BatchSource:
         """Return the batches of a stage, in `order`, or in the order of the stream."""
@@ -68,7 +71,15 @@ class RunText:
             f"held out: {documents.tokens:,} tokens in {len(documents):,} documents, {documents.description}"
             for documents in self.held_out_documents
         )
-        return (*(_size(part) for part in parts), *self.training.notices, *held_out)
+        return (*(_size(part) for part in parts), *self.training.notices, *held_out, *self._overlap())
+
+    def _overlap(self) -> Iterator[str]:
+        if self.trained_on:
+            documents = sum(len(part) for part in self.held_out_documents)
+            yield (
+                f"warning: {self.trained_on:,} of {documents:,} documents of data.evaluation are in the training text "
+                "too: what is measured on them is no held-out likelihood"
+            )
 
     def held_out(self) -> Rows:
         """Return the held-out rows. Raises DataError if no document is held out."""
@@ -105,7 +116,11 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
         # A mixture is measured as it is trained on, or not at all.
         held = ()
     training = MixedRows(parts=parts, weights=_weights(data)) if data.mixture else parts[0]
-    return RunText(training=training, held_out_documents=held, data=data, stream=stream)
+    trained_on = 0
+    if data.evaluation is not None:
+        seen = numpy.concatenate([documents.hashes for documents, _ in sides])
+        trained_on = int(numpy.isin(held[0].hashes, seen).sum())
+    return RunText(training=training, held_out_documents=held, data=data, stream=stream, trained_on=trained_on)
 
 
 def _first_of(stream: DocumentStream, plan: Plan) -> tuple[TokenizedDocuments, TokenizedDocuments | None]:
