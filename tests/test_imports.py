@@ -17,6 +17,8 @@ HEAVY = {"torch", "transformers", "numpy", "scipy", "accelerate", "pydantic", "s
 OPTIONAL = {
     "causal_conv1d",
     "datasets",
+    "pyarrow",
+    "zstandard",
     "gguf",
     "liger_kernel",
     "lm_eval",

@@ -151,6 +151,33 @@ def test_a_full_disk_leaves_nothing_and_names_what_to_free(
     assert opened(text).texts == ["one<|end|>"]
 
 
+def test_a_cache_that_cannot_be_written_is_named_and_one_that_holds_the_text_is_read(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Text(files=(str(write(tmp_path / "a.jsonl", [{"text": "one"}])),))
+    (tmp_path / "cache").write_text("a file", encoding="utf-8")
+    with pytest.raises(DataError, match=r"cannot write the token store[\s\S]*XARCH_KD_CACHE to a folder that can"):
+        opened(text)
+    (tmp_path / "cache").unlink()
+    opened(text)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("xarch_kd.files.os.replace", refuse)
+    monkeypatch.setattr(identity, "SETTLED_SECONDS", -60.0)
+    assert opened(text).texts == ["one<|end|>"]
+
+
+def test_documents_that_nothing_separates_are_reported(opened: Any, tmp_path: Path) -> None:
+    made = tiny_tokenizer()
+    made.bos_token = made.eos_token = None
+    text = Text(files=(str(write(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])),))
+    found = opened(text, made)
+    assert found.texts == ["one", "two"] and "nothing separates the documents of a row" in found.printed
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(
     opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

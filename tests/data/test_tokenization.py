@@ -189,6 +189,7 @@ def test_token_ids_keep_their_labels_and_lose_their_padding() -> None:
         ([{"prompt": "a", "completion": "b"}], {"train_on": "assistant"}, "prompt and completion have no assistant"),
         ([{"prompt": "a", "completion": CHAT}], {}, r"are of different kinds[\s\S]*prompt: str, completion: list"),
         ([{"messages": "a"}], {"shape": "messages"}, r"holds no conversation\n  found:   str"),
+        ([{"messages": json.dumps(CHAT)}], {"column": "messages"}, r"holds no conversation\n  found:   str"),
         ([{"messages": []}], {}, "an empty list"),
         ([{"messages": [{"from": "human", "value": "a"}]}], {}, r"message 0 has no role[\s\S]*rename the keys"),
         ([{"messages": CHAT[:2]}], {}, r"without an assistant's turn[\s\S]*user: One\?[\s\S]*train_on: all"),

@@ -7,12 +7,13 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from xarch_kd.errors import DataError
+from xarch_kd.errors import CheckpointError, DataError
 from xarch_kd.files import write_json
 
 # A file that changed this short before it was hashed may change again with the same times.
@@ -56,7 +57,9 @@ def files_identity(paths: Sequence[Path], cache: Path, progress: Progress) -> st
         progress(state[1])
     last = max((max(state[2], state[3]) for state in states), default=0) / 1e9
     if last < started - SETTLED_SECONDS:
-        write_json(known, {"content": whole.hexdigest(), "files": len(states)})
+        # Without the note the files are hashed again at the next start.
+        with suppress(CheckpointError):
+            write_json(known, {"content": whole.hexdigest(), "files": len(states)})
     return whole.hexdigest()
 
 

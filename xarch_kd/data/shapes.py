@@ -99,9 +99,11 @@ class Shapes:
         if column is not None:
             if column not in columns:
                 raise _without_column(record, column)
-            is_conversation = isinstance(record.values[column], list) if record.values else False
-            is_ids = is_conversation and column == "input_ids"
-            return "input_ids" if is_ids else "messages" if is_conversation else "text", column
+            # Conversations and ids that are written as a text are not plain text.
+            if column in ("messages", "input_ids"):
+                return column, column
+            is_list = record.values is not None and isinstance(record.values[column], list)
+            return "messages" if is_list else "text", column
         found = [shape for shape, names in NEEDED.items() if all(name in columns for name in names)]
         if not found:
             raise _without_column(record, "text")

@@ -136,6 +136,10 @@ def _write(folder: Path, source: _Source, text: Text, tokenizer: PreTrainedToken
     if file_states(source.files()) != before:
         raise DataError(f"a file of '{source.name}' changed while it was read", fix="start again when it is complete")
     notices = []
+    if not documents.separates and writer.documents > 1:
+        notices.append(
+            "the tokenizer has no eos token and adds no bos token, so nothing separates the documents of a row"
+        )
     if documents.blank:
         notices.append(f"{documents.blank:,} texts without a character beside blanks are left out")
     if writer.unlabelled:

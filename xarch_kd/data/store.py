@@ -8,7 +8,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -35,9 +35,14 @@ class DamagedStore(Exception):
 
 
 def cache_folder() -> Path:
-    """Return the folder of the token store: that of XARCH_KD_CACHE, or `~/.cache/xarch_kd`."""
-    named = os.environ.get("XARCH_KD_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "xarch_kd"
+    """Return the folder of the token store: that of XARCH_KD_CACHE, or `~/.cache/xarch_kd`.
+
+    Raises DataError where there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("XARCH_KD_CACHE") or "~/.cache/xarch_kd").expanduser()
+    except RuntimeError as error:
+        raise DataError("there is no folder for the token store", found=str(error), fix="set XARCH_KD_CACHE") from error
 
 
 @dataclass
@@ -167,14 +172,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Let one process after another run the block for a folder, where the file system has locks."""
     import fcntl
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
+    with ExitStack() as stack:
+        # Without locks two processes may tokenize the same text; the last one to finish is kept.
+        with suppress(OSError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder.with_name(f".{folder.name}.lock"), "w"))
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            # Without locks two processes may tokenize the same text; the last one to finish is kept.
-            yield
-            return
         yield
 
 

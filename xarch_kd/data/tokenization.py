@@ -69,6 +69,12 @@ class DocumentTokenizer:
                     fix=f"{name}: auto, or a tokenizer with that token: teacher: {{tokenizer: …}}",
                 )
 
+    @property
+    def separates(self) -> bool:
+        """True unless plain texts get neither a bos nor an eos token because the tokenizer has none for them."""
+        adds_bos = self._bos == "always" or (self._bos == "auto" and bool(self._front))
+        return adds_bos or self._eos == "never" or self.tokenizer.eos_token_id is not None
+
     def batches(self, documents: Iterable[Document]) -> Iterator[list[_Prepared] | LongText]:
         """Yield documents in batches for `tokenize`: of one call of the tokenizer each, or one long text."""
         batch: list[_Prepared] = []
