@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from xarch_kd.errors import MappingFileError, ModelError
+from xarch_kd.errors import DataError, MappingFileError, ModelError
 from xarch_kd.models.loading.load import load_tokenizer
 from xarch_kd.models.loading.tokens import check_rows, check_same_ids
 from xarch_kd.planning.cost import Rates
@@ -132,6 +132,19 @@ def test_a_device_that_is_not_there_is_refused(
         plan_of(GOOD.replace("./teacher", folder_of("llama")) + "device: cuda\n")
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  builtin: python-docs", "  files: [absent/*.txt]"),
+        ("  builtin: python-docs", "  mixture: [{builtin: licences, weight: 1}, {files: [absent/*.txt], weight: 1}]"),
+        ("{builtin: licences}", "{files: [absent/*.txt]}"),
+    ],
+)
+def test_text_files_that_are_not_there_are_refused(folder_of: FolderOf, plan_of: PlanOf, old: str, new: str) -> None:
+    with pytest.raises(DataError, match=r"absent/\*\.txt"):
+        plan_of(GOOD.replace("./teacher", folder_of("llama")).replace(old, new))
+
+
 UNLIKE: list[tuple[dict[str, Any], Callable[[dict[str, Any]], None], str]] = [
     (LOGIT_STAGE, swapped, r"2 of them do not stand for the same token(.|\n)*teacher 'a', student 'b'"),
     (HIDDEN, swapped, r"2 of them do not stand for the same token(.|\n)*teacher 'a', student 'b'"),
@@ -161,6 +174,8 @@ def test_added_tokens_and_templates_are_the_students_own() -> None:
     student.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
     student.chat_template = "{{ messages[0].content }}"
     check_same_ids(tiny_tokenizer(), student, 98)
-    check_same_ids(student, tiny_tokenizer(), 97)
+    check_same_ids(student, tiny_tokenizer(), 98)
+    with pytest.raises(ModelError, match="98 tokens, 97 rows"):
+        check_same_ids(student, tiny_tokenizer(), 97)
     with pytest.raises(ModelError, match="98 tokens, 97 rows"):
         check_same_ids(tiny_tokenizer(), student, 97)

@@ -13,7 +13,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.data.paths import find_files
+from xarch_kd.mapping_file.schema import MappingFile, Text
 from xarch_kd.mapping_file.source_map import Problem, SourceMap
 from xarch_kd.models.loading.load import load_tokenizer
 from xarch_kd.models.loading.quantized import stored_method, unsupported_reason
@@ -110,6 +111,16 @@ def table_of_positions(model: ModelHandle) -> int | None:
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Some tables have a few rows more than positions, e.g. OPT's begins with two that stand for padding.
     return min([*sizes, stated]) if isinstance(stated, int) and stated > 0 else min(sizes)
+
+
+def check_text_files(mapping: MappingFile) -> None:
+    """Raise `DataError` for text files that are not there, those of the evaluation after training included."""
+    data, evaluate = mapping.data, mapping.evaluate
+    texts: list[Text] = [*(data.mixture or (data,)), *(() if evaluate is None else evaluate.also)]
+    texts += [] if data.evaluation is None else [data.evaluation]
+    for text in texts:
+        if text.files is not None:
+            find_files(text.files)
 
 
 def check_tokenizers(mapping: MappingFile, models: ModelPair, source_map: SourceMap | None) -> None:

@@ -27,7 +27,7 @@ from xarch_kd.planning.custom import (
     CustomObjects,
     ProjectorFactory,
 )
-from xarch_kd.planning.input_checks import check_tokenizers, input_problems, input_warnings
+from xarch_kd.planning.input_checks import check_text_files, check_tokenizers, input_problems, input_warnings
 from xarch_kd.planning.layer_maps import entry_key, is_measured
 from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.plan import Plan, StagePlan
@@ -57,7 +57,7 @@ def make_plan(
 
     Raises `MappingFileError` with every problem of the mapping, `ModelError` for a model that cannot be read,
     `ConversionError` for a teacher that does not convert, `TapError` for an unknown model type; each names the place
-    in the mapping.
+    in the mapping. Raises `DataError` for text files that are not there.
 
     >>> import xarch_kd as xkd
     >>> from xarch_kd.testing.examples import write_example_files
@@ -76,7 +76,9 @@ def make_plan(
     else:
         loaded = mapping_from(mapping)
         source = mapping_as_yaml(loaded)
-    return _resolved(loaded, source, path, source_map, custom, rates)
+    plan = _resolved(loaded, source, path, source_map, custom, rates)
+    check_text_files(loaded)
+    return plan
 
 
 def plan_of_run(path: Path) -> Plan:
