@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,26 @@ def write_texts(path: Path, tokens: int) -> None:
                     break
 
 
-def opened(path: Path, cache: Path) -> Any:
-    """Return the documents of a file beside the tokenizer, from the token store in `cache` or through it."""
+@cache
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer that `prepare` saved, read once per process."""
+    from xarch_kd.models.loading.load import load_tokenizer
+
+    return load_tokenizer(str(folder / "tokenizer"))
+
+
+def opened(path: Path, store: Path) -> Any:
+    """Return the documents of a file beside the tokenizer, from the token store in `store` or through it."""
     import io
 
     from rich.console import Console
 
     from xarch_kd.data.sources import open_documents
     from xarch_kd.mapping_file.schema import Text
-    from xarch_kd.models.loading.load import load_tokenizer
     from xarch_kd.run.report import Reporter
 
     reporter = Reporter(Console(file=io.StringIO()))
-    return open_documents(
-        Text(files=(str(path),)), load_tokenizer(str(path.parent / "tokenizer")), reporter=reporter, cache=cache
-    )
+    return open_documents(Text(files=(str(path),)), tokenizer_of(path.parent), reporter=reporter, cache=store)
 
 
 def timed(compute: Callable[[], object]) -> float:
@@ -101,17 +107,17 @@ def prepare(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     load_config(TEACHER).save_pretrained(folder / "tokenizer")
     write_texts(folder / "first.jsonl", 20_000)
     opened(folder / "first.jsonl", folder / "first-cache")
-    path, cache = folder / "whole.jsonl", folder / "whole-cache"
+    path, store = folder / "whole.jsonl", folder / "whole-cache"
     write_texts(path, sizes["tokens"])
     began = time.perf_counter()
-    peak, method = peak_over(lambda: opened(path, cache), "cpu")
+    peak, method = peak_over(lambda: opened(path, store), "cpu")
     seconds = time.perf_counter() - began
-    tokens = opened(path, cache).tokens
+    tokens = opened(path, store).tokens
     return {"memory to prepare": peak / 1e6, "method": method, "tokens": tokens, "tokens per second": tokens / seconds}
 
 
 def second_start(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
-    """Return the seconds from text that was prepared to rows that can be drawn, tokenizer included, without imports."""
+    """Return the seconds from text that was prepared to rows that can be drawn, without imports and tokenizer."""
     from xarch_kd.data.packing import pack
 
     opened(folder / "first.jsonl", folder / "first-cache")
@@ -130,14 +136,12 @@ def speed(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     """
     import datasets
 
-    from xarch_kd.models.loading.load import load_tokenizer
-
     datasets.disable_progress_bars()
-    tokenizer, path = load_tokenizer(str(folder / "tokenizer")), folder / "speed.jsonl"
+    tokenizer, path = tokenizer_of(folder), folder / "speed.jsonl"
     write_texts(path, sizes["speed_tokens"])
 
-    def mapped(cache: Path) -> None:
-        rows = datasets.Dataset.from_json(str(path), cache_dir=str(cache), keep_in_memory=False)
+    def mapped(store: Path) -> None:
+        rows = datasets.Dataset.from_json(str(path), cache_dir=str(store), keep_in_memory=False)
         rows.map(
             lambda batch: {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]},
             batched=True,
@@ -292,7 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="folder of a part's files")
     options = parser.parse_args(arguments)
     sizes = QUICK if options.quick else SIZES
-    sizes = {**sizes, "tokens": options.tokens or sizes["tokens"]}
+    tokens = options.tokens or sizes["tokens"]
+    sizes = {**sizes, "tokens": tokens, "speed_tokens": min(tokens, sizes["speed_tokens"])}
     if options.part:
         found = PARTS[options.part](options.folder, sizes)
         (options.folder / f"{options.part}.json").write_text(json.dumps(found))
