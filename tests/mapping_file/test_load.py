@@ -229,8 +229,9 @@ CASES = {
     "accidental dedent": (
         "teacher:\n  model: ./teacher\n  dtype: bfloat16\n",
         "teacher:\nmodel: ./teacher\n",
-        "map.yaml:2:1: teacher: must be a mapping with keys among model, revision, tokenizer, dtype, paths, found "
-        "nothing. If its entries follow, indent them further than this line; if it is not wanted, leave the key out.",
+        "map.yaml:2:1: teacher: must be a mapping with keys among model, revision, tokenizer, dtype, quantization, "
+        "paths, found nothing. If its entries follow, indent them further than this line; if it is not wanted, leave "
+        "the key out.",
     ),
     "no stages": (
         "evaluate:",
