@@ -91,6 +91,13 @@ def test_bos_is_not_doubled_and_always_adds_it_where_the_tokenizer_does_not() ->
     assert tokenized([{"text": "ab"}], plain, eos="never")[0] == [plain("ab")["input_ids"]]
 
 
+def test_bos_is_found_by_a_tokenizer_that_has_no_token_for_a_letter() -> None:
+    made = Tokenizer(models.BPE({"<s>": 0, "b": 1}, []))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    (ids,), _, _ = tokenized([{"text": "bb"}], PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>"))
+    assert ids == [0, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["bos", "eos"])
 def test_a_token_that_the_tokenizer_lacks_cannot_be_asked_for(name: str) -> None:
     made = tokenizer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +21,9 @@ from xarch_kd.mapping_file.schema import Text
 # One call of the tokenizer has at most so many documents, and about so many characters.
 BATCH_DOCUMENTS: Final = 1024
 BATCH_CHARACTERS: Final = 2**20
+
+# Tokens that are tried as a text where the tokenizer has none for a letter.
+PROBES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,13 +247,21 @@ def _prepared(
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that the tokenizer's own post-processor puts before a text."""
-    whole: Any = tokenizer("x")["input_ids"]
-    inner: Any = tokenizer("x", add_special_tokens=False)["input_ids"]
-    for at in range(len(whole) - len(inner) + 1):
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])[:PROBES]
+    special = set(tokenizer.all_special_tokens)
+    whole: Any = []
+    inner: Any = []
+    for text in ("x", "a", "0", *(word for word, _ in words if word not in special)):
+        # A tokenizer may have no token for a text, or raise, and then nothing shows what is in front of it.
+        with suppress(Exception):
+            whole, inner = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        if inner:
+            break
+    for at in range(len(whole) - len(inner) + 1 if inner else 0):
         if whole[at : at + len(inner)] == inner:
             return list(whole[:at])
     raise DataError(
         "the tokenizer changes a text when it adds special tokens, so its bos token cannot be found",
         found=f"{inner} becomes {whole}",
-        fix="bos: never in the mapping file, or another tokenizer",
+        fix="another tokenizer: teacher: {tokenizer: …}",
     )
