@@ -33,6 +33,8 @@ _DEPTH: Final = re.compile(r"n_?layers?|.*(num|encoder|decoder)_(hidden_)?(layer
 _SIZE: Final = re.compile(
     r"d_\w+|n_(embd|inner|heads?)|\w*(size|dim|width|expand)|\w*n(um)?_\w*(heads|experts|groups)\w*"
 )
+# Labels of a classifier; transformers makes a name for each.
+_MOST_LABELS: Final = 2**20
 _CONFIG_BYTES: Final = 2**24
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -103,6 +105,7 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
                 fix=f"if transformers has this model type itself, delete {key} from a local copy of config.json",
             )
         limit = DEEPEST if _DEPTH.fullmatch(key) else _WIDEST if _SIZE.fullmatch(key) else None
+        limit = _MOST_LABELS if key == "num_labels" else limit
         if limit is not None and any(number > limit for number in _numbers(value)):
             raise ModelError(
                 f"The config of {where} has a size that no model has.",
