@@ -90,6 +90,7 @@ def test_the_choice_of_a_kernel_is_left_to_this_machine(folder: Path, name: str)
     ("changes", "message"),
     [
         ({"num_hidden_layers": 1_000_000}, "num_hidden_layers: 1000000"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: -1"),
         ({"hidden_size": 2**40}, "hidden_size: 1099511627776"),
         ({"vocab_size": 2**62}, "vocab_size"),
         ({"num_labels": 2**31}, "num_labels"),

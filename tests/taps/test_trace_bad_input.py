@@ -42,6 +42,13 @@ def test_a_path_that_leads_nowhere_says_what_is_there(build, input_ids):
     assert "Did you mean 'self_attn'?" in str(caught.value)
 
 
+def test_a_model_without_blocks_is_refused(build, input_ids):
+    model = build("llama")
+    del model.model.layers[:]
+    with pytest.raises(TapError, match="The model has no blocks"):
+        trace(model, input_ids, taps=["hidden"])
+
+
 def test_a_path_to_something_other_than_a_list_of_blocks_is_refused(build, input_ids):
     with pytest.raises(TapError, match="does not lead to a list of blocks"):
         trace(build("llama"), input_ids, taps=["hidden"], paths={"blocks": "model.norm", "mixer": "self_attn"})

@@ -113,6 +113,13 @@ def layout_of(model: PreTrainedModel | Layout, paths: Mapping[str, str | None] |
             allowed="a torch.nn.ModuleList",
         )
     blocks = tuple(container)
+    if not blocks:
+        raise TapError(
+            "The model has no blocks.",
+            found=f"{family.blocks} is empty",
+            allowed="one block or more",
+            fix="compare the number of layers in config.json with the one that the weights were saved with",
+        )
     mixers, kinds = zip(*(_mixer(eager_module(block), family, model) for block in blocks), strict=True)
     has_experts = family.experts is not None and any(_child(block, family.experts) is not None for block in blocks)
     mlps = None if has_experts else _each(blocks, kinds, family.mlp, model)

@@ -106,11 +106,13 @@ def check_config(config: Mapping[str, Any], *, where: str) -> None:
             )
         limit = DEEPEST if _DEPTH.fullmatch(key) else _WIDEST if _SIZE.fullmatch(key) else None
         limit = _MOST_LABELS if key == "num_labels" else limit
-        if limit is not None and any(number > limit for number in _numbers(value)):
+        # Width 0 leaves an optional part out; no part has a negative number of layers.
+        is_depth = _DEPTH.fullmatch(key) is not None
+        if limit is not None and any(number > limit or (is_depth and number < 0) for number in _numbers(value)):
             raise ModelError(
                 f"The config of {where} has a size that no model has.",
                 found=f"{key}: {shortened(str(value))}",
-                allowed=f"at most {limit}",
+                allowed=f"{'0 to' if is_depth else 'at most'} {limit}",
                 fix="compare config.json with the one that the weights were saved with",
             )
         if isinstance(value, Mapping):
