@@ -53,14 +53,15 @@ def measured(teacher: str, kind: Quantization) -> dict[str, Any]:
     worst, linear = 0.0, []
     for name, module in quantized.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
-            original = plain.get_submodule(name).weight
+            own: Any = plain.get_submodule(name)
+            original = own.weight
             # Half a step of the scale that the largest value of a row or group gives.
             groups = original.unflatten(1, (-1, min(size, original.shape[1]) if kind == "int4" else original.shape[1]))
             half = groups.abs().amax(-1, keepdim=True) / steps / 2
             values = full_precision(module.weight)
             worst = max(worst, float(((values - original).view_as(groups).abs() / half).max()))
             linear.append(type(module.weight).__name__)
-            plain.get_submodule(name).weight.copy_(values)
+            original.copy_(values)
     ids = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(0))
     expected, logits = plain(ids).logits, quantized(ids).logits
     trace = xkd.trace(quantized, ids, taps=["hidden", "mixing"], layers=[1])

@@ -164,7 +164,7 @@ def test_a_token_across_the_border_of_a_completion_is_counted() -> None:
 
 def test_tools_reach_the_template_and_may_be_json() -> None:
     made = tokenizer("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
-    tools = [{"type": "function", "function": {"name": "add", "description": "d", "parameters": {}}}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "add", "description": "d", "parameters": {}}}]
     rows = [{"messages": CHAT, "tools": tools}, {"messages": CHAT, "tools": json.dumps(tools)}, {"messages": CHAT}]
     ids, _, _ = tokenized(rows, made)
     assert made.decode(ids[0]) == made.apply_chat_template(CHAT, tools=tools, tokenize=False)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xarch_kd.data.documents import TokenizedDocuments
-from xarch_kd.data.packing import pack
+from xarch_kd.data.packing import Packing, pack
 from xarch_kd.errors import DataError, NonFiniteLoss, UsageError
 from xarch_kd.evaluation.evaluate import token_fingerprint
 from xarch_kd.evaluation.likelihood import perplexity, position_buckets, position_curve, token_nll
@@ -45,7 +45,8 @@ def test_only_tokens_that_count_are_measured(family: str) -> None:
     model = tiny_model(family)
     alone = [token_nll(model, torch.from_numpy(documents.ids(number).astype("int64"))[None])[0] for number in range(4)]
     expected = torch.cat([nll[documents.lengths[number] // 2 - 1 :] for number, nll in enumerate(alone)])
-    for packing, isolated in (("none", False), ("best_fit", True)):
+    kinds: tuple[tuple[Packing, bool], ...] = (("none", False), ("best_fit", True))
+    for packing, isolated in kinds:
         packed = pack(documents, 16, packing=packing, isolated=isolated)
         batches = [packed.batch([row], origin="a test") for row in range(len(packed))]
         found = token_nll(model, batches)

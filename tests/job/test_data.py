@@ -16,6 +16,7 @@ from tests.job.test_train import END_TO_END
 from tests.training.test_micro_batches import run, total
 from xarch_kd.cli.app import main
 from xarch_kd.data.batches import Batch
+from xarch_kd.data.packing import PackedRows
 from xarch_kd.data.rows import BatchOrder
 from xarch_kd.errors import DataError, Interrupted, MappingFileError
 from xarch_kd.job.evaluate import evaluate
@@ -79,6 +80,7 @@ def test_a_step_on_isolated_documents_is_that_of_documents_alone(
     models = load_models(plan, tokenizer, Reporter.silent())
     aligner = Aligner(plan, teacher=models.teacher, student=models.student)
     rows = run_text(plan, tokenizer, Reporter.silent()).training
+    assert isinstance(rows, PackedRows)
     order = BatchOrder.of(rows, batch_size=2, distinct=2, seed=0, stage=0)
     drawn = [rows.row(row) for batch in range(2) for row in order.rows(batch)]
     alone = [

@@ -95,7 +95,7 @@ def test_without_clipping_a_gradient_that_is_not_finite_is_named(
 def test_updates_that_vanish_in_bfloat16_are_kept(write_mapping: Write, tmp_path: Path) -> None:
     """Training in place in bfloat16 would leave every weight as it is: the steps are below half of its spacing."""
     folder = tmp_path / "student"
-    tiny_model("llama", num_hidden_layers=4, seed=5).to(torch.bfloat16).save_pretrained(folder)
+    tiny_model("llama", num_hidden_layers=4, seed=5).bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     before = load_file(folder / "model.safetensors")
     assert {value.dtype for value in before.values()} == {torch.bfloat16}

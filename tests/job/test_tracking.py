@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 import subprocess
@@ -86,13 +87,14 @@ def test_weights_and_biases_has_a_run_per_stage_in_the_run_folder(
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "wandb").exists()
-    from wandb.proto import wandb_internal_pb2
+    # The module makes its classes when it is imported.
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     history: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
         name = ""
         for data in records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
+            record = messages.Record()
             record.ParseFromString(data)
             if record.HasField("run"):
                 name = record.run.display_name

@@ -53,6 +53,7 @@ def test_signals_at_once_are_one_request(capfd: pytest.CaptureFixture[str], seco
 
 
 def test_a_second_signal_does_not_interrupt_what_the_first_ended() -> None:
+    cleaned = False
     with signals_of(iter([10.0, 10.01])), pytest.raises(Interrupted):
         try:
             os.kill(os.getpid(), signal.SIGINT)

@@ -105,7 +105,7 @@ def trainer_of(folder: Path, teacher: PreTrainedModel, batches: list[Batch], lay
         seed=0,
         cpu=True,
         tracking=(),
-        signals=StopSignals("resume"),
+        signals=StopSignals("resume", lambda: ""),
     )
 
 

@@ -148,8 +148,8 @@ def _check_complete(conversation: Conversation, text: str) -> None:
     missing = None
     for number, message in enumerate(conversation.messages):
         content = message.get("content")
-        is_text = message["role"] in ("system", "user", "assistant") and isinstance(content, str)
-        if is_text and content.strip()[-TAIL:] not in text:
+        is_spoken = message["role"] in ("system", "user", "assistant")
+        if is_spoken and isinstance(content, str) and content.strip()[-TAIL:] not in text:
             missing = f"message {number} (role {message['role']})"
     for tool in conversation.tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None

@@ -172,7 +172,7 @@ class DocumentTokenizer:
             mask = numpy.concatenate((numpy.zeros(len(front), dtype=bool), own, ends))
         return TokenizedPart(whole, mask, prepared.content)
 
-    def _around(self, ids: Sequence[int], *, is_chat: bool) -> tuple[list[int], list[int]]:
+    def _around(self, ids: Sequence[int] | numpy.ndarray, *, is_chat: bool) -> tuple[list[int], list[int]]:
         """Return the ids to add before and after a document; what is there already is not added again."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         front: list[int] = []

@@ -110,16 +110,15 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
         sides = [split_documents(part, share, seed=seed) for part in documents]
     parts = tuple(_packed(training, data) for training, _ in sides)
     held = tuple(held_out for _, held_out in sides if held_out is not None)
+    trained_on = 0
     if data.evaluation is not None:
-        held = (open_documents(data.evaluation, tokenizer, reporter=reporter),)
+        named = open_documents(data.evaluation, tokenizer, reporter=reporter)
+        seen = numpy.concatenate([documents.hashes for documents, _ in sides])
+        held, trained_on = (named,), int(numpy.isin(named.hashes, seen).sum())
     elif len(held) != len(sides):
         # A mixture is measured as it is trained on, or not at all.
         held = ()
     training = MixedRows(parts=parts, weights=_weights(data)) if data.mixture else parts[0]
-    trained_on = 0
-    if data.evaluation is not None:
-        seen = numpy.concatenate([documents.hashes for documents, _ in sides])
-        trained_on = int(numpy.isin(held[0].hashes, seen).sum())
     return RunText(training=training, held_out_documents=held, data=data, stream=stream, trained_on=trained_on)
 
 

@@ -97,7 +97,7 @@ def train(
         processes.check_same({"mapping file": fingerprint})
         processes.from_main(lambda: folder.state(fingerprint, content))
         with folder.locked(), StopSignals(command, lambda: resume_point(plan, folder)) as signals:
-            state = processes.from_main(lambda: folder.state(fingerprint, content))
+            state: State = processes.from_main(lambda: folder.state(fingerprint, content))
             if state == "unfinished" and not resume:
                 raise UsageError(
                     "the output folder holds this run, unfinished", asked=folder.root, fix=f"resume it: {command}"

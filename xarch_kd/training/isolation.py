@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ def splitting_reason(entries: Iterable[Align], models: Iterable[Layout]) -> str 
 def keeps_documents_apart(layout: Layout) -> bool:
     """Return True if a model reads two documents of a row with restarted positions as it reads each of them alone."""
     weight = next(layout.base.parameters())
-    vocabulary = layout.embedding.weight.shape[0]
-    ids = torch.arange(3 * PROBE_TOKENS, device=weight.device).view(3, PROBE_TOKENS) % int(vocabulary)  # type: ignore[arg-type]  # a Tensor's shape
+    embedding: Any = layout.embedding.weight
+    vocabulary = int(embedding.shape[0])
+    ids = torch.arange(3 * PROBE_TOKENS, device=weight.device).view(3, PROBE_TOKENS) % vocabulary
     positions = torch.arange(PROBE_TOKENS, device=weight.device).repeat(1, 2)
     with evaluation_mode(layout.model):
         alone = run_base(layout, ids[1:2]).float()

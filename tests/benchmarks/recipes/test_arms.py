@@ -43,6 +43,7 @@ def test_mapping_files_are_plans(tmp_path: Path) -> None:
     assert [row.mixer for row in plan.student.layers] == ["mamba2"] * 6
     (stage,) = plan.stages
     assert [pair.student_layer for pair in stage.pairs] == list(range(6))
+    assert stage.stage.steps is not None
     assert stage.cache_bytes > 0 and stage.distinct_batches < stage.stage.steps
     hybrid = plan_of(ARMS["replaced-15-random-both"], tmp_path)
     assert sum(row.replaced for row in hybrid.student.layers) == 15

@@ -76,14 +76,16 @@ def loading_options(config: PreTrainedConfig, quantization: str | None, *, where
         stored["dequantize"] = True
     if quantization is None:
         return {}
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
     from transformers import TorchAoConfig
 
+    torchao: Any = importlib.import_module("torchao.quantization")
     kinds = {
-        "int8": Int8WeightOnlyConfig,
+        "int8": torchao.Int8WeightOnlyConfig,
         # Runs on every device; the 4-bit values are stored in a byte each.
-        "int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(_GROUP)),
+        "int4": lambda: torchao.IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, "int4"),  # noqa: B009  # torch's stubs lack it
+            granularity=torchao.PerGroup(_GROUP),
+        ),
     }
     return {"quantization_config": TorchAoConfig(kinds[quantization]())}
 
