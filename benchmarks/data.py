@@ -42,7 +42,7 @@ BOUNDS: dict[str, tuple[str, float, bool]] = {
     "isolated ÷ joined documents, hybrid": ("", 1.1, False),
 }
 # Characters per token of this tokenizer on this text, rounded down.
-CHARACTERS = 3.5
+CHARACTERS = 4.1
 # Sizes of the models whose steps are timed.
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
 TINY: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

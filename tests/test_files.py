@@ -43,7 +43,7 @@ def test_tensors_are_read_back_bit_for_bit_or_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be read"):
             read_tensors(path)
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="a file with a checksum"):
+    with pytest.raises(CheckpointError, match="has no checksum"):
         read_tensors(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_tensors(tmp_path / "absent.safetensors")

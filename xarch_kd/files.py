@@ -103,12 +103,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path.name} cannot be read", asked=path, found=str(error) or type(error).__name__
         ) from None
     written = metadata.pop(CHECKSUM, None)
+    if written is None:
+        raise CheckpointError(
+            f"{path.name} has no checksum, so that damage to it would not be seen",
+            asked=path,
+            found="a file of an earlier version of xarch_kd, or of another program",
+            fix="run again with another --output",
+        )
     if written != (found := _checksum(tensors, metadata)):
         raise CheckpointError(
             f"{path.name} is damaged: its content is not what was written",
             asked=path,
             found=f"checksum {found[:12]}",
-            allowed="a file with a checksum" if written is None else written[:12],
+            allowed=written[:12],
         )
     return tensors, metadata
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.objectives.stages import PAIRS, entry, plan_of
 from xarch_kd.errors import MappingFileError, NonFiniteLoss, UsageError
+from xarch_kd.files import write_tensors
 from xarch_kd.job.evaluate import evaluate
 from xarch_kd.job.fingerprint import mapping_fingerprint
 from xarch_kd.job.train import train
@@ -131,7 +132,7 @@ def test_what_trains_beside_the_student_is_restored(folders: dict[str, Path], tm
     with torch.no_grad():
         for parameter in first.projectors.parameters():
             parameter.add_(1.0)
-    save_file({name: value.clone() for name, value in first.trained_state().items()}, tmp_path / "state.safetensors")
+    write_tensors(tmp_path / "state.safetensors", first.trained_state())
     second.load_trained_state(tmp_path / "state.safetensors")
     for own, other in zip(first.projectors.parameters(), second.projectors.parameters(), strict=True):
         assert torch.equal(own, other)

@@ -52,7 +52,7 @@ def command(
 def print_source(source: SourceReport, report: DataReport, console: Console) -> None:
     """Print the figures of a source, its lengths, and its first rows."""
     share = f" ({source.weight:.0%} of the rows drawn)" if len(report.sources) > 1 else ""
-    console.print(f"{source.description}{share}", style="bold", markup=False, highlight=False)
+    console.print(f"{source.description}{share}", style="bold", markup=False, highlight=False, soft_wrap=True)
     for line in figures(source, report):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(lengths_table(source), highlight=False)
