@@ -59,7 +59,7 @@ def test_only_tokens_that_count_are_measured(family: str) -> None:
             together[~together.isnan()].sort().values, expected.sort().values, rtol=1e-5, atol=1e-5
         )
         assert token_fingerprint(one) == token_fingerprint(batches)
-    assert token_fingerprint(one) != token_fingerprint([pack(documents, 15).batch([0, 1], origin="a test")])
+        assert token_fingerprint(one) != token_fingerprint([pack(documents, 15).batch([0, 1], origin="a test")])
 
 
 def test_text_of_which_nothing_counts_is_refused() -> None:
