@@ -1,6 +1,6 @@
 """Preparing and reading text: memory, tokenization speed, second start, reading a batch, packing, isolated documents.
 
-    python -m benchmarks.data             # 50 million tokens; some 40 minutes on two cores
+    python -m benchmarks.data             # 50 million tokens; some 8 minutes on two cores
     python -m benchmarks.data --quick     # a smoke run of tiny sizes, not stored
 
 Every part runs in a process of its own. Ratios are of medians over rounds in which both sides alternate. Prints a table
