@@ -123,6 +123,16 @@ def test_buffers_that_old_releases_saved_pass(tmp_path: Path) -> None:
     assert load_model(str(saved(tmp_path, edit=edit))).config.num_hidden_layers == 3
 
 
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantized_values_without_what_scales_them_are_refused(tmp_path: Path, dtype: torch.dtype, stored: str) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = saved(tmp_path, edit=lambda found: found.update({name: found[name].to(dtype)}))
+    with pytest.raises(ModelError, match=rf"stores 1 weights in a type of quantized values[\s\S]*{name} of {stored}"):
+        load_model(str(folder))
+    with pytest.raises(ModelError, match="type of quantized values"):
+        check_files(meta_model(load_config(str(folder))), str(folder))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     def edit(found: dict[str, Tensor]) -> None:

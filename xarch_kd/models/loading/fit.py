@@ -33,6 +33,8 @@ _CAUSES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     ),
     (re.compile(r"\.bias$"), "biases that the config turns off, e.g. attention_bias: false or mlp_bias: false"),
 )
+# Types of safetensors whose values are the weights.
+_PLAIN_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 _COMPARE: Final = "compare config.json with the one that the weights were saved with"
 _HEADS: Final = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -81,20 +83,51 @@ def check_stored_placed(model: PreTrainedModel, folder: Path, *, where: str) -> 
     """
     if stored_method(model.config) or not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
         return
+    check_stored_dtypes(model, folder, where=where)
     state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
-    converters = [step for step in mapping if isinstance(step, WeightConverter)]
-    found, are_converted = set(), False
-    for name in stored_tensors(folder):
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        found.add(renamed)
-        are_converted |= converter is not None
+    places = _places(model, folder)
+    found, are_converted = {name for name, _ in places.values()}, any(converted for _, converted in places.values())
     # One stored tensor may become several, whose names are not all known here.
     missing = set() if are_converted else state.keys() - found - getattr(model, "all_tied_weights_keys", {}).keys()
     report = SimpleNamespace(missing_keys=missing, unexpected_keys=found - state.keys())
     model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]  # reads these two
     check_placed(vars(report), model.config, where=where)
+
+
+def check_stored_dtypes(model: PreTrainedModel, folder: Path, *, where: str) -> None:
+    """Raise `ModelError` for a weight that a folder stores in a type of quantized values, by a config of plain ones.
+
+    transformers would take these values for the weights; what scales them is not in the file or has no place. Not to be
+    called for a config with quantization_config.
+    """
+    floating = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    places, tensors = _places(model, folder), stored_tensors(folder)
+    wrong = [
+        f"{name} of {tensors[name].dtype}"
+        for name, (place, _) in places.items()
+        if place in floating and tensors[name].dtype not in _PLAIN_DTYPES
+    ]
+    if wrong:
+        raise ModelError(
+            f"The checkpoint stores {len(wrong)} weights in a type of quantized values, without quantization_config.",
+            asked=where,
+            found=_listed(wrong),
+            allowed=" | ".join(_PLAIN_DTYPES),
+            fix="save the model in full precision where it was quantized, or with its quantization_config",
+        )
+
+
+def _places(model: PreTrainedModel, folder: Path) -> dict[str, tuple[str, bool]]:
+    """Return, for each tensor that a folder stores, its name in the model, and if it is converted when it is loaded."""
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    places = {}
+    for name in stored_tensors(folder):
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        places[name] = renamed, converter is not None
+    return places
 
 
 def _wrapper(extra: Collection[str]) -> str:

@@ -19,6 +19,7 @@ from xarch_kd.errors import ModelError, suggest
 from xarch_kd.files import expanded
 from xarch_kd.models.loading.fit import (
     check_placed,
+    check_stored_dtypes,
     check_stored_placed,
     check_weights_finite,
     follow_loaded_head,
@@ -163,6 +164,8 @@ def load_model(
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
     model, report = loaded
     check_placed(report, model.config, where=reference)
+    if source.kind == "folder" and source.path is not None and not has_codes:
+        check_stored_dtypes(model, source.path, where=reference)
     if source.kind == "gguf" and source.path is not None:
         check_gguf_placed(model, source.path)
     check_weights_finite(model, where=reference)
