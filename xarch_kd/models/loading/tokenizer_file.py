@@ -46,6 +46,13 @@ def tokenizer_error(source: Source, error: Exception) -> ModelError:
             _read(file)
         except ModelError as found:
             return found
+    elif file is not None:
+        names = sorted(path.name for path in file.parent.iterdir())
+        return ModelError(
+            f"{file.parent} holds no {TOKENIZER}, and no tokenizer could be made from its other files.",
+            found=", ".join(names)[:200],
+            fix="copy it from where the model came from, or give tokenizer: another reference, in the mapping file",
+        )
     lines = str(error).strip().splitlines()
     return ModelError(
         "The tokenizer could not be read.",
