@@ -81,14 +81,16 @@ def test_a_live_picture_follows_the_run_until_it_is_finished(tmp_path: Path, mon
 
 def test_ctrl_c_ends_the_picture_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run")
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(watch, "make_console", lambda: terminal)
+    output = io.StringIO()
+    monkeypatch.setattr(watch, "make_console", lambda: Console(file=output, force_terminal=True, width=100))
 
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(watch.time, "sleep", interrupted)
     watch.command(run)
+    # The cursor is shown again.
+    assert output.getvalue().rstrip().endswith("\x1b[?25h")
 
 
 def test_a_run_that_has_not_begun_and_folders_that_hold_none(

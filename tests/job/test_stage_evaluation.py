@@ -194,9 +194,11 @@ def test_a_plan_shows_that_a_stage_is_evaluated_and_averaged(write_mapping: Writ
 
 def test_a_metric_that_stays_the_same_may_go_with_a_schedule(write_mapping: Write) -> None:
     tokens = {"schedule": {"kind": "linear", "final": 0.5}}
-    make_plan(
+    plan = make_plan(
         write_mapping({**LOGIT_STAGE, "tokens": tokens, "evaluation": {"every": 1, "patience": 1, "metric": "nll"}})
     )
+    settings = plan.stages[0].stage.evaluation
+    assert settings is not None and settings.metric == "nll"
 
 
 def test_an_opened_run_shows_its_held_out_figures(write_mapping: Write, tmp_path: Path) -> None:

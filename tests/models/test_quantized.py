@@ -29,7 +29,7 @@ SIZES = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process of its own measured with torchao."""
+    """Figures that a process of its own measured with torchao."""
     if importlib.util.find_spec("torchao") is None and not (PEERS / "torchao").is_dir():
         pytest.skip("torchao is neither installed nor in peers/ of the environment")
     printed = in_a_process_of_its_own("tests.quantized_teachers", tmp_path_factory.mktemp("quantized"))
