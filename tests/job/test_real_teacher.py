@@ -21,9 +21,10 @@ def test_the_demo_in_a_few_steps(tmp_path: Path) -> None:
     mapping = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     mapping["data"] |= {"sequence_length": 64, "batch_size": 2}
     mapping["evaluate"]["tokens"] = 128
-    for stage, steps in zip(mapping["stages"], (6, 2), strict=True):
-        stage |= {"steps": steps, "batch_size": 2, "gradient_accumulation": 1}
-        stage.pop("batches", None)
+    # The mixers see each of two batches three times, as the demo's see theirs five times.
+    mixers, logits = mapping["stages"]
+    mixers |= {"steps": 6, "batches": 2, "batch_size": 2}
+    logits |= {"steps": 1, "batch_size": 1}
     path, run = tmp_path / "few.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "xarch_kd", "train", str(path), "--output", str(run)]
