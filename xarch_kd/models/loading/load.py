@@ -163,20 +163,30 @@ def load_model(
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
     model, report = loaded
-    check_placed(report, model.config, where=reference)
-    if source.kind == "folder" and source.path is not None and not has_codes:
-        check_stored_dtypes(model, source.path, where=reference)
-    if source.kind == "gguf" and source.path is not None:
-        check_gguf_placed(model, source.path)
-    check_weights_finite(model, where=reference)
-    follow_loaded_head(model, where=reference)
-    if has_codes:
-        check_head(model, where=reference)
+    _check_loaded(model, report, source, has_codes=has_codes, where=reference)
     # A GGUF model keeps its quantizer, which would stop it from being saved, long after its weights are plain.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model.to(device).eval()
+
+
+def _check_loaded(
+    model: PreTrainedModel, report: dict[str, Any], source: Source, *, has_codes: bool, where: str
+) -> None:
+    """Raise `ModelError` unless a loaded model is what its files hold; a stored head is followed.
+
+    `report` is the `output_loading_info` of transformers; `has_codes` is true for a model with quantized weights.
+    """
+    check_placed(report, model.config, where=where)
+    if source.kind == "folder" and source.path is not None and not has_codes:
+        check_stored_dtypes(model, source.path, where=where)
+    if source.kind == "gguf" and source.path is not None:
+        check_gguf_placed(model, source.path)
+    check_weights_finite(model, where=where)
+    follow_loaded_head(model, where=where)
+    if has_codes:
+        check_head(model, where=where)
 
 
 def load_tokenizer(reference: str, revision: str | None = None) -> PreTrainedTokenizerBase:
