@@ -82,10 +82,12 @@ def test_the_peak_is_what_was_held_at_once() -> None:
         for _ in range(3):
             torch.ones(size // 4)
 
-    peak, method = peak_over(compute, "cpu")
+    # The smallest of several: the size of the process includes what its other threads and the kernel hold meanwhile.
+    measured = [peak_over(compute, "cpu") for _ in range(4)]
+    peak = min(peak for peak, _ in measured)
     # One of the three at a time; the growth of ru_maxrss may hide all of it.
     assert peak < 1.5 * size
-    if method.startswith("resident"):
+    if measured[0][1].startswith("resident"):
         assert peak > 0.9 * size
 
 

@@ -99,8 +99,12 @@ def test_an_error_of_the_file_is_that_of_a_run(tmp_path: Path, teacher: Path, xa
         (False, False, "Who? ⟦Me.<|end|>⟧Who? ⟦Me.<|end|>⟧"),
         (True, False, "\x1b[2mWho? \x1b[0m\x1b[32mMe.<|end|>\x1b[0m\x1b[2mWho? \x1b[0m\x1b[32mMe.<|end|>\x1b[0m"),
     ],
+    ids=["isolated", "joined", "colored"],
 )
-def test_what_is_to_be_predicted_is_visible(color: bool, isolated: bool, row: str) -> None:
+def test_what_is_to_be_predicted_is_visible(
+    color: bool, isolated: bool, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     tokenizer = tiny_tokenizer()
     ids = [*tokenizer(QUESTION)["input_ids"], *tokenizer(ANSWER)["input_ids"], tokenizer.eos_token_id]
     counted = [False] * len(QUESTION) + [True] * (len(ANSWER) + 1)
