@@ -224,7 +224,7 @@ CASES = {
     "no is text": (
         "builtin: python-docs",
         "builtin: no",
-        "map.yaml:10:12: data.builtin: 'no' is not python-docs | python-sources | licences.",
+        "map.yaml:10:12: data.builtin: 'no' is not python-docs | python-sources | licences | library-docs | copy.",
     ),
     "accidental dedent": (
         "teacher:\n  model: ./teacher\n  dtype: bfloat16\n",

@@ -1,18 +1,26 @@
-"""Corpora that every installation has: documentation and sources of Python, licence texts."""
+"""Corpora that every installation has: documentation, sources and docstrings, licence texts, generated lists."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import sysconfig
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+
+from xarch_kd.data.copying import copy_documents
+from xarch_kd.mapping_file.schema import Generated, Text
 
 # Core dependencies whose licence texts are used as out-of-domain prose.
 LICENSED = ("torch", "numpy", "scipy", "transformers", "safetensors", "pydantic", "einops", "Jinja2", "rich", "typer")
 
+# Folders of numpy whose docstrings are used as out-of-domain documentation.
+DOCUMENTED = ("fft", "lib", "linalg", "polynomial")
+SHORTEST_DOCSTRING = 400
 
 # Shorter paragraphs (headings, signatures) may recur in the held-out part.
 SHORTEST_PARAGRAPH = 40
@@ -99,8 +107,45 @@ def licences() -> Corpus:
     )
 
 
+def library_docs() -> Corpus:
+    """Return the longer docstrings of numpy as installed here, in the order of their hashes: mixed, but fixed."""
+    root = Path(next(iter(importlib.util.find_spec("numpy").submodule_search_locations or ())))  # type: ignore[union-attr]
+    files = sorted(file for folder in DOCUMENTED for file in (root / folder).glob("*.py"))
+    texts = {hashlib.sha256(text.encode()).hexdigest(): text for file in files for text in _docstrings(file)}
+    return Corpus(
+        name="library-docs",
+        description="docstrings of a library (numpy)",
+        documents=_without_repetition([texts[key] for key in sorted(texts)]),
+    )
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            text = ast.get_docstring(node) or ""
+            if len(text) >= SHORTEST_DOCSTRING:
+                yield text
+
+
+def copy(generated: Generated | None = None) -> Corpus:
+    """Return generated lists of identifiers that are repeated, and values asked for by their keys."""
+    options = generated or Generated()
+    return Corpus(
+        name="copy",
+        description=f"{options.documents:,} generated documents to copy from (seed {options.seed})",
+        documents=copy_documents(options.documents, options.seed),
+    )
+
+
+def builtin_corpus(text: Text) -> Corpus:
+    """Return the corpus that `builtin` names."""
+    return copy(text.generated) if text.builtin == "copy" else BUILTIN[str(text.builtin)]()
+
+
 BUILTIN: dict[str, Callable[[], Corpus]] = {
     "python-docs": python_docs,
     "python-sources": python_sources,
     "licences": licences,
+    "library-docs": library_docs,
+    "copy": copy,
 }

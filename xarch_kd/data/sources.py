@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from xarch_kd.data.corpus import BUILTIN
+from xarch_kd.data.corpus import builtin_corpus
 from xarch_kd.data.documents import TokenizedDocuments
 from xarch_kd.data.hub import NamedDataset
 from xarch_kd.data.identity import file_states, files_identity, sha256_json, tokenizer_identity
@@ -79,7 +79,7 @@ def open_documents(
 
 def _source(text: Text, cache: Path) -> _Source:
     if text.builtin is not None:
-        corpus = BUILTIN[text.builtin]()
+        corpus = builtin_corpus(text)
         return _Source(
             name=corpus.name,
             description=corpus.description,

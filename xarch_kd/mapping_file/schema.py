@@ -109,6 +109,13 @@ class Student(ConfigModel):
         return self
 
 
+class Generated(ConfigModel):
+    """Text of `builtin: copy`: the number of documents, and the seed that they follow from."""
+
+    documents: Annotated[int, Field(ge=1, le=1_000_000)] = 400
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
 class Text(ConfigModel):
     """Exactly one of `builtin`, `files` (paths, folders or glob patterns) and `dataset` (of the library `datasets`).
 
@@ -116,10 +123,11 @@ class Text(ConfigModel):
     `column` names the column of plain text or of conversations. `train_on` is the tokens that are to be predicted, by
     default all of plain text, the completions of `prompt_completion`, the assistant's turns of `messages`, and the
     labels of `input_ids`. With `auto`, plain text gets the bos token where the tokenizer adds one, and ends with its
-    eos token; conversations begin and end as the chat template writes them.
+    eos token; conversations begin and end as the chat template writes them. `generated` is for `builtin: copy`.
     """
 
-    builtin: Literal["python-docs", "python-sources", "licences"] | None = None
+    builtin: Literal["python-docs", "python-sources", "licences", "library-docs", "copy"] | None = None
+    generated: Generated | None = None
     files: tuple[str, ...] | None = None
     dataset: str | None = None
     dataset_config: str | None = None
@@ -146,6 +154,8 @@ class Text(ConfigModel):
         for name in ("dataset_config", "split", "revision"):
             if getattr(self, name) is not None and self.dataset is None:
                 raise ValueError(f"{name} is for a dataset; name one with dataset: …")
+        if self.generated is not None and self.builtin != "copy":
+            raise ValueError("generated is for builtin: copy, the only text that is generated")
         return self
 
 
