@@ -30,10 +30,14 @@ def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: p
     assert "Not measured." in (run / "student" / "README.md").read_text()
     capsys.readouterr()
     assert main(["evaluate", str(run), "--tokens", "128", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)["likelihood"][0]
+    printed = json.loads(capsys.readouterr().out)
+    figures = printed["likelihood"][0]
     assert figures["text"] == "held-out"
     assert figures["rows"] == 128 // 16
     assert f"{figures['student_nll']:.4f}" in (run / "student" / "README.md").read_text()
+    copying = printed["copying"]
+    assert (copying["lists"], copying["items"], copying["filler"]) == (24, 48, 64)
+    assert f"Copying: teacher {copying['teacher']:.3f}" in (run / "student" / "README.md").read_text()
     files = json.loads((run / "manifest.json").read_text())["files"]
     assert files == {name: sha256_of(run / name) for name in files}
     assert "evaluation.json" in files

@@ -12,13 +12,11 @@ from transformers import PreTrainedModel
 
 from xarch_kd.data.batches import Batch
 from xarch_kd.errors import DataError
-from xarch_kd.evaluation.likelihood import batches_of, position_buckets, position_curve, token_nll
+from xarch_kd.evaluation.likelihood import ModelPaths, batches_of, position_buckets, position_curve, token_nll
 from xarch_kd.evaluation.results import Evaluation, LikelihoodResult, PositionResult
 from xarch_kd.evaluation.statistics import LEVEL, RESAMPLES, PairedDifference, paired_bootstrap
 from xarch_kd.losses.tokens import IGNORED_LABEL
 from xarch_kd.run.report import Reporter
-
-ModelPaths = Mapping[str, str | None] | object | None
 
 
 def compare_models(

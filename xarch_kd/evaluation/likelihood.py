@@ -15,6 +15,8 @@ from xarch_kd.ops.heads import Head
 from xarch_kd.ops.streaming.nll import streamed_nll
 from xarch_kd.taps.layout import Layout, layout_of, run_base
 
+ModelPaths = Mapping[str, str | None] | object | None
+
 
 @torch.inference_mode()
 def token_nll(
@@ -23,7 +25,7 @@ def token_nll(
     *,
     batch_size: int = 4,
     chunk_size: int | None = None,
-    paths: Mapping[str, str | None] | object | None = None,
+    paths: ModelPaths = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Return the negative log-likelihood of tokens 1 to T-1 of each row given those before it, in nats.

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xarch_kd.errors import DataError
+from xarch_kd.evaluation.copying import CopyingResult
 from xarch_kd.files import write_text
 
 FORMAT = 1
@@ -64,7 +65,7 @@ class LikelihoodResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results of all texts in the given order, with the settings of the intervals."""
+    """Results of all texts in the given order, and of copying, with the settings of the intervals."""
 
     teacher: str
     student: str
@@ -72,6 +73,7 @@ class Evaluation:
     resamples: int
     seed: int
     likelihood: tuple[LikelihoodResult, ...]
+    copying: CopyingResult | None = None
 
     def result(self, text: str) -> LikelihoodResult:
         """Return the result of the text of that name."""
@@ -102,6 +104,7 @@ def from_json(text: str, *, source: str = "evaluation") -> Evaluation:
             raise DataError(f"{source} has another format.", found=data["format"], allowed=FORMAT)
         values = _fields(Evaluation, data)
         values["likelihood"] = tuple(_likelihood(entry) for entry in data["likelihood"])
+        values["copying"] = None if data["copying"] is None else CopyingResult(**data["copying"])
         return Evaluation(**values)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{source} is not an evaluation.", found=f"{type(error).__name__}: {error}") from None
@@ -136,7 +139,8 @@ def render(evaluation: Evaluation) -> Group:
     for result in evaluation.likelihood:
         gaps = {_range(part): f"{part.student_nll - part.teacher_nll:+.3f}" for part in result.by_position}
         curves.add_row(Text(result.text), *(gaps.get(bucket, "") for bucket in buckets))
-    return Group(table, Text(_footnote(evaluation)), curves)
+    copying = [] if evaluation.copying is None else [Text(evaluation.copying.line())]
+    return Group(table, Text(_footnote(evaluation)), curves, *copying)
 
 
 def render_plain(evaluation: Evaluation) -> str:
@@ -145,7 +149,8 @@ def render_plain(evaluation: Evaluation) -> str:
     for cells in _cells(evaluation):
         lines.append(f"{cells[0]}: {cells[1]}" if cells[1] else cells[0])
         lines += [f"  {heading}: {cell}" for heading, cell in zip(COLUMNS[2:], cells[2:], strict=True)]
-    return "\n".join([*lines, _footnote(evaluation)])
+    copying = [] if evaluation.copying is None else [evaluation.copying.line()]
+    return "\n".join([*lines, _footnote(evaluation), *copying])
 
 
 COLUMNS = ("text", "kind", "tokens", "teacher", "student", "difference", "interval", "perplexity")

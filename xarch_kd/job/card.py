@@ -141,4 +141,5 @@ def _figures(evaluation: Path) -> str:
             f"| {result.text} ({result.description}) | {result.tokens:,} | {result.teacher_nll:.4f} "
             f"| {result.student_nll:.4f} | {result.difference:+.4f}{interval} |"
         )
-    return "\n".join([*lines, "", "Nats per token; the interval is a paired bootstrap over rows."])
+    copying = [] if measured.copying is None else ["", f"{measured.copying.line().capitalize()}."]
+    return "\n".join([*lines, "", "Nats per token; the interval is a paired bootstrap over rows.", *copying])

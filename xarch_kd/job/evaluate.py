@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.errors import DataError, GateFailed, UsageError
+from xarch_kd.evaluation.copying import CopyingResult, compare_copying, copying_rows
 from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
@@ -74,12 +76,13 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
 
     `text` is that of the run, read here if it is not given.
     """
-    texts, descriptions = evaluation_texts(plan, load_run_tokenizer(plan), reporter, text)
+    tokenizer = load_run_tokenizer(plan)
+    texts, descriptions = evaluation_texts(plan, tokenizer, reporter, text)
     sizes = {name: sum(batch.tokens for batch in batches) for name, batches in texts.items()}
     reporter.line(f"measuring on {', '.join(f'{tokens:,} tokens of {name}' for name, tokens in sizes.items())}")
     device = device_of(plan)
     teacher = plan.mapping.teacher
-    evaluation = compare_models(
+    models = (
         load_weights(
             teacher.model,
             reporter,
@@ -89,6 +92,9 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
             allow_quantized=True,
         ),
         load_weights(str(folder.student), reporter, device=device),
+    )
+    evaluation = compare_models(
+        *models,
         texts,
         descriptions=descriptions,
         teacher_name=teacher.model,
@@ -98,11 +104,44 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
         seed=plan.mapping.seed,
         reporter=reporter,
     )
+    evaluation = replace(evaluation, copying=_copying(plan, models, tokenizer, reporter))
     for text_name in _changed_texts(folder.evaluation, evaluation):
         reporter.line(f"warning: {text_name} has other tokens than when the run was measured before")
     write_evaluation(evaluation, folder.evaluation)
     reporter.show(render(evaluation))
     return evaluation
+
+
+def _copying(
+    plan: Plan,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+) -> CopyingResult | None:
+    """Return the copying accuracy of both models; None, with a line, where their positions or ids do not allow it."""
+    lists = (plan.mapping.evaluate or Evaluate()).copying
+    vocabulary = min(plan.teacher.vocabulary, plan.student.vocabulary)
+    if lists == 0:
+        return None
+    try:
+        rows = copying_rows(tokenizer, lists=lists, vocabulary=vocabulary)
+    except DataError as error:
+        reporter.line(f"warning: {error.message} ({error.found})")
+        return None
+    positions = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    if any(known is not None and known < rows.ids.shape[1] for known in positions):
+        reporter.line(
+            f"warning: copying is not measured: its rows have {rows.ids.shape[1]} tokens, more than positions"
+        )
+        return None
+    return compare_copying(
+        *models,
+        rows,
+        teacher_paths=plan.mapping.teacher.paths,
+        student_paths=plan.mapping.student.paths,
+        seed=plan.mapping.seed,
+        reporter=reporter,
+    )
 
 
 def _changed_texts(earlier: Path, evaluation: Evaluation) -> list[str]:

@@ -139,8 +139,9 @@ class Run:
     def metrics(self) -> Mapping[str, float]:
         """Last losses and evaluation results by name, e.g. `mixers/loss`, `mixers/mixer-output.6`, `held-out/student`.
 
-        Losses are those of each stage's last step; results are NLL per token in nats. Stages that are evaluated while
-        they train add `mixers/held-out/loss`, `mixers/held-out/nll` and their parts (`StageMetrics.held_out`).
+        Losses are those of each stage's last step; results are NLL per token in nats, and of `copying` the accuracy.
+        Stages that are evaluated while they train add `mixers/held-out/loss`, `mixers/held-out/nll` and their parts
+        (`StageMetrics.held_out`).
         """
         found: dict[str, float] = {}
         for name, stage in self.stages.items():
@@ -152,6 +153,9 @@ class Run:
             found[f"{result.text}/teacher"] = result.teacher_nll
             found[f"{result.text}/student"] = result.student_nll
             found[f"{result.text}/difference"] = result.difference
+        if self.evaluation is not None and self.evaluation.copying is not None:
+            found["copying/teacher"] = self.evaluation.copying.teacher
+            found["copying/student"] = self.evaluation.copying.student
         return found
 
     def _stage(self, stage: Mapping[str, Any]) -> StageMetrics:

@@ -280,11 +280,15 @@ class Calibration(ConfigModel):
 
 
 class Evaluate(ConfigModel):
-    """Evaluation after training, on at most `tokens` of the held-out text and of each text of `also`."""
+    """Evaluation after training, on at most `tokens` of the held-out text and of each text of `also`.
+
+    `copying` is the number of lists of random tokens by which copying is measured; 0 leaves it out.
+    """
 
     suites: tuple[Literal["likelihood"], ...] = ("likelihood",)
     tokens: Annotated[int, Field(ge=64)] = 16_384
     also: tuple[Text, ...] = ()
+    copying: Annotated[int, Field(ge=0, le=4096)] = 24
 
 
 class MappingFile(ConfigModel):
