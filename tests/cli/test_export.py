@@ -77,3 +77,38 @@ def test_a_student_that_is_not_there(tmp_path: Path, xarch_kd: XarchKd) -> None:
     done = xarch_kd("export", tmp_path / "none", "--output", tmp_path / "there")
     assert done.code == 3
     assert "no such folder" in done.err
+
+
+def test_one_file_for_llama_cpp(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    tiny_model("mamba2").bfloat16().save_pretrained(tmp_path / "student")
+    file = tmp_path / "student.gguf"
+    done = xarch_kd("export", tmp_path / "student", "--format", "gguf", "--output", file)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"{file}: mamba2 of llama.cpp in BF16, ") and done.out.endswith(", no tokenizer\n")
+    assert file.read_bytes()[:4] == b"GGUF"
+    done = xarch_kd("export", tmp_path / "student", "--format", "gguf", "--dtype", "q8_0", "--output", file)
+    assert done.code == 2 and f"{file} exists" in done.err
+    # The teacher's tokenizer is a table of words.
+    done = xarch_kd("export", teacher, "--format", "gguf", "--output", tmp_path / "teacher.gguf")
+    assert done.code == 3 and "WordLevel" in done.err
+
+
+def test_a_class_without_an_architecture(student: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    done = xarch_kd("export", student, "--format", "gguf", "--output", tmp_path / "student.gguf")
+    assert done.code == 3
+    assert "llama.cpp has no architecture for a model of type bamba" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_for_another_format(student: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    done = xarch_kd("export", student, "--dtype", "f16", "--output", tmp_path / "there")
+    assert done.code == 2
+    assert "--dtype is for --format gguf" in done.err
+
+
+@pytest.mark.parametrize("format", ["mamba_ssm", "gguf"])
+def test_a_run_without_a_student(tmp_path: Path, format: str, xarch_kd: XarchKd) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    done = xarch_kd("export", tmp_path, "--format", format, "--output", tmp_path / "there")
+    assert done.code == 3
+    assert f"The run {tmp_path} is not finished: it has no student yet." in done.err and "--resume" in done.err

@@ -62,9 +62,10 @@ COMMANDS: dict[str, CommandHelp] = {
         ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),
     ),
     "export": CommandHelp(
-        "Convert a student to the format of mamba_ssm, or back.",
+        "Convert a student to the format of mamba_ssm or llama.cpp, or back.",
         (
             "xarch-kd export runs/first --format mamba_ssm --output ./for-mamba-ssm",
+            "xarch-kd export runs/first --format gguf --dtype q8_0 --output student.gguf",
             "xarch-kd export ./for-mamba-ssm --format transformers --output ./student",
         ),
     ),
