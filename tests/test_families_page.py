@@ -193,4 +193,15 @@ def test_the_export_of_a_row(name: str, tmp_path: Path) -> None:
         return
     back = import_mamba_ssm(export_mamba_ssm(model, tmp_path / "student"))
     with torch.no_grad():
-        assert torch.equal(back(token_ids()).logits, model(token_ids()).logits)
+        found, expected = back(token_ids()).logits, model(token_ids()).logits
+    # The multipliers of a GraniteMoeHybrid are folded into the exported weights.
+    bound = logits_tolerance(float(expected.abs().max()), len(layout(name).blocks), expected.dtype)
+    assert torch.equal(found, expected) or (is_folded(model) and float((found - expected).abs().max()) <= bound)
+
+
+def is_folded(model: PreTrainedModel) -> bool:
+    config: Any = model.config
+    if config.model_type != "granitemoehybrid":
+        return False
+    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return (config.residual_multiplier, config.attention_multiplier) != (1.0, own**-0.5)

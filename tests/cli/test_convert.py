@@ -19,13 +19,13 @@ def test_a_converted_folder_loads_as_a_stock_model(teacher: Path, tmp_path: Path
     done = xarch_kd("convert", teacher, "--replace", "1", "--output", output)
     assert done.code == 0, done.err
     student = AutoModelForCausalLM.from_pretrained(output)
-    assert type(student).__name__ == "BambaForCausalLM"
-    assert [index for index in range(3) if index not in student.config.attn_layer_indices] == [1]
+    assert type(student).__name__ == "GraniteMoeHybridForCausalLM"
+    assert student.config.layer_types == ["full_attention", "linear_attention", "full_attention"]
     assert (
         AutoTokenizer.from_pretrained(output)("abc")["input_ids"]
         == AutoTokenizer.from_pretrained(teacher)("abc")["input_ids"]
     )
-    assert done.out.startswith(f"{output}: BambaForCausalLM, ")
+    assert done.out.startswith(f"{output}: GraniteMoeHybridForCausalLM, ")
 
 
 def test_exactly_one_selection(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:

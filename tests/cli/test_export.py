@@ -61,7 +61,7 @@ def test_the_format_that_it_has(command: str, student: Path, tmp_path: Path, xar
 def test_what_the_format_cannot_hold(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
     done = xarch_kd("export", teacher, "--output", tmp_path / "there")
     assert done.code == 3
-    assert "llama" in done.err and "target: bamba" in done.err
+    assert "llama" in done.err and "mixer: mamba2" in done.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -330,7 +330,7 @@ def test_a_field_that_is_dropped_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 REFUSED = {
-    "llama": "a stock class holds it(.|\n)*mixer: mamba2, target: bamba",
+    "llama": "a stock class holds it(.|\n)*mixer: mamba2, target: granitemoehybrid",
     "olmo2": "a stock class holds it(.|\n)*mixer: gated_delta, target: olmo_hybrid",
     "olmo": "not in the table(.|\n)*fresh student",
     "mamba2": "not in the table",

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GraniteMoeHybridConfig, PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, ModelError, UsageError
+from xarch_kd.models.conversion.check import logits_tolerance
+from xarch_kd.models.conversion.convert import convert, plan_conversion
 from xarch_kd.models.loading.load import load_config, load_model, load_tokenizer, read_student_config
 from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, mamba_ssm_config, stock_config
 from xarch_kd.models.mamba_ssm.format import WEIGHTS, export_mamba_ssm, import_mamba_ssm
@@ -38,9 +40,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {}),
     "mamba tied": ("mamba", {"tie_word_embeddings": True, "use_bias": True, "time_step_rank": 3}),
 }
+# GraniteMoeHybrid students, by the teacher that they are converted from; the package's format holds the equal Bamba.
+GRANITES: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid": ("llama", {"rms_norm_eps": 1e-5, "attention_bias": True}),
+    "granitemoehybrid of wide heads": ("mistral", {"rms_norm_eps": 1e-5, "head_dim": 32}),
+    "granitemoehybrid with multipliers": ("granite", {"rms_norm_eps": 1e-5}),
+    "granitemoehybrid tied": ("granite", {"rms_norm_eps": 1e-5, "tie_word_embeddings": True}),
+}
 
 
 def model_of(name: str) -> PreTrainedModel:
+    if name in GRANITES:
+        model_type, overrides = GRANITES[name]
+        return convert(tiny_model(model_type, **overrides), replace=[0], check=False)
     model_type, overrides = CASES[name]
     return tiny_model(model_type, **overrides)
 
@@ -65,6 +77,30 @@ def test_the_way_back_is_exact(name: str, tmp_path: Path) -> None:
     assert again == mamba_ssm_config(model.config) == json.loads((folder / "config.json").read_text())
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     assert [getattr(back.config, token) for token in tokens] == [getattr(model.config, token) for token in tokens]
+
+
+@pytest.mark.parametrize("name", GRANITES)
+def test_a_granitemoehybrid_comes_back_as_the_equal_bamba(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    assert model.config.model_type == "granitemoehybrid"
+    back = import_mamba_ssm(export_mamba_ssm(model, tmp_path / "student"))
+    assert back.config.model_type == "bamba"
+    assert back.config.layers_block_type == model.config.layer_types
+    found, expected = logits(back), logits(model)
+    if GRANITES[name][0] == "granite":
+        # The multipliers are folded into the weights, which unties the head.
+        assert back.get_input_embeddings().weight is not back.get_output_embeddings().weight
+        assert float((found - expected).abs().max()) <= logits_tolerance(float(expected.abs().max()), 3, found.dtype)
+    else:
+        assert found.equal(expected)
+
+
+def test_a_granitemoehybrid_without_positions_or_with_experts() -> None:
+    teacher = tiny_config("smollm3", no_rope_layers=[0, 0, 0, 0], rms_norm_eps=1e-5)
+    assert mamba_ssm_config(plan_conversion(teacher, replace=[1]).config)["attn_cfg"]["rotary_emb_dim"] == 0
+    experts = GraniteMoeHybridConfig(num_hidden_layers=2, num_local_experts=4)
+    with pytest.raises(ConversionError, match=r"num_local_experts: 4(.|\n)*fix: +keep the format"):
+        mamba_ssm_config(experts)
 
 
 def test_what_is_written_is_for_the_package_and_for_the_way_back(tmp_path: Path) -> None:
@@ -142,7 +178,7 @@ def test_a_bias_in_one_projection_of_attention_alone(tmp_path: Path) -> None:
             "rope_type: linear",
             "without rope scaling",
         ),
-        ("llama", {}, "model_type: llama", "target: bamba"),
+        ("llama", {}, "model_type: llama", "mixer: mamba2"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.mamba_ssm_peer import in_a_process_of_its_own, needs_mamba_ssm
-from tests.models.test_mamba_ssm import CASES, model_of
+from tests.models.test_mamba_ssm import CASES, GRANITES, model_of
 from xarch_kd.models.mamba_ssm.format import WEIGHTS, export_mamba_ssm, import_mamba_ssm
 from xarch_kd.testing.tiny import VOCABULARY
 
@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of folders in mamba_ssm's format, each with the logits that mamba_ssm gave."""
     root = tmp_path_factory.mktemp("exported")
     torch.save(IDS, root / "ids.pt")
-    for name in CASES:
+    for name in (*CASES, *GRANITES):
         export_mamba_ssm(model_of(name), root / name)
     for name, change in WRONG.items():
         folder = export_mamba_ssm(model_of("bamba"), root / name)
@@ -68,7 +68,7 @@ def difference(folder: Path, name: str) -> tuple[float, float]:
     return float((found - expected).abs().max()), tolerance
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *GRANITES])
 def test_the_logits_are_those_of_the_stock_model(name: str, folders: Path) -> None:
     found, tolerance = difference(folders / name, name)
     assert found <= tolerance

@@ -178,8 +178,13 @@ def test_an_olmo_block_that_is_replaced_keeps_its_mlp_near_the_teachers() -> Non
 @pytest.mark.parametrize(
     ("model_type", "overrides", "mixer", "expected"),
     [
-        ("llama", {}, "mamba2", "bamba"),
-        ("qwen2", {}, "mamba2", "bamba"),
+        ("llama", {}, "mamba2", "granitemoehybrid"),
+        ("qwen2", {}, "mamba2", "granitemoehybrid"),
+        ("mistral", {}, "mamba2", "granitemoehybrid"),
+        ("phi3", {}, "mamba2", "granitemoehybrid"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "mamba2", "granitemoehybrid"),
+        ("gemma", {}, "mamba2", "granitemoehybrid"),
+        ("llama", {"mlp_bias": True}, "mamba2", "bamba"),
         ("granite", {}, "mamba2", "granitemoehybrid"),
         ("phi3", {"rope_parameters": PARTIAL}, "mamba2", "bamba"),
         ("granite", {"mlp_bias": True}, "mamba2", "bamba"),
@@ -219,7 +224,7 @@ def test_names_that_do_not_go_together_and_blocks_that_do_not_exist() -> None:
     config = tiny_config("llama")
     with pytest.raises(ConversionError, match=r"qwen3_5 has no mixers of this kind(.|\n)*mixer: gated_delta"):
         plan_conversion(config, mixer="mamba2", target="qwen3_5", replace=[1])
-    with pytest.raises(ConversionError, match=r"no conversion to this class(.|\n)*auto, bamba, granitemoehybrid"):
+    with pytest.raises(ConversionError, match=r"no conversion to this class(.|\n)*auto, granitemoehybrid, bamba"):
         plan_conversion(config, target="jamba", replace=[1])
     with pytest.raises(UsageError, match="names block 3, but the model has 3 blocks"):
         plan_conversion(config, mixer="gated_delta", keep_attention=[3])

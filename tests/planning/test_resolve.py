@@ -87,7 +87,7 @@ def test_the_good_file_gives_the_whole_plan(good: str, plan_of: PlanOf, folder_o
     assert logits.cache_bytes == 0 and logits.pairs == () and logits.trainable == mixers.trainable
     assert mixers.folder == "01-mixers" and mixers.align_of(mixers.pairs[0]).tap == "mixer_output"
     assert 0 < mixers.flops < logits.flops * 10 and mixers.seconds > 0 and mixers.peak_bytes > 0
-    assert plan.student_config["model_type"] == "bamba"
+    assert plan.student_config["model_type"] == "granitemoehybrid"
     assert plan.warnings == (
         "stage mixers: every batch is drawn once, so the cache is never read; give fewer batches than steps, "
         "or cache: off",
@@ -267,7 +267,7 @@ def test_a_teacher_that_does_not_convert_is_told_with_its_line(plan_of: PlanOf, 
         plan_of(text(folder_of("qwen3"), convert("keep_attention: every 2"), stage()))
     assert caught.value.exit_code == 3
     message = str(caught.value)
-    assert "map.yaml:3:20: student.convert: A teacher of type qwen3 cannot become bamba or granitemoehybrid" in message
+    assert "map.yaml:3:20: student.convert: A teacher of type qwen3 cannot become granitemoehybrid or bamba" in message
     assert "fix:" in message
 
 

@@ -62,11 +62,11 @@ EXPECTED = {
     "llama--llama-small": ("llama", 16, 0, 72),
     "llama--mamba": ("mamba", 16, 0, 98),
     "llama--mamba2": ("mamba2", 16, 0, 96),
-    "llama--mamba2-hybrid": ("bamba", 32, 24, 414),
+    "llama--mamba2-hybrid": ("granitemoehybrid", 32, 24, 414),
     "qwen3--gated-delta-hybrid": ("qwen3_5_text", 28, 21, 700),
-    "smollm2-135m--mamba2-hybrid": ("bamba", 30, 4, 138),
-    "smollm2-135m--mamba2-hybrid-mohawk": ("bamba", 30, 4, 138),
-    "smollm2-135m--mamba2-hybrid-radlads": ("bamba", 30, 15, 146),
+    "smollm2-135m--mamba2-hybrid": ("granitemoehybrid", 30, 4, 138),
+    "smollm2-135m--mamba2-hybrid-mohawk": ("granitemoehybrid", 30, 4, 138),
+    "smollm2-135m--mamba2-hybrid-radlads": ("granitemoehybrid", 30, 15, 146),
     "smollm2-135m--mamba2-small": ("mamba2", 6, 0, 17),
 }
 

@@ -64,7 +64,7 @@ def make_plan(
     >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
     >>> plan = xkd.plan("mapping.yaml")
     >>> plan.student.model_type, [pair.name for pair in plan.stages[0].pairs]
-    ('bamba', ['output.1'])
+    ('granitemoehybrid', ['output.1'])
     """
     custom = CustomObjects.of(
         objectives=objectives, divergences=divergences, layer_maps=layer_maps, projectors=projectors

@@ -28,8 +28,6 @@ from xarch_kd.taps.trace import trace
 from xarch_kd.testing import recurrent, tiny
 
 LENGTH = 13
-# The student class that mamba_ssm has too.
-EXPORTED = "bamba"
 CONVERSIONS: dict[str, tuple[str, ...]] = {
     mixer: (*(name for name, target in TARGETS.items() if target.mixer == mixer), IN_PLACE)
     for mixer in ("mamba2", "gated_delta")
@@ -80,9 +78,10 @@ VARIANTS = (
     Specimen(model_type="gpt_neox", overrides={"use_parallel_residual": False}),
     Specimen(model_type="granite", overrides={"tie_word_embeddings": True}),
 )
-# Sizes that give a tiny model a mixer of each kind of its family.
+# Sizes that give a tiny model a mixer of each kind of its family, or an epsilon that mamba_ssm's format holds.
 OWN_SIZES: dict[str, dict[str, Any]] = {
-    "nemotron_h": {"layers_block_type": ["mamba", "mlp", "attention"], "num_hidden_layers": 3}
+    "nemotron_h": {"layers_block_type": ["mamba", "mlp", "attention"], "num_hidden_layers": 3},
+    "granitemoehybrid": {"rms_norm_eps": EPSILON},
 }
 
 
@@ -114,7 +113,7 @@ class ConversionSupport:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Export of a model, or of the Bamba that it converts to, to mamba_ssm; `reason` if it is refused.
+    """Export to mamba_ssm of a model, or of the student that `target: auto` gives; `reason` if it is refused.
 
     `rescaled` is the reason if its norms need another epsilon first.
     """
@@ -205,18 +204,24 @@ def conversion_of(config: PreTrainedConfig, mixer: str, target: str) -> Conversi
 
 def export_of(model: PreTrainedModel) -> Export:
     """Return the export of a model to mamba_ssm, as it is or with the mixer of its last block replaced."""
-    converts = conversion_of(model.config, "mamba2", EXPORTED).fit is not None
-    if model.config.model_type in WRITERS or not converts:
+    converted = _converted(model.config)
+    if model.config.model_type in WRITERS or converted is None:
         return Export(reason=_unwritten(model.config))
-    reason = _unwritten(_converted(model))
+    by_way_of, reason = converted.model_type, _unwritten(converted)
     if reason is None:
-        return Export(by_way_of=EXPORTED)
-    return Export(by_way_of=EXPORTED, reason=_unwritten(_converted(with_epsilon(model, EPSILON))), rescaled=reason)
+        return Export(by_way_of=by_way_of)
+    rescaled = _converted(with_epsilon(model, EPSILON).config)
+    assert rescaled is not None
+    return Export(by_way_of=by_way_of, reason=_unwritten(rescaled), rescaled=reason)
 
 
-def _converted(teacher: PreTrainedModel) -> PreTrainedConfig:
-    replaced = [int(teacher.config.num_hidden_layers) - 1]
-    return plan_conversion(teacher.config, mixer="mamba2", target=EXPORTED, replace=replaced).config
+def _converted(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Return the config of the Mamba-2 student that `target: auto` gives, or None."""
+    replaced = [int(config.num_hidden_layers) - 1]  # type: ignore[attr-defined]  # a field of every family's config
+    try:
+        return plan_conversion(config, mixer="mamba2", replace=replaced).config
+    except XarchError:
+        return None
 
 
 def _unwritten(config: PreTrainedConfig) -> str | None:

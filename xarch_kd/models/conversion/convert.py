@@ -59,7 +59,7 @@ def convert(
     >>> teacher = LlamaForCausalLM(config).eval()
     >>> student = xkd.convert(teacher, mixer="mamba2", keep_attention=[0])
     >>> type(student).__name__, student.config.layer_types
-    ('BambaForCausalLM', ['full_attention', 'linear_attention'])
+    ('GraniteMoeHybridForCausalLM', ['full_attention', 'linear_attention'])
     """
     conversion = plan_conversion(
         teacher.config, mixer=mixer, keep_attention=keep_attention, replace=replace, target=target

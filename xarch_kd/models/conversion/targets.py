@@ -86,16 +86,8 @@ def _olmo_hybrid_block(
     return olmo_hybrid_mixer(place, mixer) | olmo_hybrid_norms(place, block, stats)
 
 
+# Of two classes that fit equally well, `auto` selects the first: servers run GraniteMoeHybrid, and no longer Bamba.
 TARGETS: dict[str, Target] = {
-    "bamba": Target(
-        name="bamba",
-        mixer="mamba2",
-        unsupported_reason=bamba_unsupported_reason,
-        fit=_folds,
-        config=bamba_config,
-        state=bamba_state,
-        mixer_state=mamba2_state,
-    ),
     "granitemoehybrid": Target(
         name="granitemoehybrid",
         mixer="mamba2",
@@ -104,6 +96,15 @@ TARGETS: dict[str, Target] = {
         read_as=unscaled,
         config=granitemoehybrid_config,
         state=granitemoehybrid_state,
+        mixer_state=mamba2_state,
+    ),
+    "bamba": Target(
+        name="bamba",
+        mixer="mamba2",
+        unsupported_reason=bamba_unsupported_reason,
+        fit=_folds,
+        config=bamba_config,
+        state=bamba_state,
         mixer_state=mamba2_state,
     ),
     "qwen3_5": Target(

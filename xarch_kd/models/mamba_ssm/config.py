@@ -1,6 +1,7 @@
 """Configs of `mamba_ssm.MambaLMHeadModel` (https://github.com/state-spaces/mamba) and of the stock classes it equals.
 
-Its network is Bamba's if it mixes attention, Mamba-2 mixers or MLPs, and otherwise Mamba's or Mamba-2's. Its config has
+Its network is Bamba's, or an equal GraniteMoeHybrid's, if it mixes attention, Mamba-2 mixers or MLPs, and otherwise
+Mamba's or Mamba-2's. Its config has
 no fields for the norms' epsilon (1e-5), the activation (silu) and scaled rotary positions, so models that need other
 values are refused. Nothing of the package `mamba_ssm` is imported.
 """
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import BambaConfig, Mamba2Config, MambaConfig, PreTrainedConfig
 
 from xarch_kd.errors import ConversionError, ModelError, suggest
+from xarch_kd.models.mamba_ssm.granitemoehybrid import equal_bamba_config
 
 FORMAT = "mamba_ssm"
 EPSILON = 1e-5
@@ -98,15 +100,17 @@ def is_mamba_ssm(values: Mapping[str, Any]) -> bool:
 
 
 def mamba_ssm_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return mamba_ssm's config of a Bamba, Mamba-2 or Mamba config. Raises `ConversionError` for what it lacks."""
+    """Return mamba_ssm's config of a model whose type is in `WRITERS`. Raises `ConversionError` for others."""
     if config.model_type not in WRITERS:
         raise ConversionError(
             f"A model of type {config.model_type} cannot be written in mamba_ssm's format: "
             "no model of that package equals it.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(WRITERS),
-            fix="convert the teacher with mixer: mamba2 and target: bamba, or keep the format of transformers",
+            fix="convert the teacher with mixer: mamba2, or keep the format of transformers",
         )
+    if config.model_type == "granitemoehybrid":
+        config = equal_bamba_config(config)
     values: Any = config
     epsilon = getattr(values, "rms_norm_eps", None) or values.layer_norm_epsilon
     if epsilon != EPSILON:
@@ -209,6 +213,7 @@ def _written(config: PreTrainedConfig, names: Mapping[str, str]) -> dict[str, An
 
 WRITERS: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
     "bamba": _bamba,
+    "granitemoehybrid": _bamba,
     "mamba2": _mamba2,
     "mamba": _mamba,
 }

@@ -34,7 +34,7 @@ def export_mamba_ssm(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write a Bamba, Mamba-2 or Mamba model to `folder` in mamba_ssm's format, and return the folder.
+    """Write a Bamba, GraniteMoeHybrid, Mamba-2 or Mamba model to `folder` in mamba_ssm's format, and return the folder.
 
     The weights are the model's own, in its dtype; ids of special tokens are stored for a later import. Written
     whole or not at all. Raises `ConversionError` for what the format cannot hold, `UsageError` if `folder` holds

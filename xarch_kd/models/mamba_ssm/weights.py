@@ -15,19 +15,22 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from xarch_kd.models.loading.fit import check_placed
+from xarch_kd.models.mamba_ssm.granitemoehybrid import equal_bamba_config, equal_bamba_state
 from xarch_kd.taps.mamba_ssm import is_mamba_ssm_model
 
 MULTIPLE = 128
-# Modules outside the blocks, and inside a block of Bamba: stock → mamba_ssm. Where several have one, its rows are
-# theirs in this order.
+# Modules outside the blocks, and inside a block of Bamba or GraniteMoeHybrid: stock → mamba_ssm. Where several have
+# one, its rows are theirs in this order.
 OUTSIDE = {
     "model.embed_tokens": "backbone.embedding",
     "model.final_layernorm": "backbone.norm_f",
+    "model.norm": "backbone.norm_f",
     "backbone.embeddings": "backbone.embedding",
 }
 INSIDE = {
     "input_layernorm": "norm",
     "pre_ff_layernorm": "norm2",
+    "post_attention_layernorm": "norm2",
     "self_attn.q_proj": "mixer.in_proj",
     "self_attn.k_proj": "mixer.in_proj",
     "self_attn.v_proj": "mixer.in_proj",
@@ -35,6 +38,8 @@ INSIDE = {
     "feed_forward.up_proj": "mlp.fc1",
     "feed_forward.gate_proj": "mlp.fc1",
     "feed_forward.down_proj": "mlp.fc2",
+    "shared_mlp.input_linear": "mlp.fc1",
+    "shared_mlp.output_linear": "mlp.fc2",
     "mamba": "mixer",
 }
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -58,6 +63,8 @@ def own_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def mamba_ssm_state(state: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
     """Return a stock state dict under mamba_ssm's names; tensors that are only renamed are not copied."""
+    if config.model_type == "granitemoehybrid":
+        state, config = equal_bamba_state(state, config), equal_bamba_config(config)
     rows: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         rows.setdefault(mamba_ssm_name(name), {})[name] = value
