@@ -52,10 +52,11 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 	touch $@
 
 # Packages that tests compare with, outside the environment: transformers would use mamba_ssm's kernels on a CPU too, and
-# takes longer to import beside torchao. Only the Python files of mamba_ssm are installed, without compilation.
+# takes longer to import beside torchao and compressed-tensors (loguru is what that imports). Only the Python files of mamba_ssm are installed, without compilation.
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(PIP) install -c constraints.txt -e '.[gguf,dev]'
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install -c constraints.txt --no-deps \
 		--no-build-isolation --upgrade --target $(VENV)/peers mamba_ssm
-	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/peers torchao
+	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/peers \
+		torchao compressed-tensors loguru
 	touch $@

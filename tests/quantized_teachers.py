@@ -1,7 +1,7 @@
-"""int8 and int4 teachers by torchao, run in a process of its own: `python -m tests.quantized_teachers FOLDER`.
+"""Quantized teachers, run in a process of its own: `python -m tests.quantized_teachers FOLDER`.
 
-Importing transformers takes longer and prints more where torchao can be imported, so the package may be in the folder
-of the peers. Prints one line of JSON with what was measured.
+Importing transformers takes longer and prints more where torchao can be imported, so it and compressed-tensors may be
+in the folder of the peers. Prints one line of JSON with what was measured.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.mamba_ssm_peer import PEERS
 
-if importlib.util.find_spec("torchao") is None:
-    sys.path.append(str(PEERS))
+sys.path.append(str(PEERS))
 
 import torch
 import yaml
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import xarch_kd as xkd
+from tests.quantized_checkpoints import FORMATS, quantized_folder
 from xarch_kd.errors import XarchError
 from xarch_kd.models.loading.load import load_model
-from xarch_kd.models.loading.quantized import Quantization, full_precision
+from xarch_kd.models.loading.quantized import PACKAGES, Quantization, full_precision
 from xarch_kd.testing.mapping import TEXT
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
+CONSOLE = Console(quiet=True)
 # Values of one scale, and steps from zero to the largest of them.
 SCALES: dict[Quantization, tuple[int, int]] = {"int8": (64, 127), "int4": (32, 7)}
 
@@ -42,7 +45,55 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {kind: measured(str(teacher), kind) for kind in SCALES}
     found["refused"] = refusals(folder, str(teacher))
     found["runs"] = {str(kind): trained(folder, str(teacher), kind) for kind in (None, "int8")}
+    found["lacking"] = {name: package for name in FORMATS if (package := lacking_package(name)) is not None}
+    found["checkpoints"] = {name: checkpoint(folder, name) for name in FORMATS if name not in found["lacking"]}
     print(json.dumps(found))
+
+
+def lacking_package(name: str) -> str | None:
+    """Return the first package that a format of `FORMATS` lacks here."""
+    method = name.split("-")[0] if name.startswith(("gptq", "awq")) else "compressed-tensors"
+    return next((package for package in PACKAGES[method] if importlib.util.find_spec(package) is None), None)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel) -> Tensor:
+    return model(torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(0))).logits
+
+
+def checkpoint(folder: Path, name: str) -> dict[str, Any]:
+    """Return the error of a stored teacher's logits, what a run with it measured, and how a conversion is refused."""
+    teacher = folder / name
+    values = quantized_folder(teacher, name)
+    quantized, plain = load_model(str(teacher), allow_quantized=True), tiny_model("llama")
+    state, own = plain.state_dict(), quantized.state_dict()
+    for key, value in values.items():
+        # The product of a code and a float16 scale is rounded to float16 by both packages.
+        state[key].copy_(value if name == "float-quantized" else value.half())
+    expected = logits_of(plain)
+    student = {"config": {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}}
+    refused = {"convert": {"mixer": "mamba2", "replace": [1]}}
+    found: dict[str, Any] = {
+        "logits": float((logits_of(quantized) - expected).abs().max() / expected.abs().max()),
+        "equal": all(torch.equal(own[key], state[key]) for key in values) if set(values) <= set(own) else None,
+        "refused": [message(lambda: xkd.plan(mapping(folder, str(teacher), None, refused)))],
+    }
+    if found["equal"] is None:
+        found["refused"].append(message(lambda: xkd.convert(quantized, replace=[1])))
+    if name in ("pack-quantized", "gptq", "awq"):
+        run = folder / f"run-{name}"
+        xkd.train(mapping(folder, str(teacher), None, student), run, console=CONSOLE)
+        found["teacher_nll"] = teacher_nll(run)
+    return found
+
+
+def message(call: Callable[[], object]) -> str:
+    """Return what an error of xarch_kd prints, or an empty string."""
+    try:
+        call()
+    except XarchError as error:
+        return str(error)
+    return ""
 
 
 @torch.no_grad()
@@ -106,27 +157,24 @@ def trained(folder: Path, teacher: str, kind: str | None) -> dict[str, float]:
     """Return the teacher's NLL in a run's evaluation and the change of the student."""
     sizes = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     student = {"config": {**sizes, "intermediate_size": 96}}
-    console = Console(quiet=True)
-    run = xkd.train(mapping(folder, teacher, kind, student), folder / f"run-{kind}", console=console)
-    evaluation = xkd.evaluate(folder / f"run-{kind}", tokens=512, console=console)
+    run = xkd.train(mapping(folder, teacher, kind, student), folder / f"run-{kind}", console=CONSOLE)
     trained = float(load_model(str(run.student)).lm_head.weight.double().sum())
-    return {"teacher_nll": evaluation.result("held-out").teacher_nll, "student": trained}
+    return {"teacher_nll": teacher_nll(folder / f"run-{kind}"), "student": trained}
+
+
+def teacher_nll(run: Path) -> float:
+    """Return the teacher's NLL on the held-out text of a run."""
+    return float(xkd.evaluate(run, tokens=512, console=CONSOLE).result("held-out").teacher_nll)
 
 
 def refusals(folder: Path, teacher: str) -> list[str]:
     """Return the messages of what is refused."""
-    found = []
     convert = {"convert": {"mixer": "mamba2", "replace": [1]}}
     quantized = load_model(teacher, quantization="int8")
-    for call in (
-        lambda: xkd.plan(mapping(folder, teacher, "int8", convert)),
-        lambda: xkd.convert(quantized, replace=[1]),
-    ):
-        try:
-            call()
-        except XarchError as error:
-            found.append(str(error))
-    return found
+    return [
+        message(lambda: xkd.plan(mapping(folder, teacher, "int8", convert))),
+        message(lambda: xkd.convert(quantized, replace=[1])),
+    ]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.mamba_ssm_peer import PEERS, in_a_process_of_its_own
+from tests.quantized_checkpoints import FORMATS
 from xarch_kd.errors import MappingFileError, ModelError
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.loading.load import load_config, load_model
@@ -67,6 +68,23 @@ def test_conversion_of_a_quantized_teacher_is_refused(measured: dict[str, Any]) 
     assert converted.startswith("Conversion takes full-precision weights only")
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_checkpoints_have_the_logits_of_the_values_they_stand_for(measured: dict[str, Any], name: str) -> None:
+    """GPTQ and AWQ need packages that are compiled where they are installed, so `make test` leaves them out."""
+    if (package := measured["lacking"].get(name)) is not None:
+        pytest.skip(f"{name} needs {package}, which is not part of the tests' environment")
+    found = measured["checkpoints"][name]
+    # Sums of at most 96 products in another order, through three blocks.
+    assert found["logits"] <= 64 * torch.finfo(torch.float32).eps
+    # GPTQ and AWQ keep their codes in classes of gptqmodel.
+    assert found["equal"] is (None if name.startswith(("gptq", "awq")) else True)
+    assert "conversion takes a teacher in full precision, found a checkpoint quantized" in found["refused"][0]
+    assert all(message.startswith("Conversion takes full-precision weights") for message in found["refused"][1:])
+    if "teacher_nll" in found:
+        plain = measured["runs"]["None"]["teacher_nll"]
+        assert plain != found["teacher_nll"] == pytest.approx(plain, rel=0.05)
+
+
 def fp8_folder(folder: Path) -> tuple[str, dict[str, Tensor]]:
     """Write a checkpoint with FP8 projections and a scale per block of 128 × 128; return the values it stands for."""
     tiny_model("llama", hidden_size=128, intermediate_size=256).save_pretrained(folder)
@@ -98,6 +116,33 @@ def test_fp8_weights_are_multiplied_by_their_scales(tmp_path: Path) -> None:
         load_model(folder)
 
 
+def test_weights_without_their_scale_are_refused(tmp_path: Path) -> None:
+    folder, _ = fp8_folder(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=r"1 quantized weights without a scale(.|\n)*layers\.1\.mlp\.up_proj\.weight of F8"
+    ):
+        load_model(folder, allow_quantized=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"format": "nvfp4-pack-quantized"}, "format nvfp4-pack-quantized; allowed: pack-quantized"),
+        ({"config_groups": {"one": {"weights": {"num_bits": 8}}, "two": {"weights": {"num_bits": 4}}}}, "2 schemes"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "a sparsity_config, which is left out"),
+        ({"transform_config": {"config_groups": {"R1": {}}}}, "a transform_config, which is left out"),
+    ],
+    ids=["format", "schemes", "sparsity", "transform"],
+)
+def test_compressed_tensors_that_would_be_dequantized_wrongly_are_refused(changed: dict[str, Any], reason: str) -> None:
+    config = tiny_config("llama")
+    config.quantization_config = METHODS["compressed-tensors"] | changed
+    assert reason in str(unsupported_reason(config, None))
+
+
 def test_weights_in_fp8_are_not_converted() -> None:
     teacher = tiny_model("llama")
     weight = teacher.model.layers[0].mlp.up_proj.weight
@@ -111,7 +156,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4},
     "awq": {"quant_method": "awq", "bits": 4},
     "torchao": {"quant_method": "torchao", "quant_type": "int8_weight_only"},
-    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"weights": {"num_bits": 8}}},
+    },
     "fp8": {"quant_method": "fp8"},
 }
 
@@ -124,13 +173,13 @@ def test_a_missing_package_is_named_by_the_plan(tmp_path: Path, monkeypatch: pyt
     content = yaml.safe_load(GOOD.replace("./teacher", str(tmp_path)))
     content |= {"student": {"config": SIZES}, "stages": [{**LOGIT_STAGE, "train": ["all"]}]}
     find = importlib.util.find_spec
-    packages = {package[0] for package in PACKAGES.values() if package is not None}
+    packages = {package for needed in PACKAGES.values() for package in needed}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
-    package = PACKAGES[method]
-    if package is None:
+    package = " ".join(PACKAGES[method]).replace("_", "-")
+    if not package:
         assert make_plan(content, rates=RATES).teacher.model_type == "llama"
         return
-    message = rf"teacher\.model: a checkpoint quantized by {method} needs the package (.|\n)*pip install {package[1]}"
+    message = rf"teacher\.model: a checkpoint quantized by {method} needs the package (.|\n)*pip install {package}"
     with pytest.raises(MappingFileError, match=message):
         make_plan(content, rates=RATES)
     with pytest.raises(MappingFileError, match="conversion takes a teacher in full precision"):

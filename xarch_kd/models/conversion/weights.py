@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel
 
 from xarch_kd.errors import ConversionError, ModelError
 from xarch_kd.models.conversion.teacher_spec import TeacherSpec
+
+# Types of quantized values that are kept in buffers.
+_CODES: Final = (torch.int32, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +152,12 @@ def _times(weight: Tensor, factor: float) -> Tensor:
 
 
 def check_plain(model: PreTrainedModel) -> None:
-    """Raise `ConversionError` for a quantized teacher, whose weights are of another class or not floating point."""
-    for name, value in model.named_parameters():
+    """Raise `ConversionError` for a quantized teacher, whose weights are of another class or not floating point.
+
+    GPTQ and AWQ keep their values in integer buffers.
+    """
+    codes = ((name, value) for name, value in model.named_buffers() if value.dtype in _CODES and value.ndim > 1)
+    for name, value in (*model.named_parameters(), *codes):
         if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point() or value.element_size() == 1:
             raise ConversionError(
                 "Conversion takes full-precision weights only, and the teacher is quantized.",

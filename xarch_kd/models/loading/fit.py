@@ -33,6 +33,8 @@ _CAUSES: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     ),
     (re.compile(r"\.bias$"), "biases that the config turns off, e.g. attention_bias: false or mlp_bias: false"),
 )
+# Scales of activations and of a quantized cache: they round what a model computes, and are not applied to weights.
+_ACTIVATION_SCALES: Final = re.compile(r"\.(input|output|[qkv])_(scale|zero_point|global_scale)$")
 # Types of safetensors whose values are the weights.
 _PLAIN_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 _COMPARE: Final = "compare config.json with the one that the weights were saved with"
@@ -40,10 +42,13 @@ _HEADS: Final = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
-def check_placed(report: Mapping[str, Any], config: PreTrainedConfig, *, where: str) -> None:
+def check_placed(
+    report: Mapping[str, Any], config: PreTrainedConfig, *, where: str, is_dequantized: bool = False
+) -> None:
     """Raise `ModelError` if weights are missing, of another shape, or have no place in the model of their config.
 
-    `report` is the `output_loading_info` of transformers.
+    `report` is the `output_loading_info` of transformers. Scales of activations have no place in a model whose weights
+    were dequantized, and pass.
     """
     shapes = sorted(report.get("mismatched_keys", ()), key=str)
     if shapes:
@@ -56,6 +61,8 @@ def check_placed(report: Mapping[str, Any], config: PreTrainedConfig, *, where: 
         )
     missing, extra = (sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys"))
     extra = [key for key in extra if not HARMLESS.search(key)]
+    if is_dequantized:
+        extra = [key for key in extra if not _ACTIVATION_SCALES.search(key)]
     wrapper = _wrapper(extra)
     if extra and (wrapper or not missing):
         raise ModelError(
@@ -114,6 +121,28 @@ def check_stored_dtypes(model: PreTrainedModel, folder: Path, *, where: str) -> 
             found=_listed(wrong),
             allowed=" | ".join(_PLAIN_DTYPES),
             fix="save the model in full precision where it was quantized, or with its quantization_config",
+        )
+
+
+def check_scales(folder: Path, *, where: str) -> None:
+    """Raise `ModelError` for a quantized weight without a scale, whose values would be taken for the weight's.
+
+    To be called for the methods whose weights are multiplied by their scales on loading.
+    """
+    tensors = stored_tensors(folder)
+    wrong = [
+        f"{name} of {stored.dtype}"
+        for name, stored in tensors.items()
+        if name.endswith((".weight", ".weight_packed"))
+        and stored.dtype not in _PLAIN_DTYPES
+        and not any(name.removesuffix("_packed") + ending in tensors for ending in ("_scale", "_scale_inv"))
+    ]
+    if wrong:
+        raise ModelError(
+            f"The checkpoint stores {len(wrong)} quantized weights without a scale.",
+            asked=where,
+            found=_listed(wrong),
+            fix="save the model again where it was quantized, or download it again",
         )
 
 

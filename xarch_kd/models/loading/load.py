@@ -19,6 +19,7 @@ from xarch_kd.errors import ModelError, suggest
 from xarch_kd.files import expanded
 from xarch_kd.models.loading.fit import (
     check_placed,
+    check_scales,
     check_stored_dtypes,
     check_stored_placed,
     check_weights_finite,
@@ -27,6 +28,7 @@ from xarch_kd.models.loading.fit import (
 )
 from xarch_kd.models.loading.gguf import check_gguf_placed, gguf_config, name_map_built_once
 from xarch_kd.models.loading.quantized import (
+    DEQUANTIZED,
     Quantization,
     check_full_precision,
     check_head,
@@ -142,6 +144,9 @@ def load_model(
         check_weights(source.path)
     quantized = loading_options(config, quantization, where=reference)
     has_codes = quantization is not None or stored_method(config) is not None
+    is_dequantized = stored_method(config) in DEQUANTIZED
+    if is_dequantized and source.kind == "folder" and source.path is not None:
+        check_scales(source.path, where=reference)
     place: dict[str, Any] = {"pretrained_model_name_or_path": source.name, "use_safetensors": True}
     if source.kind == "gguf" and source.path is not None:
         place = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
@@ -160,10 +165,13 @@ def load_model(
                 # The report names them, and they are refused below; the error that is raised otherwise names nothing.
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        # The packages of quantized models raise whatever their settings lead to.
+        if not has_codes and not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+            raise
         raise ModelError("The model could not be read.", asked=reference, found=_first_line(error)) from error
     model, report = loaded
-    _check_loaded(model, report, source, has_codes=has_codes, where=reference)
+    _check_loaded(model, report, source, has_codes=has_codes, is_dequantized=is_dequantized, where=reference)
     # A GGUF model keeps its quantizer, which would stop it from being saved, long after its weights are plain.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -172,13 +180,20 @@ def load_model(
 
 
 def _check_loaded(
-    model: PreTrainedModel, report: dict[str, Any], source: Source, *, has_codes: bool, where: str
+    model: PreTrainedModel,
+    report: dict[str, Any],
+    source: Source,
+    *,
+    has_codes: bool,
+    is_dequantized: bool,
+    where: str,
 ) -> None:
     """Raise `ModelError` unless a loaded model is what its files hold; a stored head is followed.
 
-    `report` is the `output_loading_info` of transformers; `has_codes` is true for a model with quantized weights.
+    `report` is the `output_loading_info` of transformers; `has_codes` is true for a model with quantized weights, and
+    `is_dequantized` if they were multiplied by their scales on loading.
     """
-    check_placed(report, model.config, where=where)
+    check_placed(report, model.config, where=where, is_dequantized=is_dequantized)
     if source.kind == "folder" and source.path is not None and not has_codes:
         check_stored_dtypes(model, source.path, where=where)
     if source.kind == "gguf" and source.path is not None:

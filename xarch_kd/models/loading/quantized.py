@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
@@ -12,25 +14,28 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from xarch_kd.errors import ModelError
 
 Quantization = Literal["int8", "int4"]
-# Method in a checkpoint's config -> the module that transformers needs for it (None: none), and its name for pip.
-PACKAGES: Final[dict[str, tuple[str, str] | None]] = {
-    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
-    "torchao": ("torchao", "torchao"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "awq": ("gptqmodel", "gptqmodel"),
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "fp8": None,
+# Method in a checkpoint's config -> the modules that transformers needs for it; their pip names have hyphens.
+PACKAGES: Final[dict[str, tuple[str, ...]]] = {
+    "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed_tensors",),
+    "fp8": (),
 }
+# Methods whose weights are multiplied by their scales on loading; activations are not quantized then.
+DEQUANTIZED: Final = ("compressed-tensors", "fp8")
+# Formats of compressed-tensors whose values are compared with independent ones in the tests.
+COMPRESSED_FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 # Weights per scale of int4.
 _GROUP: Final = 32
 
 
 def stored_method(config: PreTrainedConfig) -> str | None:
     """Return the quantization method that a checkpoint's config names, None for full precision."""
-    found: Any = getattr(config, "quantization_config", None)
-    if not found:
+    values = _stored_values(config)
+    if not values:
         return None
-    values = found if isinstance(found, dict) else found.to_dict()
     if values.get("load_in_4bit") or values.get("load_in_8bit"):
         return "bitsandbytes"
     method = values.get("quant_method")
@@ -44,11 +49,40 @@ def unsupported_reason(config: PreTrainedConfig, quantization: str | None) -> st
         return f"the checkpoint is quantized already ({method}), so quantization: {quantization} cannot be asked for"
     if method is not None and method not in PACKAGES:
         return f"the checkpoint is quantized by the method {method}; allowed: {', '.join(PACKAGES)}, GGUF files"
-    package = ("torchao", "torchao") if quantization is not None else PACKAGES[method] if method is not None else None
-    if package is None or importlib.util.find_spec(package[0]) is not None:
+    if method == "compressed-tensors" and (reason := _not_dequantized(_stored_values(config))) is not None:
+        return reason
+    packages = ("torchao",) if quantization is not None else PACKAGES[method] if method is not None else ()
+    lacking = " ".join(name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None)
+    if not lacking:
         return None
     what = f"quantization: {quantization}" if quantization is not None else f"a checkpoint quantized by {method}"
-    return f"{what} needs the package {package[1]}: pip install {package[1]}"
+    return f"{what} needs the package {lacking}: pip install {lacking}"
+
+
+def _stored_values(config: PreTrainedConfig) -> dict[str, Any]:
+    found: Any = getattr(config, "quantization_config", None)
+    return found if isinstance(found, dict) else found.to_dict() if found else {}
+
+
+def _not_dequantized(values: Mapping[str, Any]) -> str | None:
+    """Return why weights of compressed-tensors are not dequantized on loading, or None.
+
+    transformers dequantizes all dense layers by the first group's scheme, and leaves transforms and sparsity out.
+    """
+    for key in ("transform_config", "sparsity_config"):
+        part = values.get(key) or {}
+        if part and part.get("format") != "dense":
+            return f"the checkpoint has a {key}, which is left out when its weights are dequantized"
+    groups = values.get("config_groups") or {}
+    schemes = [group if isinstance(group, dict) else {"weights": name} for name, group in groups.items()]
+    weights = {json.dumps(scheme.get("weights"), sort_keys=True, default=str) for scheme in schemes}
+    formats = {scheme.get("format") or values.get("format") for scheme in schemes}
+    if len(weights) != 1 or len(formats) != 1:
+        return f"the checkpoint quantizes its layers by {len(weights)} schemes, and only one is dequantized"
+    stored = str(formats.pop())
+    if stored not in COMPRESSED_FORMATS:
+        return f"the checkpoint has compressed-tensors' format {stored}; allowed: {', '.join(COMPRESSED_FORMATS)}"
+    return None
 
 
 def check_full_precision(config: PreTrainedConfig, *, where: str) -> None:
@@ -64,14 +98,14 @@ def check_full_precision(config: PreTrainedConfig, *, where: str) -> None:
 
 
 def loading_options(config: PreTrainedConfig, quantization: str | None, *, where: str) -> dict[str, Any]:
-    """Return what `from_pretrained` takes for a quantized model; FP8 weights are multiplied by their scales on loading.
+    """Return what `from_pretrained` takes for a quantized model; methods in `DEQUANTIZED` become plain weights.
 
     Raises `ModelError` for a method or a package that is not there.
     """
     reason = unsupported_reason(config, quantization)
     if reason is not None:
         raise ModelError("The quantized model cannot be loaded.", asked=where, found=reason)
-    if stored_method(config) == "fp8":
+    if stored_method(config) in DEQUANTIZED:
         stored: Any = config.quantization_config  # type: ignore[attr-defined]
         stored["dequantize"] = True
     if quantization is None:
