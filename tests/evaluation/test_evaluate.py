@@ -14,8 +14,9 @@ from rich.console import Console
 from torch import Tensor
 
 from xarch_kd.errors import DataError
-from xarch_kd.evaluation.evaluate import compare_models, token_fingerprint
+from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.likelihood import token_nll
+from xarch_kd.evaluation.likelihood_suite import token_fingerprint
 from xarch_kd.evaluation.results import (
     Evaluation,
     from_json,

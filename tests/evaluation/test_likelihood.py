@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from xarch_kd.data.documents import TokenizedDocuments
 from xarch_kd.data.packing import Packing, pack
 from xarch_kd.errors import DataError, NonFiniteLoss, UsageError
-from xarch_kd.evaluation.evaluate import token_fingerprint
 from xarch_kd.evaluation.likelihood import perplexity, position_buckets, position_curve, token_nll
+from xarch_kd.evaluation.likelihood_suite import token_fingerprint
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model
 
 

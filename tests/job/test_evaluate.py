@@ -26,6 +26,21 @@ def run(write_mapping: Write, tmp_path: Path) -> Path:
     return train(write_mapping(MIXER_STAGE), tmp_path / "run").folder.root
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text_file: Path) -> Path:
+    """A finished run that tests leave as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    mapping = {
+        "version": 1,
+        "teacher": {"model": str(teacher_folder)},
+        "student": {"convert": {"mixer": "mamba2", "replace": [1]}},
+        "data": {"files": [str(text_file)], "sequence_length": 16, "batch_size": 2},
+        "device": "cpu",
+        "stages": [{**MIXER_STAGE, "steps": 1}],
+    }
+    return train(mapping, folder / "run").folder.root
+
+
 def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Not measured." in (run / "student" / "README.md").read_text()
     capsys.readouterr()
@@ -41,6 +56,44 @@ def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: p
     files = json.loads((run / "manifest.json").read_text())["files"]
     assert files == {name: sha256_of(run / name) for name in files}
     assert "evaluation.json" in files
+
+
+def test_one_suite_is_measured_and_others_keep_their_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--suites", "speed", "--lengths", "16,32", "--seconds", "30", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["likelihood"] is None
+    assert [(entry["tokens"], entry["student"]["decode"]["repeats"]) for entry in figures["speed"]["contexts"]] == [
+        (16, 12),
+        (32, 12),
+    ]
+    card = (run / "student" / "README.md").read_text()
+    assert "What is gained, teacher → student, one sequence, bfloat16" in card and "NLL" not in card
+    speed = read_evaluation(run / "evaluation.json").speed
+    assert main(["evaluate", str(run), "--suites", "likelihood", "--tokens", "128"]) == 0
+    after = read_evaluation(run / "evaluation.json")
+    assert after.speed == speed and after.result("held-out").rows == 8
+    assert "What is gained" in (run / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--suites", "sped"], "There is no suite 'sped'. Did you mean 'speed'?"),
+        (["--suites", ""], "No suite was given."),
+        (["--suites", "speed", "--tokens", "64"], "An option of the suite 'likelihood' was given"),
+        (["--suites", "likelihood", "--seconds", "1"], "An option of the suite 'speed' was given"),
+        (["--lengths", "64,16"], "lengths must increase, found 64, 16"),
+        (["--lengths", "a"], "Context lengths are whole numbers"),
+        (["--lengths", "1000"], "1,000 is beyond the 512 positions of the teacher"),
+        (["--memory-gib", "1e-9"], "1 bytes do not hold one sequence of 256 tokens"),
+        (["--dtype", "int3"], "dtype: Input should be 'float32', 'bfloat16' or 'float16'"),
+    ],
+)
+def test_settings_of_a_suite_that_do_not_fit_are_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["evaluate", str(finished), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_measuring_twice_gives_the_same_figures(run: Path) -> None:

@@ -179,3 +179,19 @@ def test_added_tokens_and_templates_are_the_students_own() -> None:
         check_same_ids(student, tiny_tokenizer(), 97)
     with pytest.raises(ModelError, match="98 tokens, 97 rows"):
         check_same_ids(tiny_tokenizer(), student, 97)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("lengths: [256, 4096]", r"map.yaml:\d+:\d+: evaluate.speed.lengths: 4,096 is beyond the 512 positions of the"),
+        ("memory_gib: 1e-5", r"evaluate.speed.memory_gib: 10,737 bytes do not hold one sequence of 256 tokens"),
+        ("lengths: [256, 256]", r"lengths must increase, found 256, 256"),
+    ],
+)
+def test_lengths_and_memory_of_the_evaluation_fit_the_models(
+    folder_of: FolderOf, plan_of: PlanOf, settings: str, message: str
+) -> None:
+    text = GOOD.replace("./teacher", folder_of("llama")).replace("evaluate:\n", f"evaluate:\n  speed: {{{settings}}}\n")
+    with pytest.raises(MappingFileError, match=message):
+        plan_of(text)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.data.copying import copy_rows, filler_text
 from xarch_kd.errors import DataError, NonFiniteLoss
+from xarch_kd.evaluation.base import Subjects
 from xarch_kd.evaluation.likelihood import ModelPaths
 from xarch_kd.evaluation.statistics import LEVEL, RESAMPLES, paired_bootstrap
 from xarch_kd.ops.heads import Head
 from xarch_kd.ops.streaming.logits import logits_into
 from xarch_kd.run.report import Reporter
 from xarch_kd.taps.layout import layout_of, run_base
+
+if TYPE_CHECKING:
+    from xarch_kd.evaluation.results import Evaluation
 
 # Tokens of a list, and of the filler between the list and its repetition.
 ITEMS: Final = 48
@@ -151,3 +156,42 @@ def compare_copying(
         low=difference.low,
         high=difference.high,
     )
+
+
+def measure_copying(subjects: Subjects) -> CopyingResult | None:
+    """Return the copying accuracy of both models; None, with a line, where their positions or ids do not allow it."""
+    models = (subjects.teacher, subjects.student)
+    if subjects.copying == 0 or subjects.tokenizer is None:
+        return None
+    vocabulary = min(int(model.get_input_embeddings().weight.shape[0]) for model in models)  # type: ignore[arg-type]
+    try:
+        rows = copying_rows(subjects.tokenizer, lists=subjects.copying, vocabulary=vocabulary)
+    except DataError as error:
+        subjects.reporter.line(f"warning: {error.message} ({error.found})")
+        return None
+    positions = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    if any(known is not None and known < rows.ids.shape[1] for known in positions):
+        subjects.reporter.line(
+            f"warning: copying is not measured: its rows have {rows.ids.shape[1]} tokens, more than positions"
+        )
+        return None
+    return compare_copying(
+        *models,
+        rows,
+        teacher_paths=subjects.teacher_paths,
+        student_paths=subjects.student_paths,
+        seed=subjects.seed,
+        reporter=subjects.reporter,
+    )
+
+
+def copying_lines(evaluation: Evaluation) -> Iterator[Text]:
+    """Yield the result as one line to print."""
+    if evaluation.copying is not None:
+        yield Text(evaluation.copying.line())
+
+
+def copying_markdown(evaluation: Evaluation) -> Iterator[str]:
+    """Yield the result as a sentence of a model card."""
+    if evaluation.copying is not None:
+        yield f"{evaluation.copying.line().capitalize()}."

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import xarch_kd
 from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
-from xarch_kd.evaluation.results import read_evaluation
+from xarch_kd.evaluation.results import read_evaluation, render_markdown
 from xarch_kd.files import write_text
 from xarch_kd.job.run import Run
 from xarch_kd.mapping_file.schema import Text
@@ -128,18 +128,4 @@ def folder_title(plan: Plan) -> str:
 
 
 def _figures(evaluation: Path) -> str:
-    if not evaluation.is_file():
-        return "Not measured."
-    lines = [
-        "| text | tokens | teacher NLL | student NLL | difference (95 % interval) |",
-        "|---|---|---|---|---|",
-    ]
-    measured = read_evaluation(evaluation)
-    for result in measured.likelihood:
-        interval = "" if result.low is None or result.high is None else f" ({result.low:+.4f} to {result.high:+.4f})"
-        lines.append(
-            f"| {result.text} ({result.description}) | {result.tokens:,} | {result.teacher_nll:.4f} "
-            f"| {result.student_nll:.4f} | {result.difference:+.4f}{interval} |"
-        )
-    copying = [] if measured.copying is None else ["", f"{measured.copying.line().capitalize()}."]
-    return "\n".join([*lines, "", "Nats per token; the interval is a paired bootstrap over rows.", *copying])
+    return render_markdown(read_evaluation(evaluation)) if evaluation.is_file() else "Not measured."

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
+from pydantic import ValidationError
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xarch_kd.errors import DataError, GateFailed, UsageError
-from xarch_kd.evaluation.copying import CopyingResult, compare_copying, copying_rows
+from xarch_kd.data.batches import Batch
+from xarch_kd.errors import DataError, GateFailed, UsageError, suggest
 from xarch_kd.evaluation.evaluate import compare_models
+from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
-from xarch_kd.job.fingerprint import evaluated_inputs
+from xarch_kd.job.fingerprint import evaluated_inputs, teacher_inputs
 from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
 from xarch_kd.job.texts import HELD_OUT, RunText, evaluation_texts, run_text
-from xarch_kd.mapping_file.schema import Evaluate
+from xarch_kd.mapping_file.schema import Evaluate, Speed
+from xarch_kd.models.loading.load import DTYPES
+from xarch_kd.planning.context_lengths import speed_problems
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.resolve import plan_of_run
 from xarch_kd.run.fingerprint import check_recorded
 from xarch_kd.run.folder import RunFolder
 from xarch_kd.run.report import Reporter
 
+# Seconds of timing where the suite `speed` is named and its settings have none.
+NAMED_SECONDS: Final = 300.0
 
-def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | None = None) -> Evaluation:
+
+def evaluate(
+    run: str | Path,
+    *,
+    suites: Sequence[str] | None = None,
+    tokens: int | None = None,
+    speed: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> Evaluation:
     """Measure the student of `run`, write `evaluation.json`, model card and manifest, and return the figures.
 
-    `tokens` bounds the tokens of each text (default: the mapping file's `evaluate.tokens`). Relative paths of the
-    mapping file start where the run was trained. Raises UsageError when `run` is not a finished run folder, or its
-    text, tokenizer or teacher is not the one that it was made from, CheckpointError for a file that is not as it was
-    written.
+    `suites` are the names of those to measure (default: the mapping file's `evaluate.suites`); figures of other suites
+    stay as they were measured before. `tokens` bounds the tokens of each text (default: `evaluate.tokens`). `speed` are
+    keys of `evaluate.speed` to replace; where `suites` names `speed`, times are measured for up to 300 seconds unless
+    `seconds` is given. Relative paths of the mapping file start where the run was trained.
+
+    Raises UsageError when `run` is not a finished run folder, or its text, tokenizer or teacher is not the one that it
+    was made from, and for a suite, lengths or a memory that do not exist or fit; CheckpointError for a file that is not
+    as it was written.
 
     >>> import xarch_kd as xkd
     >>> from rich.console import Console
@@ -39,6 +58,8 @@ def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | N
     >>> run = xkd.train("mapping.yaml", "runs/first", console=Console(quiet=True))
     >>> evaluation = xkd.evaluate("runs/first", tokens=64, console=Console(quiet=True))
     >>> evaluation.result("held-out").tokens > 0
+    True
+    >>> evaluation.speed.contexts[0].student.cache_bytes > 0
     True
     """
     folder = RunFolder(Path(run).resolve())
@@ -58,102 +79,131 @@ def evaluate(run: str | Path, *, tokens: int | None = None, console: Console | N
     with folder.locked(), folder.working_directory():
         folder.verify(folder.mapping, folder.plan, folder.student, folder.projector_reports)
         plan = plan_of_run(folder.mapping)
-        settings = plan.mapping.evaluate or Evaluate()
-        if tokens is not None:
-            settings = settings.model_copy(update={"tokens": tokens})
+        settings = _settings(plan.mapping.evaluate or Evaluate(), suites, tokens, speed)
         plan = replace(plan, mapping=plan.mapping.model_copy(update={"evaluate": settings}))
+        _check_speed(plan)
         tokenizer = load_run_tokenizer(plan)
-        text = run_text(plan, tokenizer, reporter)
-        check_recorded(folder.recorded(), evaluated_inputs(plan, tokenizer, text), folder=folder.root)
+        if "likelihood" in settings.suites:
+            text = run_text(plan, tokenizer, reporter)
+            inputs = evaluated_inputs(plan, tokenizer, text)
+        else:
+            text, inputs = None, teacher_inputs(plan, tokenizer)
+        check_recorded(folder.recorded(), inputs, folder=folder.root)
         evaluation = measure(plan, folder, reporter, text)
         write_card(plan, folder)
         folder.update_manifest(folder.evaluation, folder.student / "README.md")
     return evaluation
 
 
-def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | None = None) -> Evaluation:
-    """Measure the student saved in `folder`, both models in float32, and write and print the result.
+def _settings(
+    settings: Evaluate, suites: Sequence[str] | None, tokens: int | None, speed: Mapping[str, Any] | None
+) -> Evaluate:
+    """Return the settings of a mapping file with what was given instead. Raises UsageError."""
+    changes: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+    for name in suites or ():
+        if name not in SUITES:
+            raise UsageError(f"There is no suite '{name}'.{suggest(name, SUITES)}", allowed=", ".join(SUITES))
+    if suites is not None and not suites:
+        raise UsageError("No suite was given.", allowed=", ".join(SUITES))
+    if suites is not None:
+        changes["suites"] = tuple(suites)
+    chosen = changes.get("suites", settings.suites)
+    for given, suite in ((tokens, "likelihood"), (speed, "speed")):
+        if given and suite not in chosen:
+            raise UsageError(
+                f"An option of the suite '{suite}' was given, which is not measured.",
+                asked=f"suites {', '.join(chosen)}",
+                fix=f"name it too: --suites {','.join((*chosen, suite))}",
+            )
+    values = {**settings.speed.model_dump(), **(speed or {})}
+    if suites is not None and "speed" in suites and not values["seconds"] and "seconds" not in (speed or {}):
+        values["seconds"] = NAMED_SECONDS
+    try:
+        changes["speed"] = Speed.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, each['loc'])) or 'lengths'}: {each['msg']}" for each in error.errors()
+        )
+        raise UsageError("The settings of the suite 'speed' are not valid.", found=problems) from None
+    return settings.model_copy(update=changes)
 
-    `text` is that of the run, read here if it is not given.
+
+def _check_speed(plan: Plan) -> None:
+    """Raise UsageError for settings of `speed` that do not fit the models, before any weight is read."""
+    settings = plan.mapping.evaluate
+    if settings is not None and "speed" in settings.suites:
+        for key, problem in speed_problems(settings.speed, plan.models.teacher.layout, plan.models.student.layout):
+            raise UsageError(f"evaluate.speed.{key}: {problem}")
+
+
+def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | None = None) -> Evaluation:
+    """Measure the student saved in `folder`, and write and print the result.
+
+    Likelihood and copying are those of both models in float32. `text` is that of the run, read here if it is not given.
+    Figures of suites that are not measured stay as they are in the folder.
     """
+    settings = plan.mapping.evaluate or Evaluate()
     tokenizer = load_run_tokenizer(plan)
-    texts, descriptions = evaluation_texts(plan, tokenizer, reporter, text)
-    sizes = {name: sum(batch.tokens for batch in batches) for name, batches in texts.items()}
-    reporter.line(f"measuring on {', '.join(f'{tokens:,} tokens of {name}' for name, tokens in sizes.items())}")
+    texts: dict[str, list[Batch]] = {}
+    descriptions: dict[str, str] = {}
+    if "likelihood" in settings.suites:
+        texts, descriptions = evaluation_texts(plan, tokenizer, reporter, text)
+        sizes = {name: sum(batch.tokens for batch in batches) for name, batches in texts.items()}
+        reporter.line(f"measuring on {', '.join(f'{tokens:,} tokens of {name}' for name, tokens in sizes.items())}")
     device = device_of(plan)
     teacher = plan.mapping.teacher
-    models = (
+    # Accuracies are those in float32; bytes and times are rounded to their own dtype by the suite.
+    dtype = DTYPES[settings.speed.dtype if settings.suites == ("speed",) else "float32"]
+    evaluation = compare_models(
         load_weights(
             teacher.model,
             reporter,
             revision=teacher.revision,
+            dtype=dtype,
             device=device,
             quantization=teacher.quantization,
             allow_quantized=True,
         ),
-        load_weights(str(folder.student), reporter, device=device),
-    )
-    evaluation = compare_models(
-        *models,
+        load_weights(str(folder.student), reporter, dtype=dtype, device=device),
         texts,
+        suites=settings.suites,
         descriptions=descriptions,
         teacher_name=teacher.model,
         student_name=str(_from_here(folder.student)),
         teacher_paths=teacher.paths,
         student_paths=plan.mapping.student.paths,
         seed=plan.mapping.seed,
+        tokenizer=tokenizer,
+        copying=settings.copying,
+        speed=settings.speed,
         reporter=reporter,
     )
-    evaluation = replace(evaluation, copying=_copying(plan, models, tokenizer, reporter))
-    for text_name in _changed_texts(folder.evaluation, evaluation):
-        reporter.line(f"warning: {text_name} has other tokens than when the run was measured before")
+    before = _earlier(folder.evaluation)
+    if before is not None:
+        for text_name in _changed_texts(before, evaluation):
+            reporter.line(f"warning: {text_name} has other tokens than when the run was measured before")
+        kept = {name: getattr(before, name) for name in before.measured() if name not in settings.suites}
+        evaluation = replace(evaluation, **kept)
     write_evaluation(evaluation, folder.evaluation)
     reporter.show(render(evaluation))
     return evaluation
 
 
-def _copying(
-    plan: Plan,
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
-    reporter: Reporter,
-) -> CopyingResult | None:
-    """Return the copying accuracy of both models; None, with a line, where their positions or ids do not allow it."""
-    lists = (plan.mapping.evaluate or Evaluate()).copying
-    vocabulary = min(plan.teacher.vocabulary, plan.student.vocabulary)
-    if lists == 0:
-        return None
+def _earlier(file: Path) -> Evaluation | None:
+    """Return the evaluation in the folder, None if there is none that can be read."""
     try:
-        rows = copying_rows(tokenizer, lists=lists, vocabulary=vocabulary)
-    except DataError as error:
-        reporter.line(f"warning: {error.message} ({error.found})")
-        return None
-    positions = [getattr(model.config, "max_position_embeddings", None) for model in models]
-    if any(known is not None and known < rows.ids.shape[1] for known in positions):
-        reporter.line(
-            f"warning: copying is not measured: its rows have {rows.ids.shape[1]} tokens, more than positions"
-        )
-        return None
-    return compare_copying(
-        *models,
-        rows,
-        teacher_paths=plan.mapping.teacher.paths,
-        student_paths=plan.mapping.student.paths,
-        seed=plan.mapping.seed,
-        reporter=reporter,
-    )
-
-
-def _changed_texts(earlier: Path, evaluation: Evaluation) -> list[str]:
-    """Return the texts, of as many rows as in the file of an earlier evaluation, whose tokens differ from then."""
-    try:
-        before = {(result.text, result.rows): result.fingerprint for result in read_evaluation(earlier).likelihood}
+        return read_evaluation(file)
     except DataError:
-        return []
+        return None
+
+
+def _changed_texts(before: Evaluation, evaluation: Evaluation) -> list[str]:
+    """Return the texts, of as many rows as in an earlier evaluation, whose tokens differ from then."""
+    fingerprints = {(result.text, result.rows): result.fingerprint for result in before.likelihood}
     return [
         result.text
         for result in evaluation.likelihood
-        if before.get((result.text, result.rows), result.fingerprint) != result.fingerprint
+        if fingerprints.get((result.text, result.rows), result.fingerprint) != result.fingerprint
     ]
 
 
@@ -163,7 +213,7 @@ def _from_here(path: Path) -> Path:
 
 
 def check_gate(evaluation: Evaluation, gate: float) -> None:
-    """Raise GateFailed unless the held-out difference is at most `gate` nats."""
+    """Raise GateFailed unless the held-out difference is at most `gate` nats; DataError if it was not measured."""
     difference = evaluation.result(HELD_OUT).difference
     if difference > gate:
         raise GateFailed(

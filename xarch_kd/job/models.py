@@ -12,15 +12,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.embeddings import Transfer, transfer_embeddings
-from xarch_kd.models.loading.load import fresh_model, load_model, load_tokenizer
+from xarch_kd.models.loading.load import DTYPES, cast_parameters, fresh_model, load_model, load_tokenizer
 from xarch_kd.models.loading.progress import weights_progress
 from xarch_kd.models.loading.quantized import Quantization
 from xarch_kd.models.loading.tokens import check_rows, check_same_ids, shared_vocabulary
 from xarch_kd.planning.plan import Plan
 from xarch_kd.run.processes import Processes
 from xarch_kd.run.report import Reporter
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +159,3 @@ def _transfer_line(transfer: Transfer) -> str:
         f"the student's {transfer.part} starts as the teacher's: {transfer.rows} rows, {transfer.teacher_dim} to "
         f"{transfer.student_dim} dimensions{share}"
     )
-
-
-@torch.no_grad()
-def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round a model's parameters to `dtype` in place, as loading in that dtype would.
-
-    Buffers stay as they are: `model.to(dtype)` would also round the rotary frequencies, and with them the logits.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype

@@ -26,13 +26,14 @@ from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.held_out import held_out_batches, held_out_rows
-from xarch_kd.job.models import DTYPES, RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
+from xarch_kd.job.models import RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.resuming import restore_stage, resume_point, usable_checkpoint
 from xarch_kd.job.run import Run
 from xarch_kd.job.split import split_notices
 from xarch_kd.job.texts import run_text
 from xarch_kd.job.tracking import tracked
 from xarch_kd.mapping_file.schema import MappingFile
+from xarch_kd.models.loading.load import DTYPES
 from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 from xarch_kd.planning.disk import check_disk

@@ -12,12 +12,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from xarch_kd.mapping_file.objectives import Align, Tokens
-from xarch_kd.mapping_file.scalars import ConfigModel, ConfigValues, LayerIndex, Name, Number, Positive
+from xarch_kd.mapping_file.scalars import ConfigModel, ConfigValues, LayerIndex, Name, NonNegative, Number, Positive
 from xarch_kd.mapping_file.training import Optimizer, StageEvaluation, WeightAveraging
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MixerName = Literal["mamba2", "gated_delta"]
 TargetName = Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"]
+SuiteName = Literal["likelihood", "copying", "speed"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
 
 
@@ -279,16 +280,38 @@ class Calibration(ConfigModel):
     tokens: Annotated[int, Field(ge=64)] = 16_384
 
 
+class Speed(ConfigModel):
+    """Settings of the suite `speed`: bytes of cache and times of both models at context `lengths`, in tokens.
+
+    Lengths are by default 256 to 65,536 in steps of four, as far as both models have positions. Times are measured for
+    about `seconds` altogether, 0 measures bytes alone. `memory_gib` is the memory of the largest batch, `dtype` that of
+    both models.
+    """
+
+    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    seconds: NonNegative = 0.0
+    memory_gib: Positive = 1.0
+    dtype: Dtype = "bfloat16"
+
+    @model_validator(mode="after")
+    def _lengths_increase(self) -> Speed:
+        lengths = self.lengths or ()
+        if list(lengths) != sorted(set(lengths)):
+            raise ValueError(f"lengths must increase, found {', '.join(map(str, lengths))}")
+        return self
+
+
 class Evaluate(ConfigModel):
     """Evaluation after training, on at most `tokens` of the held-out text and of each text of `also`.
 
-    `copying` is the number of lists of random tokens by which copying is measured; 0 leaves it out.
+    `copying` is the number of lists of random tokens of the suite `copying`; 0 leaves it out.
     """
 
-    suites: tuple[Literal["likelihood"], ...] = ("likelihood",)
+    suites: Annotated[tuple[SuiteName, ...], Field(min_length=1)] = ("likelihood", "copying", "speed")
     tokens: Annotated[int, Field(ge=64)] = 16_384
     also: tuple[Text, ...] = ()
     copying: Annotated[int, Field(ge=0, le=4096)] = 24
+    speed: Speed = Speed()
 
 
 class MappingFile(ConfigModel):

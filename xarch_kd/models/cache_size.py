@@ -63,6 +63,12 @@ def cache_size(layers: Sequence[LayerCache], tokens: int, dtype: torch.dtype) ->
     return sum(layer.size(tokens, dtype) for layer in layers)
 
 
+def longest_context(layout: Layout) -> int | None:
+    """Return the number of positions that a model was made for, None without a limit."""
+    stated = getattr(layout.model.config.get_text_config(), "max_position_embeddings", None)
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
 def smaller_from(
     student: Sequence[LayerCache], teacher: Sequence[LayerCache], longest: int, dtype: torch.dtype
 ) -> int | None:

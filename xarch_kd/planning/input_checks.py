@@ -20,6 +20,7 @@ from xarch_kd.models.loading.load import load_tokenizer
 from xarch_kd.models.loading.quantized import stored_method, unsupported_reason
 from xarch_kd.models.loading.tokenizer_file import has_tokenizer, stored_tokens
 from xarch_kd.models.loading.tokens import check_same_ids, shared_vocabulary, too_many_tokens
+from xarch_kd.planning.context_lengths import speed_problems
 from xarch_kd.planning.models import ModelHandle, ModelPair
 from xarch_kd.planning.problems import located
 
@@ -37,6 +38,7 @@ def input_problems(mapping: MappingFile, models: ModelPair, *, for_training: boo
     yield from _package_problems(mapping)
     yield from _quantization_problems(mapping, models)
     yield from _position_problems(mapping, models)
+    yield from _speed_problems(mapping, models)
 
 
 def input_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
@@ -90,6 +92,13 @@ def _position_problems(mapping: MappingFile, models: ModelPair) -> Iterator[Prob
             )
             yield Problem(("data", "sequence_length"), message)
             return
+
+
+def _speed_problems(mapping: MappingFile, models: ModelPair) -> Iterator[Problem]:
+    evaluate = mapping.evaluate
+    if evaluate is not None and "speed" in evaluate.suites:
+        for key, message in speed_problems(evaluate.speed, models.teacher.layout, models.student.layout):
+            yield Problem(("evaluate", "speed", key), message)
 
 
 def table_of_positions(model: ModelHandle) -> int | None:

