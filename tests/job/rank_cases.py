@@ -1,17 +1,15 @@
-"""Runs of tests/job/test_ranks.py on every rank of one launch: `rank_cases.py CASES.json`.
+"""Runs of tests/job/test_ranks.py on every rank.
 
-The file holds `teacher`, a folder for the gradients, and `runs`: a mapping file (RANK in its name is the rank), its
-output folder, and what happens on rank 1 alone (`interrupt_at`, `fail_at` a step; `other_data`). Results are files in
-the folder of CASES.json.
+A file of cases holds `teacher`, a folder for the gradients, and `runs`: a mapping file (RANK in its name is the rank),
+its output folder, and what happens on rank 1 alone (`interrupt_at`, `fail_at` a step; `other_data`). Results are files
+in its folder.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers.utils import logging
 
 from tests.training.test_micro_batches import HYBRID, TRANSFORMER, aligner_of, large_and_small, run
 from xarch_kd.errors import DataError, XarchError
@@ -112,15 +109,7 @@ def on_this_rank(aligner: Aligner, rank: int) -> tuple[float, dict[str, Tensor]]
 
 def main(path: Path) -> None:
     """Run everything that the file asks for."""
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    # What is imported stays, so collecting garbage between stages need not look at it.
-    gc.freeze()
     cases = json.loads(path.read_text())
     errors = gradient_errors(Path(cases["teacher"]))
     (path.parent / f"gradients-{os.environ['RANK']}.json").write_text(json.dumps(errors))
     train_runs(cases["runs"], path.parent)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -10,14 +10,14 @@ import pytest
 import torch
 import yaml
 
-from tests.job.rank_cases import RATES
+from tests.job.rank_cases import RATES, main
 from tests.job.test_shipped import FAMILIES, FILES, shrunk, teachers
 from tests.training.test_micro_batches import HYBRID, TRANSFORMER
 from xarch_kd.errors import UsageError
 from xarch_kd.job.split import split_notices
 from xarch_kd.job.train import train
 from xarch_kd.planning.resolve import make_plan
-from xarch_kd.testing.launch import launch
+from xarch_kd.testing.launch import launch, on_ranks
 from xarch_kd.testing.mapping import LOGIT_STAGE, Write
 from xarch_kd.testing.runs import events_of, same, student_of
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
@@ -109,8 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
     tiny_model("llama").save_pretrained(root / "teacher")
     tiny_tokenizer().save_pretrained(root / "teacher")
     cases.write_text(json.dumps({"teacher": str(root / "teacher"), "runs": runs}))
-    done = launch(2, str(Path(__file__).with_name("rank_cases.py")), str(cases), timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    on_ranks(2, main, cases, timeout=900)
     return root
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from xarch_kd.cli.app import main
 from xarch_kd.errors import Interrupted
 from xarch_kd.job.train import train
+from xarch_kd.testing.launch import forked
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import events_of, same, signal_after, student_of
 
@@ -86,13 +85,13 @@ def test_a_signal_before_the_first_step_is_no_loss_that_is_hidden(
 def test_a_killed_process_loses_nothing_before_its_last_checkpoint(write_mapping: Write, tmp_path: Path) -> None:
     stage = {**MIXER_STAGE, "steps": 30, "checkpoint_every": 5}
     mapping, run = write_mapping(stage), tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(run), "-q"])
+    process = forked(train, mapping, run)
     checkpoints = run / "stages" / "01-mixers"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(checkpoints.glob("checkpoint-*")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert list(checkpoints.glob("checkpoint-*")), "the process ended before it was killed"
     train(mapping, run, resume=True)
     train(mapping, tmp_path / "whole")

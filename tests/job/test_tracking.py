@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import struct
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 from xarch_kd.errors import UsageError
 from xarch_kd.job.tracking import tracked
 from xarch_kd.job.train import train
+from xarch_kd.testing.launch import in_a_fork
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import events_of
 
@@ -83,12 +83,11 @@ def test_weights_and_biases_has_a_run_per_stage_in_the_run_folder(
     monkeypatch.setenv("WANDB_MODE", "offline")
     mapping = write_mapping(EVALUATED, {**LOGIT_STAGE, "steps": 1}, tracking=["wandb"])
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "xarch_kd", "train", str(mapping), "--output", str(run), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "wandb").exists()
+    monkeypatch.chdir(tmp_path)
     # The module makes its classes when it is imported.
     messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    in_a_fork(train, mapping, run)
+    assert not (tmp_path / "wandb").exists()
 
     history: dict[str, list[dict[str, Any]]] = {}
     for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):

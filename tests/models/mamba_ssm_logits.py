@@ -1,8 +1,7 @@
-"""Program that writes the logits of mamba_ssm for each folder of its format into the folder."""
+"""Logits of mamba_ssm for each folder of its format, written into the folder in a process of its own."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -20,8 +19,3 @@ def main(root: Path) -> None:
             torch.save(model(ids).logits, folder / "logits.pt")
         # What the package writes is read back too.
         model.save_pretrained(str(folder / "saved"))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

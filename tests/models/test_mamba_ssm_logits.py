@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mamba_ssm_peer import in_a_process_of_its_own, needs_mamba_ssm
+from tests.mamba_ssm_peer import needs_mamba_ssm
+from tests.models.mamba_ssm_logits import main
 from tests.models.test_mamba_ssm import CASES, GRANITES, model_of
 from xarch_kd.models.mamba_ssm.format import WEIGHTS, export_mamba_ssm, import_mamba_ssm
+from xarch_kd.testing.launch import in_a_fork
 from xarch_kd.testing.tiny import VOCABULARY
 
 pytestmark = needs_mamba_ssm
@@ -46,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = torch.load(folder / WEIGHTS, weights_only=True)
         change(state)
         torch.save(state, folder / WEIGHTS)
-    in_a_process_of_its_own("tests.models.mamba_ssm_logits", root)
+    in_a_fork(main, root)
     return root
 
 

@@ -18,9 +18,9 @@ REPLACED = [6, 13, 20, 27]
 
 @pytest.fixture(scope="module")
 def rows(smollm2_reference: str) -> Tensor:
-    """Two rows of 256 tokens of Python's documentation."""
+    """Two rows of 96 tokens of Python's documentation."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "class"))
-    return torch.tensor(load_tokenizer(smollm2_reference)(text)["input_ids"][:512]).view(2, 256)
+    return torch.tensor(load_tokenizer(smollm2_reference)(text)["input_ids"][:192]).view(2, 96)
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def test_with_all_attention_kept_the_logits_are_equal(smollm2: PreTrainedModel, 
 def test_mixers_made_from_attention_start_nearer_to_the_teacher_than_no_mixer(
     smollm2: PreTrainedModel, rows: Tensor
 ) -> None:
-    student = convert(smollm2, replace=REPLACED)
+    student = convert(smollm2, replace=REPLACED, check=False)
     teacher_nll, student_nll = nll(smollm2, rows), nll(student, rows)
     with torch.no_grad():
         for index in REPLACED:

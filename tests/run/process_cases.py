@@ -1,9 +1,8 @@
-"""Cases of tests/run/test_processes.py, run on two ranks of one launch: `process_cases.py FOLDER`."""
+"""Cases of tests/run/test_processes.py, run on two ranks."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -87,7 +86,3 @@ def main(folder: Path) -> None:
             results[case.__name__] = f"{type(error).__name__}: {error}"
         results[f"{case.__name__} seconds"] = time.perf_counter() - began
     (folder / f"rank-{rank}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

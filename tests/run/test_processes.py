@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.run.process_cases import main
 from xarch_kd.run.processes import Processes, joined_processes
-from xarch_kd.testing.launch import launch
+from xarch_kd.testing.launch import on_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of every case of `process_cases.py`, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = launch(2, str(Path(__file__).with_name("process_cases.py")), str(folder))
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, main, folder)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,9 +1,8 @@
-"""Program that writes the features at the taps of live models of mamba_ssm into their folders."""
+"""Features at the taps of live models of mamba_ssm, written into their folders in a process of its own."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,3 @@ def main(root: Path) -> None:
         torch.stack([mixing.dense().square().sum() for mixing in mixings.values()]).sum().backward()
         traces["gradients"] = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
         torch.save(traces, folder / "traces.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

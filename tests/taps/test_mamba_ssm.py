@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.mamba_ssm_peer import in_a_process_of_its_own, needs_mamba_ssm
+from tests.mamba_ssm_peer import needs_mamba_ssm
 from tests.models.test_mamba_ssm import model_of
+from tests.taps.mamba_ssm_traces import main
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 from xarch_kd.models.mamba_ssm.weights import mamba_ssm_state
 from xarch_kd.taps.trace import trace
+from xarch_kd.testing.launch import in_a_fork
 from xarch_kd.testing.tiny import VOCABULARY
 
 pytestmark = needs_mamba_ssm
@@ -33,7 +35,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     torch.save({"ids": IDS, "mask": MASK}, root / "ids.pt")
     for name in NAMES:
         export_mamba_ssm(model_of(name), root / name)
-    in_a_process_of_its_own("tests.taps.mamba_ssm_traces", root)
+    in_a_fork(main, root)
     return {name: torch.load(root / name / "traces.pt", weights_only=True) for name in NAMES}
 
 

@@ -1,9 +1,8 @@
-"""A program: a live model of mamba_ssm trained by `Aligner` in a loop of one's own."""
+"""A live model of mamba_ssm trained by `Aligner` in a loop of one's own, in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from xarch_kd.training.aligner import Aligner
 
 
 def main(root: Path) -> None:
-    """Print the losses of each stage, and which parameters learned."""
+    """Write the losses of each stage, and which parameters learned, into `stages.json`."""
     model_class = load_mamba_ssm()
     teacher = AutoModelForCausalLM.from_pretrained(root / "teacher")
     student = model_class.from_pretrained(str(root / "student"))
@@ -36,9 +35,4 @@ def main(root: Path) -> None:
         changed = [name for name, value in student.named_parameters() if not value.equal(before[name])]
         told.append({"stage": stage.stage.name, "losses": losses, "changed": changed})
     student.save_pretrained(str(root / "trained"))
-    print(json.dumps(told))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    (root / "stages.json").write_text(json.dumps(told))

@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 
-from tests.mamba_ssm_peer import in_a_process_of_its_own, needs_mamba_ssm
+from tests.mamba_ssm_peer import needs_mamba_ssm
+from tests.training.mamba_ssm_aligner import main
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm, import_mamba_ssm
+from xarch_kd.testing.launch import in_a_fork
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 pytestmark = needs_mamba_ssm
@@ -58,7 +60,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         "stages": STAGES,
     }
     (root / "mapping.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False))
-    return root, json.loads(in_a_process_of_its_own("tests.training.mamba_ssm_aligner", root).splitlines()[-1])
+    in_a_fork(main, root)
+    return root, json.loads((root / "stages.json").read_text())
 
 
 def test_losses_fall_in_both_kinds_of_stage(trained: tuple[Path, list[dict[str, Any]]]) -> None:
