@@ -32,8 +32,10 @@ PACKAGE = "xarch_kd.kernels"
 TABLE = FOLDER / "resources.json"
 PAGE = FOLDER / "resources.md"
 PROCESSES = 2
+# So few take less time in this process than others take to load torch.
+FEW = 8
 # Of a table that holds, one configuration of this many is compiled: no multiple of the three targets, so some of each.
-SAMPLE_EVERY = 25
+SAMPLE_EVERY = 55
 
 # Limits of the hardware: bytes of shared memory per program, registers per thread (AMD: vector and accumulator
 # registers together).
@@ -63,9 +65,11 @@ def specimens(words: Sequence[str] = ()) -> dict[str, tuple[str, int, str]]:
 
 
 def compile_all(chosen: Mapping[str, tuple[str, int, str]]) -> dict[str, Row]:
-    """Compile the chosen configurations in two processes and return the resources of each."""
+    """Compile the chosen configurations, many of them in two processes, and return the resources of each."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
+        if len(chosen) <= FEW:
+            return {name: _compile(where) for name, where in chosen.items()}
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
             rows = pool.map(_compile, chosen.values())
@@ -141,7 +145,7 @@ def _specimens_of(module: str) -> tuple[Any, ...]:
 
 
 def _compile(where: tuple[str, int, str]) -> Row:
-    """Compile one configuration (in a process of its own)."""
+    """Compile one configuration."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

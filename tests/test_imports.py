@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,30 +52,49 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     assert HEAVY.isdisjoint(loaded.splitlines()[-1].split())
 
 
-def test_no_module_imports_an_optional_part() -> None:
-    # Import statements are watched, so that the test also holds where the optional parts are not installed.
-    code = f"""
-import builtins, importlib, json, pkgutil
-import xarch_kd
-plain, seen = builtins.__import__, []
-def watch(name, globals=None, locals=None, fromlist=(), level=0):
-    importer = (globals or {{}}).get("__name__", "")
-    if importer.startswith("xarch_kd") and name.split(".")[0] in {OPTIONAL!r}:
-        seen.append([importer, name])
-    return plain(name, globals, locals, fromlist, level)
-builtins.__import__ = watch
-count = 0
-for module in pkgutil.walk_packages(xarch_kd.__path__, "xarch_kd."):
-    if not module.name.startswith("xarch_kd.kernels."):
-        importlib.import_module(module.name)
-        count += 1
-import sys
-print(json.dumps([count, seen, [name for name in sys.modules if name.startswith("xarch_kd.kernels.")]]))
+def imported_at_once(tree: ast.Module) -> set[str]:
+    """Names of modules that importing the module imports: not those of functions and of type checking."""
+    found, waiting = set[str](), list[ast.AST](tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and node.level == 0
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def test_no_module_imports_an_optional_part_or_a_kernel() -> None:
+    files = sorted((ROOT / "xarch_kd").rglob("*.py"))
+    assert len(files) > 40
+    for path in files:
+        names = imported_at_once(ast.parse(path.read_text()))
+        assert {name.split(".")[0] for name in names} & OPTIONAL == set(), path
+        assert {name for name in names if name.startswith("xarch_kd.kernels.")} == set(), path
+
+
+def test_imports_of_functions_and_of_type_checking_are_not_those_of_a_module() -> None:
+    text = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import a
+else:
+    import b.c
+try:
+    from d import e
+except ImportError:
+    pass
+class F:
+    import g
+    def method(self):
+        import h
 """
-    count, seen, kernels = json.loads(run(code))
-    assert count > 40
-    assert seen == []
-    assert kernels == []
+    assert imported_at_once(ast.parse(text)) == {"typing", "typing.TYPE_CHECKING", "b.c", "d", "d.e", "g"}
 
 
 def test_public_names_load() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, worker
 from benchmarks.case import Case, Contender, Options, Run
 from benchmarks.cases.projected_distance import CASES
 from benchmarks.measure import Checkout, Remote, Settings, measure
@@ -29,27 +29,30 @@ def checkout(folder: Path, worker: str) -> Checkout:
 
 def test_contenders_run_in_processes_of_their_own() -> None:
     case: Case = CASES[0]
-    found, rates = measure(case, ["naive", "streaming", "fused"], Settings(repeats=2, quick=True))
+    # Workers have the contenders of their checkout alone.
+    case = dataclasses.replace(case, contenders={**case.contenders, "no such": case.contenders["naive"]})
+    found, rates = measure(case, ["streaming", "no such"], Settings(repeats=2, quick=True))
     assert len(rates) == 2
     assert all(one["flops"] > 0 and one["bandwidth"] > 0 for one in rates)
-    for name in ("naive", "streaming"):
-        one = found[name]
-        assert one.missing is None
-        assert len(one.seconds) == 2
-        assert one.memory is not None and one.memory["peak_bytes"] >= 0
-        assert one.errors is not None and set(one.errors["gradients"]) == {"student", "weight"}
-    if not torch.cuda.is_available():
-        assert found["fused"].missing == "needs a GPU"
+    one = found["streaming"]
+    assert one.missing is None
+    assert len(one.seconds) == 2
+    assert one.memory is not None and one.memory["peak_bytes"] >= 0
+    assert one.errors is not None and set(one.errors["gradients"]) == {"student", "weight"}
+    # Reported, not raised.
+    assert found["no such"].missing == "KeyError: 'no such'"
 
 
-def test_a_missing_contender_is_reported_not_raised() -> None:
-    asked = {"operation": "projected_distance", "case": CASES[0].name, "contender": "no such", "root": "nowhere"}
-    one = Remote({**asked, "device": "cpu", "quick": True, "threads": 1}, Checkout(), 120.0)
-    try:
-        # The imported package is this checkout's.
-        assert one.begin()["failed"].startswith("ImportError: the imported package is not")
-    finally:
-        one.close()
+def test_a_contender_of_a_gpu_is_missing_without_one() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert Session(CASES[0], "fused", device="cpu", quick=True).prepare() == "needs a GPU"
+
+
+def test_a_worker_refuses_the_package_of_another_checkout() -> None:
+    asked = {"operation": "projected_distance", "case": CASES[0].name, "contender": "naive", "root": "nowhere"}
+    with pytest.raises(ImportError, match="not that of the requested revision"):
+        worker.begin({**asked, "device": "cpu", "quick": True, "threads": torch.get_num_threads()})
 
 
 def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import json
 import math
-import subprocess
+import platform
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,27 +62,32 @@ def test_a_smoke_run_measures_everything_and_stores_it(operation: str, tmp_path:
     assert all(f"## {case['case']}" in page for case in result["cases"])
 
 
-def test_a_result_is_stamped_and_names_no_host_or_folder(tmp_path: Path) -> None:
-    result = smoke("projected_distance", tmp_path / "result.json", "--contender", "streaming")
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of a smoke run of one contender beside the baseline."""
+    path = tmp_path_factory.mktemp("smoke") / "result.json"
+    smoke("similarity", path, "--contender", "streaming")
+    return path
+
+
+def test_a_result_is_stamped_and_names_no_host_or_folder(stored: Path) -> None:
+    text = stored.read_text()
+    result = json.loads(text)
     stamp = result["stamp"]
     assert set(stamp) == {
         *("time", "revision", "python", "versions", "system", "device", "processors", "threads"),
     }
     assert stamp["versions"]["torch"] == torch.__version__
     assert set(result["cases"][0]["contenders"]) == {"naive", "streaming"}
-    import platform
-
-    text = (tmp_path / "result.json").read_text()
-    assert str(ROOT) not in text and str(tmp_path) not in text
+    assert str(ROOT) not in text and str(stored.parent) not in text
     assert len(platform.node()) < 4 or platform.node() not in text
 
 
-def test_tables_are_made_from_the_file_alone(tmp_path: Path) -> None:
-    smoke("similarity", tmp_path / "result.json", "--contender", "streaming")
-    page = (tmp_path / "result.md").read_text()
-    (tmp_path / "result.md").unlink()
-    tables.main([str(tmp_path / "result.json")])
-    assert (tmp_path / "result.md").read_text() == page
+def test_tables_are_made_from_the_file_alone(stored: Path) -> None:
+    page = stored.with_suffix(".md").read_text()
+    stored.with_suffix(".md").unlink()
+    tables.main([str(stored)])
+    assert stored.with_suffix(".md").read_text() == page
 
 
 def test_a_bound_shows_whether_it_is_met() -> None:
@@ -169,9 +175,12 @@ def test_plots_are_drawn_alike_every_time(tmp_path: Path) -> None:
     assert len(first) < 200_000
 
 
-def test_the_command_line_starts() -> None:
-    command = [sys.executable, "-m", "benchmarks.run", *QUICK, "--op", "similarity", "--contender", "reference"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "| naive |" in done.stdout
-    assert "Not stored" in done.stdout
+def test_the_command_line_starts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["benchmarks.run", *QUICK, "--op", "similarity", "--case", "cka*", "--contender", "reference"]
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(run.__file__, run_name="__main__")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "| naive |" in shown
+    assert "Not stored" in shown

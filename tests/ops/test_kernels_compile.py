@@ -42,6 +42,7 @@ def test_files_that_changed_and_all_files_under_another_triton_are_compiled_agai
     sample = gate.changed(every, table)
     assert len(sample) == -(-len(every) // gate.SAMPLE_EVERY)
     assert {name.split("/")[-1] for name in sample} == gate.SHARED_LIMIT.keys()
+    assert {name.split("/")[0] for name in sample} == files
     assert gate.changed(every, {**table, "triton": "0.0.0"}) == gate.changed(every, {}) == dict(sorted(every.items()))
     for path in gate.FOLDER.glob("*.py"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
