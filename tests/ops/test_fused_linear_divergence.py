@@ -24,7 +24,7 @@ DEVICE = "cpu" if interpreted() else "cuda"
 KINDS = tuple(FORMULAS)
 # Two blocks of the interpreted kernel, the second not full; both heads have rows that are padding.
 VOCABULARY, STUDENT_ROWS, TEACHER_ROWS = 157, 170, 160
-TOKENS = 5
+TOKENS = 4
 EPSILON = torch.finfo(torch.float32).eps
 # The kernel adds in another order than the formula, so its error may be that of another draw of roundings.
 MULTIPLE, ROUNDINGS = 4.0, 16.0
@@ -120,8 +120,8 @@ def _inputs(
     }
     if full:
         inputs |= {"student_bias": draw(STUDENT_ROWS), "teacher_bias": draw(TEACHER_ROWS)}
-        inputs["labels"] = torch.tensor([[3, VOCABULARY - 1, -100, 0, 130]], device=DEVICE)
-        inputs["token_weights"] = torch.tensor([[1.0, 0.5, 1.0, 2.0, 1.0]], device=DEVICE)
+        inputs["labels"] = torch.tensor([[3, VOCABULARY - 1, -100, 0]], device=DEVICE)
+        inputs["token_weights"] = torch.tensor([[1.0, 0.5, 1.0, 2.0]], device=DEVICE)
     return inputs
 
 
@@ -277,12 +277,12 @@ def test_centering_keeps_the_digits_of_a_gradient_that_is_small() -> None:
 @pytest.mark.parametrize("kind", ["forward_kl", "skew_reverse_kl"])
 def test_padding_and_ignored_tokens_get_exactly_zero(kind: str) -> None:
     inputs = _inputs(9)
-    options: dict[str, Any] = {"divergence": kind, "mask": torch.tensor([[True, True, True, False, True]]).to(DEVICE)}
+    options: dict[str, Any] = {"divergence": kind, "mask": torch.tensor([[True, True, True, False]]).to(DEVICE)}
     found = _run(_fused, inputs, options | FULL)
     assert not found["student_weight"][VOCABULARY:].any()
     assert not found["student_bias"][VOCABULARY:].any()
     assert not found["student_hidden"][0, [2, 3]].any()
-    assert found["student_hidden"][0, [0, 1, 4]].any(-1).all()
+    assert found["student_hidden"][0, [0, 1]].any(-1).all()
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

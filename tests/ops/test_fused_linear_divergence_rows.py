@@ -68,7 +68,7 @@ def test_a_narrow_gradient_is_the_wide_one_rounded(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("padding", [torch.nan, torch.inf, 1e38])
 def test_padded_columns_are_not_looked_at_and_get_zero(padding: float) -> None:
-    clean, dirty = _rows(2), _rows(2, padding=padding)
+    clean, dirty = _rows(2, rows=1), _rows(2, rows=1, padding=padding)
     assert all(map(torch.equal, _call(clean), _call(dirty)))
     assert torch.equal(clean["student"], dirty["student"])
     assert not dirty["student"][:, VOCABULARY:].any()
@@ -89,8 +89,8 @@ def test_without_a_gradient_the_logits_stay_and_the_values_are_the_same() -> Non
 @pytest.mark.parametrize("kind", divergences.FORMULAS)
 def test_steepest_is_the_largest_slope_of_the_divergence_alone(kind: str) -> None:
     """Not that of the cross-entropy, whatever scale, weight and softcap make of it."""
-    inputs = _rows(4)
-    plain: dict[str, Any] = _rows(4) | {"labels": None}
+    inputs = _rows(4, rows=1)
+    plain: dict[str, Any] = _rows(4, rows=1) | {"labels": None}
     _, _, found = _call(inputs, kind=kind, student_cap=0.0)
     assert torch.equal(found, _call(plain, kind=kind, student_cap=0.0)[2])
     slopes = plain["student"].abs().amax(-1) / plain["scale"] * (2.0 / 1.5)
@@ -102,9 +102,9 @@ def test_steepest_is_the_largest_slope_of_the_divergence_alone(kind: str) -> Non
 def test_a_teacher_may_rule_entries_out() -> None:
     """Logits of -inf, as a sampler leaves them: probability 0, whose terms are 0 where they have a limit."""
     for kind in ("forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha", "renyi"):
-        inputs = _rows(5)
+        inputs = _rows(5, rows=1)
         inputs["teacher"][:, 7:200] = -torch.inf
-        nearly = _rows(5)
+        nearly = _rows(5, rows=1)
         nearly["teacher"][:, 7:200] = -400.0
         found, expected = _call(inputs, kind=kind), _call(nearly, kind=kind)
         assert all(map(torch.equal, found, expected))

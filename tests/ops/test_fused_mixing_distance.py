@@ -53,7 +53,7 @@ def ssd(seed: int, heads: int, groups: int, state: int, **settings: Any) -> SSDM
     batch, time = settings.pop("batch", 1), settings.pop("time", 45)
     dtype = settings.pop("dtype", torch.float32)
     dt = torch.rand(batch, time, heads, generator=generator, dtype=torch.float64)
-    rates = torch.tensor([0.05, 1.0, 6.0, 200.0], dtype=torch.float64)[torch.arange(heads) % 4]
+    rates = torch.tensor([0.05, 200.0, 1.0, 6.0], dtype=torch.float64)[torch.arange(heads) % 4]
     factors = {
         "C": normal(generator, batch, time, groups, state).to(dtype) * state**-0.5,
         "B": normal(generator, batch, time, groups, state).to(dtype),
@@ -187,8 +187,8 @@ RAGGED = bounds((7, 8), (5, 41))
 @pytest.mark.parametrize("distance", ["kl", "cosine"])
 def test_softmax_with_mixtures_windows_caps_and_lengths(distance: Any) -> None:
     teacher = softmax(0, 3, 1, 40, batch=2, window=7, softcap=5.0, **RAGGED)
-    student = softmax(1, 2, 1, 24, batch=2, window=11, softcap=2.0, **RAGGED)
-    check(teacher, student, distance, mixture(2, 3))
+    student = softmax(1, 1, 1, 24, batch=2, window=11, softcap=2.0, **RAGGED)
+    check(teacher, student, distance, mixture(1, 3))
 
 
 @pytest.mark.parametrize("distance", [*DIVERGENCES, *SQUARES])
@@ -199,11 +199,9 @@ def test_every_distance(distance: Any) -> None:
         check(teacher, ssd(1, 1, 1, 24, time=19), distance, mixture(1, 2))
 
 
-@pytest.mark.parametrize("distance", ["kl", "cosine"])
-def test_softmax_with_grouped_heads_on_both_sides(distance: Any) -> None:
-    teacher, student = softmax(0, 4, 2, 16, time=19), softmax(1, 4, 1, 20, time=19)
-    check(teacher, student, distance)
-    check(student, teacher, distance)
+@pytest.mark.parametrize(("distance", "teacher_keys", "student_keys"), [("kl", 2, 1), ("cosine", 1, 2)])
+def test_softmax_with_grouped_heads_on_both_sides(distance: Any, teacher_keys: int, student_keys: int) -> None:
+    check(softmax(0, 4, teacher_keys, 16, time=19), softmax(1, 4, student_keys, 20, time=19), distance)
 
 
 @pytest.mark.parametrize(("distance", "student_causal"), [("kl", False), ("frobenius", True)])
@@ -221,16 +219,15 @@ def test_each_map_has_its_own_span(distance: Any) -> None:
 
 def test_ssd_with_mixtures_windows_caps_and_lengths() -> None:
     teacher = softmax(0, 3, 1, 40, batch=2, window=7, softcap=5.0, **RAGGED)
-    check(teacher, ssd(1, 4, 2, 24, batch=2, **RAGGED), "cosine", mixture(4, 3))
+    check(teacher, ssd(1, 2, 1, 24, batch=2, **RAGGED), "cosine", mixture(2, 3))
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_ssd_groups(groups: int) -> None:
-    check(softmax(0, 4, 2, 16, time=19), ssd(1, 4, groups, 16, time=19), "cosine")
+def test_ssd_groups() -> None:
+    check(softmax(0, 4, 2, 16, time=19), ssd(1, 4, 2, 16, time=19), "cosine")
 
 
 def test_ssd_with_one_state_a_head_for_each_channel_and_no_skip() -> None:
-    check(softmax(0, 2, 1, 16, time=19), ssd(1, 4, 1, 1, time=19, D=None), "frobenius", mixture(4, 2))
+    check(softmax(0, 2, 1, 16, time=19), ssd(1, 2, 1, 1, time=19, D=None), "frobenius", mixture(2, 2))
 
 
 def test_small_decays_after_large_ones_keep_their_size() -> None:
@@ -243,9 +240,9 @@ def test_small_decays_after_large_ones_keep_their_size() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["softmax kl", "softmax cosine", "ssd cosine"])
 def test_narrow_dtypes(kind: str, dtype: torch.dtype) -> None:
-    teacher = softmax(0, 2, 1, 16, time=37, dtype=dtype)
+    teacher = softmax(0, 2, 1, 16, time=19, dtype=dtype)
     make = softmax if kind.startswith("softmax") else ssd
-    check(teacher, make(1, 2, 1, 24, time=37, dtype=dtype), kind.split()[1])
+    check(teacher, make(1, 2, 1, 24, time=19, dtype=dtype), kind.split()[1])
 
 
 def test_gradients_between_maps_that_are_almost_one_survive_bfloat16() -> None:
@@ -277,12 +274,12 @@ def test_single_tokens(student: Student) -> None:
 
 
 @pytest.mark.parametrize(
-    "student", [softmax(1, 2, 1, 16, batch=2, time=19), ssd(1, 2, 1, 16, batch=2, time=19)], ids=["softmax", "ssd"]
+    "student", [softmax(1, 1, 1, 16, batch=2, time=19), ssd(1, 1, 1, 16, batch=2, time=19)], ids=["softmax", "ssd"]
 )
 def test_what_stands_in_padding_changes_nothing(student: Student) -> None:
     """The second sequence is padding alone: zeros everywhere, whatever the factors hold."""
     ranges = bounds((3, 17), (5, 5))
-    teacher, student = softmax(0, 2, 1, 16, batch=2, time=19, **ranges), dataclasses.replace(student, **ranges)
+    teacher, student = softmax(0, 1, 1, 16, batch=2, time=19, **ranges), dataclasses.replace(student, **ranges)
     distance = "kl" if isinstance(student, SoftmaxMixing) else "cosine"
     padding = ~inside(student).any(-1).squeeze(1)
 
@@ -299,7 +296,7 @@ def test_what_stands_in_padding_changes_nothing(student: Student) -> None:
 
 
 def test_factors_need_not_be_contiguous() -> None:
-    teacher, student = softmax(0, 2, 2, 16, time=19), softmax(1, 2, 2, 16, time=19)
+    teacher, student = softmax(0, 2, 2, 16, time=9), softmax(1, 2, 2, 16, time=9)
     joined = torch.cat([student.query, student.key], -1)
     apart = SoftmaxMixing(query=joined[..., :16], key=joined[..., 16:], scale=student.scale)
     across = teacher.map_factors(lambda factor: factor.transpose(1, 3).contiguous().transpose(1, 3))
@@ -308,15 +305,15 @@ def test_factors_need_not_be_contiguous() -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("student", [softmax(1, 4, 1, 16, time=19), ssd(1, 4, 1, 16, time=19)], ids=["softmax", "ssd"])
+@pytest.mark.parametrize("student", [softmax(1, 2, 1, 16, time=19), ssd(1, 2, 1, 16, time=19)], ids=["softmax", "ssd"])
 def test_heads_of_a_group_are_shared_out_or_not(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small grids split a group's heads over programs, as in every other test here; large ones do not."""
-    teacher = softmax(0, 4, 1, 16, time=19)
+    teacher = softmax(0, 2, 1, 16, time=19)
     shared = measure(fused("cosine"), teacher, student)
     monkeypatch.setattr("xarch_kd.kernels.mixing_blocks.PROGRAMS", 1)
     alone = measure(fused("cosine"), teacher, student)
     for name in shared:
-        # Four float32 numbers in another order.
+        # Two float32 numbers, added by another program.
         torch.testing.assert_close(alone[name], shared[name], rtol=0, atol=2.0**-20 * float(shared[name].abs().max()))
 
 
@@ -327,13 +324,13 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 
 def test_one_factor_alone_is_trained() -> None:
-    teacher, student = softmax(0, 2, 1, 16, time=19), softmax(1, 2, 1, 16, time=19)
+    teacher, student = softmax(0, 1, 1, 16, time=19), softmax(1, 1, 1, 16, time=19)
     for distance in ("kl", "cosine"):
         both = measure(fused(distance), teacher, student)
         for name in ("query", "key"):
             own = student.map_factors(torch.Tensor.detach)
             factor = own.factors[name].requires_grad_()
-            upstream = torch.rand(1, 19, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
+            upstream = torch.rand(1, 19, 1, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
             fused(distance)(teacher, own).backward(upstream.float())
             assert factor.grad is not None and torch.equal(factor.grad.double(), both[name])
             factor.requires_grad_(False)
@@ -343,10 +340,10 @@ def operators() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Each custom operator with arguments for it."""
     from xarch_kd.kernels import mixing_distance as kernels
 
-    teacher, student, other = softmax(0, 2, 1, 16, time=5), softmax(1, 2, 1, 16, time=5), ssd(1, 2, 1, 16, time=5)
+    teacher, student, other = softmax(0, 2, 1, 16, time=5), softmax(1, 1, 1, 16, time=5), ssd(1, 2, 1, 16, time=5)
     ranges, settings = torch.tensor([[0, 5, 1, 4]], dtype=torch.int32), ([0.2, 0.3], [0.0, 3.0])
     own = [factor.requires_grad_() for factor in student.factors.values()]
-    pair = (*own, *teacher.factors.values(), ranges, mixture(2, 2), *settings, [True, True], [0, 3])
+    pair = (*own, *teacher.factors.values(), ranges, mixture(1, 2), *settings, [True, True], [0, 3])
     factors = [factor.requires_grad_() for factor in other.factors.values()]
     of_ssd = (*factors, *teacher.factors.values(), ranges, None, 0.3, 3.0, 0)
     return {
@@ -371,15 +368,15 @@ def test_compiled_graphs_hold_the_operators_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "student", [softmax(1, 2, 1, 16, batch=2, time=19), ssd(1, 2, 1, 16, batch=2, time=19)], ids=["softmax", "ssd"]
+    "student", [softmax(1, 1, 1, 16, batch=2, time=19), ssd(1, 1, 1, 16, batch=2, time=19)], ids=["softmax", "ssd"]
 )
 def test_the_operation_runs_it_when_asked(student: Student) -> None:
-    teacher, mask = softmax(0, 3, 1, 16, batch=2, time=19), torch.ones(2, 19, dtype=torch.bool)
+    teacher, mask = softmax(0, 2, 1, 16, batch=2, time=19), torch.ones(2, 19, dtype=torch.bool)
     mask[0, 4:9] = False
 
     def run(impl: str) -> Callable[..., Tensor]:
         return lambda teacher, student: mixing_distance(
-            student, teacher, head_map=mixture(2, 3), mask=mask, impl=impl
+            student, teacher, head_map=mixture(1, 2), mask=mask, impl=impl
         ).total[None, None]
 
     expected, found = measure(run("reference"), teacher, student), measure(run("fused"), teacher, student)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from xarch_kd.mixing import DeltaMixing, LinearMixing, Mixing, SoftmaxMixing, SSDMixing, row_softmax
 from xarch_kd.ops import mixing_distance
 
-TOKENS, HEADS, WIDTH, CHUNK = 257, 2, 4, 8
+TOKENS, HEADS, WIDTH, CHUNK = 129, 2, 4, 8
 
 
 class LargestStorage(TorchDispatchMode):

@@ -79,18 +79,24 @@ def compiling(test):
     return ignore(pytest.mark.usefixtures("fresh_compiler")(test))
 
 
+# Making the graph of a backward pass is the slow part, most of all for the recurrence of Bamba: once is enough.
 @compiling
-@pytest.mark.parametrize(("model_type", "in_place"), [("llama", False), ("llama", True), ("bamba", False)])
-def test_taps_outside_compiled_blocks_and_their_gradients_equal_the_eager_ones(model_type, in_place, build, input_ids):
+@pytest.mark.parametrize(
+    ("model_type", "in_place", "backend"),
+    [("llama", False, "aot_eager"), ("llama", True, "eager"), ("bamba", False, "eager")],
+)
+def test_taps_outside_compiled_blocks_and_their_gradients_equal_the_eager_ones(
+    model_type, in_place, backend, build, input_ids
+):
     eager, compiled = build(model_type), build(model_type)
-    for index, block in enumerate(compiled.model.layers[:2]):
-        if in_place:
-            block.compile(backend="aot_eager")
-        else:
-            compiled.model.layers[index] = torch.compile(block, backend="aot_eager")
+    block = compiled.model.layers[1]
+    if in_place:
+        block.compile(backend=backend)
+    else:
+        compiled.model.layers[1] = torch.compile(block, backend=backend)
     # A pass before any hook exists: what is compiled then must not make later traces blind.
     compiled(input_ids)
-    trace(compiled, input_ids, taps=["hidden"], layers=[0])
+    trace(compiled, input_ids, taps=["hidden"], layers=[1])
     taps = ["embedding", "hidden"]
     expected, actual = (trace(model, input_ids, taps=taps, layers=[0, 1]) for model in (eager, compiled))
     assert torch.equal(actual["embedding"], expected["embedding"])
@@ -99,7 +105,7 @@ def test_taps_outside_compiled_blocks_and_their_gradients_equal_the_eager_ones(m
     for found in (expected, actual):
         found["hidden"][1].sin().mean().backward()
     name = "feed_forward" if model_type == "bamba" else "mlp"
-    first, second = (getattr(layout_of(model).blocks[0], name).up_proj.weight.grad for model in (eager, compiled))
+    first, second = (getattr(layout_of(model).blocks[1], name).up_proj.weight.grad for model in (eager, compiled))
     assert torch.allclose(first, second, rtol=1e-5, atol=ROUNDINGS)
 
 
@@ -122,8 +128,8 @@ def test_taps_inside_a_compiled_block_are_refused_with_the_reason(tap, in_place,
 @compiling
 def test_taps_inside_blocks_can_be_read_when_the_mixers_are_compiled_instead(build, input_ids):
     eager, compiled = build("llama"), build("llama")
-    for block in compiled.model.layers:
-        block.self_attn = torch.compile(block.self_attn, backend="aot_eager")
+    block = compiled.model.layers[1]
+    block.self_attn = torch.compile(block.self_attn, backend="aot_eager")
     compiled(input_ids)
     expected, actual = (trace(model, input_ids, taps=["mixer_input", "mixer_output"]) for model in (eager, compiled))
     for layer in range(3):
