@@ -181,7 +181,7 @@ CASES = {
         "    keep_attention: every 2\n",
         "",
         "map.yaml:6:3: student.convert: exactly one of keep_attention | replace must be given, "
-        "e.g. keep_attention: every 4, or replace: [6, 13]",
+        "e.g. keep_attention: every 4, or replace: {strategy: sensitivity, budget: 0.5}",
     ),
     "stage without an objective": (
         "    tokens: {divergence: forward_kl}\n",

@@ -103,8 +103,8 @@ def test_every_file_is_planned_at_the_true_sizes(path: Path, plan_of_file: Any) 
         assert {pair.align for pair in stage.pairs} == {entry.name for entry in stage.stage.align}
         assert stage.trainable
         assert bool(stage.mixers) == (stage.stage.optimizer.mixer_lr is not None)
-    starts = "the student's embeddings start as the teacher's"
-    assert [warning for warning in plan.warnings if not warning.startswith(starts)] == []
+    known = ("the student's embeddings start as the teacher's", "the first blocks suffer most from a new mixer")
+    assert [warning for warning in plan.warnings if not any(words in warning for words in known)] == []
     if path.stem in EXPECTED:
         student = plan.student
         replaced = sum(row.replaced for row in student.layers)

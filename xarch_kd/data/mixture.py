@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -93,9 +93,15 @@ class MixedRows:
 
     def batch(self, rows: Sequence[int], *, origin: str) -> Batch:
         """Return rows as a batch, padded on the right to the longest of them."""
+        return collated([part.row(row) for part, row in self._placed(rows)], origin=origin)
+
+    def hashes(self, rows: Sequence[int]) -> set[int]:
+        """Return the hashes of the documents that rows have a part of."""
+        return {found for part, row in self._placed(rows) for found in part.hashes([row])}
+
+    def _placed(self, rows: Sequence[int]) -> Iterator[tuple[PackedRows, int]]:
+        """Yield the source of each row, and the row's number there."""
         ends = numpy.cumsum(self.sizes)
-        found = []
         for row in rows:
             source = int(numpy.searchsorted(ends, row, side="right"))
-            found.append(self.parts[source].row(int(row) - int(ends[source]) + len(self.parts[source])))
-        return collated(found, origin=origin)
+            yield self.parts[source], int(row) - int(ends[source]) + len(self.parts[source])

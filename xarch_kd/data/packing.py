@@ -143,6 +143,11 @@ class PackedRows:
         """Return rows as a batch, padded on the right to the longest of them."""
         return collated([self.row(row) for row in rows], origin=origin)
 
+    def hashes(self, rows: Sequence[int]) -> set[int]:
+        """Return the hashes of the documents that rows have a part of."""
+        documents = {document for row in rows for document, _, _ in self._pieces_of(int(row))}
+        return {int(self.documents.hashes[document]) for document in documents}
+
     def _pieces_of(self, row: int) -> list[tuple[int, int, int]]:
         """Return (document, start, stop) of each piece of a row."""
         if self._pieces is not None:

@@ -65,6 +65,10 @@ class Rows(Protocol):
         """Return rows by their numbers as a batch, padded on the right where they differ in length."""
         ...
 
+    def hashes(self, rows: Sequence[int]) -> set[int]:
+        """Return the hashes of the documents that rows have a part of."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:

@@ -12,6 +12,7 @@ from xarch_kd.calibration.layer_similarity import measure_similarities
 from xarch_kd.data.rows import Rows, rows_of_tokens, select_rows
 from xarch_kd.errors import CheckpointError
 from xarch_kd.files import read_tensors, write_tensors
+from xarch_kd.job.layer_choice import select_layers
 from xarch_kd.job.models import RunModels, load_models, load_run_tokenizer
 from xarch_kd.job.texts import run_text
 from xarch_kd.planning.layer_maps import entry_key
@@ -26,12 +27,15 @@ START_FILE = "start.safetensors"
 
 
 def calibrate(plan: Plan, reporter: Reporter) -> Plan:
-    """Load models and text, measure the similarity of layers, and return the plan with the layer maps it gives."""
-    if not plan.uncalibrated:
+    """Load models and text, and return the plan with the layers and the layer maps that follow from measurements."""
+    if not plan.uncalibrated and not plan.is_unselected:
         return plan
     tokenizer = load_run_tokenizer(plan)
-    rows = run_text(plan, tokenizer, reporter).training
-    return calibrated(plan, load_models(plan, tokenizer, reporter), rows, reporter)
+    text = run_text(plan, tokenizer, reporter)
+    plan, teacher = select_layers(plan, tokenizer, text, reporter)
+    if not plan.uncalibrated:
+        return plan
+    return calibrated(plan, load_models(plan, tokenizer, reporter, teacher=teacher), text.training, reporter)
 
 
 def calibrated(plan: Plan, models: RunModels, rows: Rows, reporter: Reporter, *, kept: Path | None = None) -> Plan:

@@ -17,6 +17,7 @@ from xarch_kd.job.run import Run
 from xarch_kd.mapping_file.schema import Text
 from xarch_kd.models.loading.licence import licence_of
 from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.render_selection import difference_text
 from xarch_kd.run.folder import RunFolder
 
 HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -100,7 +101,7 @@ def card(plan: Plan, steps: Mapping[str, int], evaluation: Path, reports: Sequen
         version=xarch_kd.__version__,
         change=(
             f"The attention of {len(replaced)} of {len(plan.student.layers)} blocks ({', '.join(replaced)}) was "
-            "replaced by new mixers."
+            f"replaced by new mixers{_chosen_by(plan)}."
             if replaced
             else "The student's mixers were not made from the teacher's."
         ),
@@ -125,6 +126,19 @@ def named_source(text: Text) -> str:
 def folder_title(plan: Plan) -> str:
     """Return a title: the mapping file's name, or the two types."""
     return plan.path.stem if plan.path else f"{plan.teacher.model_type} to {plan.student.model_type}"
+
+
+def _chosen_by(plan: Plan) -> str:
+    """Return how the replaced blocks were chosen, and how much better than an even choice, empty for a list."""
+    found = plan.selection
+    if found is None:
+        return ""
+    uniform = next(one for one in found.compared if one.name == "uniform")
+    return (
+        f", chosen by {found.strategy} ({found.metric}); before training, the KL divergence from the teacher on other "
+        f"text was {next(one.kl for one in found.compared if one.difference is None):.3f}, and that of evenly spaced "
+        f"blocks {difference_text(uniform)} nats per token more (selection.json of the run)"
+    )
 
 
 def _figures(evaluation: Path) -> str:

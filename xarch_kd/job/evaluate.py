@@ -17,13 +17,14 @@ from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render, write_evaluation
 from xarch_kd.job.card import write_card
 from xarch_kd.job.fingerprint import evaluated_inputs, teacher_inputs
+from xarch_kd.job.layer_choice import read_selection
 from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
 from xarch_kd.job.texts import HELD_OUT, RunText, evaluation_texts, run_text
 from xarch_kd.mapping_file.schema import Evaluate, Speed
 from xarch_kd.models.loading.load import DTYPES
 from xarch_kd.planning.context_lengths import speed_problems
 from xarch_kd.planning.plan import Plan
-from xarch_kd.planning.resolve import plan_of_run
+from xarch_kd.planning.resolve import plan_of_run, selected_plan
 from xarch_kd.run.fingerprint import check_recorded
 from xarch_kd.run.folder import RunFolder
 from xarch_kd.run.report import Reporter
@@ -77,8 +78,10 @@ def evaluate(
         )
     reporter = Reporter(console)
     with folder.locked(), folder.working_directory():
-        folder.verify(folder.mapping, folder.plan, folder.student, folder.projector_reports)
+        folder.verify(folder.mapping, folder.plan, folder.student, folder.projector_reports, folder.selection)
         plan = plan_of_run(folder.mapping)
+        if folder.selection.is_file():
+            plan = selected_plan(plan, read_selection(folder.selection, plan))
         settings = _settings(plan.mapping.evaluate or Evaluate(), suites, tokens, speed)
         plan = replace(plan, mapping=plan.mapping.model_copy(update={"evaluate": settings}))
         _check_speed(plan)

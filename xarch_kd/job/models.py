@@ -100,24 +100,39 @@ def load_weights(
         )
 
 
-def load_models(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, processes: Processes | None = None
-) -> RunModels:
-    """Return teacher and student on this process's device of the plan. Raises ModelError and ConversionError."""
-    teacher_reference, student_source = plan.mapping.teacher, plan.mapping.student
-    conversion = student_source.convert
+def load_teacher(plan: Plan, reporter: Reporter) -> PreTrainedModel:
+    """Return the teacher on the CPU: in float32 if it is converted, else in its own dtype. Raises ModelError."""
+    reference = plan.mapping.teacher
     # A conversion is exact only from full-precision weights; the teacher is rounded to its own dtype afterwards.
-    dtype = torch.float32 if conversion is not None else DTYPES[teacher_reference.dtype]
-    student_tokenizer = load_student_tokenizer(plan, tokenizer)
-    reporter.line(f"loading the teacher {teacher_reference.model}")
-    teacher = load_weights(
-        teacher_reference.model,
+    dtype = torch.float32 if plan.conversion is not None else DTYPES[reference.dtype]
+    reporter.line(f"loading the teacher {reference.model}")
+    return load_weights(
+        reference.model,
         reporter,
-        revision=teacher_reference.revision,
+        revision=reference.revision,
         dtype=dtype,
-        quantization=teacher_reference.quantization,
-        allow_quantized=conversion is None,
+        quantization=reference.quantization,
+        allow_quantized=plan.conversion is None,
     )
+
+
+def load_models(
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+    processes: Processes | None = None,
+    *,
+    teacher: PreTrainedModel | None = None,
+) -> RunModels:
+    """Return teacher and student on this process's device of the plan. Raises ModelError and ConversionError.
+
+    `teacher` is what `load_teacher` returned, if it was called before.
+    """
+    teacher_reference, student_source = plan.mapping.teacher, plan.mapping.student
+    conversion = plan.conversion
+    student_tokenizer = load_student_tokenizer(plan, tokenizer)
+    if teacher is None:
+        teacher = load_teacher(plan, reporter)
     if conversion is not None:
         replaced = sum(row.replaced for row in plan.student.layers)
         reporter.line(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")
@@ -125,8 +140,7 @@ def load_models(
             student = convert(
                 teacher,
                 mixer=conversion.mixer,
-                keep_attention=conversion.keep_attention,
-                replace=conversion.replace,
+                **conversion.layers,
                 target=conversion.target,
                 init=conversion.init,
                 seed=plan.mapping.seed,

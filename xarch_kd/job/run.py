@@ -16,7 +16,9 @@ from rich.text import Text
 from xarch_kd.display import AsIs, as_html, as_text
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render
+from xarch_kd.planning.layer_choice import LayerSelection
 from xarch_kd.planning.render import byte_text, duration
+from xarch_kd.planning.render_selection import render_selection
 from xarch_kd.run.folder import RunFolder
 
 
@@ -129,6 +131,15 @@ class Run:
         self.folder.verify(self.folder.evaluation)
         return read_evaluation(self.folder.evaluation) if self.folder.evaluation.is_file() else None
 
+    @cached_property
+    def selection(self) -> LayerSelection | None:
+        """Measured choice of the layers that keep attention, None if they were not chosen by measurement."""
+        self.folder.verify(self.folder.selection)
+        if not self.folder.selection.is_file():
+            return None
+        path = self.folder.selection
+        return LayerSelection.from_dict(_object(path.read_text(encoding="utf-8"), path))
+
     @property
     def seconds(self) -> float | None:
         """Wall time of all finished stages together, None before the first of them."""
@@ -185,7 +196,10 @@ class Run:
 
     def __rich__(self) -> RenderableType:
         state = "finished" if self.is_finished else "unfinished"
-        parts: list[RenderableType] = [Text(f"Run {self.path} ({state})"), _stage_table(self.stages.values())]
+        parts: list[RenderableType] = [Text(f"Run {self.path} ({state})")]
+        if self.selection is not None:
+            parts.append(render_selection(self.selection))
+        parts.append(_stage_table(self.stages.values()))
         if self.evaluation is not None:
             parts.append(render(self.evaluation))
         if self.is_finished:

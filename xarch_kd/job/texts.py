@@ -154,6 +154,18 @@ def evaluation_texts(
     return {name: read_batches(part, settings.tokens, data.batch_size) for name, part in rows.items()}, descriptions
 
 
+def named_hashes(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, text: RunText) -> set[int]:
+    """Return the hashes of the documents of `data.evaluation` and of the texts of `evaluate.also`.
+
+    What is held out of the training text itself is other text by construction.
+    """
+    also = () if plan.mapping.evaluate is None else plan.mapping.evaluate.also
+    named = [open_documents(source, tokenizer, reporter=reporter) for source in also]
+    if plan.mapping.data.evaluation is not None:
+        named += text.held_out_documents
+    return {int(value) for documents in named for value in documents.hashes}
+
+
 def read_batches(rows: Rows, tokens: int, batch_size: int) -> list[Batch]:
     """Return the first rows, of about `tokens` tokens but at least one, in batches."""
     most = max(1, tokens // rows.sequence_length) if rows.lengths is None else rows_of_tokens(rows, tokens)

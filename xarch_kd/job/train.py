@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.mixture import MixedRows
@@ -26,6 +27,7 @@ from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.held_out import held_out_batches, held_out_rows
+from xarch_kd.job.layer_choice import select_layers
 from xarch_kd.job.models import RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.resuming import restore_stage, resume_point, usable_checkpoint
 from xarch_kd.job.run import Run
@@ -144,7 +146,8 @@ class _Job:
         for line in text.lines:
             self.reporter.line(line)
         self.held_out = held_out_rows(text, self.plan)
-        models = load_models(self.plan, tokenizer, self.reporter, self.processes)
+        teacher = self._choose_layers(tokenizer, fingerprint, made_from)
+        models = load_models(self.plan, tokenizer, self.reporter, self.processes, teacher=teacher)
         self.processes.check_same(
             {
                 "data": rows.fingerprint,
@@ -178,6 +181,20 @@ class _Job:
             self.folder.event("finished", seconds=round(time.perf_counter() - started, 2))
             self.folder.finish()
         self.processes.barrier()
+
+    def _choose_layers(
+        self, tokenizer: PreTrainedTokenizerBase, fingerprint: str, made_from: Fingerprint
+    ) -> PreTrainedModel | None:
+        """Give the plan the layers that its strategy chooses; return the teacher if it was loaded for that."""
+        if not self.plan.is_unselected:
+            return None
+        # Recorded first, so that a selection that is kept is known to be of these inputs.
+        self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint, made_from)
+        with self.processes.main_first():
+            self.plan, teacher = select_layers(
+                self.plan, tokenizer, self.text, self.reporter, kept=self.folder.selection
+            )
+        return teacher
 
     def _checked_inputs(self, found: Fingerprint, state: State) -> Fingerprint:
         """Return what the run was made from when it started. Raises UsageError if anything differs by now."""

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.objectives import Align, Tokens
 from xarch_kd.mapping_file.scalars import ConfigModel, ConfigValues, LayerIndex, Name, NonNegative, Number, Positive
 from xarch_kd.mapping_file.training import Optimizer, StageEvaluation, WeightAveraging
@@ -58,11 +59,14 @@ class Model(ConfigModel):
 
 
 class ConversionOptions(ConfigModel):
-    """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax."""
+    """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax.
+
+    A list of layers, words such as `every 4`, or a strategy with a budget that chooses them.
+    """
 
     mixer: MixerName
-    keep_attention: str | tuple[LayerIndex, ...] | None = None
-    replace: str | tuple[LayerIndex, ...] | None = None
+    keep_attention: str | tuple[LayerIndex, ...] | LayerStrategy | None = None
+    replace: str | tuple[LayerIndex, ...] | LayerStrategy | None = None
     target: TargetName = "auto"
     init: Literal["attention", "random"] = "attention"
 
@@ -71,9 +75,27 @@ class ConversionOptions(ConfigModel):
         if (self.keep_attention is None) == (self.replace is None):
             raise ValueError(
                 "exactly one of keep_attention | replace must be given, "
-                "e.g. keep_attention: every 4, or replace: [6, 13]"
+                "e.g. keep_attention: every 4, or replace: {strategy: sensitivity, budget: 0.5}"
             )
         return self
+
+    @property
+    def selection(self) -> str | tuple[LayerIndex, ...] | LayerStrategy:
+        """The value of the key that is given, `keep_attention` or `replace`."""
+        value = self.keep_attention if self.keep_attention is not None else self.replace
+        assert value is not None
+        return value
+
+    @property
+    def selection_key(self) -> Literal["keep_attention", "replace"]:
+        """The key that is given."""
+        return "keep_attention" if self.keep_attention is not None else "replace"
+
+    @property
+    def layers(self) -> dict[str, str | tuple[LayerIndex, ...]]:
+        """The key that is given with its list or words, as the converter takes them. A strategy is neither."""
+        assert not isinstance(self.selection, LayerStrategy)
+        return {self.selection_key: self.selection}
 
 
 class Student(ConfigModel):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from xarch_kd.data.paths import find_files
+from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.schema import MappingFile, Text
 from xarch_kd.mapping_file.source_map import Problem, SourceMap
 from xarch_kd.models.loading.load import load_tokenizer
@@ -23,6 +24,10 @@ from xarch_kd.models.loading.tokens import check_same_ids, shared_vocabulary, to
 from xarch_kd.planning.context_lengths import speed_problems
 from xarch_kd.planning.models import ModelHandle, ModelPair
 from xarch_kd.planning.problems import located
+
+# Of SmolLM2-135M with untrained Mamba-2 mixers: KL of blocks 0 and 1 against those of the 28 others.
+FEWEST_LAYERS: Final = 8
+FIRST_BLOCKS: Final = "in SmolLM2-135M by a KL of 1.2 and 1.1 nats per token against 0.02 to 0.2 of any other"
 
 _POSITIONS: Final = re.compile(r"(^|[._])(wpe|\w*pos(ition)?s?(_|$)\w*)")
 
@@ -48,6 +53,35 @@ def input_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(longest, int) and length > longest:
             yield f"data.sequence_length is {length}, but the {name} was made for at most {longest} positions"
+
+
+def selection_notices(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
+    """Yield what is to know of the choice of layers: that it is still to be made, or that it replaces the first ones.
+
+    The first blocks suffer most from a new mixer: `benchmarks/results/selection-cpu.md`.
+    """
+    conversion = mapping.student.convert
+    if conversion is None:
+        return
+    strategy = conversion.selection
+    layers, replaced = models.teacher.depth, len(models.replaced)
+    if isinstance(strategy, LayerStrategy):
+        if strategy.is_measured and models.selection is None:
+            yield (
+                f"{replaced} of {layers} layers are replaced, which are chosen by measurement at the start of training "
+                f"(strategy: {strategy.strategy}): evenly spaced ones stand in their place here; "
+                "`xarch-kd plan --calibrate` chooses them now"
+            )
+    elif (
+        isinstance(strategy, str)
+        and FEWEST_LAYERS <= layers > replaced
+        and (first := sorted({0, 1} & set(models.replaced)))
+    ):
+        yield (
+            f"{conversion.selection_key} replaces block {' and '.join(map(str, first))}: the first blocks suffer most "
+            f"from a new mixer, {FIRST_BLOCKS}. Layers are chosen by measurement with "
+            f"replace: {{strategy: sensitivity, budget: {replaced}}}"
+        )
 
 
 def _device_problems(mapping: MappingFile) -> Iterator[Problem]:

@@ -9,9 +9,10 @@ from functools import cached_property
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from xarch_kd.mapping_file.schema import Paths
+from xarch_kd.mapping_file.schema import ConversionOptions, Paths
 from xarch_kd.models.loading.load import meta_model
 from xarch_kd.planning.custom import CustomObjects
+from xarch_kd.planning.layer_choice import LayerSelection
 from xarch_kd.planning.plan import LayerRow, ModelSummary
 from xarch_kd.taps.layout import Layout, layout_of
 
@@ -103,7 +104,8 @@ class ModelPair:
     `similarities` are [student layers, teacher layers] by `entry_key`; `frozen` are parameters of the student that no
     stage may train; `inherits` is true for a student converted from the teacher, `fresh` for an untrained one;
     `calibration` is the number of tokens of a calibration pass; `custom` are the objects passed from Python;
-    `warnings` are those of the conversion.
+    `warnings` are those of the conversion, `conversion` its options with a plain list of layers where the mapping has a
+    strategy, `selection` the measurements that the list follows from.
     """
 
     teacher: ModelHandle
@@ -116,3 +118,5 @@ class ModelPair:
     calibration: int = 16_384
     custom: CustomObjects = field(default_factory=CustomObjects)
     warnings: tuple[str, ...] = ()
+    conversion: ConversionOptions | None = None
+    selection: LayerSelection | None = None

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from xarch_kd.display import AsIs, as_html, as_text
 from xarch_kd.errors import UsageError
+from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.objectives import Align
-from xarch_kd.mapping_file.schema import MappingFile, Stage
+from xarch_kd.mapping_file.schema import ConversionOptions, MappingFile, Stage
 from xarch_kd.planning.disk import DiskUse, disk_use
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from xarch_kd.planning.cost import Rates
     from xarch_kd.planning.custom import CustomObjects
+    from xarch_kd.planning.layer_choice import LayerSelection
     from xarch_kd.planning.models import ModelPair
 
 
@@ -135,7 +137,9 @@ class Plan:
     `model_type`); `trainable` of each stage lists parameter names of the student. `models` are both models without
     storage, `rates` the matrix-product rates behind the estimated times. `uncalibrated` are the entries, as (stage
     index, name), whose layer map follows from a calibration pass that has not run yet: `uniform` is a placeholder for
-    it. `similarities` are the measured ones, [student layers][teacher layers] by `stage.entry`.
+    it. `similarities` are the measured ones, [student layers][teacher layers] by `stage.entry`. `selection` are the
+    measurements behind the layers of a conversion that chooses them by a strategy; until they are there
+    (`is_unselected`), evenly spaced layers stand in their place.
 
     >>> import xarch_kd as xkd
     >>> from xarch_kd.testing.examples import write_example_files
@@ -157,6 +161,23 @@ class Plan:
     rates: Rates
     uncalibrated: tuple[tuple[int, str], ...] = ()
     similarities: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+
+    @property
+    def conversion(self) -> ConversionOptions | None:
+        """The conversion with a plain list of layers, also where the mapping has a strategy. None without one."""
+        return self.models.conversion
+
+    @property
+    def selection(self) -> LayerSelection | None:
+        """Measurements that the layers of the conversion were chosen by."""
+        return self.models.selection
+
+    @property
+    def is_unselected(self) -> bool:
+        """True if the layers of the conversion are still to be chosen by measurement."""
+        asked = self.mapping.student.convert
+        strategy = None if asked is None else asked.selection
+        return isinstance(strategy, LayerStrategy) and strategy.is_measured and self.selection is None
 
     def __repr__(self) -> str:
         from xarch_kd.planning.render import render_summary

@@ -17,6 +17,7 @@ from xarch_kd.display import ranges
 from xarch_kd.layer_mapping import similarity_text_plot
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.planning.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
+from xarch_kd.planning.render_selection import render_selection
 
 # Pairs that a plan's `repr` lists.
 SUMMARY_PAIRS = 8
@@ -30,6 +31,8 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "teacher": dataclasses.asdict(plan.teacher),
         "student": dataclasses.asdict(plan.student),
         "student_config": _finite(plan.student_config),
+        "conversion": None if plan.conversion is None else plan.conversion.model_dump(mode="json"),
+        "selection": None if plan.selection is None else plan.selection.as_dict(),
         "stages": [_stage_as_dict(stage) for stage in plan.stages],
         "warnings": list(plan.warnings),
         "timing_assumptions": plan.timing_assumptions,
@@ -41,7 +44,10 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
 
 def render_plan(plan: Plan) -> RenderableType:
     """Return a plan as tables: both models, their blocks, the stages, the pairs, notices."""
-    parts: list[RenderableType] = [_models(plan), Text(""), _blocks(plan), Text(""), _stages(plan), Text("")]
+    parts: list[RenderableType] = [_models(plan), Text(""), _blocks(plan), Text("")]
+    if plan.selection is not None:
+        parts += [render_selection(plan.selection), Text("")]
+    parts += [_stages(plan), Text("")]
     if any(stage.pairs for stage in plan.stages):
         parts += [_pairs(plan), Text("")]
     drawn = dict.fromkeys(plot for stage in plan.stages for _, plot in stage.layer_map_plots)

@@ -27,7 +27,14 @@ from xarch_kd.planning.custom import (
     CustomObjects,
     ProjectorFactory,
 )
-from xarch_kd.planning.input_checks import check_text_files, check_tokenizers, input_problems, input_warnings
+from xarch_kd.planning.input_checks import (
+    check_text_files,
+    check_tokenizers,
+    input_problems,
+    input_warnings,
+    selection_notices,
+)
+from xarch_kd.planning.layer_choice import LayerSelection
 from xarch_kd.planning.layer_maps import entry_key, is_measured
 from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.plan import Plan, StagePlan
@@ -85,6 +92,12 @@ def plan_of_run(path: Path) -> Plan:
     """Return the plan of the mapping file of a run that is measured and not trained; custom objects are not needed."""
     loaded, source, source_map = load_mapping(path)
     return _resolved(loaded, source, path, source_map, CustomObjects.stand_ins(loaded), None, for_training=False)
+
+
+def selected_plan(plan: Plan, selection: LayerSelection) -> Plan:
+    """Return the plan whose conversion has the layers of `selection`; `plan.mapping` stays as it was written."""
+    models = resolve_models(plan.mapping, plan.custom, None, selection)
+    return _replanned(plan, (stage.stage for stage in plan.stages), models)
 
 
 def calibrated_plan(plan: Plan, similarities: Mapping[str, Tensor]) -> Plan:
@@ -200,6 +213,7 @@ def _named_similarities(
 
 def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
     yield from input_warnings(mapping, models)
+    yield from selection_notices(mapping, models)
     rows = (models.student.vocabulary, models.teacher.vocabulary)
     if rows[0] != rows[1] and any(stage.tokens is not None for stage in mapping.stages):
         yield (

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from xarch_kd.errors import UsageError
+from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.schema import ConversionOptions, MappingFile, Paths
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error
 from xarch_kd.models.conversion.convert import plan_conversion
@@ -14,12 +15,18 @@ from xarch_kd.models.fresh import FreshConfigError, fresh_config
 from xarch_kd.models.loading.load import check_files, load_config, read_student_config
 from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
 from xarch_kd.planning.custom import CustomObjects
+from xarch_kd.planning.layer_choice import LayerSelection, unmeasured_kept
 from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
 from xarch_kd.planning.problems import located, one_line
 
 
-def resolve_models(mapping: MappingFile, custom: CustomObjects, source_map: SourceMap | None) -> ModelPair:
+def resolve_models(
+    mapping: MappingFile, custom: CustomObjects, source_map: SourceMap | None, selection: LayerSelection | None = None
+) -> ModelPair:
     """Return both models of a mapping: each config is loaded once and each model built once, without storage.
+
+    `selection` has the layers of a conversion that chooses them by measurement; until they are measured others stand
+    in their place.
 
     Raises `MappingFileError`, `ModelError`, `ConversionError` and `TapError`, each with the place in the mapping.
     """
@@ -28,7 +35,8 @@ def resolve_models(mapping: MappingFile, custom: CustomObjects, source_map: Sour
     teacher = _handle(
         mapping.teacher.model, config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), source_map
     )
-    source = _student_source(mapping, config, source_map)
+    conversion = _with_layers(mapping, config, selection, source_map)
+    source = _student_source(mapping, conversion, config, source_map)
     if mapping.student.format == "mamba_ssm":
         with located(("student", "format"), source_map):
             mamba_ssm_config(source.config)
@@ -49,7 +57,28 @@ def resolve_models(mapping: MappingFile, custom: CustomObjects, source_map: Sour
         calibration=mapping.calibration.tokens,
         custom=custom,
         warnings=source.warnings,
+        conversion=conversion,
+        selection=selection,
     )
+
+
+def _with_layers(
+    mapping: MappingFile, teacher: PreTrainedConfig, selection: LayerSelection | None, source_map: SourceMap | None
+) -> ConversionOptions | None:
+    """Return the conversion with a list of layers in place of a strategy."""
+    conversion = mapping.student.convert
+    if conversion is None or not isinstance(conversion.selection, LayerStrategy):
+        return conversion
+    strategy, key = conversion.selection, conversion.selection_key
+    layers = int(teacher.get_text_config().num_hidden_layers)  # type: ignore[arg-type]  # of every family's config
+    try:
+        kept = unmeasured_kept(strategy, key, layers, seed=mapping.seed)
+    except UsageError as error:
+        raise mapping_error([Problem(("student", "convert", key), one_line(error))], source_map) from None
+    if selection is not None:
+        kept = selection.kept
+    chosen = kept if key == "keep_attention" else tuple(index for index in range(layers) if index not in kept)
+    return conversion.model_copy(update={key: chosen})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +91,15 @@ class _StudentSource:
     warnings: tuple[str, ...] = ()
 
 
-def _student_source(mapping: MappingFile, teacher: PreTrainedConfig, source_map: SourceMap | None) -> _StudentSource:
+def _student_source(
+    mapping: MappingFile,
+    conversion: ConversionOptions | None,
+    teacher: PreTrainedConfig,
+    source_map: SourceMap | None,
+) -> _StudentSource:
     student = mapping.student
-    if student.convert is not None:
-        return _converted(mapping.teacher.model, student.convert, teacher, source_map)
+    if conversion is not None:
+        return _converted(mapping.teacher.model, conversion, teacher, source_map)
     if isinstance(student.config, dict):
         try:
             config = fresh_config(student.config, teacher)
@@ -88,13 +122,12 @@ def _converted(
             planned = plan_conversion(
                 teacher,
                 mixer=conversion.mixer,
-                keep_attention=conversion.keep_attention,
-                replace=conversion.replace,
                 target=conversion.target,
+                **conversion.layers,
             )
     except UsageError as error:
-        key = "keep_attention" if conversion.keep_attention is not None else "replace"
-        raise mapping_error([Problem(("student", "convert", key), one_line(error))], source_map) from None
+        place = ("student", "convert", conversion.selection_key)
+        raise mapping_error([Problem(place, one_line(error))], source_map) from None
     return _StudentSource(
         reference=f"converted from {reference}",
         config=planned.config,

@@ -50,6 +50,11 @@ class RunFolder:
         return self.root / "calibration.safetensors"
 
     @property
+    def selection(self) -> Path:
+        """Scores and choice of the layers of a conversion that chooses them by measurement."""
+        return self.root / "selection.json"
+
+    @property
     def events(self) -> Path:
         """One JSON object per line: the figures of each step, and the events between them."""
         return self.root / "events.jsonl"

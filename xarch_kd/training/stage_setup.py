@@ -34,7 +34,16 @@ def freeze_others(student: PreTrainedModel, trainable: Iterable[str]) -> None:
 
 
 def stage_of(plan: Plan, stage: int | str) -> StagePlan:
-    """Return the stage of a plan by index or name. Raises UsageError when there is none."""
+    """Return the stage of a plan by index or name.
+
+    Raises UsageError when there is none, and while the layers of the conversion are still to be chosen.
+    """
+    if plan.is_unselected:
+        raise UsageError(
+            "the layers of the conversion are not chosen yet: the plan has others in their place",
+            asked="a conversion whose layers are chosen by measurement",
+            fix="train the plan with xarch_kd.train, or write the list that `xarch-kd plan --calibrate` prints into it",
+        )
     for candidate in plan.stages:
         if stage in (candidate.index, candidate.stage.name):
             return candidate

@@ -1,0 +1,95 @@
+"""Effects of new mixers, against whole students that are converted with the same blocks replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import xarch_kd as xkd
+from xarch_kd.calibration.recall_rows import recall_rows
+from xarch_kd.calibration.sensitivity import mixer_pool
+from xarch_kd.calibration.substitution import SubstitutedTeacher
+from xarch_kd.errors import TapError, UsageError
+from xarch_kd.mapping_file.schema import ConversionOptions
+from xarch_kd.taps.layout import layout_of
+from xarch_kd.testing.tiny import VOCABULARY, tiny_model
+
+TEXT = torch.randint(1, VOCABULARY, (3, 16), generator=torch.Generator().manual_seed(1))
+COMPARED = torch.zeros(TEXT.shape, dtype=torch.bool).index_fill_(1, torch.tensor([4, 6, 15]), True)
+RECALL = recall_rows(range(1, VOCABULARY), TEXT, copying=2, lists=1, longest=None, seed=3)
+
+
+def substituted(model_type: str, mixer: str, **sizes: int) -> tuple[PreTrainedModel, SubstitutedTeacher]:
+    teacher = tiny_model(model_type, **sizes)
+    pool = mixer_pool(teacher, ConversionOptions(mixer=mixer, replace=(0,)), seed=0)  # type: ignore[arg-type]
+    return teacher, SubstitutedTeacher(layout_of(teacher), pool, TEXT, COMPARED, RECALL)
+
+
+@torch.no_grad()
+def expected_kl(teacher: PreTrainedModel, mixer: str, replaced: Collection[int]) -> tuple[Tensor, PreTrainedModel]:
+    student = xkd.convert(teacher, mixer=mixer, replace=list(replaced))
+    own, other = (torch.log_softmax(model(TEXT).logits.double(), -1)[COMPARED] for model in (teacher, student))
+    return (own.exp() * (own - other)).sum(-1), student
+
+
+# OLMo Hybrid requires attention somewhere, so that two students make the pool.
+@pytest.mark.parametrize(("model_type", "mixer"), [("granite", "mamba2"), ("olmo2", "gated_delta")])
+@torch.no_grad()
+def test_one_new_mixer_and_several(model_type: str, mixer: str) -> None:
+    teacher, found = substituted(model_type, mixer)
+    for effect, replaced in ((found.exchanged(1), [1]), (found.effect([0, 2]), [0, 2])):
+        wanted, student = expected_kl(teacher, mixer, replaced)
+        # Both sum the same float32 products in other orders.
+        torch.testing.assert_close(effect.kl.double(), wanted, rtol=2e-3, atol=1e-5)
+        assert float(wanted.mean()) > 1e-3
+        logits = student(RECALL.input_ids).logits
+        for mask, nll in ((RECALL.copies, effect.copy_nll), (RECALL.values, effect.value_nll)):
+            targets = RECALL.input_ids.roll(-1, 1)[mask]
+            torch.testing.assert_close(
+                nll, nn.functional.cross_entropy(logits[mask], targets, reduction="none"), rtol=1e-3, atol=1e-4
+            )
+    assert float(found.own.kl.abs().max()) < 1e-5
+
+
+def test_another_base() -> None:
+    _, found = substituted("llama", "mamba2")
+    wanted = found.effect([2])
+    found.rebase([1, 2])
+    torch.testing.assert_close(found.exchanged(1).kl, wanted.kl)
+    torch.testing.assert_close(found.exchanged(0).kl, found.effect([0, 1, 2]).kl)
+
+
+def test_a_model_that_is_more_than_its_blocks_is_refused() -> None:
+    teacher = tiny_model("llama")
+    layout = dataclasses.replace(layout_of(teacher), final_norm=nn.Identity())
+    with pytest.raises(TapError, match="run one after another do not give what the model gives"):
+        SubstitutedTeacher(layout, {}, TEXT, COMPARED, RECALL)
+
+
+def test_recalled_tokens_follow_from_earlier_ones() -> None:
+    rows = recall_rows(range(1, 500), TEXT, copying=1, lists=1, longest=None, seed=0)
+    assert rows.input_ids.shape == (2, 112)
+    copied, listed = rows.input_ids
+    assert torch.equal(copied[:48], copied[64:])
+    assert rows.copies[0].nonzero().flatten().tolist() == list(range(64, 111))
+    assert torch.equal(copied[48:64], TEXT.flatten()[:16])
+    pairs = {tuple(pair[:2]): tuple(pair[2:]) for pair in listed[:56].view(-1, 4).tolist()}
+    assert len(pairs) == 14
+    asked = [tuple(pair) for pair in listed[56:].view(-1, 4).tolist()]
+    assert all(pairs[pair[:2]] == pair[2:] for pair in asked)
+    assert [pair[:2] for pair in asked] != list(pairs)
+    places = rows.values[1].nonzero().flatten() + 1
+    assert listed[places].tolist() == [token for pair in asked for token in pair[2:]]
+    assert not rows.values[0].any()
+    assert not rows.copies[1].any()
+
+
+def test_recall_fits_the_positions_of_the_model() -> None:
+    assert recall_rows(range(1, 500), TEXT, copying=1, lists=1, longest=60, seed=0).input_ids.shape == (2, 56)
+    with pytest.raises(UsageError, match="Recall cannot be measured"):
+        recall_rows(range(1, 500), TEXT, copying=1, lists=1, longest=12, seed=0)
