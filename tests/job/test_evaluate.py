@@ -16,19 +16,13 @@ from xarch_kd.errors import CheckpointError
 from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.files import sha256_of
 from xarch_kd.job.train import train
-from xarch_kd.testing.mapping import MIXER_STAGE, TEXT, Write
+from xarch_kd.testing.mapping import MIXER_STAGE, TEXT
 from xarch_kd.testing.runs import flip_bit
-
-
-@pytest.fixture
-def run(write_mapping: Write, tmp_path: Path) -> Path:
-    """A finished run, not measured yet."""
-    return train(write_mapping(MIXER_STAGE), tmp_path / "run").folder.root
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, text_file: Path) -> Path:
-    """A finished run that tests leave as it is."""
+    """A finished run beside its mapping file, not measured yet, that tests leave as it is."""
     folder = tmp_path_factory.mktemp("finished")
     mapping = {
         "version": 1,
@@ -38,7 +32,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, teacher_folder: Path, tex
         "device": "cpu",
         "stages": [{**MIXER_STAGE, "steps": 1}],
     }
-    return train(mapping, folder / "run").folder.root
+    (folder / "mapping.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(mapping))))
+    return train(folder / "mapping.yaml", folder / "run").folder.root
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(finished.parent, tmp_path / "copy")
+    return tmp_path / "copy" / "run"
 
 
 def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +108,7 @@ def test_measuring_twice_gives_the_same_figures(run: Path) -> None:
 
 @pytest.mark.parametrize(("gate", "code"), [("-1000", 1), ("1000", 0)])
 def test_a_gate_decides_the_exit_code(run: Path, capsys: pytest.CaptureFixture[str], gate: str, code: int) -> None:
-    assert main(["evaluate", str(run), "--tokens", "128", "--gate", gate]) == code
+    assert main(["evaluate", str(run), "--suites", "likelihood", "--tokens", "128", "--gate", gate]) == code
     assert ("too far above the teacher's" in capsys.readouterr().err) == bool(code)
 
 
@@ -155,7 +157,7 @@ def test_a_missing_file_and_a_damaged_manifest_are_named(run: Path, capsys: pyte
 def test_measuring_does_not_hide_damage_to_files_that_it_does_not_read(run: Path) -> None:
     flip_bit(run / "stages" / "01-mixers" / "trained.safetensors")
     before = json.loads((run / "manifest.json").read_text())["files"]
-    assert main(["evaluate", str(run), "--tokens", "128"]) == 0
+    assert main(["evaluate", str(run), "--suites", "likelihood", "--tokens", "128"]) == 0
     after = json.loads((run / "manifest.json").read_text())["files"]
     written = {"evaluation.json", "student/README.md"}
     assert {name: digest for name, digest in after.items() if before.get(name) != digest}.keys() == written
@@ -200,12 +202,12 @@ def test_another_text_of_another_kind_is_warned_of(relative_run: Path, capsys: p
     mapping = yaml.safe_load((project / "mapping.yaml").read_text())
     mapping["evaluate"] = {"tokens": 64, "also": [{"files": [name]}]}
     (project / "mapping.yaml").write_text(yaml.safe_dump(mapping))
-    for text, warns in ((TEXT * 4, False), (TEXT * 4, False), (TEXT.upper() * 4, True)):
+    for text, warns in ((TEXT * 4, False), (TEXT.upper() * 4, True)):
         (project / name).write_text(text)
         if not (project / "runs" / "also").exists():
             train("mapping.yaml", "runs/also")
         capsys.readouterr()
-        assert main(["evaluate", "runs/also"]) == 0
+        assert main(["evaluate", "runs/also", "--suites", "likelihood"]) == 0
         assert (f"warning: {name} has other tokens" in capsys.readouterr().out) == warns
 
 

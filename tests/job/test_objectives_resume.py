@@ -96,7 +96,8 @@ def write_everything(write_mapping: Write) -> Path:
     return write_mapping(EVERYTHING, student={"config": STUDENT}, calibration={"tokens": 512})
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+# After the weights were balanced, and where layers are drawn anew.
+@pytest.mark.parametrize("count", [1, 4])
 def test_a_stopped_run_goes_on_to_the_same_student_and_the_same_maps(
     write_mapping: Write,
     tmp_path: Path,

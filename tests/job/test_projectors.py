@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ LAZY = {**LINEAR, "optimizer": {"lr": 1e-12, "projector_lr": 1e-2}}
 SHORT = {"calibration": {"tokens": 1024}}
 
 
+TWO_STAGES = (LINEAR, {**LINEAR, "name": "later", "optimizer": {"lr": 1e-2, "projector_lr": 1e-2}})
+
+
 def reports_of(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "projectors.json").read_text())["projectors"]
 
@@ -68,15 +72,38 @@ def rows_of(plan: Plan) -> Rows:
     return run_text(plan, load_run_tokenizer(plan), Reporter.silent()).training
 
 
-def test_the_figures_are_those_of_dense_features(write_mapping: Write, tmp_path: Path) -> None:
-    mapping = write_mapping(LINEAR, **SHORT)
-    run = train(mapping, tmp_path / "run")
-    (report,) = reports_of(tmp_path / "run")
+@pytest.fixture(scope="module")
+def made() -> dict[str, Path]:
+    """Folders of runs that are not stopped, once they were made."""
+    return {}
+
+
+Whole = Callable[..., Path]
+
+
+@pytest.fixture
+def whole(write_mapping: Write, tmp_path_factory: pytest.TempPathFactory, made: dict[str, Path]) -> Whole:
+    """Return the run of these stages, made once."""
+
+    def run(*stages: dict[str, Any]) -> Path:
+        name = "-".join(stage["name"] for stage in stages)
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name) / "run"
+            train(write_mapping(*stages, **SHORT), folder)
+            made[name] = folder
+        return made[name]
+
+    return run
+
+
+def test_the_figures_are_those_of_dense_features(write_mapping: Write, whole: Whole) -> None:
+    mapping, run = write_mapping(LINEAR, **SHORT), whole(LINEAR)
+    (report,) = reports_of(run)
     plan = make_plan(mapping)
     fitted, held_out = map(ids_of, halves(rows_of(plan), 1024, plan.mapping.seed))
     assert fitted.shape == held_out.shape == (32, 16)
-    weight = load_file(tmp_path / "run" / "projectors.safetensors")["stream.hidden-1.weight"]
-    trained = AutoModelForCausalLM.from_pretrained(run.student)
+    weight = load_file(run / "projectors.safetensors")["stream.hidden-1.weight"]
+    trained = AutoModelForCausalLM.from_pretrained(run / "student")
     # Features in float32, of which one in 512 · 64 is summed in another order than the pass of the run.
     close = pytest.approx
     assert report["explained"] == close(explained(*dense_features(plan, trained, held_out), weight), abs=1e-5)
@@ -120,11 +147,9 @@ def test_one_that_explains_nothing_is_called_useless_and_not_that(write_mapping:
 
 @pytest.mark.parametrize("count", [2, 4, 6])
 def test_a_resumed_run_says_and_keeps_the_same(
-    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+    write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole, count: int
 ) -> None:
-    second = {**LINEAR, "name": "later", "optimizer": {"lr": 1e-2, "projector_lr": 1e-2}}
-    mapping = write_mapping(LINEAR, second, **SHORT)
-    train(mapping, tmp_path / "whole")
+    mapping, expected = write_mapping(*TWO_STAGES, **SHORT), whole(*TWO_STAGES)
     with signal_after(count), pytest.raises(Interrupted):
         train(mapping, tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "projectors.safetensors").exists()
@@ -134,8 +159,8 @@ def test_a_resumed_run_says_and_keeps_the_same(
     train(mapping, tmp_path / "stopped", resume=True)
     assert len(measured) == (count <= 4)
     for name in ("projectors.json", "projectors.safetensors", "student/model.safetensors"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    first, later = reports_of(tmp_path / "whole")
+        assert (tmp_path / "stopped" / name).read_bytes() == (expected / name).read_bytes(), name
+    first, later = reports_of(expected)
     assert (first["stage"], later["stage"]) == ("stream", "later")
     # The second stage starts with the student that the first one trained.
     assert later["alone"] != first["alone"]
@@ -176,20 +201,19 @@ def test_too_little_text_is_said_and_no_failure(
     assert report["note"] in capsys.readouterr().out
 
 
-def test_no_projector_is_in_the_student(write_mapping: Write, tmp_path: Path) -> None:
-    mapping = write_mapping(LINEAR, **SHORT)
-    run = train(mapping, tmp_path / "run")
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run.student))
-    stored, tied = student_of(tmp_path / "run"), set(plain._tied_weights_keys or ())
+def test_no_projector_is_in_the_student(write_mapping: Write, whole: Whole) -> None:
+    mapping, run = write_mapping(LINEAR, **SHORT), whole(LINEAR)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run / "student"))
+    stored, tied = student_of(run), set(plain._tied_weights_keys or ())
     assert set(stored) | tied == set(plain.state_dict()) and not any("projector" in name for name in stored)
-    assert not list(run.student.glob("projectors*"))
-    assert set(load_file(tmp_path / "run" / "projectors.safetensors")) == {"stream.hidden-1.weight"}
+    assert not list((run / "student").glob("projectors*"))
+    assert set(load_file(run / "projectors.safetensors")) == {"stream.hidden-1.weight"}
     plan = make_plan(mapping)
     models = load_models(plan, load_run_tokenizer(plan), Reporter.silent())
     aligner = Aligner(plan, teacher=models.teacher, student=models.student)
-    aligner.load_trained_state(tmp_path / "run" / "stages" / "01-stream" / STATE_FILE)
+    aligner.load_trained_state(run / "stages" / "01-stream" / STATE_FILE)
     assert list(aligner.projectors) == ["hidden-1"]
-    student, ids = AutoModelForCausalLM.from_pretrained(run.student), ids_of(rows_of(plan))[:4]
+    student, ids = AutoModelForCausalLM.from_pretrained(run / "student"), ids_of(rows_of(plan))[:4]
     assert same(dict(aligner.student.state_dict()), dict(student.state_dict()))
     with torch.no_grad():
         assert torch.equal(student(ids).logits, aligner.student.eval()(ids).logits)

@@ -22,6 +22,7 @@ only the mixers training, 0.87 with everything); a frozen block below everything
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -105,19 +106,23 @@ class StageWork:
 def measured_rates(device: str, dtypes: Iterable[str]) -> Rates:
     """Return this machine's matrix-product rates in float32 and in each of `dtypes`, measured in about 0.1 s each.
 
+    A process measures each once for a number of threads.
     A half-precision rate counts for at most HALF_GAIN times float32's: beyond that, passes wait for memory.
     """
-    single = _product_rate(torch.float32, device)
+    threads = torch.get_num_threads()
+    single = _product_rate(torch.float32, device, threads)
     rates = {"float32": single}
     for name in sorted(set(dtypes) - {"float32"}, reverse=True):
         # PyTorch's float16 product is slow on many processors, and would not be representative of a GPU.
-        measured = single if name == "float16" and device == "cpu" else _product_rate(_DTYPES[name], device)
+        is_slow = name == "float16" and device == "cpu"
+        measured = single if is_slow else _product_rate(_DTYPES[name], device, threads)
         rates[name] = min(measured, HALF_GAIN[device] * single)
     return Rates(device, rates)
 
 
-def _product_rate(dtype: torch.dtype, device: str) -> float:
-    """Return the rate of the largest square product that is expected to take at most PRODUCT_SECONDS."""
+@functools.cache
+def _product_rate(dtype: torch.dtype, device: str, threads: int) -> float:
+    """Return the rate of the largest square product that is expected to take at most PRODUCT_SECONDS on `threads`."""
     rate, seconds = 0.0, 0.0
     for size in PRODUCT_SIZES:
         # Each size is 8 times the work of the one before.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from xarch_kd.models.conversion.targets import Fit
 from xarch_kd.taps.sites import TAPS
-from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, ConversionSupport, Export, Row, row_of
+from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, ConversionSupport, Export, Row, Specimen, row_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 FITS: dict[Fit, str] = {"exact": "exact", "folded": "up to rounding", "frozen": "as initialization"}
@@ -44,12 +44,12 @@ class Notes:
         return f"[{number}](#{number})"
 
 
-def page() -> str:
-    """Return the page as Markdown."""
+def page(row: Callable[[Specimen], Row] = row_of) -> str:
+    """Return the page as Markdown, with the `row` of each specimen."""
     notes = Notes()
     header = ("Type", "Mixers", "Taps", "`mixing`", *CONVERSIONS, "mamba_ssm")
     lines = [_line(header), _line(["---"] * len(header))]
-    lines += [_line(_cells(row_of(specimen), notes)) for specimen in SPECIMENS.values()]
+    lines += [_line(_cells(row(specimen), notes)) for specimen in SPECIMENS.values()]
     texts = [f'{number}. <a id="{number}"></a>{_sentence(text)}' for number, text in enumerate(notes.texts, 1)]
     return "\n".join([ABOUT, *lines, "\n## Reasons\n", *texts, ""])
 
