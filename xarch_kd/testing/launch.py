@@ -75,7 +75,7 @@ def on_ranks(ranks: int, function: Callable[..., object], *arguments: Any, timeo
     Raises:
         AssertionError: One of them failed or did not end in `timeout` seconds.
     """
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     # Owned by this process, as by the launcher, so that it outlives every rank.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
