@@ -20,12 +20,10 @@ def test_the_demo_in_a_few_steps(tmp_path: Path, smollm2: PreTrainedModel) -> No
     mapping = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     mapping["data"] |= {"sequence_length": 64, "batch_size": 2}
     mapping["evaluate"] |= {"tokens": 128, "copying": 1}
-    # Processors without units for bfloat16 take several times as long in it.
-    mapping["teacher"]["dtype"] = "float32"
     # The mixers see each of two batches three times, as the demo's see theirs five times.
     mixers, logits = mapping["stages"]
-    mixers |= {"steps": 6, "batches": 2, "batch_size": 2, "precision": "float32"}
-    logits |= {"steps": 1, "batch_size": 1, "precision": "float32"}
+    mixers |= {"steps": 6, "batches": 2, "batch_size": 2}
+    logits |= {"steps": 1, "batch_size": 1}
     path, run = tmp_path / "few.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(mapping, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "xarch_kd", "train", str(path), "--output", str(run)]

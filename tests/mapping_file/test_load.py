@@ -41,7 +41,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(good: str) -> No
     )
     heads = [problem.splitlines()[0] for problem in problems(text)]
     assert heads == [
-        "map.yaml:4:10: teacher.dtype: 'bfloat61' is not float32 | bfloat16 | float16. Did you mean 'bfloat16'?",
+        "map.yaml:4:10: teacher.dtype: 'bfloat61' is not float32 | bfloat16 | float16 | auto. Did you mean 'bfloat16'?",
         "map.yaml:13:7: seed: must be a whole number, found 'zero'.",
         "map.yaml:14:1: sede: unknown key. Did you mean 'seed'?",
         "map.yaml:17:12: stages[0].steps: must be at least 1, found the number -4",

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from xarch_kd.job.fingerprint import mapping_fingerprint
 from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.models.loading.load import fresh_model
 from xarch_kd.planning import cost
 from xarch_kd.planning.cost import EFFICIENCY, HALF_GAIN, PROCESS_BYTES, Rates, StageWork, measured_rates, stage_cost
 from xarch_kd.planning.models import ModelHandle
 from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.tiny import tiny_config
 
 ROWS, TIME = 2, 48
@@ -146,3 +149,22 @@ def test_rates_are_measured_and_half_precision_is_capped() -> None:
     assert rates.per_second["float32"] > 1e8
     assert rates.per_second["bfloat16"] <= HALF_GAIN["cpu"] * rates.per_second["float32"]
     assert "GFLOP/s" in rates.timing_assumptions
+
+
+@pytest.mark.parametrize(("half", "chosen"), [(2e11, "bfloat16"), (0.5e11, "float32")])
+def test_auto_is_the_faster_of_two_precisions_and_stays_what_it_was(
+    half: float, chosen: str, good: str, tmp_path: Path, folder_of: Callable[..., str]
+) -> None:
+    path = tmp_path / "map.yaml"
+    good = good.replace("./teacher", folder_of("llama", num_hidden_layers=4))
+    named = good.replace("dtype: bfloat16", "dtype: auto").replace(
+        "inputs: teacher", "inputs: teacher\n    precision: auto"
+    )
+    assert named.count(": auto") == 2
+    path.write_text(named, encoding="utf-8")
+    rates = Rates("cpu", {"float32": 1e11, "bfloat16": half})
+    found = make_plan(path, rates=rates)
+    assert [found.teacher.dtype, *(stage.stage.precision for stage in found.stages)] == [chosen, chosen, "float32"]
+    # Resuming compares the mapping that a run was made from, with what auto was then.
+    path.write_text(named.replace(": auto", f": {chosen}"), encoding="utf-8")
+    assert mapping_fingerprint(found) == mapping_fingerprint(make_plan(path, rates=rates))

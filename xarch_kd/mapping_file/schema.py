@@ -47,13 +47,14 @@ class Paths(ConfigModel):
 class Model(ConfigModel):
     """A model reference: hub id, local folder, `.gguf` file, or `package:distribution/file.gguf`.
 
+    `dtype: auto` is bfloat16 where this machine multiplies matrices faster in it, else float32.
     `quantization` quantizes the frozen teacher's linear layers while it is loaded, by torchao; its head stays as it is.
     """
 
     model: str
     revision: str | None = None
     tokenizer: str | None = None
-    dtype: Dtype = "float32"
+    dtype: Literal[Dtype, "auto"] = "float32"
     quantization: Literal["int8", "int4"] | None = None
     paths: Paths | None = None
 
@@ -249,7 +250,8 @@ class Stage(ConfigModel):
     """One `transformers.Trainer` run of `steps` optimizer steps, or of `epochs` passes over its rows.
 
     `batches` bounds the number of different batches drawn: further steps go over them again in a new order, which
-    with a cache costs no teacher pass. `precision` is the autocast type of the student's pass.
+    with a cache costs no teacher pass. `precision` is the autocast type of the student's pass;
+    `auto` is bfloat16 where this machine multiplies matrices faster in it, else float32.
     """
 
     name: Name
@@ -264,7 +266,7 @@ class Stage(ConfigModel):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     batches: Annotated[int, Field(ge=1)] | None = None
     cache: Literal["memory", "disk", "off"] | Cache = "off"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     gradient_checkpointing: bool = False
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
     evaluation: StageEvaluation | None = None

@@ -148,13 +148,31 @@ def _resolved(
 ) -> Plan:
     if missing := custom.problems(mapping):
         raise mapping_error(missing, source_map)
-    models = resolve_models(mapping, custom, source_map)
     if rates is None:
-        dtypes = {mapping.teacher.dtype, *(stage.precision for stage in mapping.stages)}
-        rates = measured_rates(_device(mapping), dtypes)
+        named = {mapping.teacher.dtype, *(stage.precision for stage in mapping.stages)}
+        rates = measured_rates(_device(mapping), {"bfloat16" if dtype == "auto" else dtype for dtype in named})
+    mapping = _with_dtypes(mapping, rates)
+    models = resolve_models(mapping, custom, source_map)
     plan = _plan(mapping, source, path, source_map, models, rates, for_training=for_training)
     check_tokenizers(mapping, models, source_map)
     return plan
+
+
+def _with_dtypes(mapping: MappingFile, rates: Rates) -> MappingFile:
+    """Return the mapping with `auto` replaced by the faster of bfloat16 and float32 on this machine.
+
+    The result is part of a run's fingerprint, so that no run is resumed in another precision.
+    """
+    teacher, stages = mapping.teacher, mapping.stages
+    if "auto" not in {teacher.dtype, *(stage.precision for stage in stages)}:
+        return mapping
+    faster = "bfloat16" if rates.per_second["bfloat16"] > rates.per_second["float32"] else "float32"
+    if teacher.dtype == "auto":
+        teacher = teacher.model_copy(update={"dtype": faster})
+    stages = tuple(
+        stage.model_copy(update={"precision": faster}) if stage.precision == "auto" else stage for stage in stages
+    )
+    return mapping.model_copy(update={"teacher": teacher, "stages": stages})
 
 
 def _plan(
