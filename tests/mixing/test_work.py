@@ -74,12 +74,11 @@ def pieces(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", LINEAR)
 def test_work_is_linear(build: Build, pieces: None, case: str) -> None:
-    """Twice the tokens write at most 2.1 times the numbers; four maps of the longest would be 17 million."""
-    done = {time: work(build, case, time) for time in (512, 1024, 2048)}
-    for time in (512, 1024):
-        assert 1.8 <= done[2 * time].total / done[time].total <= 2.1
-        assert done[2 * time].largest <= 2.1 * done[time].largest
-    assert done[2048].largest < 2048**2 / 2
+    """Twice the tokens write at most 2.1 times the numbers; four maps of the longer would be 4 million."""
+    short, long = (work(build, case, time) for time in (512, 1024))
+    assert 1.8 <= long.total / short.total <= 2.1
+    assert long.largest <= 2.1 * short.largest
+    assert long.largest < 1024**2 / 2
 
 
 @pytest.mark.parametrize(
@@ -87,14 +86,13 @@ def test_work_is_linear(build: Build, pieces: None, case: str) -> None:
 )
 def test_work_in_one_segment_is_linear(build: Build, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setitem(scan.SEGMENT_ELEMENTS, "cpu", 1 << 40)
-    done = {time: work(build, case, time) for time in (512, 1024, 2048)}
-    assert max(done[1024].total / done[512].total, done[2048].total / done[1024].total) <= 2.1
+    assert work(build, case, 1024).total / work(build, case, 512).total <= 2.1
 
 
 @pytest.mark.parametrize("case", QUADRATIC)
 def test_attention_holds_no_map(build: Build, pieces: None, case: str) -> None:
     """Its work is quadratic; its largest tensor is a block of rows or as long as the factors."""
-    for time in (512, 1024, 2048):
+    for time in (512, 1024):
         largest = work(build, case, time).largest
         # A block of 16 rows of the four maps, or a factor of four heads of 8.
         assert largest <= 4 * max(16, 8) * time < time**2
@@ -114,10 +112,10 @@ def test_a_block_of_one_column_holds_no_map(build: Build, pieces: None, case: st
 )
 def test_a_block_of_rows_makes_no_exponent_of_each_pair_and_channel(build: Build, case: str) -> None:
     """Rows × columns × heads entries; with one exponent per channel there would be 4 or 8 times as many."""
-    mixing = build(case, batch=1, time=2048, dtype=torch.float32)
+    mixing = build(case, batch=1, time=1024, dtype=torch.float32)
     with Written() as written, torch.no_grad():
-        mixing.block(slice(1984, 2048), slice(0, 2048))
-    assert written.largest <= 4 * 64 * 2048
+        mixing.block(slice(960, 1024), slice(0, 1024))
+    assert written.largest <= 4 * 64 * 1024
 
 
 def test_the_count_sees_the_dense_form(build: Build) -> None:
