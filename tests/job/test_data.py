@@ -45,10 +45,13 @@ def _text(mapping: Path) -> RunText:
     return run_text(plan, load_run_tokenizer(plan), Reporter.silent())
 
 
-@pytest.mark.parametrize("packing", ["wrapped", "best_fit", "none"])
+# Every test that names no packing is of "wrapped".
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_rows_packed_each_way_train_and_are_measured(write_mapping: Write, tmp_path: Path, packing: str) -> None:
     file = _lines(tmp_path / "t.jsonl", [f"document {number} " + "word " * (number % 7) for number in range(60)])
-    mapping = write_mapping(LOGIT_STAGE, data=_data(file, packing=packing), evaluate={"tokens": 64})
+    mapping = write_mapping(
+        LOGIT_STAGE, data=_data(file, packing=packing), evaluate={"suites": ["likelihood"], "tokens": 64}
+    )
     train(mapping, tmp_path / "run")
     losses = [event["loss"] for event in events_of(tmp_path / "run") if event["event"] == "step"]
     assert len(losses) == LOGIT_STAGE["steps"] and all(loss > 0 for loss in losses)
@@ -98,7 +101,7 @@ def test_a_step_on_isolated_documents_is_that_of_documents_alone(
 def test_copies_of_one_document_are_trained_on_and_cannot_be_measured(write_mapping: Write, tmp_path: Path) -> None:
     file = _lines(tmp_path / "t.jsonl", ["always the same line of text"] * 100)
     assert train(write_mapping(LOGIT_STAGE, data=_data(file)), tmp_path / "run").is_finished
-    mapping = write_mapping(LOGIT_STAGE, data=_data(file), evaluate={"tokens": 64})
+    mapping = write_mapping(LOGIT_STAGE, data=_data(file), evaluate={"suites": ["likelihood"], "tokens": 64})
     with pytest.raises(DataError, match=r"no held-out text to measure on[\s\S]*data.evaluation"):
         _text(mapping).held_out()
 
@@ -106,7 +109,11 @@ def test_copies_of_one_document_are_trained_on_and_cannot_be_measured(write_mapp
 def test_other_text_can_be_named_to_measure_on(write_mapping: Write, tmp_path: Path) -> None:
     training = _lines(tmp_path / "t.jsonl", [f"training line {number}" for number in range(50)])
     other = _lines(tmp_path / "o.jsonl", ["quite another text" for _ in range(20)])
-    mapping = write_mapping(LOGIT_STAGE, data=_data(training, evaluation={"files": [other]}), evaluate={"tokens": 64})
+    mapping = write_mapping(
+        LOGIT_STAGE,
+        data=_data(training, evaluation={"files": [other]}),
+        evaluate={"suites": ["likelihood"], "tokens": 64},
+    )
     plan = make_plan(mapping)
     tokenizer = load_run_tokenizer(plan)
     text = run_text(plan, tokenizer, Reporter.silent())
@@ -117,7 +124,11 @@ def test_other_text_can_be_named_to_measure_on(write_mapping: Write, tmp_path: P
     assert "quite another text" in tokenizer.decode(texts["held-out"][0].input_ids.flatten())
     assert "o.jsonl" in descriptions["held-out"]
     assert "warning" not in "".join(text.lines)
-    same = write_mapping(LOGIT_STAGE, data=_data(training, evaluation={"files": [training]}), evaluate={"tokens": 64})
+    same = write_mapping(
+        LOGIT_STAGE,
+        data=_data(training, evaluation={"files": [training]}),
+        evaluate={"suites": ["likelihood"], "tokens": 64},
+    )
     assert "50 of 50 documents of data.evaluation are in the training text too" in _text(same).lines[-1]
 
 
@@ -134,11 +145,13 @@ def test_a_streamed_dataset_is_trained_on_measured_and_resumed(write_mapping: Wr
     folder.mkdir()
     _lines(folder / "train.jsonl", [f"document {number} " + "word " * (number % 7) for number in range(300)])
     data = {"dataset": str(folder), "streaming": True, "sequence_length": 16, "batch_size": 2}
-    mapping = write_mapping(LOGIT_STAGE, data=data, evaluate={"tokens": 64}, calibration={"tokens": 64})
+    mapping = write_mapping(
+        LOGIT_STAGE, data=data, evaluate={"suites": ["likelihood"], "tokens": 64}, calibration={"tokens": 64}
+    )
     train(mapping, tmp_path / "whole")
     (figures,) = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["likelihood"]
     assert figures["student_nll"] > 0 and 30 < figures["tokens"] <= 64
-    more = evaluate(tmp_path / "whole", tokens=128, console=Console(quiet=True))
+    more = evaluate(tmp_path / "whole", suites=["likelihood"], tokens=128, console=Console(quiet=True))
     assert 64 < more.result("held-out").tokens <= 128
     with signal_after(2), pytest.raises(Interrupted):
         train(mapping, tmp_path / "stopped")
@@ -152,7 +165,11 @@ def test_a_mixture_is_drawn_by_weight_and_counted(
     files = [_lines(tmp_path / f"{name}.jsonl", [f"{name} {number}" * 4 for number in range(40)]) for name in "ab"]
     sources = [{"files": [file], "weight": weight} for file, weight in zip(files, (3.0, 1.0), strict=True)]
     data = {"mixture": sources, "sequence_length": 16, "batch_size": 2}
-    mapping = write_mapping({**LOGIT_STAGE, "steps": 20}, data=data, evaluate={"tokens": 128})
+    mapping = write_mapping(
+        {**LOGIT_STAGE, "steps": 20, "checkpoint_every": 20},
+        data=data,
+        evaluate={"suites": ["likelihood"], "tokens": 128},
+    )
     assert main(["train", str(mapping), "--output", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     counts = [
@@ -214,7 +231,7 @@ def test_completions_alone_are_measured(write_mapping: Write, tmp_path: Path) ->
         str(file), packing="best_fit", documents="isolated", sequence_length=64, evaluation={"files": [str(file)]}
     )
     stage = {**LOGIT_STAGE, "align": [{**END_TO_END["align"][0], "tokens": "labelled"}]}
-    run = train(write_mapping(stage, data=data, evaluate={"tokens": 4096}), tmp_path / "run")
+    run = train(write_mapping(stage, data=data, evaluate={"suites": ["likelihood"], "tokens": 4096}), tmp_path / "run")
     (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"]
     tokenizer, student = AutoTokenizer.from_pretrained(run.student), AutoModelForCausalLM.from_pretrained(run.student)
     values: list[float] = []

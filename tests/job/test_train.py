@@ -52,7 +52,7 @@ def test_every_stage_through_the_command_line(
 
 
 def test_the_model_card_holds_the_mapping_file_and_the_figures(write_mapping: Write, tmp_path: Path) -> None:
-    mapping = write_mapping(MIXER_STAGE, evaluate={"tokens": 128})
+    mapping = write_mapping(MIXER_STAGE, evaluate={"suites": ["likelihood"], "tokens": 128})
     run = train(mapping, tmp_path / "run")
     card = (run.student / "README.md").read_text()
     metadata: Any = ModelCard(card).data
