@@ -62,7 +62,7 @@ def test_a_mixer_made_from_attention_computes_the_closed_form(overrides: dict[st
 
 @pytest.mark.parametrize("head_dim", [24, 8])
 @torch.no_grad()
-def test_the_padding_of_narrower_heads_stays_zero_and_does_not_shrink_the_rest(head_dim: int) -> None:
+def test_narrower_heads_are_repeated_as_often_as_they_fit_and_padded_with_zeros(head_dim: int) -> None:
     teacher = tiny_model("llama", head_dim=head_dim)
     student = convert(teacher, replace=[1])
     mixer, channels = student.model.layers[1].mamba, student.config.mamba_d_head
@@ -72,7 +72,10 @@ def test_the_padding_of_narrower_heads_stays_zero_and_does_not_shrink_the_rest(h
     # Inputs large enough that the norm's epsilon does not count.
     mixer(10 * torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0)))
     heads = rearrange(seen[0], "b t (h c) -> b t h c", h=HEADS)
-    assert not heads[..., head_dim:].any()
+    copies = channels // head_dim
+    assert copies == (1 if head_dim == 24 else 2)
+    torch.testing.assert_close(heads[..., : copies * head_dim], heads[..., :head_dim].repeat(1, 1, 1, copies))
+    assert not heads[..., copies * head_dim :].any()
     size = heads[..., :head_dim].square().mean(dim=-1).sqrt()
     torch.testing.assert_close(size, (AVERAGED * value_size(teacher, head_dim)).expand_as(size), rtol=1e-2, atol=0.0)
 

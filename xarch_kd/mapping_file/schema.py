@@ -59,10 +59,25 @@ class Model(ConfigModel):
     paths: Paths | None = None
 
 
+class Mamba2Options(ConfigModel):
+    """Sizes of converted Mamba-2 mixers that other programs require.
+
+    `expand` is the mixers' channels divided by the hidden size (default: the smallest that holds the heads),
+    `proj_bias: false` leaves out the biases of their projections, and `n_groups` is the number of groups of heads that
+    share B, C and the norm (default: each head has its own). llama.cpp requires `expand: 2` and `proj_bias: false`,
+    mlx-lm `n_groups: 1`.
+    """
+
+    expand: Annotated[int, Field(ge=1)] | None = None
+    proj_bias: bool = True
+    n_groups: Annotated[int, Field(ge=1)] | None = None
+
+
 class ConversionOptions(ConfigModel):
     """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax.
 
     A list of layers, words such as `every 4`, or a strategy with a budget that chooses them.
+    `mamba2` sets sizes of the mixers of a stock class with `mixer: mamba2`.
     """
 
     mixer: MixerName
@@ -70,6 +85,13 @@ class ConversionOptions(ConfigModel):
     replace: str | tuple[LayerIndex, ...] | LayerStrategy | None = None
     target: TargetName = "auto"
     init: Literal["attention", "random"] = "attention"
+    mamba2: Mamba2Options | None = None
+
+    @model_validator(mode="after")
+    def _mamba2_only(self) -> ConversionOptions:
+        if self.mamba2 is not None and (self.mixer != "mamba2" or self.target == "in_place"):
+            raise ValueError("mamba2 sets sizes of a stock class with mixer: mamba2; remove it")
+        return self
 
     @model_validator(mode="after")
     def _one_selection(self) -> ConversionOptions:

@@ -105,6 +105,8 @@ def mamba2_shape(sizes: Mapping[str, Any]) -> MixerShape:
         channels=sizes["mamba_d_head"],
         state=sizes["mamba_d_state"],
         convolution=sizes["mamba_d_conv"],
+        groups=sizes["mamba_n_groups"],
+        proj_bias=sizes["mamba_proj_bias"],
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from xarch_kd.models.conversion.base import Conversion, MixerInit, Progress, Sel
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.frozen_parameters import frozen_in_blocks
 from xarch_kd.models.conversion.layer_selection import kept_layers
+from xarch_kd.models.conversion.mamba2_options import mamba2_option_notices, set_mamba2_options
 from xarch_kd.models.conversion.new_mixers import new_mixers
 from xarch_kd.models.conversion.targets import Target, choose_target
 from xarch_kd.models.conversion.teacher_spec import TeacherSpec, teacher_spec
@@ -37,6 +38,7 @@ def convert(
     keep_attention: Selection = None,
     replace: Selection = None,
     target: TargetName | str = "auto",
+    mamba2: Mapping[str, Any] | None = None,
     init: MixerInit = "attention",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -47,9 +49,10 @@ def convert(
 
     `mixer` is `mamba2` or `gated_delta`. `target` is a stock class that has it (`targets.py`), `auto` for the one that
     fits best, or `in_place` for the teacher's own class with new mixers, which is not stock. `keep_attention`, or its
-    complement `replace`, are block indices or words such as `every 4` (`layer_selection.py`). For the other arguments
-    see `Conversion.build`. Raises UsageError for a selection that does not fit, ConversionError for a teacher that the
-    class cannot hold or a conversion that is not exact; warns if no attention is left.
+    complement `replace`, are block indices or words such as `every 4` (`layer_selection.py`). `mamba2` sets `expand`,
+    `proj_bias` and `n_groups` of Mamba-2 mixers in a stock class. For the other arguments see `Conversion.build`.
+    Raises UsageError for a selection that does not fit, ConversionError for a teacher that the class cannot hold, for
+    sizes that its heads do not fit or a conversion that is not exact; warns if no attention is left.
 
     >>> import xarch_kd as xkd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -62,7 +65,7 @@ def convert(
     ('GraniteMoeHybridForCausalLM', ['full_attention', 'linear_attention'])
     """
     conversion = plan_conversion(
-        teacher.config, mixer=mixer, keep_attention=keep_attention, replace=replace, target=target
+        teacher.config, mixer=mixer, keep_attention=keep_attention, replace=replace, target=target, mamba2=mamba2
     )
     return conversion.build(teacher, init=init, seed=seed, dtype=dtype, check=check, progress=progress)
 
@@ -74,11 +77,18 @@ def plan_conversion(
     keep_attention: Selection = None,
     replace: Selection = None,
     target: str = "auto",
+    mamba2: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Return the conversion of a teacher with this config; no weights are needed. Arguments are those of `convert`.
 
     Raises UsageError for a selection that does not fit, ConversionError for a teacher that no stock class holds.
     """
+    if mamba2 is not None and (target == IN_PLACE or mixer != "mamba2"):
+        raise ConversionError(
+            "These sizes are those of Mamba-2 mixers in a stock class.",
+            asked=f"mamba2: {dict(mamba2)}, mixer: {mixer}, target: {target}",
+            fix="remove mamba2, or use mixer: mamba2 and a stock class",
+        )
     if target == IN_PLACE:
         # The classes of its families are built on import.
         from xarch_kd.models.in_place.convert import plan_in_place
@@ -87,11 +97,13 @@ def plan_conversion(
     spec = teacher_spec(teacher)
     chosen = choose_target(spec, mixer=mixer, target=target)
     kept = kept_layers(spec.layers, keep_attention=keep_attention, replace=replace)
+    config, options = chosen.config(spec, kept, teacher), mamba2 or {}
+    set_mamba2_options(config, options, spec)
     return StockConversion(
         teacher_config=teacher,
-        config=chosen.config(spec, kept, teacher),
+        config=config,
         kept=kept,
-        warnings=tuple(_warnings(spec, chosen, kept)),
+        warnings=(*_warnings(spec, chosen, kept), *mamba2_option_notices(options, spec)),
         frozen=frozen_in_blocks(spec, chosen, kept),
         spec=spec,
         target=chosen,

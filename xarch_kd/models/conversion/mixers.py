@@ -16,6 +16,12 @@ of the block's norm, r² = mean over a head's rows of Σ_i (W_v w)²_i:
 - B, C: silu(q)·silu(k) is a nearly positive kernel that grows with q·k, as the softmax's does; their tap is 1.
 - Decay: a = 1 and δ = 1/τ, so a head averages over about τ tokens, log-spaced over the heads from `SHORTEST` to
   `LONGEST`. D = 0: attention has no path around the average.
+- Without biases of the projections (`proj_bias: false`), those of queries, keys and values are the convolution's, and
+  the gate is `GATE_OPEN` × a row along the mean input of the block (`activation_stats.py`): all channels of a token are
+  gated alike, which the norm undoes wherever the gate is positive.
+- Channels beyond the teacher's head hold its values again, unread by the output projection, as often as they fit; the
+  rest is zero. So the norm's mean square is that of the head, and they can be put to use in training.
+- Heads of a group share the mean of their queries and of their keys.
 - The norm gives each head's output unit size, while attention's output has the size of an average of v. Its weight
   starts at `AVERAGED × r`: the best scale of a feature that correlates by ρ with its target is ρ times the target's, so
   too large an output does more harm than one too small.
@@ -48,20 +54,32 @@ AVERAGED = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class MixerShape:
-    """Sizes of a mixer whose heads have their own B and C: `channels` per head, `state` numbers per channel."""
+    """Sizes of a mixer: `channels` per head, `state` numbers per channel, `groups` of heads that share B and C.
+
+    Each head is a group of its own if `groups` is None. `proj_bias` is that of both projections of Mamba-2.
+    """
 
     width: int
     heads: int
     channels: int
     state: int
     convolution: int
+    groups: int | None = None
+    proj_bias: bool = True
 
 
-def mixer_from_attention(block: AttentionWeights, spec: AttentionSpec, shape: MixerShape) -> dict[str, Tensor]:
-    """Return a mixer's state, in float32, made from a block's attention by the recipe above."""
-    values = _in_heads(block.value, spec.key_value_heads, shape.heads, shape.channels)
-    keys = _in_heads(block.key, spec.key_value_heads, shape.heads, shape.state)
-    queries = _in_heads(block.query, spec.heads, shape.heads, shape.state)
+def mixer_from_attention(
+    block: AttentionWeights, spec: AttentionSpec, shape: MixerShape, constant: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return a mixer's state, in float32, made from a block's attention by the recipe above.
+
+    `constant` [width], whose product with every input is near 1, is needed without biases of the projections.
+    """
+    copies = max(shape.channels // spec.head_dim, 1)
+    values = _in_heads(block.value, spec.key_value_heads, shape.heads, spec.head_dim).repeat(1, copies, 1)
+    values = functional.pad(values, (0, 0, 0, shape.channels - values.shape[1]))
+    keys = _shared(_in_heads(block.key, spec.key_value_heads, shape.heads, shape.state), shape)
+    queries = _shared(_in_heads(block.query, spec.heads, shape.heads, shape.state), shape)
     size = _value_size(block, spec, shape.heads)
     gate = torch.zeros(shape.heads * shape.channels, shape.width + 1, device=size.device)
     gate[:, -1] = GATE_OPEN
@@ -73,8 +91,8 @@ def mixer_from_attention(block: AttentionWeights, spec: AttentionSpec, shape: Mi
     output = functional.pad(output, (0, shape.channels - spec.head_dim))
     horizon = torch.logspace(math.log10(SHORTEST), math.log10(LONGEST), shape.heads, device=size.device)
     # The norm's mean square runs over the zeros of a padded head too.
-    used = math.sqrt(spec.head_dim / shape.channels)
-    return {
+    used = math.sqrt(copies * spec.head_dim / shape.channels)
+    state = {
         "in_proj.weight": rows[:, :-1].contiguous(),
         "in_proj.bias": rows[:, -1].contiguous(),
         "conv1d.weight": last_tap(taps, shape.convolution),
@@ -86,6 +104,17 @@ def mixer_from_attention(block: AttentionWeights, spec: AttentionSpec, shape: Mi
         "out_proj.weight": rearrange(output, "w h c -> w (h c)"),
         "out_proj.bias": _bias(block.output),
     }
+    return state if shape.proj_bias else _without_biases(state, gates=len(gate), steps=shape.heads, constant=constant)
+
+
+def _without_biases(state: dict[str, Tensor], *, gates: int, steps: int, constant: Tensor | None) -> dict[str, Tensor]:
+    """Return a mixer's state without biases of its projections, by the recipe above."""
+    assert constant is not None
+    bias = state.pop("in_proj.bias")
+    del state["out_proj.bias"]
+    state["in_proj.weight"][:gates] = bias[:gates, None] * constant.float()
+    state["conv1d.bias"] = state["conv1d.weight"][:, 0, -1] * bias[gates:-steps]
+    return state
 
 
 def random_mixer(
@@ -98,7 +127,7 @@ def random_mixer(
     """
     generator = torch.Generator().manual_seed(seed)
     inner = shape.heads * shape.channels
-    convolved = inner + 2 * shape.heads * shape.state
+    convolved = inner + 2 * (shape.groups or shape.heads) * shape.state
     bound = shape.convolution**-0.5
     step = torch.exp(uniform((shape.heads,), math.log(1e-3), math.log(1e-1), generator))
     state = {
@@ -113,6 +142,8 @@ def random_mixer(
         "out_proj.weight": spread * (2 * layers) ** -0.5 * torch.randn(shape.width, inner, generator=generator),
         "out_proj.bias": torch.zeros(shape.width),
     }
+    if not shape.proj_bias:
+        state = {name: value for name, value in state.items() if name not in ("in_proj.bias", "out_proj.bias")}
     return {name: value.to(device) for name, value in state.items()}
 
 
@@ -129,6 +160,12 @@ def _in_heads(projection: LinearWeights, given: int, heads: int, size: int) -> T
     rows = torch.cat([projection.weight.float(), _bias(projection)[:, None]], dim=1)
     rows = repeat(rearrange(rows, "(g d) w -> g d w", g=given), "g d w -> (g n) d w", n=heads // given)
     return functional.pad(rows, (0, 0, 0, size - rows.shape[1]))
+
+
+def _shared(rows: Tensor, shape: MixerShape) -> Tensor:
+    """Return rows [heads, state, …] as [groups, state, …], the mean over the heads of a group."""
+    groups = shape.groups or shape.heads
+    return rows if groups == shape.heads else rearrange(rows, "(g n) d w -> g n d w", g=groups).mean(dim=1)
 
 
 def _value_size(block: AttentionWeights, spec: AttentionSpec, heads: int) -> Tensor:

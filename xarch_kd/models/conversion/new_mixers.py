@@ -33,7 +33,7 @@ def new_mixers(
     weights, recipe, sizes = TeacherWeights(teacher, read_as), RECIPES[target.mixer], config.to_dict()
     replaced = [index for index in range(spec.layers) if index not in kept]
     shape = recipe.shape(sizes)
-    needs_stats = target.needs_stats or (seed is None and recipe.needs_stats)
+    needs_stats = target.needs_stats or (seed is None and (recipe.needs_stats or not shape.proj_bias))
     stats = activation_stats(teacher, replaced) if needs_stats else {}
     state: dict[str, Tensor] = {}
     for index in replaced:

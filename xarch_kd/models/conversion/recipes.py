@@ -56,7 +56,7 @@ class MixerRecipe:
 def _mamba2(
     block: AttentionWeights, spec: AttentionSpec, shape: MixerShape, stats: ActivationStats | None
 ) -> dict[str, Tensor]:
-    return mixer_from_attention(block, spec, shape)
+    return mixer_from_attention(block, spec, shape, None if stats is None else stats.constant)
 
 
 def _gated_delta(

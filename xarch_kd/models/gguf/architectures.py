@@ -32,7 +32,8 @@ def gguf_layout(config: PreTrainedConfig) -> GgufLayout:
             f"llama.cpp has no architecture for a model of type {config.model_type}: {reason}.",
             asked=f"model_type: {config.model_type}",
             allowed=", ".join(LAYOUTS),
-            fix="convert the teacher with mixer: gated_delta (target: qwen3_5), build a fresh Mamba-2 student, or keep "
+            fix="convert with target: granitemoehybrid and mamba2: {expand: 2, proj_bias: false}, with mixer: "
+            "gated_delta and target: qwen3_5, or build a fresh Mamba-2 student; or keep "
             "the format of transformers",
         )
     layout.check_config(config)

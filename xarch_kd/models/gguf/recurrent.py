@@ -237,10 +237,10 @@ RECURRENT: Final[Mapping[str, GgufLayout]] = {
             *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "layer_types"),
             *("shared_intermediate_size", "position_embedding_type", "mamba_n_heads", "mamba_n_groups"),
             *("mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_conv_bias", "num_experts_per_tok"),
+            "attention_bias",
         },
         fixed=_SILU
         | {
-            "attention_bias": (False,),
             "mamba_expand": (2,),
             "mamba_proj_bias": (False,),
             "num_local_experts": (0,),
