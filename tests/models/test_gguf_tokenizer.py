@@ -100,9 +100,51 @@ def words() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
-def sentencepiece() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE({"a": 0, "<0x41>": 1}, [], byte_fallback=True))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+def sentencepiece(drop: int = 0, **changes: Any) -> PreTrainedTokenizerFast:
+    """Return a BPE with byte fallback as those of Llama 2; `drop` leaves out the last merges."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeht."]
+    merges = [("t", "h"), ("▁", "t"), ("th", "e"), ("▁", "a"), ("▁t", "h"), ("▁", "th"), ("▁th", "e"), ("▁", "the")]
+    table = {word: index for index, word in enumerate([*words, *dict.fromkeys(a + b for a, b in merges)])}
+    kept = merges[: len(merges) - drop]
+    tokenizer = Tokenizer(models.BPE(table, kept, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def joined_by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
+    """Return a text's tokens as llama.cpp's `llm_tokenizer_spm` finds them: the best-scored neighbours join first."""
+    ids = {token: index for index, token in enumerate(tokens)}
+    parts = list("▁" + text.replace(" ", "▁"))
+    while True:
+        able = [at for at in range(len(parts) - 1) if parts[at] + parts[at + 1] in ids]
+        if not able:
+            break
+        best = max(able, key=lambda at: (scores[ids[parts[at] + parts[at + 1]]], -at))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return [
+        number
+        for part in parts
+        for number in ([ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()])
+    ]
+
+
+def test_scores_of_sentencepiece_join_as_its_merges_do() -> None:
+    tokenizer = sentencepiece()
+    found = tokenizer_metadata(tokenizer, 300)
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
+    types = found["tokenizer.ggml.token_type"]
+    assert types[:4] == [2, 3, 3, 6] and types[259] == 1 and types[299] == 5
+    for text in ("the that a the", "thethe  bathed ate.", "a é the", ""):
+        expected = joined_by_score(text, found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"])
+        assert tokenizer(text)["input_ids"] == (expected if text else [])
+    metaspace = {"normalizer": None, "pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="never", split=False)}
+    assert tokenizer_metadata(sentencepiece(**metaspace), 300)["tokenizer.ggml.add_space_prefix"] is False
+    metaspace["pre_tokenizer"] = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    with pytest.warns(UserWarning, match="a space before the text after a special token"):
+        assert tokenizer_metadata(sentencepiece(**metaspace), 300)["tokenizer.ggml.add_space_prefix"] is True
 
 
 def surrounded() -> PreTrainedTokenizerFast:
@@ -112,7 +154,12 @@ def surrounded() -> PreTrainedTokenizerFast:
 
 REFUSED = {
     "a table of words": (words, "a tokenizer of type WordLevel"),
-    "SentencePiece": (sentencepiece, "byte fallback"),
+    "a merge that is not listed": (lambda: sentencepiece(drop=1), "no merge of '▁' and 'the'"),
+    "another normalizer of SentencePiece": (lambda: sentencepiece(normalizer=normalizers.NFKC()), "NFKC"),
+    "words of SentencePiece": (
+        lambda: sentencepiece(normalizer=None, pre_tokenizer=pre_tokenizers.Metaspace(split=True)),
+        "the pre-tokenizer (.|\n)*'split': True",
+    ),
     "another pre-tokenizer": (
         lambda: byte_level(pre_tokenizer=split(r"\d")),
         r"a pre-tokenizer \[(.|\n)*those of gpt-2",
@@ -125,7 +172,7 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_tokenizer_that_gguf_cannot_hold_is_refused(tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(ModelError, match=rf"cannot hold this tokenizer(.|\n)*{message}"):
-        export_gguf(tiny_model("llama"), tmp_path / "student.gguf", make())
+        export_gguf(tiny_model("llama", vocab_size=300), tmp_path / "student.gguf", make())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,12 +23,13 @@ Value = bool | int | float | str | list[int] | list[bool] | list[str] | list[flo
 # the order of transformers.
 NEIGHBOURS, HALVES = "neighbours", "halves"
 
-# Fields that do not change what a model computes: bookkeeping, initialization, training, choice of kernels.
+# Fields that do not change what a model computes: bookkeeping, initialization, training, choice of kernels. So do those
+# with an underscore before them, and numbers of special tokens, which are the tokenizer's in GGUF.
 INERT: Final = frozenset(
     {
-        *("transformers_version", "architectures", "dtype", "_name_or_path", "model_type", "problem_type"),
+        *("transformers_version", "architectures", "dtype", "model_type", "problem_type"),
         *("id2label", "label2id", "return_dict", "output_hidden_states", "output_attentions", "use_cache"),
-        *("chunk_size_feed_forward", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"),
+        *("chunk_size_feed_forward", "initializer_range"),
         *("attention_dropout", "resid_pdrop", "embd_pdrop", "pretraining_tp", "max_window_layers"),
         *("chunk_size", "mamba_chunk_size", "time_step_min", "time_step_max", "time_step_floor", "time_step_rank"),
         *("rescale_prenorm_residual", "residual_in_fp32", "output_router_logits", "router_aux_loss_coef"),
@@ -91,7 +92,7 @@ class GgufLayout:
         values, defaults = config.to_dict(), type(config)().to_dict()
         wrong, allowed, unknown = [], [], []
         for name, value in values.items():
-            if name in INERT or name in self.carried:
+            if name in INERT or name in self.carried or name.startswith("_") or name.endswith("_token_id"):
                 continue
             if name not in defaults and name not in self.fixed:
                 unknown.append(f"{name}: {value}")

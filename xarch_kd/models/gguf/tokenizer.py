@@ -1,4 +1,7 @@
-"""Tokenizer in the metadata of a GGUF file: byte-level BPE whose pre-tokenizer llama.cpp has by name."""
+"""Tokenizer in the metadata of a GGUF file.
+
+llama.cpp's `gpt2` is byte-level BPE with a pre-tokenizer that it has by name, its `llama` is SentencePiece's BPE.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.gguf.layout import Value
+from xarch_kd.models.gguf.sentencepiece import is_byte, pairs_of, space_prefix, token_scores, unheld_sentencepiece
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _REST: Final = r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIXES: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -46,18 +50,11 @@ def tokenizer_metadata(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> d
     Raises `ModelError` for what llama.cpp would tokenize otherwise; warns of what it passes over.
     """
     whole = _serialized(tokenizer)
-    model = whole["model"]
-    pre = _pre_tokenizer(whole)
-    if bool(model.get("ignore_merges")) != (pre == _IGNORES_MERGES):
-        raise _unheld(f"ignore_merges: {model.get('ignore_merges')}", f"ignore_merges with {_IGNORES_MERGES} alone")
-    tokens, types = _tokens(model["vocab"], whole["added_tokens"], vocabulary)
+    tokens, types = _tokens(whole["model"], whole["added_tokens"], vocabulary)
     found: dict[str, Value] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
-        "tokenizer.ggml.add_space_prefix": False,
+        **(_sentencepiece(whole, tokens) if whole["model"]["byte_fallback"] else _byte_level(whole)),
         **_added_around(tokenizer),
     }
     for name, key in _SPECIAL.items():
@@ -81,17 +78,32 @@ def _serialized(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         raise _unheld(f"a {type(tokenizer).__name__}, which is not one of the tokenizers library", "byte-level BPE")
     whole = json.loads(backend.to_str())
     model = whole["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        kind = "BPE with byte fallback (SentencePiece)" if model["type"] == "BPE" else model["type"]
-        raise _unheld(f"a tokenizer of type {kind}", "byte-level BPE")
+    if model["type"] != "BPE":
+        raise _unheld(f"a tokenizer of type {model['type']}", "byte-level BPE, or BPE with byte fallback")
     unusual = [
         f"{name}: {model[name]}"
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
         if model.get(name)
     ]
     if unusual:
-        raise _unheld(", ".join(unusual), "byte-level BPE without them")
-    normalizer = whole["normalizer"]
+        raise _unheld(", ".join(unusual), "BPE without them")
+    return whole
+
+
+def _sentencepiece(whole: Mapping[str, Any], tokens: list[str]) -> dict[str, Value]:
+    reason = unheld_sentencepiece(whole)
+    if reason is not None:
+        raise _unheld(reason, "BPE with byte fallback as SentencePiece's, of which each merge of two tokens is listed")
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": token_scores(tokens, pairs_of(whole["model"])),
+        "tokenizer.ggml.add_space_prefix": bool(space_prefix(whole)),
+    }
+
+
+def _byte_level(whole: Mapping[str, Any]) -> dict[str, Value]:
+    model, normalizer = whole["model"], whole["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
         raise _unheld(f"a normalizer of type {normalizer['type']}", "no normalizer, or NFC")
     if normalizer is not None:
@@ -99,7 +111,15 @@ def _serialized(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             "llama.cpp does not normalize text: text that is not in Unicode's form NFC gets other tokens there",
             stacklevel=4,
         )
-    return whole
+    pre = _pre_tokenizer(whole)
+    if bool(model.get("ignore_merges")) != (pre == _IGNORES_MERGES):
+        raise _unheld(f"ignore_merges: {model.get('ignore_merges')}", f"ignore_merges with {_IGNORES_MERGES} alone")
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in pairs_of(model)],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
 
 
 def _pre_tokenizer(whole: Mapping[str, Any]) -> str:
@@ -125,10 +145,10 @@ def _step(part: Mapping[str, Any]) -> str:
     return f"unknown: {kind}"
 
 
-def _tokens(table: Mapping[str, int], added: list[dict[str, Any]], vocabulary: int) -> tuple[list[str], list[int]]:
+def _tokens(model: Mapping[str, Any], added: list[dict[str, Any]], vocabulary: int) -> tuple[list[str], list[int]]:
     """Return the text and type of each token id below `vocabulary`."""
     extra = {int(token["id"]): token for token in added}
-    named = {number: token for token, number in table.items()} | {
+    named = {number: token for token, number in model["vocab"].items()} | {
         number: token["content"] for number, token in extra.items()
     }
     if max(named) >= vocabulary:
@@ -147,7 +167,11 @@ def _tokens(table: Mapping[str, int], added: list[dict[str, Any]], vocabulary: i
     texts, types = [], []
     for number in range(vocabulary):
         texts.append(named.get(number, f"[PAD{number}]"))
-        if number in extra:
+        if model["byte_fallback"] and texts[-1] == model.get("unk_token"):
+            types.append(UNKNOWN)
+        elif model["byte_fallback"] and is_byte(texts[-1]):
+            types.append(BYTE)
+        elif number in extra:
             types.append(CONTROL if extra[number]["special"] else USER_DEFINED)
         else:
             types.append(NORMAL if number in named else UNUSED)
