@@ -72,6 +72,10 @@ class Mamba2Options(ConfigModel):
     proj_bias: bool = True
     n_groups: Annotated[int, Field(ge=1)] | None = None
 
+    def given(self) -> dict[str, int | bool]:
+        """Return the options that differ from their defaults, as `convert` takes them."""
+        return self.model_dump(exclude_defaults=True)
+
 
 class ConversionOptions(ConfigModel):
     """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax.
