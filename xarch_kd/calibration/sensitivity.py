@@ -99,7 +99,13 @@ def mixer_pool(teacher: PreTrainedModel, conversion: ConversionOptions, *, seed:
     count = int(teacher.config.get_text_config().num_hidden_layers)
 
     def converted(*kept: int) -> Layout:
-        planned = plan_conversion(teacher.config, mixer=conversion.mixer, keep_attention=kept, target=conversion.target)
+        planned = plan_conversion(
+            teacher.config,
+            mixer=conversion.mixer,
+            keep_attention=kept,
+            target=conversion.target,
+            mamba2=conversion.mixer_sizes,
+        )
         with warnings.catch_warnings():
             # That no block keeps its attention: this student is only measured.
             warnings.simplefilter("ignore", UserWarning)

@@ -142,7 +142,7 @@ def load_models(
                 mixer=conversion.mixer,
                 **conversion.layers,
                 target=conversion.target,
-                mamba2=None if conversion.mamba2 is None else conversion.mamba2.given(),
+                mamba2=conversion.mixer_sizes,
                 init=conversion.init,
                 seed=plan.mapping.seed,
                 progress=work.at,

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from xarch_kd.mapping_file.layer_choice import LayerStrategy
+from xarch_kd.mapping_file.mixer_sizes import Mamba2Options
 from xarch_kd.mapping_file.objectives import Align, Tokens
 from xarch_kd.mapping_file.scalars import ConfigModel, ConfigValues, LayerIndex, Name, NonNegative, Number, Positive
 from xarch_kd.mapping_file.training import Optimizer, StageEvaluation, WeightAveraging
@@ -59,24 +60,6 @@ class Model(ConfigModel):
     paths: Paths | None = None
 
 
-class Mamba2Options(ConfigModel):
-    """Sizes of converted Mamba-2 mixers that other programs require.
-
-    `expand` is the mixers' channels divided by the hidden size (default: the smallest that holds the heads),
-    `proj_bias: false` leaves out the biases of their projections, and `n_groups` is the number of groups of heads that
-    share B, C and the norm (default: each head has its own). llama.cpp requires `expand: 2` and `proj_bias: false`,
-    mlx-lm `n_groups: 1`.
-    """
-
-    expand: Annotated[int, Field(ge=1)] | None = None
-    proj_bias: bool = True
-    n_groups: Annotated[int, Field(ge=1)] | None = None
-
-    def given(self) -> dict[str, int | bool]:
-        """Return the options that differ from their defaults, as `convert` takes them."""
-        return self.model_dump(exclude_defaults=True)
-
-
 class ConversionOptions(ConfigModel):
     """Conversion of the teacher to a hybrid. Exactly one of `keep_attention` and `replace`, in the same syntax.
 
@@ -117,6 +100,11 @@ class ConversionOptions(ConfigModel):
     def selection_key(self) -> Literal["keep_attention", "replace"]:
         """The key that is given."""
         return "keep_attention" if self.keep_attention is not None else "replace"
+
+    @property
+    def mixer_sizes(self) -> dict[str, int | bool] | None:
+        """The sizes in `mamba2` that differ from their defaults, as `convert` takes them."""
+        return None if self.mamba2 is None else self.mamba2.model_dump(exclude_defaults=True)
 
     @property
     def layers(self) -> dict[str, str | tuple[LayerIndex, ...]]:

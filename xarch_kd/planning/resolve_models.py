@@ -123,7 +123,7 @@ def _converted(
                 teacher,
                 mixer=conversion.mixer,
                 target=conversion.target,
-                mamba2=None if conversion.mamba2 is None else conversion.mamba2.given(),
+                mamba2=conversion.mixer_sizes,
                 **conversion.layers,
             )
     except UsageError as error:
