@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from xarch_kd.errors import MappingFileError
+from xarch_kd.errors import ConversionError, MappingFileError
 from xarch_kd.job.models import load_models, load_run_tokenizer
 from xarch_kd.planning.cost import Rates
 from xarch_kd.planning.resolve import make_plan
@@ -39,5 +39,5 @@ def test_sizes_of_other_mixers_are_refused(write_mapping: Write, changes: dict[s
 
 
 def test_a_number_of_groups_that_does_not_divide_is_refused(write_mapping: Write) -> None:
-    with pytest.raises(MappingFileError, match=r"student\.convert(.|\n)*do not divide evenly over the groups"):
+    with pytest.raises(ConversionError, match=r"student\.convert(.|\n)*do not divide evenly over the groups"):
         make_plan(write_mapping(LOGIT_STAGE, student=converting(mamba2={"n_groups": 3})), rates=RATES)
