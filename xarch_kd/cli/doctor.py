@@ -64,6 +64,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "extras": {extra: {name: version(name) for name in parts} for extra, parts in EXTRAS.items()},
         "implementations": implementations(cuda=cuda, triton=triton),
+        "servers": servers(),
         "mappings": str(folder("mappings")),
     }
 
@@ -74,6 +75,20 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def servers() -> dict[str, dict[str, Any]]:
+    """Return for each server the release that students were checked with or read about, and the one installed here."""
+    from xarch_kd.models.serving import DISTRIBUTIONS, SERVERS, TESTED
+
+    return {
+        server: {
+            "release": release,
+            "tested": server in TESTED,
+            "installed": next((number for name in DISTRIBUTIONS[server] if (number := version(name))), None),
+        }
+        for server, release in SERVERS.items()
+    }
 
 
 def implementations(*, cuda: bool, triton: str | None) -> dict[str, dict[str, Any]]:
@@ -114,6 +129,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"  {name:<14}{'runs' if state['runs'] else 'does not run: ' + state['reason']}"
         for name, state in found["implementations"].items()
     ]
+    shown += ["", "Servers of students (xarch-kd plan names those that run yours)"]
+    for name, state in found["servers"].items():
+        basis = "checked with students (make serve-check)" if state["tested"] else "read in its source, not run"
+        here = f"installed here: {state['installed']}" if state["installed"] else "not installed here"
+        shown.append(f"  {name:<14}{state['release']}: {basis}; {here}")
     shown += ["", "Optional parts"]
     for extra, parts in found["extras"].items():
         missing = [name for name, number in parts.items() if number is None]

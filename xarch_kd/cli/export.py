@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from xarch_kd.errors import ModelError, UsageError, printable
+from xarch_kd.models.layer_names import LayerNames
 from xarch_kd.run.folder import RunFolder
 
 Format = Literal["mamba_ssm", "transformers", "gguf"]
@@ -28,6 +29,13 @@ def command(
     dtype: Annotated[
         GgufType | None, typer.Option(help="Type of the matrices of a GGUF file.", show_default="as they are saved")
     ] = None,
+    layer_names: Annotated[
+        LayerNames,
+        typer.Option(
+            help="Names of the layers in config.json; attention-mamba: those that SGLang, mlx-lm and the converter of "
+            "llama.cpp expect of a GraniteMoeHybrid."
+        ),
+    ] = "transformers",
 ) -> None:
     """Convert a student from the format of transformers to that of mamba_ssm or llama.cpp, or back."""
     if format == "gguf":
@@ -40,6 +48,12 @@ def command(
             f"--dtype is for --format gguf; with --format {format} the weights keep their dtype.",
             asked=f"--dtype {dtype}",
         )
+    if layer_names != "transformers" and format != "transformers":
+        raise UsageError(
+            f"--layer-names is for --format transformers; {format} has its own names.",
+            asked=f"--layer-names {layer_names}",
+            fix="add --format transformers",
+        )
     folder = _student_folder(student)
 
     from xarch_kd.cli.console import quiet_libraries
@@ -47,13 +61,13 @@ def command(
     quiet_libraries()
     from xarch_kd.models.loading.load import load_model, load_tokenizer
 
-    if format != "gguf":
+    if format != "gguf" and layer_names == "transformers":
         _check_other_format(folder, format)
     # None: the dtype that it was saved in.
     model = load_model(str(folder), dtype=None)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = load_tokenizer(str(folder)) if has_tokenizer else None
-    name = _write(model, output, tokenizer, format=format, dtype=dtype)
+    name = _write(model, output, tokenizer, format=format, dtype=dtype, layer_names=layer_names)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(printable(f"{output}: {name}, {parameters:,} parameters{'' if has_tokenizer else ', no tokenizer'}"))
 
@@ -86,7 +100,9 @@ def _check_other_format(folder: Path, format: Format) -> None:
         )
 
 
-def _write(model: Any, output: Path, tokenizer: Any, *, format: Format, dtype: GgufType | None) -> str:
+def _write(
+    model: Any, output: Path, tokenizer: Any, *, format: Format, dtype: GgufType | None, layer_names: LayerNames
+) -> str:
     """Write a model in the format, and return what was written."""
     if format == "mamba_ssm":
         from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
@@ -96,7 +112,7 @@ def _write(model: Any, output: Path, tokenizer: Any, *, format: Format, dtype: G
     if format == "transformers":
         from xarch_kd.models.loading.save import save_student
 
-        save_student(model, tokenizer, output)
+        save_student(model, tokenizer, output, layer_names=layer_names)
         return type(model).__name__
     from xarch_kd.cli.console import make_console
     from xarch_kd.models.gguf.write import export_gguf

@@ -16,6 +16,7 @@ from xarch_kd.files import write_text
 from xarch_kd.job.run import Run
 from xarch_kd.mapping_file.schema import Text
 from xarch_kd.models.loading.licence import licence_of
+from xarch_kd.models.serving import SERVING_COLUMNS
 from xarch_kd.planning.plan import Plan
 from xarch_kd.planning.render_selection import difference_text
 from xarch_kd.run.folder import RunFolder
@@ -45,6 +46,10 @@ No code comes with this checkpoint: it is a stock `{{ student.model_type }}` mod
 | type | {{ teacher.model_type }} | {{ student.model_type }} |
 | parameters | {{ "{:,}".format(teacher.parameters) }} | {{ "{:,}".format(student.parameters) }} |
 | licence | {{ licence or "not stated by the teacher's checkpoint" }} | the teacher's applies to what was inherited |
+
+## Servers
+
+{{ servers }}
 
 ## Measured
 
@@ -107,6 +112,7 @@ def card(plan: Plan, steps: Mapping[str, int], evaluation: Path, reports: Sequen
         ),
         revision=plan.mapping.teacher.revision,
         licence=licence,
+        servers=_servers(plan),
         figures=_figures(evaluation),
         stages=plan.stages,
         steps=steps,
@@ -139,6 +145,13 @@ def _chosen_by(plan: Plan) -> str:
         f"text was {next(one.kl for one in found.compared if one.difference is None):.3f}, and that of evenly spaced "
         f"blocks {difference_text(uniform)} nats per token more (selection.json of the run)"
     )
+
+
+def _servers(plan: Plan) -> str:
+    if not plan.serving:
+        return f"It is not known here which servers run a {plan.student.model_type}."
+    lines = [SERVING_COLUMNS, ["---"] * len(SERVING_COLUMNS), *plan.serving]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _figures(evaluation: Path) -> str:

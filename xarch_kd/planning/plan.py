@@ -203,6 +203,13 @@ class Plan:
         return disk_use(self.stages, self.mapping.student, self.student.parameters)
 
     @property
+    def serving(self) -> list[tuple[str, str, str, str]]:
+        """Rows about the servers that run such a student, with `SERVING_COLUMNS`; empty if its class is not known."""
+        from xarch_kd.models.serving import serving_rows
+
+        return serving_rows(self.models.student.config)
+
+    @property
     def custom(self) -> CustomObjects:
         """The objects passed from Python."""
         return self.models.custom

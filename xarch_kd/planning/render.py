@@ -16,6 +16,7 @@ from rich.text import Text
 from xarch_kd.display import ranges
 from xarch_kd.layer_mapping import similarity_text_plot
 from xarch_kd.mapping_file.objectives import Align
+from xarch_kd.models.serving import SERVING_COLUMNS
 from xarch_kd.planning.plan import LayerRow, ModelSummary, PairPlan, Plan, StagePlan
 from xarch_kd.planning.render_selection import render_selection
 
@@ -39,6 +40,7 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "disk_bytes": dataclasses.asdict(plan.disk),
         "similarities": {name: [list(row) for row in matrix] for name, matrix in plan.similarities.items()},
         "custom": plan.custom.qualified_names(),
+        "served_by": [dict(zip(SERVING_COLUMNS, row, strict=True)) for row in plan.serving],
     }
 
 
@@ -55,6 +57,8 @@ def render_plan(plan: Plan) -> RenderableType:
         parts += [part for plot in drawn for part in (Text(plot), Text(""))]
     for name, matrix in plan.similarities.items():
         parts += [Text(similarity_text_plot(f"similarity (CKA) for {name}", torch.tensor(matrix))), Text("")]
+    if plan.serving:
+        parts += [_serving(plan), Text("")]
     parts.append(Text(f"Time: {plan.timing_assumptions}.", style="dim"))
     parts.append(Text(f"Disk: {disk_line(plan)}.", style="dim"))
     parts += [Text(f"notice: {warning}", style="yellow") for warning in plan.warnings]
@@ -226,6 +230,14 @@ def _pairs(plan: Plan, limit: int | None = None) -> Table:
         )
     if limit is not None and len(pairs) > limit:
         table.add_row("…", f"and {len(pairs) - limit} more pairs")
+    return table
+
+
+def _serving(plan: Plan) -> Table:
+    """Return a table of the servers that run a student of this class and config."""
+    table = _table(*SERVING_COLUMNS, title=f"Servers of a {plan.student.model_type}")
+    for row in plan.serving:
+        table.add_row(*map(Text, row))
     return table
 
 

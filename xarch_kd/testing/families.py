@@ -20,6 +20,7 @@ from xarch_kd.models.conversion.targets import TARGETS, Fit, choose_target
 from xarch_kd.models.conversion.teacher_spec import REFUSALS, SPECS, teacher_spec
 from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS
 from xarch_kd.models.mamba_ssm.config import EPSILON, WRITERS, mamba_ssm_config
+from xarch_kd.models.serving import Served, served_by
 from xarch_kd.taps.families import FAMILIES, IN_PLACE_PREFIX
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.mixings import mixing_tap
@@ -128,7 +129,8 @@ class Row:
     """Support for one specimen.
 
     `missing` has the reason for each tap that it does not have, `mixings` the class of the tap `mixing` for each kind
-    of mixer, `unread` the reason if there is none, and `conversions` one item per (mixer, target).
+    of mixer, `unread` the reason if there is none, and `conversions` one item per (mixer, target). `served` has the
+    servers for the model's own class and for the students that `target: auto` gives, by class.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Row:
     unread: Mapping[str, str]
     conversions: Mapping[tuple[str, str], ConversionSupport]
     export: Export
+    served: Mapping[str, Mapping[str, Served]]
 
 
 def row_of(specimen: Specimen) -> Row:
@@ -157,6 +160,7 @@ def row_of(specimen: Specimen) -> Row:
             for target in targets
         },
         export=export_of(model),
+        served=served_of(model.config),
     )
 
 
@@ -215,11 +219,18 @@ def export_of(model: PreTrainedModel) -> Export:
     return Export(by_way_of=by_way_of, reason=_unwritten(rescaled), rescaled=reason)
 
 
-def _converted(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """Return the config of the Mamba-2 student that `target: auto` gives, or None."""
+def served_of(config: PreTrainedConfig) -> dict[str, Mapping[str, Served]]:
+    """Return the servers for a config, and for the student of each mixer that `target: auto` gives, by class."""
+    configs = [config, *(_converted(config, mixer) for mixer in CONVERSIONS)]
+    rows = {one.model_type: served_by(one) for one in configs if one is not None}
+    return {model_type: row for model_type, row in rows.items() if row is not None}
+
+
+def _converted(config: PreTrainedConfig, mixer: str = "mamba2") -> PreTrainedConfig | None:
+    """Return the config of the student that `target: auto` gives, or None."""
     replaced = [int(config.num_hidden_layers) - 1]  # type: ignore[attr-defined]  # a field of every family's config
     try:
-        return plan_conversion(config, mixer="mamba2", replace=replaced).config
+        return plan_conversion(config, mixer=mixer, replace=replaced).config
     except XarchError:
         return None
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from xarch_kd.models.conversion.targets import Fit
+from xarch_kd.models.gguf.architectures import LAYOUTS
+from xarch_kd.models.serving import FROM_SOURCE, SERVERS, STUDENTS, Served
 from xarch_kd.taps.sites import TAPS
 from xarch_kd.testing.families import CONVERSIONS, SPECIMENS, ConversionSupport, Export, Row, Specimen, row_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 FITS: dict[Fit, str] = {"exact": "exact", "folded": "up to rounding", "frozen": "as initialization"}
+TESTED_MEANS = "tested here with `make serve-check`"
 ABOUT = f"""\
 # Model types
 
@@ -27,6 +30,16 @@ the messages of the code. Run `xarch-kd plan` to see how your model's config aff
   rounding only while a part stays frozen.
 - **mamba_ssm**: support for export of the model, or of the student that it converts to, to
   `mamba_ssm.MambaLMHeadModel`.
+- **Served by**: the servers that run a model of this type and config, and the student that `target: auto` selects. In
+  bold: {TESTED_MEANS}; otherwise {FROM_SOURCE}.
+"""
+SERVING = f"""
+## Servers
+
+Releases: {", ".join(f"{server} {release}" for server, release in SERVERS.items())}.
+In bold: {TESTED_MEANS}; the other entries are {FROM_SOURCE}. An option without an entry is
+supported as its class is. For llama.cpp, `xarch-kd export --format gguf` refuses with the reason what it would not
+compute.
 """
 
 
@@ -47,11 +60,12 @@ class Notes:
 def page(row: Callable[[Specimen], Row] = row_of) -> str:
     """Return the page as Markdown, with the `row` of each specimen."""
     notes = Notes()
-    header = ("Type", "Mixers", "Taps", "`mixing`", *CONVERSIONS, "mamba_ssm")
+    header = ("Type", "Mixers", "Taps", "`mixing`", *CONVERSIONS, "mamba_ssm", "Served by")
     lines = [_line(header), _line(["---"] * len(header))]
     lines += [_line(_cells(row(specimen), notes)) for specimen in SPECIMENS.values()]
+    servers = list(_servers(notes))
     texts = [f'{number}. <a id="{number}"></a>{_sentence(text)}' for number, text in enumerate(notes.texts, 1)]
-    return "\n".join([ABOUT, *lines, "\n## Reasons\n", *texts, ""])
+    return "\n".join([ABOUT, *lines, SERVING, *servers, "\n## Reasons\n", *texts, ""])
 
 
 def _cells(row: Row, notes: Notes) -> Sequence[str]:
@@ -68,6 +82,7 @@ def _cells(row: Row, notes: Notes) -> Sequence[str]:
         _mixings(row, notes),
         *conversions,
         _export(row.export, notes),
+        _served(row.served, notes),
     )
 
 
@@ -111,9 +126,45 @@ def _export(export: Export, notes: Notes) -> str:
     return outcome if export.rescaled is None else f"{outcome} {notes.number(export.rescaled)}"
 
 
+def _served(served: Mapping[str, Mapping[str, Served]], notes: Notes) -> str:
+    """Return the cell of the servers: those that run each class, then those that do not."""
+    cells = []
+    for model_type, row in served.items():
+        runs = [_server(server, one, notes) for server, one in row.items() if one.runs]
+        refuses = [_server(server, one, notes) for server, one in row.items() if not one.runs]
+        parts = [*([", ".join(runs)] if runs else []), *([f"not {', '.join(refuses)}"] if refuses else [])]
+        cells.append(f"{model_type}: {', '.join(parts)}")
+    return "; ".join(cells) or "-"
+
+
+def _server(server: str, one: Served, notes: Notes) -> str:
+    name = f"**{server}**" if one.tested else server
+    return f"{name} {notes.number(one.note)}" if one.note else name
+
+
+def _servers(notes: Notes) -> Iterator[str]:
+    """Yield the lines of the table of student classes and their options."""
+    header = ("Student class, option", *SERVERS)
+    yield _line(header)
+    yield _line(["---"] * len(header))
+    for model_type, row in STUDENTS.items():
+        architecture = LAYOUTS[model_type].architecture if model_type in LAYOUTS else None
+        gguf = f"as GGUF, `{architecture}`" if architecture else "no"
+        yield _line([f"`{model_type}`", *(_support(one, notes) for one in row.servers.values()), gguf])
+        for option in row.options:
+            cells = (_support(option.servers[server], notes) if server in option.servers else "" for server in SERVERS)
+            yield _line([f"`{model_type}`, {option.name}", *cells])
+
+
+def _support(one: Served, notes: Notes) -> str:
+    outcome = "yes" if one.runs else "no"
+    outcome = f"**{outcome}**" if one.tested else outcome
+    return f"{outcome} {notes.number(one.note)}" if one.note else outcome
+
+
 def _sentence(text: str) -> str:
     # A name keeps its case.
-    first = text[0] if "_" in text.split()[0] else text[0].upper()
+    first = text[0] if any(sign in text.split()[0] for sign in "_.-") or text.startswith("vLLM") else text[0].upper()
     return f"{first}{text[1:].rstrip('.')}."
 
 

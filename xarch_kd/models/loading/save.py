@@ -8,18 +8,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.files import write_folder
 from xarch_kd.models.conversion.weights import check_finite
+from xarch_kd.models.layer_names import LayerNames, check_layer_names, rename_layers
 from xarch_kd.models.loading.stored import check_weights
 
 
 def save_student(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, *, overwrite: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    layer_names: LayerNames = "transformers",
 ) -> Path:
     """Write `model` and `tokenizer` to `folder`, for plain `AutoModelForCausalLM.from_pretrained`, and return it.
 
     Everything is written beside `folder` first and renamed into place, so a full disk or a crash leaves what was there
-    intact. Raises `UsageError` if `folder` holds something and `overwrite` is False, `ModelError` for NaN or infinite
-    weights, `CheckpointError` if it cannot be written.
+    intact. `layer_names` are those in its config (`models/layer_names.py`). Raises `UsageError` if `folder` holds
+    something and `overwrite` is False, `ConversionError` for layer names that its class does not have, `ModelError` for
+    NaN or infinite weights, `CheckpointError` if it cannot be written.
     """
+    check_layer_names(model.config, layer_names)
     check_finite(model.state_dict(), what="The student")
 
     def write(scratch: Path) -> None:
@@ -27,5 +35,7 @@ def save_student(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         check_weights(scratch)
+        if layer_names != "transformers":
+            rename_layers(scratch)
 
     return write_folder(Path(folder), write, overwrite=overwrite)
