@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.machine import ROOT, stamp
 from benchmarks.serving.comparison import compare, continuations, table
 from benchmarks.serving.specimens import Specimen, prompts, specimens
-from xarch_kd.errors import UsageError
+from xarch_kd.cli.console import quiet_libraries
+from xarch_kd.errors import UsageError, XarchError
 from xarch_kd.files import write_text
 from xarch_kd.models.serving import VLLM, options_of, served_by
 
 SERVER_SIDE = Path(__file__).with_name("vllm_side.py")
+RESULTS = ROOT / "benchmarks" / "results" / "serving-cpu.json"
 TOKENS, TOP = 16, 5
 # One start of the engine and three prompts; a busy machine took two minutes.
 SECONDS = 600
@@ -36,9 +38,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder whose student is checked")
     parser.add_argument("--server", type=Path, default=Path(".venv-serving/bin/python"), help="Python beside vLLM")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "serving-cpu.json")
-    parser.add_argument("--only", default="", help="specimens whose name contains this text")
+    parser.add_argument("--output", type=Path, help="file of the results, .json")
+    parser.add_argument("--only", default="", help="specimens whose name contains this text; stored with --output only")
     arguments = parser.parse_args()
+    output = arguments.output or (None if arguments.only else RESULTS)
+    quiet_libraries()
     check_server(arguments.server)
     rows: list[dict[str, Any]] = []
     server: dict[str, str] = {}
@@ -48,13 +52,13 @@ def main() -> int:
             started = time.perf_counter()
             row, server = checked(specimen, Path(temporary) / str(number), arguments.server)
             rows.append(row)
-            write_results(arguments.output, rows, server)
+            if output is not None:
+                write_results(output, rows, server)
             seconds = time.perf_counter() - started
             left = seconds * (len(chosen) - number)
             print(
                 f"{number}/{len(chosen)} {specimen.name}: {outcome(row)}  {seconds:.0f} s  ETA {left:.0f} s", flush=True
             )
-    print(f"{arguments.output.with_suffix('.md')}")
     return int(any(row["runs"] != row["listed"] for row in rows))
 
 
@@ -133,4 +137,7 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except XarchError as error:
+        sys.exit(str(error))
