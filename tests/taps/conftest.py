@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xarch_kd.testing import recurrent
-from xarch_kd.testing.tiny import SIZES, VOCABULARY, tiny_config, tiny_model
+from xarch_kd.testing.tiny import SIZES, VOCABULARY, seeded_model, tiny_config, tiny_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -33,16 +33,16 @@ def build() -> Callable[..., PreTrainedModel]:
             return tiny_model(model_type, **overrides)
         if model_type in recurrent.SIZES:
             return recurrent.recurrent_model(model_type, **overrides)
-        config = AutoConfig.for_model(model_type, **{**SMALL, **overrides})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            for name, parameter in model.named_parameters():
-                if parameter.ndim > 1 and "embed" not in name:
-                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        return model.eval()
+        sizes = {**SMALL, **overrides}
+        return seeded_model(lambda: AutoConfig.for_model(model_type, **sizes), perturb, 3, (model_type, overrides))
 
     return build
+
+
+def perturb(name: str, parameter: nn.Parameter) -> None:
+    """Draw what multiplies a vector anew, at the size at which it keeps the vector's."""
+    if parameter.ndim > 1 and "embed" not in name:
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
 @pytest.fixture

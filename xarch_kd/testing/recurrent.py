@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from xarch_kd.testing.tiny import VOCABULARY
+from xarch_kd.testing.tiny import VOCABULARY, seeded_model
 
 _SHARED: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -149,14 +149,8 @@ def recurrent_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreT
 
     `overrides` replace sizes.
     """
-    config = AutoConfig.for_model(model_type, **{**_SHARED, **SIZES[model_type], **overrides})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                _perturb(name, parameter)
-    return model.eval()
+    sizes = {**_SHARED, **SIZES[model_type], **overrides}
+    return seeded_model(lambda: AutoConfig.for_model(model_type, **sizes), _perturb, seed, (model_type, overrides))
 
 
 def _perturb(name: str, parameter: nn.Parameter) -> None:

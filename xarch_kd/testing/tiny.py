@@ -6,6 +6,8 @@ weight changes the logits.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +55,10 @@ _BAMBA = {
 
 _WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 
+# Models that were built in this process, oldest first.
+MOST_BUILT = 64
+_BUILT: dict[str, PreTrainedModel] = {}
+
 # Sizes beyond the config class's own defaults, by `model_type`.
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _TRANSFORMER,
@@ -95,14 +101,31 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a float32 model of `tiny_config(model_type, **overrides)` in eval mode, the same for the same seed."""
-    config = tiny_config(model_type, **overrides)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                _perturb(name, parameter)
-    return model.eval()
+    return seeded_model(lambda: tiny_config(model_type, **overrides), _perturb, seed, (model_type, overrides))
+
+
+def seeded_model(
+    config: Callable[[], PreTrainedConfig],
+    perturb: Callable[[str, nn.Parameter], None],
+    seed: int,
+    key: tuple[object, ...],
+) -> PreTrainedModel:
+    """Return a float32 model of `config()` in eval mode, whose parameters `perturb` has set.
+
+    The model of a `key` is built once and copied, which takes a third of the time.
+    """
+    name = repr((perturb.__module__, seed, key, torch.get_default_device()))
+    if name not in _BUILT:
+        while len(_BUILT) >= MOST_BUILT:
+            _BUILT.pop(next(iter(_BUILT)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32)
+            with torch.no_grad():
+                for parameter_name, parameter in model.named_parameters():
+                    perturb(parameter_name, parameter)
+        _BUILT[name] = model.eval()
+    return copy.deepcopy(_BUILT[name])
 
 
 def _perturb(name: str, parameter: nn.Parameter) -> None:
