@@ -168,7 +168,7 @@ def test_a_bfloat16_teacher_gives_a_float32_student_of_the_same_weights() -> Non
 @torch.no_grad()
 def test_smollm3_keeps_blocks_that_agree_on_rotary_positions(keep: list[int]) -> None:
     teacher = tiny_model("smollm3")
-    student = convert(teacher, keep_attention=keep)
+    student = convert(teacher, keep_attention=keep, target="bamba")
     hidden, mask = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)), None
     positions = torch.arange(40)[None]
     for index in keep:
@@ -204,7 +204,7 @@ def test_a_field_that_is_dropped_without_a_word_is_found(
 
     monkeypatch.setitem(TARGETS, "bamba", replace(TARGETS["bamba"], config=dropping))
     with pytest.raises(ConversionError, match=r"not exact(.|\n)*largest difference"):
-        convert(tiny_model("llama"), keep_attention=[0, 2])
+        convert(tiny_model("llama"), keep_attention=[0, 2], target="bamba")
 
 
 def test_a_multiplier_that_is_not_folded_is_found() -> None:

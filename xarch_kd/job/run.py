@@ -68,8 +68,8 @@ class Run:
     >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
     >>> run = xkd.train("mapping.yaml", "runs/first", console=Console(quiet=True))
     >>> opened = xkd.Run("runs/first")
-    >>> opened.stages["mixers"].step, sorted(opened.metrics)[:2]
-    (2, ['held-out/difference', 'held-out/student'])
+    >>> opened.stages["mixers"].step, "held-out/difference" in opened.metrics
+    (2, True)
     """
 
     def __init__(self, path: str | Path, *, was_finished: bool = False) -> None:
