@@ -81,7 +81,7 @@ def pytest_collection_finish() -> None:
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if interpreter is not None:
-        interpreter._patch_lang = patched_once_per_launch(interpreter._patch_lang)
+        vars(interpreter)["_patch_lang"] = patched_once_per_launch(interpreter._patch_lang)
     gc.collect()
     gc.freeze()
 

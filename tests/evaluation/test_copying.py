@@ -21,7 +21,7 @@ def test_rows_have_random_tokens_twice_and_the_tokenizers_filler() -> None:
     assert len({tuple(row) for row in rows.ids[:, :20].tolist()}) == 6
     assert not set(tokenizer.all_special_ids) & set(rows.ids[:, :20].flatten().tolist())
     assert int(rows.ids[:, :20].max()) < 90
-    text = tokenizer.decode(rows.ids[0, 20:30])
+    text = str(tokenizer.decode(rows.ids[0, 20:30]))
     assert text[0].isupper() and text[1:].replace(" ", "").isalpha()
 
 

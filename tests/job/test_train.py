@@ -81,15 +81,13 @@ FAST: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[str, dict[str, torch.Tensor]]:
+def kept() -> dict[str, torch.Tensor]:
     """Weights of the student that did not learn, once it was made."""
     return {}
 
 
 @pytest.fixture
-def untrained(
-    write_mapping: Write, tmp_path: Path, kept: dict[str, dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+def untrained(write_mapping: Write, tmp_path: Path, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of a student that did not learn."""
     if not kept:
         # So small a rate moves an entry only if it is zero, and none of a head is.

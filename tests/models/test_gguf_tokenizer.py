@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_metadata
@@ -50,7 +50,7 @@ def test_types_and_tokens_around_a_text() -> None:
         post_processor=processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
     )
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    found = tokenizer_metadata(tokenizer, 99)
+    found: dict[str, Any] = tokenizer_metadata(tokenizer, 99)
     assert found["tokenizer.ggml.tokens"][95:] == ["the", "Ġthe", "<tool>", "[PAD98]"]
     assert [found["tokenizer.ggml.token_type"][index] for index in (0, 1, 97, 98)] == [3, 1, 4, 5]
     assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"]) == (True, False)
@@ -133,7 +133,7 @@ def joined_by_score(text: str, tokens: list[str], scores: list[float]) -> list[i
 
 def test_scores_of_sentencepiece_join_as_its_merges_do() -> None:
     tokenizer = sentencepiece()
-    found = tokenizer_metadata(tokenizer, 300)
+    found: dict[str, Any] = tokenizer_metadata(tokenizer, 300)
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
     types = found["tokenizer.ggml.token_type"]
     assert types[:4] == [2, 3, 3, 6] and types[259] == 1 and types[299] == 5

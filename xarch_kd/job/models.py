@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -137,10 +138,11 @@ def load_models(
         replaced = sum(row.replaced for row in plan.student.layers)
         reporter.line(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")
         with reporter.work("converting", 3, "steps") as work:
+            layers: Any = conversion.layers
             student = convert(
                 teacher,
                 mixer=conversion.mixer,
-                **conversion.layers,
+                **layers,
                 target=conversion.target,
                 mamba2=conversion.mixer_sizes,
                 init=conversion.init,

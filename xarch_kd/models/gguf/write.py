@@ -76,7 +76,7 @@ def export_gguf(
     check_plain(model)
     check_finite(model.state_dict(), what="The model")
     source = TensorSource(model)
-    chosen = dtype or _STORED.get(model.dtype, "f32")
+    chosen: GgufType = dtype or _STORED.get(model.dtype, "f32")
     own = layout.metadata(model)
     metadata: dict[str, Value] = {
         "general.type": "model",
@@ -84,7 +84,8 @@ def export_gguf(
         "general.quantization_version": 2,
     }
     metadata |= {f"{layout.architecture}.{key}": value for key, value in own.items()}
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     metadata |= no_tokenizer_metadata() if tokenizer is None else tokenizer_metadata(tokenizer, int(vocabulary))
     tensors = layout.tensors(model, source)
     if source.left:
@@ -92,7 +93,7 @@ def export_gguf(
             f"llama.cpp's architecture {layout.architecture} has no place for some of the model's weights.",
             found=", ".join(sorted(source.left)[:4]),
         )
-    types = {name: _type_of(name, tensor, chosen) for name, tensor in tensors.items()}
+    types: dict[str, GgufType] = {name: _type_of(name, tensor, chosen) for name, tensor in tensors.items()}
 
     def write(partial: Path) -> None:
         _write(partial, layout.architecture, metadata, tensors, types, progress or (lambda done, total: None))

@@ -52,7 +52,7 @@ def equal_bamba_config(config: PreTrainedConfig) -> BambaConfig:
         rope = {"rope_type": "proportional", "rope_theta": rope["rope_theta"]}
     return BambaConfig(
         **{name: getattr(values, name) for name in SAME},
-        head_dim=_head_dim(config),
+        **{"head_dim": _head_dim(config)},
         architectures=["BambaForCausalLM"],
         tie_word_embeddings=values.tie_word_embeddings and _is_unscaled(config),
         intermediate_size=values.shared_intermediate_size,
