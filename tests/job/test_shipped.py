@@ -75,7 +75,8 @@ def shrunk(path: Path, teacher: str, text: Path) -> dict[str, Any]:
         # Equal depths stay equal: the file pairs each block with its twin.
         if any(entry.get("layers") == "same" for stage in content["stages"] for entry in stage.get("align", [])):
             config["num_hidden_layers"] = DEPTH
-    content["data"] = {"files": [str(text)], "sequence_length": 16, "batch_size": 2}
+    order = content["data"].get("order", "per_stage")
+    content["data"] = {"files": [str(text)], "sequence_length": 16, "batch_size": 2, "order": order}
     content |= {"device": "cpu", "calibration": {"tokens": 256}}
     for stage in content["stages"]:
         stage |= {"steps": STEPS, "batches": 2} if "batches" in stage else {"steps": STEPS}

@@ -208,8 +208,8 @@ CASES = {
     "LoRA": (
         "    mixer: mamba2\n    keep_attention: every 2\n",
         "    mixer: mamba2\n    keep_attention: every 2\n  lora: {r: 8}\n",
-        "map.yaml:9:3: student.lora: not supported. Train a part of the student instead, e.g. train: [mixers] in its "
-        "stages",
+        "map.yaml:9:3: student.lora: not a key here. Name adapters in train of a stage: train: [{lora: {rank: 16, on: "
+        "[attention, mlp]}}]",
     ),
     "two stages of one name": (
         "name: logits",

@@ -166,3 +166,24 @@ def test_a_converted_student_shares_the_teachers_dimensions(
     own, target = both(aligner, teacher, input_ids, "hidden", (2, 2))
     expected = cka_loss(own, target, normalizer=TOKENS, standardizer=standardizer, shared_basis=True)
     torch.testing.assert_close(aligner(input_ids).loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("align", "fitted"),
+    [
+        ({"projector": "linear"}, ["weight", "weight"]),
+        ({"projector": {"kind": "linear", "init": "random"}}, []),
+        ({"projector": "mlp"}, []),
+        (
+            {"tap": "mixing", "loss": {"kind": "attention_bridge"}, "layers": [{"student": 0, "teacher": 1}]},
+            ["weight"] * 2,
+        ),
+    ],
+    ids=["linear", "random", "mlp", "bridge"],
+)
+def test_the_parameters_of_fitted_projectors_are_those_with_a_closed_form(
+    build: Build, align: dict[str, Any], fitted: list[str]
+) -> None:
+    aligner = build(entry(**align))
+    names = {id(parameter): name for name, parameter in aligner.projectors.named_parameters()}
+    assert [names[id(found)].split(".")[-1] for found in aligner.fitted_parameters()] == fitted

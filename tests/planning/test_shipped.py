@@ -58,16 +58,16 @@ PARAMETERS = {"SmolLM2-360M-Instruct": 361_821_120, "Qwen3-0.6B": 596_049_920, "
 
 # Of each file: the student's type, its blocks, the blocks whose mixer was replaced, and its parameters in millions.
 EXPECTED = {
-    "gpt2--mamba2": ("mamba2", 12, 12, 83),
-    "llama--llama-small": ("llama", 16, 0, 72),
-    "llama--mamba": ("mamba", 16, 0, 98),
-    "llama--mamba2": ("mamba2", 16, 0, 96),
+    "gpt2--mamba2": ("mamba2", 12, 12, 121),
+    "llama--llama-small": ("llama", 16, 0, 98),
+    "llama--mamba": ("mamba", 16, 0, 136),
+    "llama--mamba2": ("mamba2", 16, 0, 134),
     "llama--mamba2-hybrid": ("granitemoehybrid", 32, 24, 414),
     "qwen3--gated-delta-hybrid": ("qwen3_5_text", 28, 21, 700),
     "smollm2-135m--mamba2-hybrid": ("granitemoehybrid", 30, 4, 138),
     "smollm2-135m--mamba2-hybrid-mohawk": ("granitemoehybrid", 30, 4, 138),
     "smollm2-135m--mamba2-hybrid-radlads": ("granitemoehybrid", 30, 15, 146),
-    "smollm2-135m--mamba2-small": ("mamba2", 6, 0, 17),
+    "smollm2-135m--mamba2-small": ("mamba2", 6, 0, 29),
 }
 
 

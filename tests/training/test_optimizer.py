@@ -72,6 +72,20 @@ def test_the_default_is_adamw_with_the_options_of_the_stage() -> None:
     assert {(group["betas"], group["eps"], group["amsgrad"]) for group in groups} == {((0.8, 0.9), 1e-8, False)}
 
 
+def test_projectors_that_start_in_closed_form_move_at_a_tenth_of_the_rate() -> None:
+    fitted, other = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+    for settings, rates in (
+        (Optimizer(lr=0.5), (0.5, 0.05)),
+        (Optimizer(lr=0.5, projector_lr=0.2), (0.2, 0.2)),
+    ):
+        groups = build_optimizer(model(), [other, fitted], settings, MIXERS, fitted=[fitted]).param_groups[-2:]
+        assert [group["lr"] for group in groups] == pytest.approx(rates)
+        assert [group["params"][0] is parameter for group, parameter in zip(groups, (other, fitted), strict=True)] == [
+            True,
+            True,
+        ]
+
+
 STEPS_BY_HAND = {
     # Of the first step, for a gradient of 1 and a learning rate of 0.01.
     "sgd": ({"momentum": 0.9}, 0.01),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,10 @@ def command(
         Path, typer.Option("--output", "-o", help="Run folder: new, or one that this file's run was started in.")
     ],
     resume: Annotated[bool, typer.Option("--resume", help="Resume the unfinished run in that folder.")] = False,
+    control: Annotated[
+        Literal["unchanged", "shuffled"] | None,
+        typer.Option(help="Run a control instead: the unconverted teacher, or the teacher's features of other rows."),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print errors only; figures are in events.jsonl.")
     ] = False,
@@ -45,6 +49,6 @@ def command(
 
     # Of several processes (torch.distributed.run) rank 0 prints.
     console = make_console(quiet=quiet or os.environ.get("RANK", "0") != "0")
-    run = train(make_plan(mapping), output, resume=resume, console=console)
+    run = train(make_plan(mapping, control=control), output, resume=resume, console=console)
     outcome = "finished before; nothing was done" if run.was_finished else "finished"
     console.print(f"{outcome}: {run.student}", soft_wrap=True)

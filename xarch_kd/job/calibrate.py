@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from xarch_kd.calibration.head import fit_head_map, set_head, tokens_to_fit
 from xarch_kd.calibration.initialize import prepare, tokens_to_prepare
 from xarch_kd.calibration.layer_similarity import measure_similarities
 from xarch_kd.data.rows import Rows, rows_of_tokens, select_rows
@@ -111,6 +112,32 @@ def prepare_stage(plan: Plan, stage: StagePlan, aligner: Aligner, rows: Rows, pa
     write_tensors(start, aligner.trained_state(student=False))
     reporter.line(
         f"stage {stage.stage.name}: fitted to {chosen.tokens:,} tokens in {time.perf_counter() - began:.1f} s"
+    )
+
+
+def start_head(plan: Plan, models: RunModels, rows: Rows, reporter: Reporter, *, kept: Path) -> None:
+    """Make the head of a fresh student with `head: closed_form` from the teacher's, through a map fitted to `rows`.
+
+    The map is read from the file `kept` if it exists, and is written there otherwise.
+    """
+    if plan.mapping.student.head != "closed_form":
+        return
+    teacher = layout_of(models.teacher, plan.mapping.teacher.paths)
+    student = layout_of(models.student, plan.mapping.student.paths)
+    if kept.exists():
+        stored, _ = read_tensors(kept)
+        set_head(teacher, student, stored["map"])
+        return
+    wanted = min(tokens_to_fit(student), plan.mapping.calibration.tokens)
+    chosen = select_rows(rows, rows_of_tokens(rows, wanted), seed=plan.mapping.seed)
+    with reporter.work("fitting the head", chosen.tokens, "tokens") as work:
+        batches = chosen.batches(plan.mapping.data.batch_size, origin="calibration text")
+        found = fit_head_map(teacher, student, work.track(batches, lambda batch: batch.tokens))
+    write_tensors(kept, {"map": found.weight})
+    set_head(teacher, student, found.weight)
+    reporter.line(
+        f"the student's head starts as the teacher's after a map of its head input, fitted to {found.tokens:,} tokens, "
+        f"which explains {found.explained:.1%} of the variance"
     )
 
 

@@ -22,6 +22,8 @@ from xarch_kd.planning.render_selection import difference_text
 from xarch_kd.run.folder import RunFolder
 
 HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# What a card says of a run that is a control.
+CHANGES: Final = {"unchanged": "This is a control: the teacher itself, trained by the recipe without its conversion."}
 # Of Jinja: {{ card_data }} is the metadata as YAML, the other names are values of `card`.
 TEMPLATE: Final = """---
 {{ card_data }}
@@ -108,7 +110,7 @@ def card(plan: Plan, steps: Mapping[str, int], evaluation: Path, reports: Sequen
             f"The attention of {len(replaced)} of {len(plan.student.layers)} blocks ({', '.join(replaced)}) was "
             f"replaced by new mixers{_chosen_by(plan)}."
             if replaced
-            else "The student's mixers were not made from the teacher's."
+            else CHANGES.get(plan.mapping.control, "The student's mixers were not made from the teacher's.")
         ),
         revision=plan.mapping.teacher.revision,
         licence=licence,

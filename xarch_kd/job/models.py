@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -134,7 +135,10 @@ def load_models(
     student_tokenizer = load_student_tokenizer(plan, tokenizer)
     if teacher is None:
         teacher = load_teacher(plan, reporter)
-    if conversion is not None:
+    if plan.mapping.control == "unchanged":
+        student = copy.deepcopy(teacher)
+        cast_parameters(teacher, DTYPES[teacher_reference.dtype])
+    elif conversion is not None:
         replaced = sum(row.replaced for row in plan.student.layers)
         reporter.line(f"converting it: {replaced} of {len(plan.student.layers)} mixers replaced")
         with reporter.work("converting", 3, "steps") as work:

@@ -17,12 +17,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from xarch_kd.calibration.head import fold_projector
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.mixture import MixedRows
 from xarch_kd.data.rows import BatchOrder, Rows
 from xarch_kd.errors import UsageError
 from xarch_kd.files import write_tensors
-from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps
+from xarch_kd.job.caches import StageCaches
+from xarch_kd.job.calibrate import calibrated, prepare_stage, report_maps, start_head
 from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
@@ -49,7 +51,6 @@ from xarch_kd.run.progress import StageProgress
 from xarch_kd.run.report import Reporter, clock
 from xarch_kd.run.signals import StopSignals
 from xarch_kd.taps.layout import layout_of
-from xarch_kd.teacher.feature_cache import DiskCache, FeatureCache, MemoryCache
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.checkpoints import STATE_FILE, remove_checkpoints, step_of, write_state
@@ -95,7 +96,10 @@ def train(
         folder = RunFolder(Path(output_dir), is_owner=processes.is_main)
         reporter = Reporter(console) if processes.is_main else Reporter.silent()
         command = shlex.join(
-            ["xarch-kd", "train", str(plan.path or folder.mapping), "--output", str(folder.root), "--resume"]
+            [
+                *("xarch-kd", "train", str(plan.path or folder.mapping), "--output", str(folder.root), "--resume"),
+                *(() if plan.mapping.control == "none" else ("--control", plan.mapping.control)),
+            ]
         )
         processes.check_same({"mapping file": fingerprint})
         processes.from_main(lambda: folder.state(fingerprint, content))
@@ -124,6 +128,7 @@ class _Job:
         self.processes = processes
         self.reports: list[ProjectorReport] = []
         self.held_out: Rows | None = None
+        self.caches = StageCaches(folder)
 
     def run(self, fingerprint: str, state: State) -> None:
         """Check the inputs, then train unless the folder holds the finished run."""
@@ -158,6 +163,7 @@ class _Job:
         # Recorded first, so that a calibration that is kept is known to be of these inputs.
         self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint, made_from)
         with self.processes.main_first():
+            start_head(self.plan, models, rows, self.reporter, kept=self.folder.head_map)
             self.plan = calibrated(self.plan, models, rows, self.reporter, kept=self.folder.calibration)
         self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint, made_from)
         self.folder.event(
@@ -246,6 +252,8 @@ class _Job:
             restore_stage(aligner, done, self.processes)
             with self.processes.main_first():
                 self.reports += check.after()
+            self._fold(stage, aligner)
+            self.caches.release(self.plan, stage)
             self.reporter.line(f"stage {stage.stage.name}: done before")
             return aligner
         began = time.perf_counter()
@@ -257,9 +265,12 @@ class _Job:
             with self.processes.main_first():
                 prepare_stage(self.plan, stage, aligner, rows, path, self.reporter)
                 check.before()
-        cache, cache_folder = _cache_of(stage, path)
+        caches = self.caches.of(self.plan, stage)
         reader = TeacherFeatures(
-            layout_of(models.teacher, self.plan.mapping.teacher.paths), aligner.targets().sites, cache
+            layout_of(models.teacher, self.plan.mapping.teacher.paths),
+            aligner.targets().sites,
+            caches.cache,
+            ahead=caches.ahead,
         )
         trainer = self._trainer(stage, aligner, reader, rows)
         progress = StageProgress(
@@ -282,8 +293,8 @@ class _Job:
         if self.processes.is_main:
             write_state(aligner, done)
             remove_checkpoints(path)
-        if cache_folder is not None:
-            self.folder.drop(cache_folder)
+        self._fold(stage, aligner)
+        self.caches.release(self.plan, stage)
         seconds = time.perf_counter() - began
         self.folder.event("stage-finished", stage=stage.stage.name, seconds=round(seconds, 2), peak_bytes=peak_bytes())
         self.reporter.line(f"stage {stage.stage.name}: {trainer.state.global_step} steps in {clock(seconds)}")
@@ -317,10 +328,20 @@ class _Job:
             )
         return kept
 
+    def _fold(self, stage: StagePlan, aligner: Aligner) -> None:
+        """Merge the stage's adapters into the student, and with `head: from_projector` its projector into the head."""
+        aligner.adapters.merge()
+        if stage.stage.head == "from_projector":
+            self.reporter.line(f"stage {stage.stage.name}: {fold_projector(aligner)}")
+
     def _trainer(self, stage: StagePlan, aligner: Aligner, reader: TeacherFeatures, rows: Rows) -> StageTrainer:
         mapping = self.plan.mapping
         order = BatchOrder.of(
-            rows, batch_size=stage.batch_size, distinct=stage.distinct_batches, seed=mapping.seed, stage=stage.index
+            rows,
+            batch_size=stage.batch_size,
+            distinct=stage.distinct_batches,
+            seed=mapping.seed,
+            stage=0 if mapping.data.order == "shared" else stage.index,
         )
         for line in draw_lines(stage, order, rows):
             self.reporter.line(line)
@@ -365,14 +386,6 @@ def draw_lines(stage: StagePlan, order: BatchOrder, rows: Rows) -> Iterator[str]
             f"stage {stage.stage.name}: {count:,} rows of {part.name}, {count / total:.1%} of the stage's rows and "
             f"{count / len(part):.2f} times that source"
         )
-
-
-def _cache_of(stage: StagePlan, path: Path) -> tuple[FeatureCache | None, Path | None]:
-    if stage.stage.cache_place == "memory":
-        return MemoryCache(), None
-    if stage.stage.cache_place == "disk":
-        return DiskCache(path / "features"), path / "features"
-    return None, None
 
 
 def peak_bytes() -> int:

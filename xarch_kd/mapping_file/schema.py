@@ -21,6 +21,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 MixerName = Literal["mamba2", "gated_delta"]
 TargetName = Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"]
 SuiteName = Literal["likelihood", "copying", "speed"]
+Control = Literal["none", "unchanged", "shuffled"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
 
 
@@ -118,14 +119,16 @@ class Student(ConfigModel):
 
     `config` is a folder with a `config.json`, or the values themselves: `{model_type: mamba2, hidden_size: 256, …}`.
     With `embeddings: teacher` a fresh student starts from the teacher's token embeddings, projected where it is
-    narrower. `dtype` is what the student is saved in; while it trains, its weights are float32. `format: mamba_ssm`
-    writes it in that package's format too.
+    narrower, and with `head: closed_form` its untied head is the teacher's after a ridge map of the head input, fitted
+    on calibration text. `dtype` is what the student is saved in; while it trains, its weights are float32.
+    `format: mamba_ssm` writes it in that package's format too.
     """
 
     model: str | None = None
     config: str | ConfigValues | None = None
     convert: ConversionOptions | None = None
     embeddings: Literal["fresh", "teacher"] = "fresh"
+    head: Literal["fresh", "closed_form"] = "fresh"
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -143,6 +146,11 @@ class Student(ConfigModel):
             raise ValueError(
                 "embeddings: teacher is for a student built fresh from a config: a converted one has the teacher's "
                 "embeddings already, and an existing one keeps its own"
+            )
+        if self.head == "closed_form" and self.config is None:
+            raise ValueError(
+                "head: closed_form is for a student built fresh from a config: a converted one has the teacher's head "
+                "already, and an existing one keeps its own"
             )
         return self
 
@@ -210,7 +218,8 @@ class Data(Text):
     whole where they fit (`best_fit`), or one document per row (`none`). With `documents: isolated`, no document of a
     row is read in the context of another. `held_out` is the share of documents kept for evaluation, chosen by a hash of
     their content, 0.1 unless `evaluation` names other text for it; `batch_size` is rows per micro-batch. With
-    `streaming`, a dataset is read and tokenized while it is trained on, in its own order.
+    `streaming`, a dataset is read and tokenized while it is trained on, in its own order. With `order: shared` all
+    stages draw the same batches in the same order and keep the teacher's features in one cache.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("builtin", "files", "dataset", "mixture")
@@ -223,6 +232,7 @@ class Data(Text):
     held_out: Annotated[Number, Field(ge=0, lt=1)] | None = None
     evaluation: Text | None = None
     streaming: bool = False
+    order: Literal["per_stage", "shared"] = "per_stage"
 
     @property
     def held_out_share(self) -> float:
@@ -246,6 +256,15 @@ class Data(Text):
         return self
 
     @model_validator(mode="after")
+    def _can_be_shared(self) -> Data:
+        if self.order == "shared" and self.packing == "none":
+            raise ValueError(
+                "order: shared needs rows of one length; with packing: none, batches of similar length follow from the "
+                "number of batches of each stage. Use packing: wrapped or best_fit"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sources_have_their_own_keys(self) -> Data:
         ignored = sorted(self.model_fields_set & set(Text.model_fields) - {"builtin", "files", "dataset"})
         if self.mixture is not None and ignored:
@@ -260,18 +279,33 @@ class Cache(ConfigModel):
     limit_gib: Positive = 4.0
 
 
+class Lora(ConfigModel):
+    """Low-rank adapters of `rank`, times `alpha` / `rank`, on the linear modules of attention layers and MLPs."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: Positive | None = None
+    on: Annotated[tuple[Literal["attention", "mlp"], ...], Field(min_length=1)] = ("attention", "mlp")
+
+
+class LoraPart(ConfigModel):
+    """Entry of `train` for adapters."""
+
+    lora: Lora
+
+
 class Stage(ConfigModel):
     """One `transformers.Trainer` run of `steps` optimizer steps, or of `epochs` passes over its rows.
 
     `batches` bounds the number of different batches drawn: further steps go over them again in a new order, which
     with a cache costs no teacher pass. `precision` is the autocast type of the student's pass;
-    `auto` is bfloat16 where this machine multiplies matrices faster in it, else float32.
+    `auto` is bfloat16 where this machine multiplies matrices faster in it, else float32. With
+    `head: from_projector` the projector of the tap `head_input` becomes part of the student's head when the stage ends.
     """
 
     name: Name
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Positive | None = None
-    train: tuple[Trainable, ...]
+    train: tuple[Trainable | LoraPart, ...]
     inputs: Literal["teacher", "student"] = "student"
     align: tuple[Align, ...] = ()
     tokens: Tokens | None = None
@@ -285,6 +319,17 @@ class Stage(ConfigModel):
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
     evaluation: StageEvaluation | None = None
     ema: WeightAveraging | None = None
+    head: Literal["keep", "from_projector"] = "keep"
+
+    @property
+    def parts(self) -> tuple[Trainable, ...]:
+        """Parts of the student whose own parameters train."""
+        return tuple(part for part in self.train if isinstance(part, str))
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that train, None without any."""
+        return next((part.lora for part in self.train if isinstance(part, LoraPart)), None)
 
     @property
     def cache_place(self) -> Literal["memory", "disk", "off"]:
@@ -306,6 +351,8 @@ class Stage(ConfigModel):
             raise ValueError("a stage needs at least one objective: give align and/or tokens")
         if len(self.train) == 0:
             raise ValueError("train is empty, so nothing would learn")
+        if len(self.train) - len(self.parts) > 1:
+            raise ValueError("train has lora twice; name all parts in one: {lora: {rank: 16, on: [attention, mlp]}}")
         twice = _given_twice(entry.name for entry in self.align)
         if twice:
             raise ValueError(f"names of align entries must differ, found twice: {twice}")
@@ -355,6 +402,9 @@ class Evaluate(ConfigModel):
 class MappingFile(ConfigModel):
     """A whole mapping file.
 
+    `control` makes the run a control of its own recipe: `unchanged` trains the teacher itself, `shuffled` matches each
+    row with the teacher's features of another row.
+
     >>> import xarch_kd as xkd
     >>> from xarch_kd.testing.examples import write_example_files
     >>> write_example_files()  # teacher/, text.txt and mapping.yaml, all tiny
@@ -371,6 +421,7 @@ class MappingFile(ConfigModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tracking: tuple[Literal["tensorboard", "wandb"], ...] = ()
     calibration: Calibration = Calibration()
+    control: Control = "none"
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     evaluate: Evaluate | None = None
 

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 from xarch_kd.mapping_file.scalars import BelowOne, ConfigModel, Fraction, NonNegative, Number, Positive
 
 DEFAULT_WARMUP: Final = 0.05
+# Default learning rate of projectors that start in closed form, as a share of `lr`.
+FITTED_RATE: Final = 0.1
 # The names of `transformers.training_args.OptimizerNames`.
 OptimizerName = Literal[
     "adamw_torch",
@@ -70,7 +72,8 @@ class Optimizer(ConfigModel):
 
     `optim` is a name of `transformers.TrainingArguments`, AdamW by default, and `args` are arguments of its class.
     `mixer_lr` is the rate of the mixers, those that `train: [mixers]` means; `projector_lr` and
-    `projector_weight_decay` are those of projectors. By default they are `lr` and `weight_decay`.
+    `projector_weight_decay` are those of projectors. By default they are `lr` and `weight_decay`, but a tenth of `lr`
+    for projectors that start in closed form, which a step at the student's rate would take out of it.
 
     `warmup` is the share of the steps in which the rates rise from 0, `decay` the share in which `wsd` (warm-up,
     stable, decay) lets them fall. They fall to `min_lr`, for all parameters in proportion to that of `lr`.
@@ -89,6 +92,12 @@ class Optimizer(ConfigModel):
     warmup: Fraction = DEFAULT_WARMUP
     decay: Fraction | None = None
     max_grad_norm: Positive | Literal["off"] = 1.0
+
+    def projector_rate(self, *, is_fitted: bool) -> float:
+        """Return the learning rate of projectors, of those that start in closed form or of the others."""
+        if self.projector_lr is not None:
+            return self.projector_lr
+        return self.lr * FITTED_RATE if is_fitted else self.lr
 
     @property
     def decay_share(self) -> float:

@@ -40,11 +40,11 @@ _DATA_PARALLEL = (
     "-m xarch_kd train FILE --output FOLDER. Less memory: gradient_checkpointing: true, optimizer: {optim: adafactor}, "
     "a smaller batch_size with gradient_accumulation"
 )
-_TRAIN_A_PART = "not supported. Train a part of the student instead, e.g. train: [mixers] in its stages"
+_ADAPTERS = "not a key here. Name adapters in train of a stage: train: [{lora: {rank: 16, on: [attention, mlp]}}]"
 # Key of other training tools -> what to do instead.
 UNSUPPORTED: Final = {
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "zero_stage"), _DATA_PARALLEL),
-    **dict.fromkeys(("lora", "peft", "qlora", "peft_config", "lora_config"), _TRAIN_A_PART),
+    **dict.fromkeys(("lora", "peft", "qlora", "peft_config", "lora_config"), _ADAPTERS),
     "num_train_epochs": "not a key here. Use epochs in each stage",
     "max_steps": "not a key here. Use steps in each stage",
     "fp16": "not supported. Use precision: bfloat16 in the stage",
@@ -256,8 +256,11 @@ def _parts(annotation: Any) -> list[type[ConfigModel]]:
 
 
 def _item_parts(option: Any) -> list[type[ConfigModel]]:
-    """Return the parts that a list's entries are, none for other annotations and for lists of plain values."""
-    return _parts(get_args(option)[0]) if _kind(option) == "list" else []
+    """Return the parts that a list's entries are, none for other annotations and where entries may be plain values."""
+    if _kind(option) != "list":
+        return []
+    parts = _parts(get_args(option)[0])
+    return parts if len(parts) == len(list(_options(get_args(option)[0]))) else []
 
 
 def _choices(annotation: Any) -> list[Any]:

@@ -66,6 +66,18 @@ class Alignment:
             self.map = LearnedMap(len(self.students), depths[1], **options)
             maps[align.name] = self.map
 
+    def fitted_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the entry's projectors if these start in closed form."""
+        if self.align.projector_part.init == "random":
+            return []
+        projectors = (projector for objective in self.objectives for projector in objective.fitted_projectors)
+        return [
+            parameter
+            for projector in projectors
+            if projector is not None and projector.has_closed_form
+            for parameter in projector.parameters()
+        ]
+
     def active_pairs(self, step: int) -> tuple[ActivePair, ...]:
         """Return the pairs with the teacher's sites of this step."""
         redrawn = self._drawn(step)

@@ -72,6 +72,11 @@ class PairObjective(ABC):
         """Return what this micro-batch adds to the pair's own divisor, if it has one."""
         return None
 
+    @property
+    def fitted_projectors(self) -> tuple[Projector | None, ...]:
+        """The projectors that `projections` yields, which a stage starts in closed form unless told otherwise."""
+        return ()
+
     def projections(self, student: Feature, teacher: Feature) -> Iterator[ProjectedPair]:
         """Yield the pair's projectors that have a closed form, each with its input and target."""
         yield from ()

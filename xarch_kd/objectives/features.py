@@ -16,6 +16,7 @@ from xarch_kd.mapping_file.losses import LOSS_OPTIONS, DistanceOptions
 from xarch_kd.mapping_file.scalars import kinds_of
 from xarch_kd.objectives.base import PairObjective, ProjectedPair, tensor
 from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.projectors import Projector
 from xarch_kd.teacher.feature_cache import Feature
 
 check_table("feature losses", LOSSES, kinds_of(part for part in LOSS_OPTIONS if issubclass(part, DistanceOptions)))
@@ -54,6 +55,11 @@ class DistanceObjective(PairObjective):
             return None
         target = self.target(teacher)
         return feature_normalizer(self.entry.loss.kind, target, mask, standardizer=self.standardizer(target))
+
+    @property
+    def fitted_projectors(self) -> tuple[Projector | None, ...]:
+        """The pair's projector."""
+        return (self.projector,)
 
     def projections(self, student: Feature, teacher: Feature) -> Iterator[ProjectedPair]:
         if self.projector is not None and self.projector.has_closed_form:

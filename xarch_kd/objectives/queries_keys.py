@@ -15,6 +15,7 @@ from xarch_kd.losses.relations import relation_loss
 from xarch_kd.mapping_file.losses import AttentionBridge, Relation
 from xarch_kd.objectives.base import PairObjective, ProjectedPair, mixing, tensor
 from xarch_kd.objectives.normalizers import LossNormalizers
+from xarch_kd.projectors import Projector
 from xarch_kd.teacher.feature_cache import Feature
 
 
@@ -67,6 +68,11 @@ class AttentionBridgeObjective(PairObjective):
             epsilon=loss.epsilon,
             delta=loss.delta,
         )
+
+    @property
+    def fitted_projectors(self) -> tuple[Projector | None, ...]:
+        """The projectors of queries and keys."""
+        return self.maps
 
     def projections(self, student: Feature, teacher: Feature) -> Iterator[ProjectedPair]:
         sides = zip(queries_and_keys(mixing(student)), queries_and_keys(mixing(teacher)), strict=True)

@@ -13,7 +13,8 @@ def runs_mixers_alone(stage: Stage, taps: Iterable[str]) -> bool:
 
     Only what a mixer computes is compared, and nothing outside the mixers trains.
     """
-    return stage.inputs == "teacher" and set(taps) <= MIXER_TAPS and set(stage.train) == {"mixers"}
+    trains_mixers = stage.lora is None and set(stage.parts) == {"mixers"}
+    return stage.inputs == "teacher" and set(taps) <= MIXER_TAPS and trains_mixers
 
 
 def block_input(stage: Stage, taps: Iterable[str], teacher_layer: int | None) -> Site:

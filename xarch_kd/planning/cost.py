@@ -86,7 +86,8 @@ class StageWork:
 
     `teacher_blocks` and `student_blocks` are those that run; `mixers_alone` is true if of the student only the mixers
     do; `teacher_passes` and `student_passes` count micro-batches of `rows` times `time` tokens; `mixing_products` are
-    FLOPs per token of the losses on mixing matrices.
+    FLOPs per token of the losses on mixing matrices. `adapted` are weights with a low-rank adapter, which have
+    `adapter_parameters` together.
     """
 
     stage: Stage
@@ -101,6 +102,8 @@ class StageWork:
     projector_parameters: int
     cache_bytes: int
     mixing_products: float = 0.0
+    adapted: frozenset[str] = frozenset()
+    adapter_parameters: int = 0
 
 
 def measured_rates(device: str, dtypes: Iterable[str]) -> Rates:
@@ -144,7 +147,8 @@ def stage_cost(work: StageWork, teacher: ModelHandle, student: ModelHandle, rate
     """Return what a stage costs; the module's docstring derives it."""
     tokens = work.rows * work.time
     teacher_token = sum(_block_flops(teacher.layout, index, work.time) for index in range(work.teacher_blocks))
-    student_token = _student_flops(work, student) + 6.0 * work.projector_parameters + work.mixing_products
+    products = 6.0 * (work.projector_parameters + work.adapter_parameters)
+    student_token = _student_flops(work, student) + products + work.mixing_products
     if work.stage.tokens is not None:
         # A head and its gradient: logits twice and ∂/∂hidden for the student, ∂/∂weight where it trains.
         head = student.layout.head_weight
@@ -176,12 +180,10 @@ def _student_flops(work: StageWork, student: ModelHandle) -> float:
 
 def _lowest_trained(work: StageWork, student: ModelHandle) -> int:
     """Return the index of the lowest block that needs gradients; with teacher inputs each block is separate."""
-    layout = student.layout
+    layout, reached = student.layout, work.trainable | work.adapted
     if work.stage.inputs == "teacher" or student.names_of(layout.embedding.parameters()) & work.trainable:
         return 0
-    trained = (
-        index for index, block in enumerate(layout.blocks) if student.names_of(block.parameters()) & work.trainable
-    )
+    trained = (index for index, block in enumerate(layout.blocks) if student.names_of(block.parameters()) & reached)
     return next(trained, len(layout.blocks))
 
 
@@ -207,6 +209,7 @@ def _peak_bytes(work: StageWork, teacher: ModelHandle, student: ModelHandle, rat
     student_bytes = parameter_count(student.layout.model) * BYTES["float32"]
     models = parameter_count(teacher.layout.model) * BYTES[teacher.dtype] + student_bytes
     trained = sum(p.numel() for p in student.layout.model.parameters() if student.names[id(p)] in work.trainable)
+    trained += work.adapter_parameters
     # Gradient and two moments of what trains; a projector also has its weight.
     training = 3 * trained * BYTES["float32"] + 16 * work.projector_parameters
     # The moving average of what trains, and the best weights, which are kept in main memory.

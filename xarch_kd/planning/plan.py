@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xarch_kd.planning.cost import Rates
     from xarch_kd.planning.custom import CustomObjects
     from xarch_kd.planning.layer_choice import LayerSelection
+    from xarch_kd.planning.low_rank import LoraPlan
     from xarch_kd.planning.models import ModelPair
 
 
@@ -83,7 +84,7 @@ class StagePlan:
     until then `tokens`, `flops`, `seconds`, `distinct_batches` and `cache_bytes` are those of one step.
 
     `layer_map_plots` are the layer maps of the `align` entries by name, drawn; `mixers` those of `trainable` with
-    `mixer_lr` as their rate.
+    `mixer_lr` as their rate; `lora` are the adapters that train.
     """
 
     index: int
@@ -102,6 +103,7 @@ class StagePlan:
     peak_bytes: int
     layer_map_plots: tuple[tuple[str, str], ...] = ()
     mixers: tuple[str, ...] = ()
+    lora: LoraPlan | None = None
 
     @property
     def folder(self) -> str:

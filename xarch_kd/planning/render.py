@@ -166,7 +166,7 @@ def _stages(plan: Plan) -> Table:
         table.add_row(
             stage.folder,
             stage.stage.inputs,
-            ", ".join(stage.stage.train),
+            ", ".join([*stage.stage.parts, *(() if stage.stage.lora is None else [f"lora {stage.stage.lora.rank}"])]),
             count_text(stage.trainable_parameters),
             f"{stage.stage.epochs:g} epochs" if stage.is_open else str(stage.steps),
             f"{stage.batch_size}{accumulated}",
@@ -275,4 +275,7 @@ def _stage_as_dict(stage: StagePlan) -> dict[str, Any]:
         "pairs": [dataclasses.asdict(pair) for pair in stage.pairs],
         "layer_map_plots": dict(stage.layer_map_plots),
         "trainable": list(stage.trainable),
+        "lora": None
+        if stage.lora is None
+        else {"modules": list(stage.lora.modules), "parameters": stage.lora.parameters},
     }

@@ -15,10 +15,11 @@ from torch import Tensor
 from xarch_kd.errors import check_table
 from xarch_kd.mapping_file.load import load_mapping
 from xarch_kd.mapping_file.python_values import mapping_as_yaml, mapping_from
-from xarch_kd.mapping_file.schema import MappingFile, MixerName, Stage, TargetName
+from xarch_kd.mapping_file.schema import Control, MappingFile, MixerName, Stage, TargetName
 from xarch_kd.mapping_file.source_map import SourceMap, mapping_error
 from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.conversion.targets import TARGETS
+from xarch_kd.planning.controls import applicable, control_problems, control_warnings
 from xarch_kd.planning.cost import Rates, measured_rates
 from xarch_kd.planning.custom import (
     CustomDivergence,
@@ -27,6 +28,7 @@ from xarch_kd.planning.custom import (
     CustomObjects,
     ProjectorFactory,
 )
+from xarch_kd.planning.heads import head_problems, projector_head_problems
 from xarch_kd.planning.input_checks import (
     check_text_files,
     check_tokenizers,
@@ -40,6 +42,7 @@ from xarch_kd.planning.models import ModelPair
 from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.planning.problems import Diagnostics
 from xarch_kd.planning.resolve_models import resolve_models
+from xarch_kd.planning.shared_cache import cached_stages, shared_problems, with_shared_cache
 from xarch_kd.planning.stage import stage_plan
 
 check_table("mixers to convert to", RECIPES, get_args(MixerName))
@@ -53,13 +56,15 @@ def make_plan(
     divergences: Mapping[str, CustomDivergence] | None = None,
     layer_maps: Mapping[str, CustomLayerMap] | None = None,
     projectors: Mapping[str, ProjectorFactory] | None = None,
+    control: Control | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """Return the plan of a mapping file, checked against both models' configs; no weights are read.
 
     `mapping` is the path of a YAML file, a dict with the same keys (lists and tuples alike), or a `MappingFile`.
     `objectives`, `divergences`, `layer_maps` and `projectors` are objects by the names under which the mapping refers
-    to them (`kind: custom, name: NAME`); `planning/custom.py` has their protocols. `rates` are this machine's
+    to them (`kind: custom, name: NAME`); `planning/custom.py` has their protocols. `control` replaces that of the
+    mapping. `rates` are this machine's
     matrix-product rates, measured here by default.
 
     Raises `MappingFileError` with every problem of the mapping, `ModelError` for a model that cannot be read,
@@ -83,6 +88,9 @@ def make_plan(
     else:
         loaded = mapping_from(mapping)
         source = mapping_as_yaml(loaded)
+    if control is not None and control != loaded.control:
+        loaded = loaded.model_copy(update={"control": control})
+        source, source_map = mapping_as_yaml(loaded), None
     plan = _resolved(loaded, source, path, source_map, custom, rates)
     check_text_files(loaded)
     return plan
@@ -146,8 +154,10 @@ def _resolved(
     *,
     for_training: bool = True,
 ) -> Plan:
-    if missing := custom.problems(mapping):
+    if missing := [*custom.problems(mapping), *control_problems(mapping)]:
         raise mapping_error(missing, source_map)
+    notes = control_warnings(mapping, planned := applicable(mapping))
+    mapping = planned
     if rates is None:
         named = {mapping.teacher.dtype, *(stage.precision for stage in mapping.stages)}
         rates = measured_rates(_device(mapping), {"bfloat16" if dtype == "auto" else dtype for dtype in named})
@@ -155,7 +165,7 @@ def _resolved(
     models = resolve_models(mapping, custom, source_map)
     plan = _plan(mapping, source, path, source_map, models, rates, for_training=for_training)
     check_tokenizers(mapping, models, source_map)
-    return plan
+    return replace(plan, warnings=(*notes, *plan.warnings))
 
 
 def _with_dtypes(mapping: MappingFile, rates: Rates) -> MappingFile:
@@ -186,13 +196,21 @@ def _plan(
     for_training: bool = True,
 ) -> Plan:
     diagnostics = Diagnostics(
-        problems=list(input_problems(mapping, models, for_training=for_training)),
+        problems=[*input_problems(mapping, models, for_training=for_training), *head_problems(mapping, models)],
         warnings=[*models.custom.warnings(mapping), *models.warnings],
         for_training=for_training,
     )
-    stages = [
-        stage_plan(index, stage, mapping.data, models, rates, diagnostics) for index, stage in enumerate(mapping.stages)
-    ]
+    diagnostics.problems += shared_problems(mapping)
+    stages: list[StagePlan] = []
+    shared = 0 if cached_stages(mapping) else None
+    for index, stage in enumerate(mapping.stages):
+        found = stage_plan(index, stage, mapping.data, models, rates, diagnostics, shared=shared)
+        if found is not None:
+            stages.append(found)
+            diagnostics.problems += projector_head_problems(found, models)
+            if shared is not None and stage.cache_place != "off":
+                shared = max(shared, found.distinct_batches)
+    stages = with_shared_cache(mapping, stages, models.teacher, diagnostics)
     if diagnostics.problems:
         raise mapping_error(diagnostics.problems, source_map)
     similarities = models.similarities
@@ -201,9 +219,9 @@ def _plan(
         source=source,
         path=path,
         teacher=models.teacher.summary(),
-        student=models.student.summary(models.replaced),
+        student=models.student.summary(() if mapping.control == "unchanged" else models.replaced),
         student_config=models.student.config.to_dict(),
-        stages=tuple(stage for stage in stages if stage is not None),
+        stages=tuple(stages),
         warnings=tuple(dict.fromkeys([*_model_warnings(mapping, models), *diagnostics.warnings])),
         models=models,
         rates=rates,
@@ -240,28 +258,28 @@ def _model_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
         )
     embedding = models.student.layout.model.get_input_embeddings().weight
     if mapping.student.embeddings == "teacher":
-        yield _transfer_note(models)
+        yield _transfer_note(models, is_fitted=mapping.student.head == "closed_form")
     for stage in mapping.stages:
         if stage.epochs is not None:
             yield (
                 f"stage {stage.name}: its number of steps (epochs: {stage.epochs:g}) depends on the text, which train "
                 "reads: its tokens, cache and time in the plan are those of one step"
             )
-        part = {"embeddings", "head"} & set(stage.train)
-        if len(part) == 1 and "all" not in stage.train and embedding is models.student.layout.head_weight:
+        part = {"embeddings", "head"} & set(stage.parts)
+        if len(part) == 1 and "all" not in stage.parts and embedding is models.student.layout.head_weight:
             yield f"stage {stage.name}: the student's head is its embedding, so training {part.pop()} trains both"
 
 
-def _transfer_note(models: ModelPair) -> str:
-    """Return what `embeddings: teacher` does to these dimensions."""
+def _transfer_note(models: ModelPair, *, is_fitted: bool) -> str:
+    """Return what `embeddings: teacher` does to these dimensions; with `is_fitted` the head is not taken over."""
     student, teacher = (model.layout.model.get_input_embeddings().weight for model in (models.student, models.teacher))
     assert isinstance(student, Tensor)
     assert isinstance(teacher, Tensor)
     own, other = student.shape[1], teacher.shape[1]
     change = f"projected from {other} dimensions onto {own}" if own < other else "copied"
     change += f", zero in dimensions {other} to {own - 1}" if own > other else ""
-    is_tied = student is models.student.layout.head_weight
-    return f"the student's embeddings{'' if is_tied else ' and head'} start as the teacher's, {change}"
+    has_own = student is models.student.layout.head_weight or is_fitted
+    return f"the student's embeddings{'' if has_own else ' and head'} start as the teacher's, {change}"
 
 
 def _device(mapping: MappingFile) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -50,7 +51,7 @@ def resolve_models(
     return ModelPair(
         teacher,
         student,
-        replaced_layers(teacher, student),
+        replaced_layers(teacher, student) if source.replaced is None else source.replaced,
         frozen=frozenset(source.frozen),
         inherits=mapping.student.convert is not None,
         fresh=mapping.student.config is not None,
@@ -83,12 +84,16 @@ def _with_layers(
 
 @dataclass(frozen=True, kw_only=True)
 class _StudentSource:
-    """Config of a student, and the frozen parameters and warnings of its conversion."""
+    """Config of a student, and the frozen parameters and warnings of its conversion.
+
+    `replaced` are the blocks that train as mixers of a teacher that is not converted, None elsewhere.
+    """
 
     reference: str
     config: PreTrainedConfig
     frozen: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    replaced: tuple[int, ...] | None = None
 
 
 def _student_source(
@@ -99,7 +104,11 @@ def _student_source(
 ) -> _StudentSource:
     student = mapping.student
     if conversion is not None:
-        return _converted(mapping.teacher.model, conversion, teacher, source_map)
+        converted = _converted(mapping.teacher.model, conversion, teacher, source_map)
+        if mapping.control == "unchanged":
+            reference = f"{mapping.teacher.model}, unchanged"
+            return _StudentSource(reference=reference, config=copy.deepcopy(teacher), replaced=converted.replaced)
+        return replace(converted, replaced=None)
     if isinstance(student.config, dict):
         try:
             config = fresh_config(student.config, teacher)
@@ -134,7 +143,12 @@ def _converted(
         config=planned.config,
         frozen=planned.frozen,
         warnings=planned.warnings,
+        replaced=tuple(layer for layer in range(_depth(teacher)) if layer not in planned.kept),
     )
+
+
+def _depth(config: PreTrainedConfig) -> int:
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def _config_problems(error: FreshConfigError) -> list[Problem]:

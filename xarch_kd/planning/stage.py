@@ -10,6 +10,7 @@ from xarch_kd.mapping_file.schema import Data, Stage
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
 from xarch_kd.planning.block_inputs import block_input, runs_mixers_alone
 from xarch_kd.planning.cost import BYTES, Rates, StageWork, stage_cost
+from xarch_kd.planning.low_rank import LoraPlan, lora_plan, lora_problems
 from xarch_kd.planning.mixing_sizes import mixing_size
 from xarch_kd.planning.models import ModelHandle, ModelPair
 from xarch_kd.planning.objective_checks import batch_warnings, objective_problems, redraw_warnings
@@ -22,12 +23,25 @@ from xarch_kd.taps.sites import Site
 
 
 def stage_plan(
-    index: int, stage: Stage, data: Data, models: ModelPair, rates: Rates, diagnostics: Diagnostics
+    index: int,
+    stage: Stage,
+    data: Data,
+    models: ModelPair,
+    rates: Rates,
+    diagnostics: Diagnostics,
+    *,
+    shared: int | None = None,
 ) -> StagePlan | None:
-    """Return the stage resolved, or None if it is invalid, with the reason in `diagnostics`."""
+    """Return the stage resolved, or None if it is invalid, with the reason in `diagnostics`.
+
+    `shared` is the number of batches that earlier stages have put into a cache shared with this one, None without one.
+    """
     place: YamlPath = ("stages", index)
     known = len(diagnostics.problems)
     trainable = _trainable(stage, models, place, diagnostics)
+    lora = None if stage.lora is None else lora_plan(stage.lora, models.student.layout, models.replaced, models.frozen)
+    diagnostics.problems += lora_problems(stage, lora, place)
+    reachable = {*trainable, *(() if lora is None else lora.weights)}
     _check_inputs(stage, models, place, diagnostics)
     entries = {
         align.name: align_pairs(align, stage, models, (*place, "align", position), diagnostics)
@@ -36,13 +50,13 @@ def stage_plan(
     pairs = tuple(pair for found, _ in entries.values() for pair in found)
     if len(diagnostics.problems) > known:
         return None
-    pairs = _reached_pairs(stage, pairs, set(trainable), models, diagnostics)
+    pairs = _reached_pairs(stage, pairs, reachable, models, diagnostics)
     if not pairs and stage.tokens is None:
         diagnostics.problems.append(
             Problem((*place, "train"), "nothing that trains here reaches any objective of this stage")
         )
         return None
-    _note_unreached(stage, pairs, set(trainable), models, diagnostics)
+    _note_unreached(stage, pairs, reachable, models, diagnostics)
     rows = stage.batch_size or data.batch_size
     diagnostics.problems += objective_problems(stage, pairs, place)
     if stage.evaluation is not None and data.evaluation is None and data.held_out_share == 0:
@@ -60,6 +74,8 @@ def stage_plan(
         length=data.sequence_length,
         pairs=pairs,
         trainable=trainable,
+        lora=lora,
+        shared=shared if stage.cache_place != "off" else None,
         layer_map_plots=tuple((name, found.text_plot()) for name, (_, found) in entries.items() if found is not None),
     )
     return _measured(resolved, models, rates, diagnostics)
@@ -76,6 +92,8 @@ class _Resolved:
     pairs: tuple[PairPlan, ...]
     trainable: tuple[str, ...]
     layer_map_plots: tuple[tuple[str, str], ...]
+    shared: int | None
+    lora: LoraPlan | None
 
     @property
     def micro_batches(self) -> int:
@@ -92,7 +110,10 @@ class _Resolved:
 
     def cache_bytes(self, teacher: ModelHandle) -> int:
         """Return the bytes of the teacher's features at all sites, over all distinct batches."""
-        token = sum(_numbers(site, teacher) for site in _teacher_sites(self.stage, self.pairs)) * BYTES[teacher.dtype]
+        token = (
+            sum(numbers_per_token(site, teacher) for site in teacher_sites(self.stage, self.pairs))
+            * BYTES[teacher.dtype]
+        )
         return self.distinct * self.rows * self.length * token if self.is_cached else 0
 
 
@@ -115,7 +136,9 @@ def _measured(resolved: _Resolved, models: ModelPair, rates: Rates, diagnostics:
             parameter.numel()
             for parameter in student.layout.model.parameters()
             if student.names[id(parameter)] in work.trainable
-        ),
+        )
+        + work.adapter_parameters,
+        lora=resolved.lora,
         projector_parameters=work.projector_parameters,
         batch_size=resolved.rows,
         distinct_batches=resolved.distinct,
@@ -129,25 +152,29 @@ def _measured(resolved: _Resolved, models: ModelPair, rates: Rates, diagnostics:
 
 
 def _work(resolved: _Resolved, models: ModelPair) -> StageWork:
-    stage, pairs = resolved.stage, resolved.pairs
-    sites = _teacher_sites(stage, pairs)
+    stage, pairs, lora = resolved.stage, resolved.pairs, resolved.lora
+    sites = teacher_sites(stage, pairs)
     return StageWork(
         stage=stage,
         rows=resolved.rows,
         time=resolved.length,
         teacher_blocks=max((_blocks_run(site, models.teacher.depth) for site in sites), default=0),
-        teacher_passes=resolved.distinct if resolved.is_cached else resolved.micro_batches,
+        teacher_passes=(
+            max(0, resolved.distinct - (resolved.shared or 0)) if resolved.is_cached else resolved.micro_batches
+        ),
         student_blocks=_student_blocks(stage, pairs, models.student.depth),
         mixers_alone=runs_mixers_alone(stage, (pair.tap for pair in pairs)),
         student_passes=resolved.micro_batches,
         trainable=frozenset(resolved.trainable),
+        adapted=frozenset(() if lora is None else lora.weights),
+        adapter_parameters=0 if lora is None else lora.parameters,
         projector_parameters=sum(pair.projector_parameters for pair in pairs),
         cache_bytes=resolved.cache_bytes(models.teacher),
         mixing_products=sum(_mixing_products(pair, resolved.length, models) for pair in pairs),
     )
 
 
-def _numbers(site: Site, side: ModelHandle) -> int:
+def numbers_per_token(site: Site, side: ModelHandle) -> int:
     """Return the numbers per token of the features of a site."""
     tap, layer = site
     size = mixing_size(side.layout, layer) if tap == "mixing" and layer is not None else None
@@ -166,7 +193,7 @@ def _mixing_products(pair: PairPlan, length: int, models: ModelPair) -> float:
 def _trainable(stage: Stage, models: ModelPair, place: YamlPath, diagnostics: Diagnostics) -> tuple[str, ...]:
     layout = models.student.layout
     try:
-        names = trainable_names(layout.model, layout, stage.train, models.replaced or None)
+        names = trainable_names(layout.model, layout, stage.parts, models.replaced or None)
     except (UsageError, TapError) as error:
         diagnostics.problems.append(Problem((*place, "train"), one_line(error)))
         return ()
@@ -237,7 +264,7 @@ def _reach(stage: Stage, pair: PairPlan, models: ModelPair) -> set[str]:
     return models.student.reached(pair.tap, pair.student_layer, alone=stage.inputs == "teacher")
 
 
-def _teacher_sites(stage: Stage, pairs: Sequence[PairPlan]) -> tuple[Site, ...]:
+def teacher_sites(stage: Stage, pairs: Sequence[PairPlan]) -> tuple[Site, ...]:
     """Return the teacher's sites that are read: targets, and inputs of the student's blocks or mixers."""
     sites = {Site(pair.tap, pair.teacher_layer): None for pair in pairs}
     for pair in pairs if stage.inputs == "teacher" else ():
@@ -272,7 +299,7 @@ def _cache_fits(resolved: _Resolved, needed: int, diagnostics: Diagnostics) -> b
         diagnostics.warnings.append(
             f"stage {stage.name}: the size of its cache depends on the text, so its limit is checked when that was read"
         )
-    elif distinct == resolved.micro_batches:
+    elif distinct == resolved.micro_batches and resolved.shared is None:
         diagnostics.warnings.append(
             f"stage {stage.name}: every batch is drawn once, so the cache is never read; give fewer batches "
             "than steps, or cache: off"

@@ -21,8 +21,11 @@ student:
   convert:
     mixer: {mixer}
     keep_attention: {keep_attention}
-data:                               # one of: builtin | files | dataset
-  builtin: python-docs
+data:                               # one of: builtin | files | dataset | mixture
+  mixture:                          # e.g. - {{files: ["texts/*.txt"], weight: 0.5}}
+    - {{builtin: python-docs, weight: 0.25}}
+    - {{builtin: python-sources, weight: 0.25}}
+    - {{builtin: copy, weight: 0.5}}  # lists to copy, without which new mixers lose copying
   sequence_length: {sequence_length}
   batch_size: 4
 seed: 0
@@ -40,7 +43,7 @@ stages:
         loss: {{kind: relative_mse, weight: 1.0}}
     optimizer: {{lr: 1.0e-2}}
   - name: logits                    # then all of them together learn the teacher's next-token distributions
-    steps: 40
+    steps: 30
     batch_size: 2
     train: [mixers]
     tokens: {{divergence: forward_kl, temperature: 1.0}}
@@ -48,7 +51,8 @@ stages:
 evaluate:
   suites: [likelihood, copying, speed]
   also:
-    - builtin: licences             # text of another kind than the training text
+    - builtin: licences             # texts of other kinds than the training text
+    - builtin: library-docs
 """
 
 # What may stand in YAML without quotes and stay the text that it is.

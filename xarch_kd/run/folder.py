@@ -70,6 +70,11 @@ class RunFolder:
         return self.root / "mamba_ssm"
 
     @property
+    def head_map(self) -> Path:
+        """The map of head inputs that the student's head starts from, if the mapping file requests it."""
+        return self.root / "head_map.safetensors"
+
+    @property
     def projectors(self) -> Path:
         """The projectors of every stage."""
         return self.root / "projectors.safetensors"

@@ -114,6 +114,26 @@ def moved(feature: Feature, device: torch.device | str) -> Feature:
     return dataclasses.replace(feature, **tensors)
 
 
+def of_other_rows(feature: Feature) -> Feature:
+    """Return a feature whose row i of the batch is that of row i + 1, and the last that of the first.
+
+    The feature of a single row is shifted by half of its tokens instead, [batch, time, ...] as it is.
+    """
+    if isinstance(feature, Tensor):
+        return _moved_on(feature)
+    # Factors that all rows share, such as A, D and taps, have no axes of batch and time.
+    tensors = {
+        name: value.roll(-1, 0) if value.ndim < 3 else _moved_on(value)
+        for name, value in _fields(feature).items()
+        if isinstance(value, Tensor) and (value.ndim >= 3 or name == "valid_range")
+    }
+    return dataclasses.replace(feature, **tensors)
+
+
+def _moved_on(value: Tensor) -> Tensor:
+    return value.roll(-1, 0) if len(value) > 1 else value.roll(value.shape[1] // 2, 1)
+
+
 def _bytes_of(feature: Feature) -> int:
     tensors = [feature] if isinstance(feature, Tensor) else _fields(feature).values()
     return sum(value.nbytes for value in tensors if isinstance(value, Tensor))

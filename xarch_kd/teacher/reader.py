@@ -21,12 +21,23 @@ SAMPLED_VALUES: Final = 1024
 
 
 class TeacherFeatures:
-    """Runs the frozen teacher and returns its features at `sites`, through `cache` if there is one."""
+    """Runs the frozen teacher and returns its features at `sites`, through `cache` if there is one.
 
-    def __init__(self, layout: Layout, sites: Sequence[Site], cache: FeatureCache | None = None) -> None:
+    Each pass of a cached reader also reads and keeps the sites `ahead`, for the stages that share the cache.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        sites: Sequence[Site],
+        cache: FeatureCache | None = None,
+        *,
+        ahead: Sequence[Site] = (),
+    ) -> None:
         self.layout = layout
         self.sites = tuple(dict.fromkeys(sites))
         self.cache = cache
+        self.ahead = tuple(ahead) if cache is not None else ()
         layout.model.eval().requires_grad_(False)
 
     @cached_property
@@ -45,15 +56,16 @@ class TeacherFeatures:
         kept = None if self.cache is None or key is None else self.cache.get(key)
         if kept is not None and set(kept) >= set(wanted):
             return {site: moved(kept[site], batch.device) for site in wanted}
+        read = tuple(dict.fromkeys([*wanted, *self.ahead]))
         with torch.no_grad():
             traced = trace(
-                self.layout, batch.input_ids, batch.model_mask, taps=_taps(wanted), position_ids=batch.position_ids
+                self.layout, batch.input_ids, batch.model_mask, taps=_taps(read), position_ids=batch.position_ids
             )
-        features = {site: traced.at(*site) for site in wanted}
+        features = {site: traced.at(*site) for site in read}
         if self.cache is not None and key is not None:
             # Sites of earlier steps stay: a layer map that is redrawn may return to them.
             self.cache.put(key, (kept or {}) | features)
-        return features
+        return {site: features[site] for site in wanted}
 
 
 @torch.no_grad()

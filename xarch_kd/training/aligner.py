@@ -23,10 +23,11 @@ from xarch_kd.ops import checks
 from xarch_kd.planning.plan import PairPlan, Plan
 from xarch_kd.taps.layout import Layout, layout_of
 from xarch_kd.taps.sites import Site
-from xarch_kd.teacher.feature_cache import Feature, Features
+from xarch_kd.teacher.feature_cache import Feature, Features, of_other_rows
 from xarch_kd.teacher.reader import TeacherFeatures
 from xarch_kd.training.isolation import splitting_reason
 from xarch_kd.training.loss_balancing import TOKENS, balance_of, read_balance, require_balanced
+from xarch_kd.training.low_rank import Adapters
 from xarch_kd.training.stage_setup import freeze_others, set_checkpointing, stage_of
 from xarch_kd.training.student_features import block_input_site, replayed, traced
 from xarch_kd.training.token_counts import counts_of, make_indices_known, shares_of
@@ -76,7 +77,9 @@ class Aligner(nn.Module):
         super().__init__()
         self.stage = stage_of(plan, stage)
         self._custom = plan.custom
-        student_layout = layout_of(student, plan.mapping.student.paths)
+        # Before the student's layout is read, which holds the modules that adapters wrap.
+        self.adapters = Adapters(student, self.stage, seed=plan.mapping.seed)
+        student_layout = layout_of(self.adapters.student, plan.mapping.student.paths)
         teacher_layout = layout_of(teacher, plan.mapping.teacher.paths)
         self.student: PreTrainedModel = student_layout.model
         self.projectors = nn.ModuleDict()
@@ -86,6 +89,7 @@ class Aligner(nn.Module):
         device = next(self.student.parameters()).device
         self.projectors.to(device)
         self.maps.to(device)
+        self.is_shuffled = plan.mapping.control == "shuffled"
         settings = self.stage.stage.tokens
         self.next_token = (
             None if settings is None else NextTokenObjective(settings, student_layout, teacher_layout, plan.custom)
@@ -231,7 +235,7 @@ class Aligner(nn.Module):
                     found, auxiliary = entry.terms(own, sides, mask, divisors, targets.progress)
                     terms[entry.align.name], maps = found, maps | shares_of(auxiliary, count, divisors)
             if head_input is not None and self.next_token is not None:
-                next_token, target = self.next_token, features[HEAD_INPUT]
+                next_token, target = self.next_token, self.target(features, HEAD_INPUT)
                 token = name_nonfinite(
                     TOKENS,
                     lambda: next_token.loss(head_input, target, batch.next_tokens, normalizers, targets.progress),
@@ -275,6 +279,11 @@ class Aligner(nn.Module):
         """Return the trained parameters outside the student: projectors and maps."""
         return [*self.projectors.parameters(), *self.maps.parameters()]
 
+    def fitted_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of projectors that the stage starts in closed form."""
+        found = {id(parameter): parameter for entry in self.entries for parameter in entry.fitted_parameters()}
+        return list(found.values())
+
     def paired_features(
         self, pairs: tuple[ActivePair, ...], batch: Batch, features: Features
     ) -> tuple[Callable[[ActivePair], tuple[Feature, Feature]], Feature | None]:
@@ -287,16 +296,23 @@ class Aligner(nn.Module):
             if stage.inputs == "student":
                 read = traced(self.layout, stage, pairs, batch)
                 return (
-                    lambda pair: (read[Site(pair.site.tap, pair.student_layer)], features[pair.site]),
-                    read.get(HEAD_INPUT),
+                    lambda pair: (
+                        read[Site(pair.site.tap, pair.student_layer)],
+                        self.target(features, pair.site),
+                    ),
+                    read.get(HEAD_INPUT) if stage.tokens is not None else None,
                 )
             alone = replayed(self.layout, stage, pairs, batch, features)
 
         def sides(pair: ActivePair) -> tuple[Feature, Feature]:
             site = Site(pair.site.tap, pair.student_layer)
-            return alone[site, block_input_site(stage, pairs, pair)], features[pair.site]
+            return alone[site, block_input_site(stage, pairs, pair)], self.target(features, pair.site)
 
         return sides, None
+
+    def target(self, features: Features, site: Site) -> Feature:
+        """Return the teacher's feature that the student is compared with: with `control: shuffled`, of another row."""
+        return of_other_rows(features[site]) if self.is_shuffled else features[site]
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the autocast of the student's pass on a device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,24 @@ from xarch_kd.planning.optimizers import optimizer_class
 
 
 def build_optimizer(
-    student: nn.Module, auxiliary: list[nn.Parameter], settings: Optimizer, mixers: Collection[str]
+    student: nn.Module,
+    auxiliary: list[nn.Parameter],
+    settings: Optimizer,
+    mixers: Collection[str],
+    *,
+    fitted: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the trainable parameters of `student` and of `auxiliary` ones, projectors and maps."""
-    projector_decay = settings.projector_weight_decay
-    groups = [
-        *parameter_groups(student, settings, mixers),
-        {
-            "params": auxiliary,
-            "weight_decay": settings.weight_decay if projector_decay is None else projector_decay,
-            "lr": settings.lr if settings.projector_lr is None else settings.projector_lr,
-        },
-    ]
+    """Return the optimizer of the trainable parameters of `student` and of `auxiliary` ones, projectors and maps.
+
+    Those of `auxiliary` that are in `fitted` are of projectors that start in closed form.
+    """
+    decay = settings.weight_decay if settings.projector_weight_decay is None else settings.projector_weight_decay
+    known = {id(parameter) for parameter in fitted}
+    groups = parameter_groups(student, settings, mixers)
+    for is_fitted in (False, True):
+        parameters = [parameter for parameter in auxiliary if (id(parameter) in known) == is_fitted]
+        rate = settings.projector_rate(is_fitted=is_fitted)
+        groups.append({"params": parameters, "weight_decay": decay, "lr": rate})
     kind, options = optimizer_class(settings)
     return kind([group for group in groups if group["params"]], **options)
 

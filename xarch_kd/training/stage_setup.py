@@ -12,6 +12,7 @@ from xarch_kd.errors import UsageError
 from xarch_kd.models.conversion.frozen_parameters import frozen_parameters
 from xarch_kd.models.mamba_ssm.weights import own_names
 from xarch_kd.planning.plan import Plan, StagePlan
+from xarch_kd.training.low_rank import ADAPTER, own_name
 
 
 def freeze_others(student: PreTrainedModel, trainable: Iterable[str]) -> None:
@@ -20,7 +21,8 @@ def freeze_others(student: PreTrainedModel, trainable: Iterable[str]) -> None:
     Raises UsageError for a student that lacks one of them.
     """
     wanted = set(own_names(student, trainable))
-    unknown = wanted - {name for name, _ in student.named_parameters()}
+    # A module with an adapter is wrapped.
+    unknown = wanted - {own_name(name) for name, _ in student.named_parameters()}
     if unknown:
         raise UsageError(
             "the student is not the one that was planned: parameters to train are missing",
@@ -30,7 +32,7 @@ def freeze_others(student: PreTrainedModel, trainable: Iterable[str]) -> None:
     # A student that was converted earlier and is trained further carries no plan that lists these.
     wanted -= set(frozen_parameters(student))
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(own_name(name) in wanted or ADAPTER in name)
 
 
 def stage_of(plan: Plan, stage: int | str) -> StagePlan:

@@ -139,9 +139,9 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the stage's optimizer over student matrices, student vectors (no decay), projectors and maps."""
         if self.optimizer is None:
-            auxiliary = self.aligner.auxiliary_parameters()
+            auxiliary, fitted = self.aligner.auxiliary_parameters(), self.aligner.fitted_parameters()
             self.optimizer = build_optimizer(
-                self.aligner.student, auxiliary, self.plan.stage.optimizer, self.plan.mixers
+                self.aligner.student, auxiliary, self.plan.stage.optimizer, self.plan.mixers, fitted=fitted
             )
         return self.optimizer
 
