@@ -15,7 +15,7 @@ from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.mixer_sizes import Mamba2Options
 from xarch_kd.mapping_file.objectives import Align, Tokens
 from xarch_kd.mapping_file.scalars import ConfigModel, ConfigValues, LayerIndex, Name, NonNegative, Number, Positive
-from xarch_kd.mapping_file.training import Optimizer, StageEvaluation, WeightAveraging
+from xarch_kd.mapping_file.training import Cache, Lora, LoraPart, Optimizer, StageEvaluation, WeightAveraging
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 MixerName = Literal["mamba2", "gated_delta"]
@@ -270,27 +270,6 @@ class Data(Text):
         if self.mixture is not None and ignored:
             raise ValueError(f"with a mixture, each of its sources has its own {', '.join(ignored)}: move it there")
         return self
-
-
-class Cache(ConfigModel):
-    """Cache of the teacher's features of a stage: place and size limit."""
-
-    where: Literal["memory", "disk", "off"] = "memory"
-    limit_gib: Positive = 4.0
-
-
-class Lora(ConfigModel):
-    """Low-rank adapters of `rank`, times `alpha` / `rank`, on the linear modules of attention layers and MLPs."""
-
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    alpha: Positive | None = None
-    on: Annotated[tuple[Literal["attention", "mlp"], ...], Field(min_length=1)] = ("attention", "mlp")
-
-
-class LoraPart(ConfigModel):
-    """Entry of `train` for adapters."""
-
-    lora: Lora
 
 
 class Stage(ConfigModel):

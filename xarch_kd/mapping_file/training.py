@@ -1,4 +1,4 @@
-"""Training settings of a stage: optimizer, learning-rate schedule, held-out evaluation, averaging of weights."""
+"""Training settings of a stage: optimizer, schedule, held-out evaluation, averaging of weights, cache, adapters."""
 
 from __future__ import annotations
 
@@ -151,3 +151,24 @@ class WeightAveraging(ConfigModel):
     """
 
     decay: Annotated[Number, Field(gt=0, lt=1)] = 0.999
+
+
+class Cache(ConfigModel):
+    """Cache of the teacher's features of a stage: place and size limit."""
+
+    where: Literal["memory", "disk", "off"] = "memory"
+    limit_gib: Positive = 4.0
+
+
+class Lora(ConfigModel):
+    """Low-rank adapters of `rank`, times `alpha` / `rank`, on the linear modules of attention layers and MLPs."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: Positive | None = None
+    on: Annotated[tuple[Literal["attention", "mlp"], ...], Field(min_length=1)] = ("attention", "mlp")
+
+
+class LoraPart(ConfigModel):
+    """Entry of `train` for adapters."""
+
+    lora: Lora

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from xarch_kd.mapping_file.schema import Lora, Stage
+from xarch_kd.mapping_file.schema import Stage
 from xarch_kd.mapping_file.source_map import Problem, YamlPath
+from xarch_kd.mapping_file.training import Lora
 from xarch_kd.taps.layout import Layout
 
 NAMES = {"attention": "attention layers", "mlp": "MLPs"}
