@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xarch_kd.data.copying import copy_documents
-from xarch_kd.mapping_file.schema import Generated, Text
+from xarch_kd.mapping_file.text import Generated, Text
 
 # Core dependencies whose licence texts are used as out-of-domain prose.
 LICENSED = ("torch", "numpy", "scipy", "transformers", "safetensors", "pydantic", "einops", "Jinja2", "rich", "typer")
