@@ -146,7 +146,6 @@ def mapping(folder: Path, teacher: str, kind: str | None, student: dict[str, Any
         "data": {"files": [str(folder / "text.txt")], "sequence_length": 16, "batch_size": 2},
         "device": "cpu",
         "stages": [stage],
-        "evaluate": {"tokens": 512},
     }
     file = folder / f"{kind}.yaml"
     file.write_text(yaml.safe_dump(content))
@@ -164,7 +163,7 @@ def trained(folder: Path, teacher: str, kind: str | None) -> dict[str, float]:
 
 def teacher_nll(run: Path) -> float:
     """Return the teacher's NLL on the held-out text of a run."""
-    return float(xkd.evaluate(run, tokens=512, console=CONSOLE).result("held-out").teacher_nll)
+    return float(xkd.evaluate(run, suites=["likelihood"], tokens=512, console=CONSOLE).result("held-out").teacher_nll)
 
 
 def refusals(folder: Path, teacher: str) -> list[str]:
