@@ -38,6 +38,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.recipes --table strategies
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.gains
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/python -m xarch_kd.testing.families_page

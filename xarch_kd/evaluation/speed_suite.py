@@ -234,6 +234,16 @@ def gains(result: SpeedResult) -> Iterator[str]:
     yield result.signature
 
 
+def size_text(count: int) -> str:
+    """Return bytes with three digits: `5.63 MiB`."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB" if size < 999.5 else f"{size:,.0f} GiB"
+
+
 def _wins(what: str, first: float | None, longest: int, about: str) -> str:
     if first is None:
         return f"{what} at no length up to {longest:,} tokens"
@@ -313,13 +323,13 @@ def _cells(result: SpeedResult) -> Iterator[tuple[str, ...]]:
         both = (context.teacher, context.student)
         cells = [
             f"{context.tokens:,}",
-            _pair(both, lambda figures: figures.cache_bytes or figures.measured_bytes, byte_text),
+            _pair(both, lambda figures: figures.cache_bytes or figures.measured_bytes, size_text),
             _pair(both, lambda figures: figures.batch, lambda count: f"{count:,}"),
         ]
         if result.timed:
             cells.append(_pair(both, lambda figures: figures.prefill, _seconds))
             cells.append(_pair(both, lambda figures: figures.decode, _seconds))
-            cells.append(_pair(both, lambda figures: figures.peak_bytes, byte_text))
+            cells.append(_pair(both, lambda figures: figures.peak_bytes, size_text))
         yield tuple(cells)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from xarch_kd.errors import ModelError
 from xarch_kd.models.cache_size import LayerCache, cache_size, measured_size
@@ -85,13 +85,14 @@ class Side:
 
     def __init__(self, name: str, layout: Layout, dtype: torch.dtype) -> None:
         self.name, self.model = name, layout.model
-        self.is_quantized = any(type(parameter.data) is not Tensor for parameter in self.model.parameters())
+        self.is_quantized = _is_quantized(self.model)
         if not self.is_quantized:
             cast_parameters(self.model, dtype)
         self.dtype = next(value.dtype for value in self.model.parameters() if value.dtype.is_floating_point)
         self.device = self.model.device
         self.rows = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type]
-        self.weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
         self.attention_share = _attention_share(layout)
         self.layers: tuple[LayerCache, ...] | None = None
         accepted = inspect.signature(self.model.forward).parameters
@@ -142,6 +143,12 @@ class Side:
             torch.cuda.synchronize(self.device)
 
 
+def _is_quantized(model: nn.Module) -> bool:
+    """Return whether a model has codes instead of weights: tensors of torchao, or the packed ones of GPTQ and AWQ."""
+    parameters = any(type(each.data) is not Tensor or not each.is_floating_point() for each in model.parameters())
+    return parameters or any(hasattr(module, "qweight") for module in model.modules())
+
+
 def _attention_share(layout: Layout) -> float:
     """Return the expected time of causal attention per token of context, as a share of all other products."""
     config: Any = layout.model.config.get_text_config()
@@ -190,25 +197,28 @@ def time_contexts(
         bench = _Bench((teacher, student), longest)
     except CANNOT_RUN as error:
         return Times(notices=(f"times are not measured: {first_line(error)}",))
-    chosen, notices = bench.affordable(lengths, seconds)
-    if not chosen:
+    repeats, notices = bench.schedule(lengths, seconds)
+    if not repeats:
         return Times(notices=notices)
-    repeats = {length: bench.repeats(length, seconds) for length in chosen}
-    cost = duration(sum(bench.cost(length, repeats[length]) for length in chosen))
-    shown = ", ".join(f"{length:,}" for length in chosen)
+    shown = ", ".join(f"{length:,}" for length in repeats)
+    cost = duration(bench.total(repeats))
     reporter.line(f"timing prefill and decoding of both models after {shown} tokens: about {cost}")
     found: dict[int, tuple[ContextTimes, ContextTimes]] = {}
     left_out = []
     began = time.perf_counter()
-    total = sum(2 * (repeats[length] * length + STEPS + 1) for length in chosen)
+    total = sum(2 * (count * length + STEPS + 1) for length, count in repeats.items())
     with reporter.work("timing both models", total, "tokens") as work:
-        for length in chosen:
+        for length in repeats:
             left = seconds - (time.perf_counter() - began)
             if found and bench.cost(length, 1) > left:
                 left_out.append(f"{length:,} tokens are not timed: {_too_long(bench.cost(length, 1), seconds)}")
                 continue
+            later = bench.total({each: 1 for each in repeats if each > length})
+            count = repeats[length]
+            while count > 1 and bench.cost(length, count) + later > left:
+                count -= 1
             try:
-                found[length] = bench.measure(length, min(repeats[length], bench.repeats(length, left)), work)
+                found[length] = bench.measure(length, count, work)
             except CANNOT_RUN as error:
                 left_out.append(f"{length:,} tokens are not timed: {first_line(error)}")
     return Times(contexts=found, notices=(*left_out, *notices))
@@ -253,21 +263,25 @@ class _Bench:
             found += (STEPS + 1) * decode * (1 + CACHE_READS * side.cache_bytes(length) / side.weight_bytes)
         return found * self.correction
 
-    def repeats(self, length: int, seconds: float) -> int:
-        """Return how often a prefill is repeated if half of `seconds` is for this context."""
-        return max(1, min(MOST_REPEATS, int(seconds / 2 / max(self.cost(length, 1), 1e-9))))
+    def total(self, repeats: Mapping[int, int]) -> float:
+        """Return the expected seconds of several contexts, given as length → repeats of the prefill."""
+        return sum(self.cost(length, count) for length, count in repeats.items())
 
-    def affordable(self, lengths: Sequence[int], seconds: float) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Return the lengths that fit into `seconds`, and a sentence for each of the others."""
-        chosen, notices, spent = [], [], 0.0
+    def schedule(self, lengths: Sequence[int], seconds: float) -> tuple[dict[int, int], tuple[str, ...]]:
+        """Return length → repeats that fit into `seconds`, and a sentence for each of the other lengths."""
+        repeats: dict[int, int] = {}
+        notices = []
         for length in lengths:
-            expected = self.cost(length, 1)
-            if spent + expected > seconds:
-                notices.append(f"{length:,} tokens are not timed: {_too_long(expected, seconds)}")
-                continue
-            chosen.append(length)
-            spent += self.cost(length, self.repeats(length, seconds - spent))
-        return tuple(chosen), tuple(notices)
+            if self.total({**repeats, length: 1}) > seconds:
+                notices.append(f"{length:,} tokens are not timed: {_too_long(self.cost(length, 1), seconds)}")
+            else:
+                repeats[length] = 1
+        for _ in range(MOST_REPEATS - 1):
+            for length in repeats:
+                more = {**repeats, length: repeats[length] + 1}
+                if self.total(more) <= seconds:
+                    repeats = more
+        return repeats, tuple(notices)
 
     def measure(self, length: int, repeats: int, work: Work) -> tuple[ContextTimes, ContextTimes]:
         """Return the times at one context. Raises one of CANNOT_RUN for a length that does not fit into the memory."""

@@ -63,19 +63,7 @@ def evaluate(
     >>> evaluation.speed.contexts[0].student.cache_bytes > 0
     True
     """
-    folder = RunFolder(Path(run).resolve())
-    if not folder.mapping.is_file() or not (folder.student / "config.json").is_file():
-        raise UsageError(
-            "this is not a run folder with a student in it",
-            asked=folder.root,
-            fix="give the folder that `xarch-kd train … --output` finished",
-        )
-    if not folder.manifest.is_file():
-        raise UsageError(
-            "the run is not finished: it has a student, but no manifest",
-            asked=folder.root,
-            fix="finish it first: xarch-kd train … --resume",
-        )
+    folder = _finished_run(Path(run))
     reporter = Reporter(console)
     with folder.locked(), folder.working_directory():
         folder.verify(folder.mapping, folder.plan, folder.student, folder.projector_reports, folder.selection)
@@ -96,6 +84,24 @@ def evaluate(
         write_card(plan, folder)
         folder.update_manifest(folder.evaluation, folder.student / "README.md")
     return evaluation
+
+
+def _finished_run(path: Path) -> RunFolder:
+    """Return the folder of a finished run. Raises UsageError for another folder."""
+    folder = RunFolder(path.resolve())
+    if not folder.mapping.is_file() or not (folder.student / "config.json").is_file():
+        raise UsageError(
+            "this is not a run folder with a student in it",
+            asked=folder.root,
+            fix="give the folder that `xarch-kd train … --output` finished",
+        )
+    if not folder.manifest.is_file():
+        raise UsageError(
+            "the run is not finished: it has a student, but no manifest",
+            asked=folder.root,
+            fix="finish it first: xarch-kd train … --resume",
+        )
+    return folder
 
 
 def _settings(
