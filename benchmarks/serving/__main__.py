@@ -50,7 +50,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for number, specimen in enumerate(chosen, 1):
             started = time.perf_counter()
-            row, server = checked(specimen, Path(temporary) / str(number), arguments.server)
+            row, versions = checked(specimen, Path(temporary) / str(number), arguments.server)
+            server = versions or server
             rows.append(row)
             if output is not None:
                 write_results(output, rows, server)
@@ -59,7 +60,7 @@ def main() -> int:
             print(
                 f"{number}/{len(chosen)} {specimen.name}: {outcome(row)}  {seconds:.0f} s  ETA {left:.0f} s", flush=True
             )
-    return int(any(row["runs"] != row["listed"] for row in rows))
+    return int(any("crashed" in row or row["runs"] != row["listed"] for row in rows))
 
 
 def write_results(output: Path, rows: list[dict[str, Any]], server: dict[str, str]) -> None:
@@ -112,25 +113,21 @@ def served(asked: dict[str, Any], folder: Path, python: Path) -> dict[str, Any]:
     """Return the server's answer to a request, computed in a process of its own environment."""
     request, reply = folder.with_suffix(".request.json"), folder.with_suffix(".answer.json")
     request.write_text(json.dumps(asked), encoding="utf-8")
-    log = folder.with_suffix(".log")
-    with log.open("w") as stream:
-        done = subprocess.run(
-            [str(python), str(SERVER_SIDE), str(request), str(reply)],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            timeout=SECONDS,
-            check=False,
-        )
+    command = [str(python), str(SERVER_SIDE), str(request), str(reply)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"crashed": f"no answer within {SECONDS} s"}
     if not reply.is_file():
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-        raise UsageError(
-            "vLLM's process ended without an answer.", found=f"exit code {done.returncode}\n" + "\n".join(last)
-        )
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"crashed": f"exit code {done.returncode}: {last}"}
     return json.loads(reply.read_text(encoding="utf-8"))
 
 
 def outcome(row: dict[str, Any]) -> str:
     """Return a row as text."""
+    if "crashed" in row:
+        return f"crashed: {row['crashed']}"
     if "error" in row:
         return f"does not load: {row['error']}"
     return f"{row['equal_tokens']} of {row['tokens']} tokens, largest difference {row['largest_difference']:.1e} nats"

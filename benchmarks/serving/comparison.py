@@ -42,10 +42,12 @@ def compare(
 
     Log-probabilities are compared up to and including the first token that differs, since what follows continues
     another text. A token that only one side lists among the likeliest is not compared. `runs` is True if all tokens
-    are equal and no log-probability differs by more than `TOLERANCE`.
+    are equal and no log-probability differs by more than `TOLERANCE`. An answer with `error` is a refusal, one with
+    `crashed` is no outcome at all.
     """
-    if "error" in answer:
-        return {"runs": False, "error": answer["error"]}
+    for failure in ("error", "crashed"):
+        if failure in answer:
+            return {"runs": False, failure: answer[failure]}
     equal = total = 0
     largest = 0.0
     for own, theirs, own_top, their_top in zip(expected[0], answer["tokens"], expected[1], answer["top"], strict=True):
@@ -87,7 +89,9 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _row(one: Mapping[str, Any]) -> str:
-    if "error" in one:
+    if "crashed" in one:
+        cells = ("", "", f"**crashed**: `{one['crashed'].replace('|', '/')}`")
+    elif "error" in one:
         cells = ("", "", f"does not load: `{one['error'].replace('|', '/')}`")
     else:
         outcome = "equal" if one["runs"] else "**differs**"

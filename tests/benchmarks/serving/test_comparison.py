@@ -40,6 +40,7 @@ def test_an_answer_that_differs() -> None:
     found = compare(EXPECTED, answer(tokens=[[9, 6]], top=[[{"5": -0.1, "6": -2.4}, {"6": -9.0, "7": -9.0}]]))
     assert (found["runs"], found["equal_tokens"], found["largest_difference"]) == (False, 0, 0.0)
     assert compare(EXPECTED, {"error": "ValueError: no"}) == {"runs": False, "error": "ValueError: no"}
+    assert compare(EXPECTED, {"crashed": "exit code 9"}) == {"runs": False, "crashed": "exit code 9"}
 
 
 def test_the_continuation_is_that_of_generate() -> None:
