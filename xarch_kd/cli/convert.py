@@ -27,6 +27,12 @@ def command(
         ),
     ] = None,
     replace: Annotated[str | None, typer.Option(help="Layers whose attention is replaced, in the same form.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="With --mixer window: the number of last tokens that a token attends to.")
+    ] = None,
+    sinks: Annotated[
+        int, typer.Option(min=0, help="With --mixer window: the number of first tokens that stay visible.")
+    ] = 0,
     init: Annotated[
         Literal["attention", "random"], typer.Option(help="Initialization of the new mixers.")
     ] = "attention",
@@ -69,6 +75,8 @@ def command(
             target=target,
             keep_attention=selection(keep_attention),
             replace=selection(replace),
+            window=window,
+            sinks=sinks,
             init=init,
             seed=seed,
             dtype=getattr(torch, dtype),

@@ -149,6 +149,8 @@ def load_models(
                 **layers,
                 target=conversion.target,
                 mamba2=conversion.mixer_sizes,
+                window=conversion.window,
+                sinks=conversion.sinks,
                 init=conversion.init,
                 seed=plan.mapping.seed,
                 progress=work.at,

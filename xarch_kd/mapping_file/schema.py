@@ -19,7 +19,7 @@ from xarch_kd.mapping_file.text import MixtureSource, Text
 from xarch_kd.mapping_file.training import Cache, Lora, LoraPart, Optimizer, StageEvaluation, WeightAveraging
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-MixerName = Literal["mamba2", "gated_delta"]
+MixerName = Literal["mamba2", "gated_delta", "window"]
 TargetName = Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"]
 SuiteName = Literal["likelihood", "copying", "speed"]
 Control = Literal["none", "unchanged", "shuffled"]
@@ -67,6 +67,7 @@ class ConversionOptions(ConfigModel):
 
     A list of layers, words such as `every 4`, or a strategy with a budget that chooses them.
     `mamba2` sets sizes of the mixers of a stock class with `mixer: mamba2`.
+    With `mixer: window` a token attends to the last `window` tokens and to the first `sinks` ones.
     """
 
     mixer: MixerName
@@ -75,11 +76,27 @@ class ConversionOptions(ConfigModel):
     target: TargetName = "auto"
     init: Literal["attention", "random"] = "attention"
     mamba2: Mamba2Options | None = None
+    window: Annotated[int, Field(ge=1)] | None = None
+    sinks: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _mamba2_only(self) -> ConversionOptions:
         if self.mamba2 is not None and (self.mixer != "mamba2" or self.target == "in_place"):
             raise ValueError("mamba2 sets sizes of a stock class with mixer: mamba2; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _window_of_its_mixer(self) -> ConversionOptions:
+        if self.mixer == "window" and (self.window is None or self.init == "random"):
+            raise ValueError("mixer: window has init: attention and needs its length, e.g. window: 512 and sinks: 4")
+        choice = self.keep_attention if self.replace is None else self.replace
+        if self.mixer == "window" and isinstance(choice, LayerStrategy) and choice.is_measured:
+            raise ValueError(
+                f"strategy: {choice.strategy} measures new mixers alone, and a window is a mask of the whole model: "
+                "give a list of layers, or strategy: uniform | random"
+            )
+        if self.mixer != "window" and (self.window is not None or self.sinks):
+            raise ValueError(f"window and sinks are keys of mixer: window, found mixer: {self.mixer}")
         return self
 
     @model_validator(mode="after")

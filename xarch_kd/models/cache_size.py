@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xarch_kd.errors import ModelError
+from xarch_kd.models.in_place.teachers import WINDOW
 from xarch_kd.taps.layout import Layout
 
 # Recurrent states are float32 in all classes of transformers, whatever the dtype of the model.
@@ -52,10 +54,16 @@ def cache_layers(layout: Layout) -> tuple[LayerCache, ...]:
     """
     config: Any = layout.model.config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * len(layout.blocks)
-    return tuple(
+    layers = [
         _layer(layout, config, kind, mixer, named)
         for kind, mixer, named in zip(layout.mixer_kinds, layout.mixers, types, strict=True)
-    )
+    ]
+    if getattr(config, "mixer", None) == WINDOW:
+        # The first tokens are kept beside those of the window.
+        kept = config.mixer_settings["window"] + config.mixer_settings["sinks"]
+        for index in config.replaced_layers:
+            layers[index] = dataclasses.replace(layers[index], window=kept)
+    return tuple(layers)
 
 
 def cache_size(layers: Sequence[LayerCache], tokens: int, dtype: torch.dtype) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from xarch_kd.mapping_file.schema import ConversionOptions, Paths
+from xarch_kd.models.in_place.teachers import WINDOW
 from xarch_kd.models.loading.load import meta_model
 from xarch_kd.planning.custom import CustomObjects
 from xarch_kd.planning.layer_choice import LayerSelection
@@ -88,6 +90,10 @@ def replaced_layers(teacher: ModelHandle, student: ModelHandle) -> tuple[int, ..
     """Return the blocks whose mixer is of another kind than the teacher's; none when the depths differ."""
     if teacher.depth != student.depth:
         return ()
+    config: Any = student.layout.model.config
+    if getattr(config, "mixer", None) == WINDOW:
+        # Its mixers are of the teacher's kind.
+        return tuple(config.replaced_layers)
     kinds = zip(teacher.layout.mixer_kinds, student.layout.mixer_kinds, strict=True)
     return tuple(index for index, (own, other) in enumerate(kinds) if own != other)
 

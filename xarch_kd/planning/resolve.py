@@ -19,6 +19,7 @@ from xarch_kd.mapping_file.schema import Control, MappingFile, MixerName, Stage,
 from xarch_kd.mapping_file.source_map import SourceMap, mapping_error
 from xarch_kd.models.conversion.recipes import RECIPES
 from xarch_kd.models.conversion.targets import TARGETS
+from xarch_kd.models.in_place.teachers import WINDOW
 from xarch_kd.planning.controls import applicable, control_problems, control_warnings
 from xarch_kd.planning.cost import Rates, measured_rates
 from xarch_kd.planning.custom import (
@@ -45,7 +46,7 @@ from xarch_kd.planning.resolve_models import resolve_models
 from xarch_kd.planning.shared_cache import cached_stages, shared_problems, with_shared_cache
 from xarch_kd.planning.stage import stage_plan
 
-check_table("mixers to convert to", RECIPES, get_args(MixerName))
+check_table("mixers to convert to", {*RECIPES, WINDOW}, get_args(MixerName))
 check_table("classes to convert to", {*TARGETS, "auto", "in_place"}, get_args(TargetName))
 
 

@@ -134,6 +134,8 @@ def _converted(
                 target=conversion.target,
                 mamba2=conversion.mixer_sizes,
                 **conversion.layers,
+                window=conversion.window,
+                sinks=conversion.sinks,
             )
     except UsageError as error:
         place = ("student", "convert", conversion.selection_key)

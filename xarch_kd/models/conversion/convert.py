@@ -21,6 +21,7 @@ from xarch_kd.models.conversion.new_mixers import new_mixers
 from xarch_kd.models.conversion.targets import Target, choose_target
 from xarch_kd.models.conversion.teacher_spec import TeacherSpec, teacher_spec
 from xarch_kd.models.conversion.weights import TeacherWeights
+from xarch_kd.models.in_place.teachers import WINDOW
 
 IN_PLACE = "in_place"
 
@@ -39,6 +40,8 @@ def convert(
     replace: Selection = None,
     target: TargetName | str = "auto",
     mamba2: Mapping[str, Any] | None = None,
+    window: int | None = None,
+    sinks: int = 0,
     init: MixerInit = "attention",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -47,12 +50,14 @@ def convert(
 ) -> PreTrainedModel:
     """Return a copy of the teacher whose blocks outside `keep_attention` have a new mixer, in a stock class.
 
-    `mixer` is `mamba2` or `gated_delta`. `target` is a stock class that has it (`targets.py`), `auto` for the one that
-    fits best, or `in_place` for the teacher's own class with new mixers, which is not stock. `keep_attention`, or its
-    complement `replace`, are block indices or words such as `every 4` (`layer_selection.py`). `mamba2` sets `expand`,
-    `proj_bias` and `n_groups` of Mamba-2 mixers in a stock class. For the other arguments see `Conversion.build`.
-    Raises UsageError for a selection that does not fit, ConversionError for a teacher that the class cannot hold, for
-    sizes that its heads do not fit or a conversion that is not exact; warns if no attention is left.
+    `mixer` is `mamba2`, `gated_delta`, or `window`: the block's own attention, which sees the last `window` tokens and
+    the first `sinks` ones, so that logits are the teacher's for up to `window` + `sinks` tokens. `target` is a stock
+    class that has it (`targets.py`), `auto` for the one that fits best, or `in_place` for the teacher's own class with
+    new mixers, which is not stock and the only one with a window. `keep_attention`, or its complement `replace`, are
+    block indices or words such as `every 4` (`layer_selection.py`). `mamba2` sets `expand`, `proj_bias` and `n_groups`
+    of Mamba-2 mixers in a stock class. For the other arguments see `Conversion.build`. Raises UsageError for a
+    selection that does not fit, ConversionError for a teacher that the class cannot hold, for sizes that its heads do
+    not fit or a conversion that is not exact; warns if no attention is left.
 
     >>> import xarch_kd as xkd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,7 +70,14 @@ def convert(
     ('GraniteMoeHybridForCausalLM', ['full_attention', 'linear_attention'])
     """
     conversion = plan_conversion(
-        teacher.config, mixer=mixer, keep_attention=keep_attention, replace=replace, target=target, mamba2=mamba2
+        teacher.config,
+        mixer=mixer,
+        keep_attention=keep_attention,
+        replace=replace,
+        target=target,
+        window=window,
+        sinks=sinks,
+        mamba2=mamba2,
     )
     return conversion.build(teacher, init=init, seed=seed, dtype=dtype, check=check, progress=progress)
 
@@ -78,6 +90,8 @@ def plan_conversion(
     replace: Selection = None,
     target: str = "auto",
     mamba2: Mapping[str, Any] | None = None,
+    window: int | None = None,
+    sinks: int = 0,
 ) -> Conversion:
     """Return the conversion of a teacher with this config; no weights are needed. Arguments are those of `convert`.
 
@@ -89,11 +103,21 @@ def plan_conversion(
             asked=f"mamba2: {dict(mamba2)}, mixer: {mixer}, target: {target}",
             fix="remove mamba2, or use mixer: mamba2 and a stock class",
         )
-    if target == IN_PLACE:
+    if mixer == WINDOW and target not in ("auto", IN_PLACE):
+        raise ConversionError(
+            "No stock class has a window in some blocks, with tokens that are seen from outside it.",
+            asked=f"mixer: {mixer}, target: {target}",
+            allowed=f"auto, {IN_PLACE}",
+        )
+    if mixer != WINDOW and (window is not None or sinks):
+        raise ConversionError("Only the mixer window has a window and sinks.", asked=f"mixer: {mixer}")
+    if target == IN_PLACE or mixer == WINDOW:
         # The classes of its families are built on import.
         from xarch_kd.models.in_place.convert import plan_in_place
 
-        return plan_in_place(teacher, mixer=mixer, keep_attention=keep_attention, replace=replace)
+        return plan_in_place(
+            teacher, mixer=mixer, keep_attention=keep_attention, replace=replace, window=window, sinks=sinks
+        )
     spec = teacher_spec(teacher)
     chosen = choose_target(spec, mixer=mixer, target=target)
     kept = kept_layers(spec.layers, keep_attention=keep_attention, replace=replace)

@@ -28,7 +28,8 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Qwen3_5RMSNormGated
 
 from xarch_kd.models.in_place.configs import CONFIGS, RECURRENT
-from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS, InPlaceTeacher
+from xarch_kd.models.in_place.teachers import ALL_TEACHERS, WINDOW, InPlaceTeacher
+from xarch_kd.models.in_place.window import ARGUMENT, through_window, window_inputs
 
 # Boundaries of the sequences in a packed row, an argument of the mixers' kernels.
 PACKING = ("seq_idx", "cu_seq_lens_q")
@@ -94,7 +95,10 @@ class InPlaceBase(PreTrainedModel):
         super().__init__(config)
         blocks = getattr(self, self.family.blocks)
         for layer in config.replaced_layers:
-            setattr(blocks[layer], self.family.mixer, MIXER_CLASSES[config.mixer](config, layer))
+            if config.mixer == WINDOW:
+                through_window(getattr(blocks[layer], self.family.mixer))
+            else:
+                setattr(blocks[layer], self.family.mixer, MIXER_CLASSES[config.mixer](config, layer))
         self.post_init()
 
     def forward(
@@ -111,6 +115,16 @@ class InPlaceBase(PreTrainedModel):
         # Masks are made from the sizes, device and type of an embedding alone.
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         meta = torch.empty((*tokens.shape[:2], 0), dtype=self.dtype, device=tokens.device)
+        if self.config.mixer == WINDOW and self.config.replaced_layers:
+            use_cache = kwargs.get("use_cache")
+            past_key_values, kwargs[ARGUMENT] = window_inputs(
+                self.config,
+                meta,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=past_key_values,
+                use_cache=self.config.use_cache if use_cache is None else use_cache,
+            )
         if isinstance(attention_mask, dict):
             padding = attention_mask.get(RECURRENT)
             if not self.family.masks_by_type:
@@ -199,7 +213,7 @@ def make_classes(model_type: str, family: InPlaceTeacher) -> InPlaceClasses:
     return InPlaceClasses(config=config, base=base, model=model)
 
 
-CLASSES: dict[str, InPlaceClasses] = {name: make_classes(name, family) for name, family in IN_PLACE_TEACHERS.items()}
+CLASSES: dict[str, InPlaceClasses] = {name: make_classes(name, family) for name, family in ALL_TEACHERS.items()}
 
 
 def register() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from xarch_kd.models.in_place.teachers import IN_PLACE_TEACHERS, InPlaceTeacher
+from xarch_kd.models.in_place.teachers import ALL_TEACHERS, WINDOW, InPlaceTeacher
 
 PREFIX = "xarch_kd_"
 RECURRENT = "linear_attention"
@@ -23,8 +23,9 @@ NEEDS = "the package xarch_kd: import xarch_kd before this model is loaded"
 class InPlaceConfig:
     """A teacher's config, with the blocks that have a mixer instead of attention.
 
-    `replaced_layers` are their indices, `mixer` is `mamba2` or `gated_delta`, and `mixer_settings` are fields of the
-    config of the class that the mixer is from (Bamba, Qwen3.5). `needs` names the package that loads such a model.
+    `replaced_layers` are their indices, `mixer` is `mamba2`, `gated_delta` or `window`, and `mixer_settings` are fields
+    of the config of the class that the mixer is from (Bamba, Qwen3.5), or `window` and `sinks`. `needs` names the
+    package that loads such a model.
     """
 
     family: InPlaceTeacher
@@ -45,7 +46,8 @@ class InPlaceConfig:
         windowed = getattr(self, "sliding_window", None) is not None
         count = self.num_hidden_layers
         types = getattr(self, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"] * count
-        self.layer_types = [RECURRENT if index in self.replaced_layers else types[index] for index in range(count)]
+        recurrent = () if self.mixer == WINDOW else self.replaced_layers
+        self.layer_types = [RECURRENT if index in recurrent else types[index] for index in range(count)]
         rope = getattr(self, "rope_parameters", None) or {}
         if any(isinstance(value, dict) for value in rope.values()):
             # A class with rotary tables by type of layer makes one for each type that there is.
@@ -62,7 +64,7 @@ def _config_class(model_type: str, family: InPlaceTeacher) -> type[PreTrainedCon
 
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    name: _config_class(name, family) for name, family in IN_PLACE_TEACHERS.items()
+    name: _config_class(name, family) for name, family in ALL_TEACHERS.items()
 }
 
 
@@ -90,7 +92,7 @@ class _Deferred:
 def register() -> None:
     """Register configs and stand-ins with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`; idempotent."""
     for name, config in CONFIGS.items():
-        family = IN_PLACE_TEACHERS[name]
+        family = ALL_TEACHERS[name]
         AutoConfig.register(PREFIX + name, config, exist_ok=True)
         for auto, own_name in ((AutoModel, family.base), (AutoModelForCausalLM, family.model)):
             stand_in = type(own_name, (_Deferred,), {"config_class": config, "own_name": f"InPlace{own_name}"})

@@ -29,6 +29,9 @@ class InPlaceTeacher:
     norm_offset: float = 0.0
 
 
+# Mixer that needs no class of its own: the teacher's attention through a window.
+WINDOW = "window"
+
 IN_PLACE_TEACHERS: dict[str, InPlaceTeacher] = {
     "gemma2": InPlaceTeacher(config="Gemma2Config", base="Gemma2Model", model="Gemma2ForCausalLM", norm_offset=1.0),
     "gemma3_text": InPlaceTeacher(
@@ -60,3 +63,10 @@ IN_PLACE_TEACHERS: dict[str, InPlaceTeacher] = {
         attention="fused_heads",
     ),
 }
+
+# Families that stock classes hold with recurrent mixers, and no stock class with a window that has sinks.
+WINDOW_TEACHERS: dict[str, InPlaceTeacher] = {
+    "llama": InPlaceTeacher(config="LlamaConfig", base="LlamaModel", model="LlamaForCausalLM", masks_by_type=False),
+    "qwen2": InPlaceTeacher(config="Qwen2Config", base="Qwen2Model", model="Qwen2ForCausalLM"),
+}
+ALL_TEACHERS: dict[str, InPlaceTeacher] = {**IN_PLACE_TEACHERS, **WINDOW_TEACHERS}
