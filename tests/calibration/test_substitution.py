@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 
 import xarch_kd as xkd
 from xarch_kd.calibration.recall_rows import recall_rows
-from xarch_kd.calibration.sensitivity import mixer_pool
-from xarch_kd.calibration.substitution import SubstitutedTeacher
+from xarch_kd.calibration.sensitivity import mixer_pool, scored_layers
+from xarch_kd.calibration.substitution import SubstitutedTeacher, window_mask
 from xarch_kd.errors import TapError, UsageError
+from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.schema import ConversionOptions
+from xarch_kd.run.report import Reporter
 from xarch_kd.taps.layout import layout_of
 from xarch_kd.testing.tiny import VOCABULARY, tiny_model
 
@@ -62,6 +64,47 @@ def test_another_base() -> None:
     found.rebase([1, 2])
     torch.testing.assert_close(found.exchanged(1).kl, wanted.kl)
     torch.testing.assert_close(found.exchanged(0).kl, found.effect([0, 1, 2]).kl)
+
+
+@torch.no_grad()
+def test_a_window_of_attention() -> None:
+    teacher, found = substituted("llama", "mamba2")
+    # A window as long as the rows of 16 tokens is the teacher itself; recall rows are longer.
+    assert float(found.windowed(1).kl.abs().max()) < 1e-5
+    assert float((found.windowed(1).copy_nll - found.own.copy_nll).abs().max()) > 1e-4
+    # Against the model's own attention with the mask of one layer, through a hook.
+    mask = window_mask(RECALL.input_ids.shape[1])
+    attention = teacher.model.layers[1].self_attn
+    hook = attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+    )
+    logits = teacher(RECALL.input_ids).logits[RECALL.copies]
+    hook.remove()
+    wanted = nn.functional.cross_entropy(logits, RECALL.input_ids.roll(-1, 1)[RECALL.copies], reduction="none")
+    torch.testing.assert_close(found.windowed(1).copy_nll, wanted, rtol=1e-4, atol=1e-5)
+    assert [int((row == 0).sum()) for row in window_mask(40)[0, 0][[0, 10, 31, 39]]] == [1, 11, 32, 36]
+
+
+@pytest.mark.parametrize("strategy", ["one_in", "greedy", "window"])
+def test_other_strategies(strategy: str) -> None:
+    _, found = substituted("llama", "mamba2")
+    options = LayerStrategy.model_validate({"strategy": strategy, "budget": 2})
+    scored = scored_layers(found, options, "replace", reporter=Reporter.silent())
+    kl = {replaced: float(found.effect(replaced).kl.mean()) for replaced in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))}
+    (kept,) = [layer.layer for layer in scored if layer.kept]
+    if strategy == "one_in":
+        whole = float(found.effect((0, 1, 2)).kl.mean())
+        expected = [whole - kl[1, 2], whole - kl[0, 2], whole - kl[0, 1]]
+        assert [layer.kl for layer in scored] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert kept == expected.index(max(expected))
+    if strategy == "greedy":
+        first = min(range(3), key=lambda layer: kl[layer,])
+        # One of the two others is measured again beside the first, the cheaper one alone.
+        second = min({0, 1, 2} - {first}, key=lambda layer: kl[layer,])
+        assert kept == ({0, 1, 2} - {first, second}).pop()
+        assert scored[second].kl == pytest.approx(kl[tuple(sorted((first, second)))] - kl[first,], rel=1e-3)
+    if strategy == "window":
+        assert [layer.kl for layer in scored] == pytest.approx([0.0] * 3, abs=1e-5)
 
 
 def test_a_model_that_is_more_than_its_blocks_is_refused() -> None:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from xarch_kd.cli.app import main
-from xarch_kd.errors import CheckpointError, DataError, Interrupted, UsageError
+from xarch_kd.errors import CheckpointError, DataError, Interrupted, MappingFileError, UsageError
 from xarch_kd.job import layer_choice
 from xarch_kd.job.evaluate import evaluate
 from xarch_kd.job.run import Run
 from xarch_kd.job.train import train
+from xarch_kd.models.cache_size import cache_layers, cache_size
 from xarch_kd.planning.layer_choice import random_kept
 from xarch_kd.planning.resolve import make_plan
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
@@ -123,6 +125,20 @@ def test_strategies_without_measurement_are_resolved_at_once(write_mapping: Writ
     convert = plan.mapping.student.convert
     assert convert is not None
     assert plan.conversion.keep_attention == random_kept(convert.selection, "keep_attention", 4, 2, 3)  # type: ignore[arg-type]
+
+
+def test_bytes_of_cache_as_the_budget(write_mapping: Write) -> None:
+    budget = {"cache_bytes": "300 KiB", "at_context": 400}
+    plan = make_plan(write_mapping(student=chosen(budget=budget)))
+    kept = [row.index for row in plan.student.layers if not row.replaced]
+    layers = cache_layers(plan.models.student.layout)
+    one = next(layer for layer, row in zip(layers, plan.student.layers, strict=True) if not row.replaced)
+    assert cache_size(layers, 400, torch.float32) <= 300 * 1024
+    more = one.size(400, torch.float32) - min(layer.size(400, torch.float32) for layer in layers)
+    assert kept
+    assert cache_size(layers, 400, torch.float32) + more > 300 * 1024
+    with pytest.raises(MappingFileError, match="recurrent states of all layers alone take"):
+        make_plan(write_mapping(student=chosen(budget={"cache_bytes": "1 KiB", "at_context": 400})))
 
 
 def test_a_plan_without_its_layers_trains_nothing_by_hand(write_mapping: Write) -> None:

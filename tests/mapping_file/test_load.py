@@ -183,6 +183,29 @@ CASES = {
         "map.yaml:6:3: student.convert: exactly one of keep_attention | replace must be given, "
         "e.g. keep_attention: every 4, or replace: {strategy: sensitivity, budget: 0.5}",
     ),
+    "a budget of no layer": (
+        "every 2",
+        "{budget: 0}",
+        "map.yaml:8:5: student.convert.keep_attention: budget must be at least 1 layer, found 0: for no layer at all "
+        "write none",
+    ),
+    "a budget of bytes without a unit": (
+        "every 2",
+        "{budget: {cache_bytes: '64', at_context: 4096}}",
+        "map.yaml:8:31: student.convert.keep_attention.budget.cache_bytes: '64' is not a size: write a number with B, "
+        "KiB, MiB or GiB, e.g. 64MiB",
+    ),
+    "a strategy that is not there": (
+        "every 2",
+        "{strategy: gates, budget: 1}",
+        "map.yaml:8:32: student.convert.keep_attention.strategy: 'gates' is not sensitivity | one_in | greedy | window "
+        "| uniform | random.",
+    ),
+    "a key that a strategy does not have": (
+        "every 2",
+        "{strategy: uniform, budget: 1, tokens: 64}",
+        "map.yaml:8:5: student.convert.keep_attention: strategy: uniform has no tokens: leave it out",
+    ),
     "stage without an objective": (
         "    tokens: {divergence: forward_kl}\n",
         "",

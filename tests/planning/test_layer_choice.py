@@ -9,7 +9,15 @@ import pytest
 
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.mapping_file.layer_choice import LayerStrategy
-from xarch_kd.planning.layer_choice import Key, LayerSelection, choose_kept, kept_count, ranks, unmeasured_kept
+from xarch_kd.planning.layer_choice import (
+    Key,
+    LayerSelection,
+    choose_kept,
+    kept_count,
+    ranks,
+    unmeasured_kept,
+    with_count,
+)
 
 SCORES = [9.0, 8.0, 1.0, 3.0, 2.0, 7.0, 7.0, 0.5]
 
@@ -88,3 +96,29 @@ def test_both_is_the_mean_of_two_ranks() -> None:
 def test_a_damaged_selection_is_refused() -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         LayerSelection.from_dict({"kept": [1.5]})
+
+
+def of_cache(size: str, context: int = 100) -> LayerStrategy:
+    return LayerStrategy.model_validate({"budget": {"cache_bytes": size, "at_context": context}})
+
+
+def test_bytes_of_cache_become_a_number_of_layers() -> None:
+    # 8 layers: 1,000 bytes of attention or 100 of a state each, so that k layers of attention take 800 + 900 k.
+    for size, kept in (("1700 B", 1), ("2599B", 1), ("2600B", 2), ("7.05 KiB", 7)):
+        assert with_count(of_cache(size), "keep_attention", 8, 1000, 100).budget == kept
+        assert with_count(of_cache(size), "replace", 8, 1000, 100).budget == 8 - kept
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [
+        ("799 B", "recurrent states of all layers alone take 800 bytes"),
+        ("1699 B", "not even one layer of attention fits"),
+        ("1 GiB", "every layer may keep its attention"),
+    ],
+)
+def test_bytes_that_leave_nothing_to_choose(size: str, found: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        with_count(of_cache(size), "replace", 8, 1000, 100)
+    assert str(caught.value.found) == found
+    assert "1,700 bytes" in str(caught.value.allowed)

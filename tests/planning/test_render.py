@@ -83,12 +83,13 @@ def test_figures_in_words(text: str, expected: str) -> None:
     assert text == expected
 
 
-@pytest.mark.parametrize("keep", ["every 2", "first 1", "last 2", "0, 2", "[1]"])
-def test_what_init_writes_is_accepted_by_plan(keep: str, plan_of: PlanOf, folder_of: FolderOf) -> None:
+@pytest.mark.parametrize("keep", [None, "every 2", "first 1", "last 2", "0, 2", "[1]"])
+def test_what_init_writes_is_accepted_by_plan(keep: str | None, plan_of: PlanOf, folder_of: FolderOf) -> None:
     plan = plan_of(mapping_text(folder_of("llama", num_hidden_layers=4), keep_attention=keep))
     assert plan.mapping.student.convert is not None
     assert len(plan.stages) == 2 and plan.stages[0].pairs
-    assert [w for w in plan.warnings if "generation" not in w] == []
+    assert [w for w in plan.warnings if "generation" not in w and "chosen by measurement" not in w] == []
+    assert plan.is_unselected == (keep is None)
 
 
 def test_init_with_no_attention_kept_is_accepted_with_its_warning(plan_of: PlanOf, folder_of: FolderOf) -> None:

@@ -20,7 +20,7 @@ from xarch_kd.errors import ConversionError, DataError
 from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.schema import ConversionOptions
 from xarch_kd.models.conversion.convert import plan_conversion
-from xarch_kd.planning.layer_choice import Key, ScoredLayer, choose_kept, ranks
+from xarch_kd.planning.layer_choice import Key, ScoredLayer, choose_kept, guards, kept_count, ranks
 from xarch_kd.run.report import Reporter
 from xarch_kd.taps.layout import Layout, layout_of
 
@@ -125,19 +125,73 @@ def mixer_pool(teacher: PreTrainedModel, conversion: ConversionOptions, *, seed:
 def scored_layers(
     substituted: SubstitutedTeacher, strategy: LayerStrategy, key: Key, *, reporter: Reporter
 ) -> tuple[ScoredLayer, ...]:
-    """Return the effect of each new mixer alone, and which blocks keep their attention for it."""
+    """Return what a new mixer in each block costs by the strategy, and which blocks keep their attention for it."""
     count = len(substituted.teacher.blocks)
-    own = substituted.own.recall
-    found: list[tuple[float, float]] = []
-    with reporter.work("choosing layers: one new mixer at a time", count, "layers") as work:
-        for layer in range(count):
-            effect = substituted.exchanged(layer)
-            found.append((float(effect.kl.mean()), effect.recall - own))
-            work.advance()
-    scores = ranks({"kl": [kl for kl, _ in found], "recall": [recall for _, recall in found]}, strategy.metric)
+    if strategy.strategy == "greedy":
+        costs, order = _greedy(substituted, strategy, key, reporter)
+        # The last one to be replaced would cost most.
+        scores: list[float] = [float(order.index(layer)) if layer in order else count for layer in range(count)]
+    else:
+        costs = _one_at_a_time(substituted, strategy, reporter)
+        scores = ranks({"kl": [kl for kl, _ in costs], "recall": [recall for _, recall in costs]}, strategy.metric)
     kept = choose_kept(strategy, key, count, scores)
-    order = sorted(range(count), key=lambda layer: (-scores[layer], -layer))
+    ranked = sorted(range(count), key=lambda layer: (-scores[layer], -layer))
     return tuple(
-        ScoredLayer(layer=layer, kl=kl, recall=recall, rank=order.index(layer) + 1, kept=layer in kept)
-        for layer, (kl, recall) in enumerate(found)
+        ScoredLayer(layer=layer, kl=kl, recall=recall, rank=ranked.index(layer) + 1, kept=layer in kept)
+        for layer, (kl, recall) in enumerate(costs)
     )
+
+
+def _one_at_a_time(
+    substituted: SubstitutedTeacher, strategy: LayerStrategy, reporter: Reporter
+) -> list[tuple[float, float]]:
+    """Return the rise of KL and recall loss that each block's new mixer, or window, alone is the cause of.
+
+    That is beside the teacher's other blocks, or with `one_in` beside new mixers in all others.
+    """
+    count = len(substituted.teacher.blocks)
+    is_one_in = strategy.strategy == "one_in"
+    own = substituted.own
+    if is_one_in:
+        substituted.rebase(range(count))
+        own = substituted.base_effect()
+    found = []
+    with reporter.work("choosing layers: one at a time", count, "layers") as work:
+        for layer in range(count):
+            effect = substituted.windowed(layer) if strategy.strategy == "window" else substituted.exchanged(layer)
+            sign = -1 if is_one_in else 1
+            found.append((sign * float(effect.kl.mean() - own.kl.mean()), sign * (effect.recall - own.recall)))
+            work.advance()
+    return found
+
+
+def _greedy(
+    substituted: SubstitutedTeacher, strategy: LayerStrategy, key: Key, reporter: Reporter
+) -> tuple[list[tuple[float, float]], list[int]]:
+    """Return the costs of each block when it was measured last, and the blocks in the order of their replacement.
+
+    After each replacement only the third of the blocks that cost least before is measured again.
+    """
+    count = len(substituted.teacher.blocks)
+    certain, replaced = guards(strategy, key)
+    order, open_layers = sorted(replaced), set(range(count)) - certain - replaced
+    rounds = count - kept_count(strategy, key, count) - len(order)
+    costs = dict.fromkeys(range(count), (0.0, 0.0))
+    substituted.rebase(order)
+    measured = sorted(open_layers)
+    with reporter.work("choosing layers: one after another", rounds, "layers") as work:
+        for number in range(rounds):
+            base = substituted.base_effect()
+            for layer in measured:
+                effect = substituted.exchanged(layer)
+                costs[layer] = (float(effect.kl.mean() - base.kl.mean()), effect.recall - base.recall)
+            names = {"kl": [costs[layer][0] for layer in measured], "recall": [costs[layer][1] for layer in measured]}
+            best = min(zip(ranks(names, strategy.metric), measured, strict=True))[1]
+            order.append(best)
+            open_layers.discard(best)
+            if number + 1 < rounds:
+                substituted.rebase(order)
+            cheap = sorted(open_layers, key=lambda layer: costs[layer][0])
+            measured = sorted(cheap[: max(1, math.ceil(len(cheap) / 3))])
+            work.advance()
+    return [costs[layer] for layer in range(count)], order

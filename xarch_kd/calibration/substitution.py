@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from xarch_kd.errors import NonFiniteLoss, TapError
 from xarch_kd.taps.layout import Layout, head_logits, run_base
 from xarch_kd.taps.replay import BlockCall, block_calls, run_block
 from xarch_kd.taps.trace import trace
+
+# Tokens of a sliding window, and first tokens that are always seen.
+WINDOW: Final = 32
+SINKS: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,18 @@ class SubstitutedTeacher:
         return self._effect([rows.exchanged(layer) for rows in self._rows])
 
     @torch.no_grad()
+    def windowed(self, layer: int) -> Effect:
+        """Return the effect of a sliding window with sinks on the teacher's attention in one block.
+
+        The base must be the teacher itself. Raises TapError for a block that takes no attention mask.
+        """
+        return self._effect([rows.windowed(layer) for rows in self._rows])
+
+    def base_effect(self) -> Effect:
+        """Return the effect of the base."""
+        return self._effect([rows.end for rows in self._rows])
+
+    @torch.no_grad()
     def effect(self, replaced: Collection[int]) -> Effect:
         """Return the effect of new mixers in all of `replaced`."""
         return self._effect([rows.run(frozenset(replaced), 0, rows.start) for rows in self._rows])
@@ -102,6 +119,17 @@ class SubstitutedTeacher:
         picked = hidden[at.to(hidden.device)]
         norm = self.teacher.final_norm
         return head_logits(self.teacher, picked if norm is None else norm(picked)).float()
+
+
+def window_mask(time: int) -> Tensor:
+    """Return the mask [1, 1, time, time] of a sliding window with sinks, to be added to scores: 0 or very negative.
+
+    Token i sees itself, the 31 tokens before it and the first 4.
+    """
+    places = torch.arange(time)
+    distance = places[:, None] - places[None, :]
+    seen = (distance >= 0) & ((distance < WINDOW) | (places[None, :] < SINKS))
+    return torch.zeros(1, 1, time, time).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
 class _Rows:
@@ -141,6 +169,20 @@ class _Rows:
     def exchanged(self, layer: int) -> Tensor:
         hidden = self.block(layer, layer not in self._base, self._inputs[layer])
         return self.run(self._base, layer + 1, hidden)
+
+    def windowed(self, layer: int) -> Tensor:
+        call = self._calls[id(self.teacher)][layer]
+        if "attention_mask" not in call.kwargs:
+            raise TapError(
+                f"A block of {type(self.teacher.model).__name__} takes no attention mask, so its attention cannot be "
+                "measured with a window.",
+                fix="use strategy: sensitivity",
+            )
+        hidden = self._inputs[layer]
+        mask = window_mask(hidden.shape[1]).to(hidden)
+        narrow = replace(call, kwargs={**call.kwargs, "attention_mask": mask})
+        calls = [*self._calls[id(self.teacher)][:layer], narrow]
+        return self.run(self._base, layer + 1, run_block(self.teacher, layer, hidden, calls))
 
     def _check_chain(self) -> None:
         """Raise TapError unless the final norm of the blocks' result is what the model gives, on the first row."""

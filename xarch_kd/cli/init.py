@@ -14,9 +14,12 @@ def command(
     teacher: Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or package:NAME/FILE.gguf.")],
     mixer: Annotated[str, typer.Option(help="Mixer that replaces attention: mamba2, gated_delta.")] = "mamba2",
     keep_attention: Annotated[
-        str,
-        typer.Option(help='Layers that keep attention: "every N", "first N", "last N", "none", or 0,4,8.'),
-    ] = "every 4",
+        str | None,
+        typer.Option(
+            help='Layers that keep attention: "every N", "first N", "last N", "none", or 0,4,8. Default: half of them, '
+            "chosen by measurement."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     output: Annotated[Path | None, typer.Option(help="New file to write. Default: print the mapping file.")] = None,
 ) -> None:

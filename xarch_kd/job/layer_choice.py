@@ -134,8 +134,8 @@ def _asked(plan: Plan) -> tuple[ConversionOptions, LayerStrategy, Key]:
     """Return the conversion of a mapping with a strategy, the strategy, and the key that has it."""
     conversion = plan.mapping.student.convert
     assert conversion is not None
-    assert isinstance(conversion.selection, LayerStrategy)
-    return conversion, conversion.selection, conversion.selection_key
+    assert plan.models.strategy is not None
+    return conversion, plan.models.strategy, conversion.selection_key
 
 
 def _seed(plan: Plan) -> int:

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from xarch_kd.mapping_file.scalars import ConfigModel, LayerIndex
 
-ChoiceStrategy = Literal["sensitivity", "uniform", "random"]
+ChoiceStrategy = Literal["sensitivity", "one_in", "greedy", "window", "uniform", "random"]
 Metric = Literal["kl", "recall", "both"]
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB)")
+_UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _size(value: str) -> str:
+    if _SIZE.fullmatch(value) is None:
+        raise ValueError(f"'{value}' is not a size: write a number with B, KiB, MiB or GiB, e.g. 64MiB")
+    return value
+
+
+class CacheBudget(ConfigModel):
+    """Bytes that cache and recurrent states of one sequence may take after `at_context` tokens, e.g. `64MiB`."""
+
+    cache_bytes: Annotated[str, AfterValidator(_size)]
+    at_context: Annotated[int, Field(ge=1)]
+
+    @property
+    def bytes(self) -> int:
+        """The size in bytes."""
+        found = _SIZE.fullmatch(self.cache_bytes)
+        assert found is not None
+        return int(float(found[1]) * _UNITS[found[2]])
 
 
 class LayerStrategy(ConfigModel):
     """Choice of layers by a strategy: as many as `budget` allows.
 
-    `budget` is a number of layers or a share of them.
+    `budget` is a number of layers, a share of them, or the bytes of the student's cache at a context length.
     `sensitivity` puts one new mixer at a time into the teacher and keeps the attention of the layers that suffer most,
     by `metric`: the KL divergence on about `tokens` tokens of training text, the loss on text that is to be recalled,
-    or the mean of both ranks. `uniform` spaces the layers evenly, `random` draws them with `seed` (the run's by
-    default). `always` and `never` are layers that are certainly chosen, or not; `spacing` is the smallest distance of
-    two layers that keep attention.
+    or the mean of both ranks. `one_in` puts one layer of attention at a time into a student without any, `greedy`
+    replaces one layer after another, the one that costs least beside those before it, and `window` measures as
+    `sensitivity` does, with a sliding window of attention in place of the new mixer. `uniform` spaces the layers
+    evenly, `random` draws them with `seed` (the run's by default). `always` and `never` are layers that are certainly
+    chosen, or not; `spacing` is the smallest distance of two layers that keep attention.
     """
 
     strategy: ChoiceStrategy = "sensitivity"
-    budget: int | float
+    budget: int | float | CacheBudget
     always: tuple[LayerIndex, ...] = ()
     never: tuple[LayerIndex, ...] = ()
     spacing: Annotated[int, Field(ge=1)] = 1
@@ -35,7 +61,7 @@ class LayerStrategy(ConfigModel):
     @property
     def is_measured(self) -> bool:
         """True if the layers follow from measurements with both models' weights."""
-        return self.strategy == "sensitivity"
+        return self.strategy not in ("uniform", "random")
 
     @model_validator(mode="after")
     def _budget_in_range(self) -> LayerStrategy:
@@ -54,6 +80,8 @@ class LayerStrategy(ConfigModel):
         ignored = [name for name in ("metric", "tokens") if name in self.model_fields_set and not self.is_measured]
         if self.strategy == "uniform":
             ignored += [name for name in ("spacing", "seed") if name in self.model_fields_set]
+        if self.strategy == "greedy":
+            ignored += [name for name in ("spacing",) if name in self.model_fields_set]
         if ignored:
             raise ValueError(f"strategy: {self.strategy} has no {', '.join(ignored)}: leave it out")
         return self

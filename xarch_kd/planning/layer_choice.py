@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy
 
 from xarch_kd.errors import CheckpointError, UsageError
-from xarch_kd.mapping_file.layer_choice import LayerStrategy, Metric
+from xarch_kd.mapping_file.layer_choice import CacheBudget, LayerStrategy, Metric
 
 Key = Literal["keep_attention", "replace"]
 
@@ -96,6 +96,8 @@ def kept_count(strategy: LayerStrategy, key: Key, layers: int) -> int:
     Raises UsageError for a budget that leaves nothing to choose, and for guards that it does not fit.
     """
     budget = strategy.budget
+    # Bytes are a number of layers since the configs were read (`with_count`).
+    assert not isinstance(budget, CacheBudget)
     chosen = budget if isinstance(budget, int) else math.floor(budget * layers + 0.5)
     if not 1 <= chosen < layers:
         instead = "all" if chosen >= layers else "none"
@@ -119,6 +121,31 @@ def kept_count(strategy: LayerStrategy, key: Key, layers: int) -> int:
             found=f"{chosen} of {layers} blocks to choose",
         )
     return chosen if key == "keep_attention" else layers - chosen
+
+
+def with_count(strategy: LayerStrategy, key: Key, layers: int, attention: int, recurrent: int) -> LayerStrategy:
+    """Return the strategy with a number of layers in place of bytes of cache: as much attention as fits.
+
+    `attention` and `recurrent` are the bytes that a layer of each kind keeps at the context of the budget. Raises
+    UsageError where the recurrent states alone do not fit, and where all or no layer could keep its attention.
+    """
+    budget = strategy.budget
+    if not isinstance(budget, CacheBudget):
+        return strategy
+    sizes = [kept * attention + (layers - kept) * recurrent for kept in range(layers + 1)]
+    fitting = [kept for kept, size in enumerate(sizes) if size <= budget.bytes]
+    kept = max(fitting, default=0)
+    if not 1 <= kept < layers:
+        found = "every layer may keep its attention" if kept else "not even one layer of attention fits"
+        if sizes[0] > budget.bytes:
+            found = f"recurrent states of all layers alone take {sizes[0]:,} bytes"
+        raise UsageError(
+            "The bytes of cache leave nothing to choose.",
+            asked=f"cache_bytes: {budget.cache_bytes} at {budget.at_context:,} tokens",
+            found=found,
+            allowed=f"{sizes[1]:,} bytes (1 layer of attention) to {sizes[layers - 1]:,} bytes ({layers - 1} layers)",
+        )
+    return strategy.model_copy(update={"budget": kept if key == "keep_attention" else layers - kept})
 
 
 def choose_kept(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.schema import ConversionOptions, Paths
 from xarch_kd.models.in_place.teachers import WINDOW
 from xarch_kd.models.loading.load import meta_model
@@ -111,7 +112,8 @@ class ModelPair:
     stage may train; `inherits` is true for a student converted from the teacher, `fresh` for an untrained one;
     `calibration` is the number of tokens of a calibration pass; `custom` are the objects passed from Python;
     `warnings` are those of the conversion, `conversion` its options with a plain list of layers where the mapping has a
-    strategy, `selection` the measurements that the list follows from.
+    strategy, `strategy` that with a number or share of layers as its budget, `selection` the measurements that the list
+    follows from.
     """
 
     teacher: ModelHandle
@@ -125,4 +127,5 @@ class ModelPair:
     custom: CustomObjects = field(default_factory=CustomObjects)
     warnings: tuple[str, ...] = ()
     conversion: ConversionOptions | None = None
+    strategy: LayerStrategy | None = None
     selection: LayerSelection | None = None

@@ -8,17 +8,19 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from xarch_kd.errors import UsageError
-from xarch_kd.mapping_file.layer_choice import LayerStrategy
+from xarch_kd.mapping_file.layer_choice import CacheBudget, LayerStrategy
 from xarch_kd.mapping_file.schema import ConversionOptions, MappingFile, Paths
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, mapping_error
+from xarch_kd.models.cache_size import cache_layers
 from xarch_kd.models.conversion.convert import plan_conversion
 from xarch_kd.models.fresh import FreshConfigError, fresh_config
-from xarch_kd.models.loading.load import check_files, load_config, read_student_config
+from xarch_kd.models.loading.load import DTYPES, check_files, load_config, meta_model, read_student_config
 from xarch_kd.models.mamba_ssm.config import mamba_ssm_config
 from xarch_kd.planning.custom import CustomObjects
-from xarch_kd.planning.layer_choice import LayerSelection, unmeasured_kept
+from xarch_kd.planning.layer_choice import LayerSelection, unmeasured_kept, with_count
 from xarch_kd.planning.models import ModelHandle, ModelPair, replaced_layers
 from xarch_kd.planning.problems import located, one_line
+from xarch_kd.taps.layout import layout_of
 
 
 def resolve_models(
@@ -36,7 +38,8 @@ def resolve_models(
     teacher = _handle(
         mapping.teacher.model, config, mapping.teacher.paths, mapping.teacher.dtype, ("teacher",), source_map
     )
-    conversion = _with_layers(mapping, config, selection, source_map)
+    strategy = _strategy(mapping, teacher, source_map)
+    conversion = _with_layers(mapping, strategy, teacher.depth, selection, source_map)
     source = _student_source(mapping, conversion, config, source_map)
     if mapping.student.format == "mamba_ssm":
         with located(("student", "format"), source_map):
@@ -59,19 +62,43 @@ def resolve_models(
         custom=custom,
         warnings=source.warnings,
         conversion=conversion,
+        strategy=strategy,
         selection=selection,
     )
 
 
+def _strategy(mapping: MappingFile, teacher: ModelHandle, source_map: SourceMap | None) -> LayerStrategy | None:
+    """Return the strategy that chooses layers, with a number of layers in place of bytes of cache."""
+    conversion = mapping.student.convert
+    if conversion is None or not isinstance(conversion.selection, LayerStrategy):
+        return None
+    strategy, key = conversion.selection, conversion.selection_key
+    if not isinstance(strategy.budget, CacheBudget):
+        return strategy
+    with located(("student", "convert"), source_map):
+        planned = plan_conversion(teacher.config, mixer=conversion.mixer, target=conversion.target, keep_attention=[0])
+    layers = cache_layers(layout_of(meta_model(planned.config)))
+    tokens, dtype = strategy.budget.at_context, DTYPES[mapping.student.dtype]
+    sizes = [layer.size(tokens, dtype) for layer in layers[: teacher.depth]]
+    try:
+        return with_count(strategy, key, teacher.depth, sizes[0], max(sizes[1:]))
+    except UsageError as error:
+        place = ("student", "convert", key, "budget")
+        raise mapping_error([Problem(place, one_line(error))], source_map) from None
+
+
 def _with_layers(
-    mapping: MappingFile, teacher: PreTrainedConfig, selection: LayerSelection | None, source_map: SourceMap | None
+    mapping: MappingFile,
+    strategy: LayerStrategy | None,
+    layers: int,
+    selection: LayerSelection | None,
+    source_map: SourceMap | None,
 ) -> ConversionOptions | None:
     """Return the conversion with a list of layers in place of a strategy."""
     conversion = mapping.student.convert
-    if conversion is None or not isinstance(conversion.selection, LayerStrategy):
+    if conversion is None or strategy is None:
         return conversion
-    strategy, key = conversion.selection, conversion.selection_key
-    layers = int(teacher.get_text_config().num_hidden_layers)  # type: ignore[arg-type]  # of every family's config
+    key = conversion.selection_key
     try:
         kept = unmeasured_kept(strategy, key, layers, seed=mapping.seed)
     except UsageError as error:

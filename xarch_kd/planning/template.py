@@ -20,7 +20,7 @@ teacher:
 student:
   convert:
     mixer: {mixer}
-    keep_attention: {keep_attention}
+    {selection}
 data:                               # one of: builtin | files | dataset | mixture
   mixture:                          # e.g. - {{files: ["texts/*.txt"], weight: 0.5}}
     - {{builtin: python-docs, weight: 0.25}}
@@ -65,10 +65,12 @@ def mapping_text(
     teacher: str,
     *,
     mixer: str = "mamba2",
-    keep_attention: str = "every 4",
+    keep_attention: str | None = None,
     revision: str | None = None,
 ) -> str:
     """Return a mapping file that converts `teacher`; `keep_attention` is of the mapping file's language or `0, 4, 8`.
+
+    By default half of the layers are replaced, chosen by measurement at the start of training.
 
     Only the teacher's config is read. Raises `ModelError` for a teacher that cannot be read, `UsageError` for blocks
     that it lacks or when every block would keep its attention.
@@ -77,6 +79,20 @@ def mapping_text(
         raise UsageError("there is no conversion to this mixer", asked=mixer, allowed=", ".join(RECIPES))
     config = load_config(teacher, revision).get_text_config()
     depth = int(config.num_hidden_layers)  # type: ignore[arg-type]
+    longest = getattr(config, "max_position_embeddings", None)
+    return TEMPLATE.format(
+        teacher=_scalar(teacher),
+        revision=f"  revision: {json.dumps(revision)}\n" if revision is not None else "",
+        mixer=mixer,
+        selection=_selection(keep_attention, depth),
+        sequence_length=min(256, longest) if isinstance(longest, int) else 256,
+    )
+
+
+def _selection(keep_attention: str | None, depth: int) -> str:
+    """Return the line of the mapping file that selects layers. Raises `UsageError` if every block would stay as is."""
+    if keep_attention is None:
+        return f"replace: {{strategy: sensitivity, budget: {depth // 2}}}" if depth > 1 else "replace: all"
     listed = _LIST.fullmatch(keep_attention)
     selection = [int(number) for number in listed[1].split(",")] if listed else keep_attention
     if len(kept_layers(depth, keep_attention=selection)) == depth:
@@ -85,14 +101,7 @@ def mapping_text(
             asked=f"keep_attention: {keep_attention}, of {depth} blocks",
             fix='for example "every 4", or a list of the blocks that keep it',
         )
-    longest = getattr(config, "max_position_embeddings", None)
-    return TEMPLATE.format(
-        teacher=_scalar(teacher),
-        revision=f"  revision: {json.dumps(revision)}\n" if revision is not None else "",
-        mixer=mixer,
-        keep_attention=_scalar(selection) if isinstance(selection, str) else selection,
-        sequence_length=min(256, longest) if isinstance(longest, int) else 256,
-    )
+    return f"keep_attention: {_scalar(selection) if isinstance(selection, str) else selection}"
 
 
 def write_mapping(path: Path, text: str) -> None:
