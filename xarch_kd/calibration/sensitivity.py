@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -185,13 +185,20 @@ def _greedy(
             for layer in measured:
                 effect = substituted.exchanged(layer)
                 costs[layer] = (float(effect.kl.mean() - base.kl.mean()), effect.recall - base.recall)
-            names = {"kl": [costs[layer][0] for layer in measured], "recall": [costs[layer][1] for layer in measured]}
-            best = min(zip(ranks(names, strategy.metric), measured, strict=True))[1]
+            best = _cheapest(measured, costs, strategy)[0]
             order.append(best)
             open_layers.discard(best)
             if number + 1 < rounds:
                 substituted.rebase(order)
-            cheap = sorted(open_layers, key=lambda layer: costs[layer][0])
-            measured = sorted(cheap[: max(1, math.ceil(len(cheap) / 3))])
+                measured = _cheapest(open_layers, costs, strategy)[: max(1, math.ceil(len(open_layers) / 3))]
             work.advance()
     return [costs[layer] for layer in range(count)], order
+
+
+def _cheapest(layers: Collection[int], costs: Mapping[int, tuple[float, float]], strategy: LayerStrategy) -> list[int]:
+    """Return blocks in the order of their costs by the strategy's metric, the one that costs least first."""
+    listed = sorted(layers)
+    scores = ranks(
+        {"kl": [costs[layer][0] for layer in listed], "recall": [costs[layer][1] for layer in listed]}, strategy.metric
+    )
+    return [layer for _, layer in sorted(zip(scores, listed, strict=True))]

@@ -83,6 +83,7 @@ class SubstitutedTeacher:
         """
         return self._effect([rows.windowed(layer) for rows in self._rows])
 
+    @torch.no_grad()
     def base_effect(self) -> Effect:
         """Return the effect of the base."""
         return self._effect([rows.end for rows in self._rows])

@@ -56,10 +56,7 @@ def input_warnings(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
 
 
 def selection_notices(mapping: MappingFile, models: ModelPair) -> Iterator[str]:
-    """Yield what is to know of the choice of layers: that it is still to be made, or that it replaces the first ones.
-
-    The first blocks suffer most from a new mixer: `benchmarks/results/selection-cpu.md`.
-    """
+    """Yield what is to know of the choice of layers: that it is still to be made, or replaces the first ones."""
     conversion = mapping.student.convert
     if conversion is None:
         return
