@@ -340,7 +340,8 @@ def _branch_fits(label: str, value: Any) -> bool:
         return isinstance(value, tuple)
     if label.startswith("literal[") or label == "str":
         return isinstance(value, str)
-    return isinstance(value, dict)
+    # A mapping was not written for a branch of numbers.
+    return isinstance(value, dict) and label not in ("int", "float")
 
 
 def _some_branch_fits(annotation: Any, value: Any) -> bool:
