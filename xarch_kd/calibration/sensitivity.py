@@ -37,7 +37,7 @@ LIST_ROWS: Final = 1
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredText:
-    """Text that the effect of new mixers is measured on: ids [rows, time], where the KL is computed, recall rows.
+    """Text that effects of new mixers are measured on: [rows, time], places of the KL, and rows that test recall.
 
     `hashes` are those of the documents that the text is of.
     """
