@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.calibration.recall_rows import SHORTEST, RecallRows, recall_rows
-from xarch_kd.calibration.substitution import SubstitutedTeacher
+from xarch_kd.calibration.substitution import SINKS, WINDOW, SubstitutedTeacher
 from xarch_kd.data.batches import Batch
 from xarch_kd.data.rows import Rows, rows_of_tokens, select_rows
 from xarch_kd.errors import ConversionError, DataError
@@ -151,6 +151,14 @@ def _one_at_a_time(
     """
     count = len(substituted.teacher.blocks)
     is_one_in = strategy.strategy == "one_in"
+    if strategy.strategy == "window" and substituted.row_length <= WINDOW + SINKS:
+        raise DataError(
+            "A window changes nothing in rows that are no longer than it.",
+            asked="strategy: window",
+            found=f"rows of {substituted.row_length} tokens",
+            allowed=f"more than {WINDOW + SINKS} tokens",
+            fix="raise data.sequence_length and the strategy's tokens, or use strategy: sensitivity",
+        )
     own = substituted.own
     if is_one_in:
         substituted.rebase(range(count))

@@ -63,6 +63,11 @@ class SubstitutedTeacher:
         self._own = torch.log_softmax(self._logits(self._rows[0].end, compared), -1)
         self.own = self._effect([rows.end for rows in self._rows])
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row of text."""
+        return self._compared.shape[1]
+
     @torch.no_grad()
     def rebase(self, replaced: Collection[int]) -> None:
         """Keep the inputs of all blocks with new mixers in `replaced`."""
