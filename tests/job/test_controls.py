@@ -77,7 +77,7 @@ def test_shuffled_is_the_loss_with_the_teachers_rows_exchanged(write_mapping: Wr
         from xarch_kd.data.batches import Batch
 
         batch = Batch(input_ids=ids)
-        features = own.reader.read(batch)
+        features: dict[Any, Any] = dict(own.reader.read(batch))
         exchanged = {site: feature if site.tap == shared else feature[[1, 2, 0]] for site, feature in features.items()}
         assert any(isinstance(site, Site) for site in exchanged)
         expected = own(batch=batch, features=exchanged).loss
@@ -94,10 +94,11 @@ def test_factors_that_rows_share_stay_and_a_single_row_is_shifted() -> None:
         dt=torch.rand(2, 6, 2, generator=drawn),
         D=torch.randn(2, generator=drawn),
     )
-    other = of_other_rows(mixing)
+    other: Any = of_other_rows(mixing)
     assert torch.equal(other.dense(), mixing.dense()[[1, 0]])
     row = torch.arange(6).view(1, 6, 1)
-    assert of_other_rows(row).flatten().tolist() == [3, 4, 5, 0, 1, 2]
+    shifted: Any = of_other_rows(row)
+    assert shifted.flatten().tolist() == [3, 4, 5, 0, 1, 2]
 
 
 @pytest.mark.parametrize(

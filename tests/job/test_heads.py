@@ -47,7 +47,7 @@ LOGITS = {**LOGIT_STAGE, "steps": 2, "train": ["all"]}
 
 def test_the_fitted_head_is_the_teachers_after_the_ridge_map_of_the_head_input() -> None:
     teacher, ids = tiny_model("llama"), torch.randint(0, 97, (8, 40), generator=torch.Generator().manual_seed(0))
-    student = fresh_model(tiny_config("mamba2", hidden_size=32, head_dim=8, tie_word_embeddings=False), seed=0)
+    student: Any = fresh_model(tiny_config("mamba2", hidden_size=32, head_dim=8, tie_word_embeddings=False), seed=0)
     sides = layout_of(teacher), layout_of(student)
     found = fit_head_map(*sides, [Batch(input_ids=part) for part in ids.split(3)])
     assert found.tokens == 8 * 36

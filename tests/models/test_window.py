@@ -86,7 +86,8 @@ def test_a_cache_of_bounded_size_gives_the_logits_of_one_pass(
     ids, mask = tokens(), torch.ones(2, TIME, dtype=torch.long)
     mask[0, :pads] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    parts, cache = [], None
+    parts: list[torch.Tensor] = []
+    cache: Any = None
     for start, stop in [(0, 4), (4, 9), *((index, index + 1) for index in range(9, TIME))]:
         given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         found = student(ids[:, start:stop], past_key_values=cache, use_cache=True, **given)
@@ -107,7 +108,7 @@ def test_a_cache_of_bounded_size_gives_the_logits_of_one_pass(
 
 @torch.no_grad()
 def test_generation_and_documents_in_one_row(llama: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    _, student = llama
+    student: Any = llama[1]
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = student.generate(tokens(), **options, use_cache=True)
     assert torch.equal(cached, student.generate(tokens(), **options, use_cache=False))
@@ -170,11 +171,12 @@ def test_a_mapping_file_trains_the_replaced_blocks(tmp_path: Path) -> None:
 
 def test_what_has_no_window_is_refused(llama: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     config = tiny_config("llama")
-    for options, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({**OPTIONS, "target": "bamba"}, "No stock class has a window"),
         ({"mixer": "window"}, r"needs its length(.|\n)*window: 512 and sinks: 4"),
         ({"mixer": "mamba2", "window": 4}, "Only the mixer window has a window"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(ConversionError, match=message):
             plan_conversion(config, replace=[1], **options)
     with pytest.raises(ConversionError, match=r"a window of its own in these blocks(.|\n)*in blocks 0"):

@@ -27,9 +27,11 @@ class Adapters:
 
         self.student = student.model if isinstance(student, Layout) else student
         options = stage.lora.options
+        # A quotient by the rank is all that is made of it, so it need not be whole.
+        alpha: Any = options.rank if options.alpha is None else options.alpha
         config = LoraConfig(
             r=options.rank,
-            lora_alpha=options.rank if options.alpha is None else options.alpha,
+            lora_alpha=alpha,
             target_modules=list(stage.lora.modules),
         )
         with torch.random.fork_rng(devices=[]):

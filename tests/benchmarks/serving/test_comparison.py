@@ -44,11 +44,10 @@ def test_an_answer_that_differs() -> None:
 
 
 def test_the_continuation_is_that_of_generate() -> None:
-    model, prompt = tiny_model("llama"), [3, 1, 4, 1, 5]
+    model: Any = tiny_model("llama")
+    prompt = [3, 1, 4, 1, 5]
     chosen, top = continuations(model, [prompt], tokens=4, top=5)
-    generated = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        torch.tensor([prompt]), max_new_tokens=4, min_new_tokens=4, do_sample=False
-    )
+    generated = model.generate(torch.tensor([prompt]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert chosen[0] == generated[0, len(prompt) :].tolist()
     assert all(
         max(step, key=lambda token: step[token]) == str(own) for step, own in zip(top[0], chosen[0], strict=True)

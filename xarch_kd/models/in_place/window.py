@@ -165,7 +165,7 @@ def _window_layer(cache: Any, config: Any, window: int, head: int) -> WindowLaye
     cache.layers.extend(DynamicLayer() for _ in range(len(cache.layers), config.num_hidden_layers))
     for index in replaced:
         if not isinstance(cache.layers[index], WindowLayer):
-            if cache.layers[index].is_initialized:
+            if getattr(cache.layers[index], "is_initialized", True):
                 raise ConversionError("The cache holds tokens of another model.", found=type(cache).__name__)
             cache.layers[index] = WindowLayer(window, head)
     first = cache.layers[config.replaced_layers[0]]

@@ -50,9 +50,9 @@ def equal_bamba_config(config: PreTrainedConfig) -> BambaConfig:
     is_rotary = values.position_embedding_type == "rope"
     if not is_rotary:
         rope = {"rope_type": "proportional", "rope_theta": rope["rope_theta"]}
+    own: dict[str, Any] = {name: getattr(values, name) for name in SAME} | {"head_dim": _head_dim(config)}
     return BambaConfig(
-        **{name: getattr(values, name) for name in SAME},
-        **{"head_dim": _head_dim(config)},
+        **own,
         architectures=["BambaForCausalLM"],
         tie_word_embeddings=values.tie_word_embeddings and _is_unscaled(config),
         intermediate_size=values.shared_intermediate_size,
