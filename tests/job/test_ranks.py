@@ -62,9 +62,11 @@ def row_by_row(found: dict[str, Any]) -> dict[str, Any]:
     In bfloat16 the gradient of a micro-batch is rounded before it is added to others.
     """
     stages = [
-        {**stage, "gradient_accumulation": 2 * stage.get("gradient_accumulation", 1)} for stage in found["stages"]
+        {**stage, "batch_size": 1, "gradient_accumulation": 2 * stage.get("gradient_accumulation", 1)}
+        for stage in found["stages"]
     ]
-    return {**found, "data": {**found["data"], "batch_size": 1}, "stages": stages}
+    # What is fitted to calibration text before a stage reads batches of the data's own size, as on each rank.
+    return {**found, "stages": stages}
 
 
 @pytest.fixture(scope="module")

@@ -53,13 +53,16 @@ def test_a_run_from_a_dict_carries_its_metrics(run: Run) -> None:
             event["parts"],
         )
         assert stage.seconds is not None and stage.peak_bytes is not None
-    result = json.loads((run.path / "evaluation.json").read_text())["likelihood"][0]
+    measured = json.loads((run.path / "evaluation.json").read_text())
+    result, copying = measured["likelihood"][0], measured["copying"]
     expected = {f"{name}/loss": event["loss"] for name, event in last.items()}
     expected |= {f"{name}/{part}": value for name, event in last.items() for part, value in event["parts"].items()}
     expected |= {
         "held-out/teacher": result["teacher_nll"],
         "held-out/student": result["student_nll"],
         "held-out/difference": result["difference"],
+        "copying/teacher": copying["teacher"],
+        "copying/student": copying["student"],
     }
     assert run.metrics == expected
     assert run.is_finished and run.evaluation is not None

@@ -173,7 +173,8 @@ def test_a_converted_student_shares_the_teachers_dimensions(
     [
         ({"projector": "linear"}, ["weight", "weight"]),
         ({"projector": {"kind": "linear", "init": "random"}}, []),
-        ({"projector": "mlp"}, []),
+        # Pairs of its hidden units are the nearest linear map.
+        ({"projector": "mlp"}, ["inner", "inner_bias", "outer"] * 2),
         (
             {"tap": "mixing", "loss": {"kind": "attention_bridge"}, "layers": [{"student": 0, "teacher": 1}]},
             ["weight"] * 2,
