@@ -61,8 +61,6 @@ def specimens(run: Path) -> list[Specimen]:
     return [
         _demo(run / "student") if (run / "student" / "config.json").is_file() else _untrained(),
         Specimen(model_type="mamba2", option="pure", write=functools.partial(_fresh, "mamba2", MAMBA2)),
-        Specimen(model_type="qwen3_5_text", option="hybrid", write=tiny("qwen3", {"head_dim": 64}, "gated_delta")),
-        Specimen(model_type="qwen3_5_text", option="norms made linear", write=tiny("llama", {}, "gated_delta")),
         Specimen(model_type="granitemoehybrid", option="attention biases", write=tiny("qwen2", {})),
         Specimen(
             model_type="granitemoehybrid",
@@ -79,6 +77,8 @@ def specimens(run: Path) -> list[Specimen]:
         Specimen(model_type="granitemoehybrid", option="exported layer names", write=_renamed),
         Specimen(model_type="bamba", option="hybrid", write=tiny("llama", {}, target="bamba")),
         Specimen(model_type="llama", option="Transformer", write=functools.partial(_fresh, "llama", SIZES)),
+        Specimen(model_type="qwen3_5_text", option="hybrid", write=tiny("qwen3", {"head_dim": 64}, "gated_delta")),
+        Specimen(model_type="qwen3_5_text", option="norms made linear", write=tiny("llama", {}, "gated_delta")),
     ]
 
 
