@@ -77,7 +77,9 @@ def test_a_signal_before_the_first_step_is_no_loss_that_is_hidden(
     write_mapping: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mapping = write_mapping()
-    monkeypatch.setattr("xarch_kd.job.train.load_models", lambda *given, **options: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "xarch_kd.job.train.load_models", lambda *given, **options: os.kill(os.getpid(), signal.SIGTERM)
+    )
     with pytest.raises(Interrupted, match="resumes at step 1 of stage 'mixers', of which no step is saved"):
         train(mapping, tmp_path / "run")
 
