@@ -1,4 +1,4 @@
-"""What llama.cpp computes from a GGUF file, in numpy: its graphs of one sequence, token by token where recurrent.
+"""Graphs of llama.cpp for a GGUF file in numpy: one sequence, token by token where recurrent.
 
 Written from `src/models/*.cpp` of https://github.com/ggml-org/llama.cpp. Only the file is read, by the package gguf.
 """
