@@ -24,6 +24,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 # Read when triton is first imported: kernels run in its interpreter, on the CPU. On a GPU: TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Which colors a terminal gets is the tests' own choice, in subprocesses too.
+for variable in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(variable, None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has a processor of its own; threads of several would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

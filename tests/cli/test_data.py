@@ -101,10 +101,7 @@ def test_an_error_of_the_file_is_that_of_a_run(tmp_path: Path, teacher: Path, xa
     ],
     ids=["isolated", "joined", "colored"],
 )
-def test_what_is_to_be_predicted_is_visible(
-    color: bool, isolated: bool, row: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
+def test_what_is_to_be_predicted_is_visible(color: bool, isolated: bool, row: str) -> None:
     tokenizer = tiny_tokenizer()
     ids = [*tokenizer(QUESTION)["input_ids"], *tokenizer(ANSWER)["input_ids"], tokenizer.eos_token_id]
     counted = [False] * len(QUESTION) + [True] * (len(ANSWER) + 1)
