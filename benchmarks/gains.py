@@ -1,6 +1,6 @@
 """Cache, times and memory of students with some attention layers replaced, against their teacher, by context length.
 
-    python -m benchmarks.gains [--seconds 240] [--output benchmarks/results/gains-cpu.json]
+    python -m benchmarks.gains [--seconds 240] [--dtype bfloat16] [--output benchmarks/results/gains-cpu.json]
 
 It writes the results, their table, and the same table in README.md.
 
@@ -44,6 +44,7 @@ def main() -> None:
         prog="python -m benchmarks.gains", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=240.0, help="time for each student")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of both models")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -59,7 +60,7 @@ def main() -> None:
             student,
             {},
             suites=["speed"],
-            speed=Speed(lengths=tuple(arguments.lengths), seconds=arguments.seconds),
+            speed=Speed(lengths=tuple(arguments.lengths), seconds=arguments.seconds, dtype=arguments.dtype),
             reporter=Reporter(console),
         )
         assert evaluation.speed is not None

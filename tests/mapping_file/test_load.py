@@ -247,7 +247,8 @@ CASES = {
     "no is text": (
         "builtin: python-docs",
         "builtin: no",
-        "map.yaml:10:12: data.builtin: 'no' is not python-docs | python-sources | licences | library-docs | copy.",
+        "map.yaml:10:12: data.builtin: 'no' is not python-docs | python-sources | framework-docs | licences | "
+        "library-docs | copy.",
     ),
     "accidental dedent": (
         "teacher:\n  model: ./teacher\n  dtype: bfloat16\n",

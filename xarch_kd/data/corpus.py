@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,12 @@ from xarch_kd.mapping_file.text import Generated, Text
 LICENSED = ("torch", "numpy", "scipy", "transformers", "safetensors", "pydantic", "einops", "Jinja2", "rich", "typer")
 
 # Folders of numpy whose docstrings are used as out-of-domain documentation.
-DOCUMENTED = ("fft", "lib", "linalg", "polynomial")
+MEASURED_DOCS = {"numpy": ("fft", "lib", "linalg", "polynomial")}
+# Folders of other dependencies whose docstrings are varied prose to train on.
+TRAINED_DOCS = {
+    "torch": (".", "autograd", "distributions", "func", "nn", "nn/modules", "nn/utils", "optim", "utils/data"),
+    "transformers": (".", "data", "generation", "utils"),
+}
 SHORTEST_DOCSTRING = 400
 
 # Shorter paragraphs (headings, signatures) may recur in the held-out part.
@@ -109,13 +114,23 @@ def licences() -> Corpus:
 
 def library_docs() -> Corpus:
     """Return the longer docstrings of numpy as installed here, in the order of their hashes: mixed, but fixed."""
-    root = Path(next(iter(importlib.util.find_spec("numpy").submodule_search_locations or ())))  # type: ignore[union-attr]
-    files = sorted(file for folder in DOCUMENTED for file in (root / folder).glob("*.py"))
-    texts = {hashlib.sha256(text.encode()).hexdigest(): text for file in files for text in _docstrings(file)}
+    return _documentation("library-docs", "docstrings of a library (numpy)", MEASURED_DOCS)
+
+
+def framework_docs() -> Corpus:
+    """Return the longer docstrings of torch and transformers as installed here, in the order of their hashes."""
+    return _documentation("framework-docs", "docstrings of torch and transformers", TRAINED_DOCS)
+
+
+def _documentation(name: str, description: str, folders: Mapping[str, Sequence[str]]) -> Corpus:
+    texts: dict[str, str] = {}
+    for package, parts in folders.items():
+        spec = importlib.util.find_spec(package)
+        root = Path(next(iter((spec and spec.submodule_search_locations) or ())))
+        for file in sorted(file for part in parts for file in (root / part).glob("*.py")):
+            texts.update((hashlib.sha256(text.encode()).hexdigest(), text) for text in _docstrings(file))
     return Corpus(
-        name="library-docs",
-        description="docstrings of a library (numpy)",
-        documents=_without_repetition([texts[key] for key in sorted(texts)]),
+        name=name, description=description, documents=_without_repetition([texts[key] for key in sorted(texts)])
     )
 
 
@@ -147,5 +162,6 @@ BUILTIN: dict[str, Callable[[], Corpus]] = {
     "python-sources": python_sources,
     "licences": licences,
     "library-docs": library_docs,
+    "framework-docs": framework_docs,
     "copy": copy,
 }

@@ -26,7 +26,9 @@ class Text(ConfigModel):
     eos token; conversations begin and end as the chat template writes them. `generated` is for `builtin: copy`.
     """
 
-    builtin: Literal["python-docs", "python-sources", "licences", "library-docs", "copy"] | None = None
+    builtin: Literal["python-docs", "python-sources", "framework-docs", "licences", "library-docs", "copy"] | None = (
+        None
+    )
     generated: Generated | None = None
     files: tuple[str, ...] | None = None
     dataset: str | None = None

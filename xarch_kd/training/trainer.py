@@ -47,6 +47,7 @@ from xarch_kd.training.held_out import HeldOut, read_record
 from xarch_kd.training.loss_balancing import observe_gradients
 from xarch_kd.training.micro_batches import MicroBatchStream
 from xarch_kd.training.optimizer import build_optimizer, set_mode
+from xarch_kd.training.stage_setup import cpu_chunks
 
 # Every process holds all parameters and, once they are reduced, all gradients.
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -116,7 +117,8 @@ class StageTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
             self.state.global_step = step_of(checkpoint)
             return
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with cpu_chunks(self.aligner.student):
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def _had_stopped(self, checkpoint: Path) -> bool:
         """Return True if early stopping ended the stage at the step of a checkpoint."""
