@@ -137,7 +137,7 @@ def test_a_slow_product_is_timed_once_and_at_a_small_size_only(monkeypatch: pyte
 
     monkeypatch.setattr(cost, "_seconds_of_product", slow)
     for _ in range(2):
-        assert measured_rates("cpu", []).per_second == {"float32": pytest.approx(1e9)}
+        assert measured_rates("cpu", []).per_second == {"float32": pytest.approx(1e9 * torch.get_num_threads())}
     assert sizes == [192] * 3
 
 

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -125,22 +126,39 @@ def measured_rates(device: str, dtypes: Iterable[str]) -> Rates:
 
 @functools.cache
 def _product_rate(dtype: torch.dtype, device: str, threads: int) -> float:
-    """Return the rate of the largest square product that is expected to take at most PRODUCT_SECONDS on `threads`."""
+    """Return the rate of the largest square product that is expected to take at most PRODUCT_SECONDS.
+
+    On a CPU it is `threads` times that of one thread, by the time that this thread ran: other processes make threads
+    wait for each other, which can take far longer than a product and could make the faster of two dtypes seem slower.
+    """
     rate, seconds = 0.0, 0.0
     for size in PRODUCT_SIZES:
         # Each size is 8 times the work of the one before.
         if 8 * seconds > PRODUCT_SECONDS:
             break
         left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-        seconds = min(_seconds_of_product(left, right) for _ in range(3))
+        with _one_thread(device):
+            seconds = min(_seconds_of_product(left, right) for _ in range(3))
         rate = 2 * size**3 / seconds
-    return rate
+    return rate * threads if device == "cpu" else rate
+
+
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
-    started = time.perf_counter()
+    clock = time.thread_time if left.device.type == "cpu" else time.perf_counter
+    started = clock()
     torch.mm(left, right).sum().item()
-    return max(time.perf_counter() - started, 1e-6)
+    return max(clock() - started, 1e-6)
 
 
 def stage_cost(work: StageWork, teacher: ModelHandle, student: ModelHandle, rates: Rates) -> Cost:
