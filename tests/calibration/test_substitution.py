@@ -105,6 +105,29 @@ def test_other_strategies(strategy: str) -> None:
         assert scored[second].kl == pytest.approx(kl[min(first, second), max(first, second)] - kl[first,], rel=1e-3)
 
 
+def test_gates_need_the_attention_where_the_new_mixer_is_another() -> None:
+    teacher = tiny_model("llama")
+    pool = mixer_pool(teacher, ConversionOptions(mixer="mamba2", replace=(0,)), seed=0)
+    # The new block 1 is the teacher's own, so that its share changes nothing.
+    found = SubstitutedTeacher(layout_of(teacher), {**pool, 1: layout_of(teacher)}, TEXT, COMPARED, RECALL)
+    shares = torch.tensor([0.3, 0.6, 0.8], requires_grad=True)
+    (gradient,) = torch.autograd.grad(found.gated_divergence(shares, "both"), [shares])
+    assert float(found.gated_divergence(torch.ones(3), "both").detach()) == pytest.approx(0, abs=1e-5)
+    nothing = float(found.gated_divergence(torch.zeros(3), "kl").detach())
+    assert nothing == pytest.approx(float(found.effect([0, 2]).kl.mean()), rel=1e-4)
+    step = 0.01 * torch.eye(3)
+    moved = [[shares.detach() + sign * one for one in step] for sign in (1, -1)]
+    up, down = ([found.gated_divergence(each, "both").detach() for each in side] for side in moved)
+    slopes = [float(high - low) / 0.02 for high, low in zip(up, down, strict=True)]
+    assert gradient.tolist() == pytest.approx(slopes, rel=0.02, abs=2e-4)
+    options = LayerStrategy(strategy="gates", budget=1, steps=30)
+    scored = scored_layers(found, options, "replace", reporter=Reporter.silent())
+    assert [layer.kept for layer in scored] == [True, False, True]
+    assert scored[1].rank == 3
+    assert all(layer.gate is not None and 0 < layer.gate < 1 for layer in scored)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
 def test_a_window_needs_longer_rows() -> None:
     _, found = substituted("llama", "mamba2")
     options = LayerStrategy.model_validate({"strategy": "window", "budget": 2})

@@ -197,9 +197,9 @@ CASES = {
     ),
     "a strategy that is not there": (
         "every 2",
-        "{strategy: gates, budget: 1}",
-        "map.yaml:8:32: student.convert.keep_attention.strategy: 'gates' is not sensitivity | one_in | greedy | window "
-        "| uniform | random.",
+        "{strategy: logits, budget: 1}",
+        "map.yaml:8:32: student.convert.keep_attention.strategy: 'logits' is not sensitivity | one_in | greedy | gates "
+        "| window | uniform | random.",
     ),
     "a key that a strategy does not have": (
         "every 2",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from xarch_kd.calibration.gates import trained_gates
 from xarch_kd.calibration.recall_rows import SHORTEST, RecallRows, recall_rows
 from xarch_kd.calibration.substitution import SINKS, WINDOW, SubstitutedTeacher
 from xarch_kd.data.batches import Batch
@@ -127,6 +128,7 @@ def scored_layers(
 ) -> tuple[ScoredLayer, ...]:
     """Return what a new mixer in each block costs by the strategy, and which blocks keep their attention for it."""
     count = len(substituted.teacher.blocks)
+    gates: list[float] | None = None
     if strategy.strategy == "greedy":
         costs, order = _greedy(substituted, strategy, key, reporter)
         # The last one to be replaced would cost most.
@@ -134,10 +136,21 @@ def scored_layers(
     else:
         costs = _one_at_a_time(substituted, strategy, reporter)
         scores = ranks({"kl": [kl for kl, _ in costs], "recall": [recall for _, recall in costs]}, strategy.metric)
+    if strategy.strategy == "gates":
+        wanted = kept_count(strategy, key, count)
+        gates = trained_gates(substituted, wanted, strategy.metric, steps=strategy.steps, reporter=reporter)
+        scores = gates
     kept = choose_kept(strategy, key, count, scores)
     ranked = sorted(range(count), key=lambda layer: (-scores[layer], -layer))
     return tuple(
-        ScoredLayer(layer=layer, kl=kl, recall=recall, rank=ranked.index(layer) + 1, kept=layer in kept)
+        ScoredLayer(
+            layer=layer,
+            kl=kl,
+            recall=recall,
+            rank=ranked.index(layer) + 1,
+            kept=layer in kept,
+            gate=None if gates is None else gates[layer],
+        )
         for layer, (kl, recall) in enumerate(costs)
     )
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from xarch_kd.calibration.recall_rows import RecallRows
 from xarch_kd.errors import NonFiniteLoss, TapError
+from xarch_kd.mapping_file.layer_choice import Metric
+from xarch_kd.mixing.scan import recomputed
 from xarch_kd.taps.layout import Layout, head_logits, run_base
 from xarch_kd.taps.replay import BlockCall, block_calls, run_block
 from xarch_kd.taps.trace import trace
@@ -98,6 +100,23 @@ class SubstitutedTeacher:
         """Return the effect of new mixers in all of `replaced`."""
         return self._effect([rows.run(frozenset(replaced), 0, rows.start) for rows in self._rows])
 
+    def gated_divergence(self, shares: Tensor, metric: Metric) -> Tensor:
+        """Return the mean KL(teacher ‖ gated) in nats, where block l gives shares[l]·own + (1 − shares[l])·new.
+
+        By `kl` it is that of positions of text, by `recall` that of the tokens before recalled ones, by `both` their
+        sum. Gradients reach `shares` [blocks].
+        """
+        places = {"kl": self._compared, "recall": self.recall_rows.copies | self.recall_rows.values}
+        total = shares.new_zeros(())
+        for name, rows in zip(("kl", "recall"), self._rows, strict=True):
+            if metric in (name, "both"):
+                with torch.no_grad():
+                    own = torch.log_softmax(self._logits(rows.run(frozenset(), 0, rows.start), places[name]), -1)
+                found = torch.log_softmax(self._logits(rows.gated(shares), places[name]), -1)
+                divergence = torch.nn.functional.kl_div(found, own, log_target=True, reduction="none")
+                total = total + divergence.sum(-1).mean()
+        return total
+
     def _effect(self, hidden: Sequence[Tensor]) -> Effect:
         found = torch.log_softmax(self._logits(hidden[0], self._compared), -1)
         kl = torch.nn.functional.kl_div(found, self._own, log_target=True, reduction="none").sum(-1)
@@ -163,6 +182,18 @@ class _Rows:
     def run(self, replaced: frozenset[int], first: int, hidden: Tensor) -> Tensor:
         for layer in range(first, len(self.teacher.blocks)):
             hidden = self.block(layer, layer in replaced, hidden)
+        return hidden
+
+    def gated(self, shares: Tensor) -> Tensor:
+        """Return the blocks' result where each gives its share of the teacher's block and the rest of the new one."""
+        hidden = self.start
+        for layer in range(len(self.teacher.blocks)):
+
+            def mixed(hidden: Tensor, share: Tensor, layer: int = layer) -> Tensor:
+                own, new = (self.block(layer, is_new, hidden) for is_new in (False, True))
+                return own * share.to(own.dtype) + new * (1 - share).to(own.dtype)
+
+            hidden = recomputed(mixed, hidden, shares[layer])
         return hidden
 
     def rebase(self, base: frozenset[int]) -> None:

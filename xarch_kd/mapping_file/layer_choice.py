@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from xarch_kd.mapping_file.scalars import ConfigModel, LayerIndex
 
-ChoiceStrategy = Literal["sensitivity", "one_in", "greedy", "window", "uniform", "random"]
+ChoiceStrategy = Literal["sensitivity", "one_in", "greedy", "gates", "window", "uniform", "random"]
 Metric = Literal["kl", "recall", "both"]
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB)")
@@ -43,7 +43,8 @@ class LayerStrategy(ConfigModel):
     `sensitivity` puts one new mixer at a time into the teacher and keeps the attention of the layers that suffer most,
     by `metric`: the KL divergence on about `tokens` tokens of training text, the loss on text that is to be recalled,
     or the mean of both ranks. `one_in` puts one layer of attention at a time into a student without any, `greedy`
-    replaces one layer after another, the one that costs least beside those before it, and `window` measures as
+    replaces one layer after another, the one that costs least beside those before it, `gates` trains for `steps` steps
+    how much of each layer's attention a model needs that mixes it with the new mixers, and `window` measures as
     `sensitivity` does, with a sliding window of attention in place of the new mixer. `uniform` spaces the layers
     evenly, `random` draws them with `seed` (the run's by default). `always` and `never` are layers that are certainly
     chosen, or not; `spacing` is the smallest distance of two layers that keep attention.
@@ -56,6 +57,7 @@ class LayerStrategy(ConfigModel):
     spacing: Annotated[int, Field(ge=1)] = 1
     metric: Metric = "kl"
     tokens: Annotated[int, Field(ge=64)] = 512
+    steps: Annotated[int, Field(ge=1)] = 200
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
     @property
@@ -80,6 +82,8 @@ class LayerStrategy(ConfigModel):
         ignored = [name for name in ("metric", "tokens") if name in self.model_fields_set and not self.is_measured]
         if self.strategy == "uniform":
             ignored += [name for name in ("spacing", "seed") if name in self.model_fields_set]
+        if self.strategy != "gates":
+            ignored += [name for name in ("steps",) if name in self.model_fields_set]
         if self.strategy == "greedy":
             ignored += [name for name in ("spacing",) if name in self.model_fields_set]
         if ignored:

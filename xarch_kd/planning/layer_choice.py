@@ -21,7 +21,8 @@ class ScoredLayer:
     """Scores of one block: what the teacher loses when the block alone has a new mixer.
 
     `kl` is the mean KL divergence per token, in nats; `recall` the rise of the loss per token on text that is to be
-    recalled, in nats. `rank` counts from 1, the block that loses most.
+    recalled, in nats. `rank` counts from 1, the block that loses most. `gate` is the trained share of its attention, by
+    the strategy `gates`.
     """
 
     layer: int
@@ -29,6 +30,7 @@ class ScoredLayer:
     recall: float
     rank: int
     kept: bool
+    gate: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

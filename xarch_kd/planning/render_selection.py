@@ -11,14 +11,16 @@ from xarch_kd.planning.layer_choice import ComparedSet, LayerSelection
 
 def render_selection(selection: LayerSelection) -> RenderableType:
     """Return both tables of a selection."""
+    has_gates = any(layer.gate is not None for layer in selection.layers)
     scores = _table(
         f"Layers chosen by {selection.strategy} ({selection.metric}), {selection.tokens:,} tokens: nats per token that "
         "one new mixer costs",
-        ("layer", "kl", "recall", "rank", "attention"),
+        ("layer", "kl", "recall", *(("gate",) if has_gates else ()), "rank", "attention"),
     )
     for layer in selection.layers:
+        gate = () if layer.gate is None else (f"{layer.gate:.2f}",)
         kept = "kept" if layer.kept else ""
-        scores.add_row(str(layer.layer), f"{layer.kl:.4f}", f"{layer.recall:+.3f}", str(layer.rank), kept)
+        scores.add_row(str(layer.layer), f"{layer.kl:.4f}", f"{layer.recall:+.3f}", *gate, str(layer.rank), kept)
     sets = _table(
         "Choices compared on other text, untrained (copying of the teacher: "
         f"{selection.teacher_copying:.2f}; difference: KL minus that of the chosen layers, 95 % interval over rows)",
