@@ -39,7 +39,7 @@ def trained_gates(
             loss = substituted.gated_divergence(shares, metric) + weight * shares.mean()
             (gates.grad,) = torch.autograd.grad(loss, [gates])
             optimizer.step()
-            if step % DOUBLED_AFTER == DOUBLED_AFTER - 1 and float(shares.sum()) > kept:
+            if step % DOUBLED_AFTER == DOUBLED_AFTER - 1 and float(shares.detach().sum()) > kept:
                 weight *= 2
             work.advance()
     return gates.detach().sigmoid().tolist()
