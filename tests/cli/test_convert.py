@@ -28,6 +28,15 @@ def test_a_converted_folder_loads_as_a_stock_model(teacher: Path, tmp_path: Path
     assert done.out.startswith(f"{output}: GraniteMoeHybridForCausalLM, ")
 
 
+def test_sizes_that_a_server_needs_are_options(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
+    output = tmp_path / "student"
+    given = ("--expand", "2", "--no-proj-bias", "--n-groups", "1")
+    done = xarch_kd("convert", teacher, "--replace", "1", "--output", output, *given)
+    assert done.code == 0, done.err
+    config = AutoModelForCausalLM.from_pretrained(output).config
+    assert (config.mamba_expand, config.mamba_proj_bias, config.mamba_n_groups) == (2, False, 1)
+
+
 def test_exactly_one_selection(teacher: Path, tmp_path: Path, xarch_kd: XarchKd) -> None:
     for options in ([], ["--replace", "1", "--keep-attention", "all"]):
         done = xarch_kd("convert", teacher, "--output", tmp_path / "student", *options)

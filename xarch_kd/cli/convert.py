@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from xarch_kd.errors import UsageError, printable, renamed
+from xarch_kd.mapping_file.mixer_sizes import Mamba2Options
 from xarch_kd.mapping_file.schema import MixerName, TargetName
 
 
@@ -33,6 +34,15 @@ def command(
     sinks: Annotated[
         int, typer.Option(min=0, help="With --mixer window: the number of first tokens that stay visible.")
     ] = 0,
+    expand: Annotated[
+        int | None, typer.Option(min=1, help="With --mixer mamba2: its channels by the hidden size; llama.cpp needs 2.")
+    ] = None,
+    proj_bias: Annotated[
+        bool, typer.Option(help="With --mixer mamba2: biases of its projections; llama.cpp needs none.")
+    ] = True,
+    n_groups: Annotated[
+        int | None, typer.Option(min=1, help="With --mixer mamba2: groups of heads that share B and C; mlx-lm needs 1.")
+    ] = None,
     init: Annotated[
         Literal["attention", "random"], typer.Option(help="Initialization of the new mixers.")
     ] = "attention",
@@ -42,18 +52,8 @@ def command(
     initialisation: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Convert a Transformer into a hybrid checkpoint of a stock class, with new, untrained mixers."""
-    if initialisation is not None:
-        raise UsageError(
-            renamed("--initialisation", "--init", kind="option"), asked=initialisation, fix=f"--init {initialisation}"
-        )
-    if (keep_attention is None) == (replace is None):
-        raise UsageError(
-            "Exactly one of --keep-attention and --replace must be given.",
-            found="neither" if replace is None else "both",
-            fix='e.g. --keep-attention "every 4", or --replace 6,13,20,27',
-        )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is not an empty folder.", fix="give a new folder as --output")
+    _check(output, keep_attention, replace, initialisation)
+    sizes = Mamba2Options(expand=expand, proj_bias=proj_bias, n_groups=n_groups)
 
     from xarch_kd.cli.console import make_console, quiet_libraries
 
@@ -77,6 +77,7 @@ def command(
             replace=selection(replace),
             window=window,
             sinks=sinks,
+            mamba2=sizes.model_dump(exclude_defaults=True) or None,
             init=init,
             seed=seed,
             dtype=getattr(torch, dtype),
@@ -85,6 +86,22 @@ def command(
     save_student(student, load_tokenizer(teacher, revision), output)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     print(printable(f"{output}: {type(student).__name__}, {parameters:,} parameters, untrained"))
+
+
+def _check(output: Path, keep_attention: str | None, replace: str | None, initialisation: str | None) -> None:
+    """Raise UsageError for options that exclude each other, and for a folder that holds something."""
+    if initialisation is not None:
+        raise UsageError(
+            renamed("--initialisation", "--init", kind="option"), asked=initialisation, fix=f"--init {initialisation}"
+        )
+    if (keep_attention is None) == (replace is None):
+        raise UsageError(
+            "Exactly one of --keep-attention and --replace must be given.",
+            found="neither" if replace is None else "both",
+            fix='e.g. --keep-attention "every 4", or --replace 6,13,20,27',
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not an empty folder.", fix="give a new folder as --output")
 
 
 def selection(text: str | None) -> str | list[int] | None:
