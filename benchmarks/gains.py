@@ -86,7 +86,7 @@ def table(result: dict[str, Any]) -> list[str]:
     for index, context in enumerate(first["contexts"]):
         cells = [_cell(context["teacher"]), *(_cell(each["contexts"][index]["student"]) for each in students.values())]
         lines.append(f"| {context['tokens']:,} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"{name}: {each['gains']}." for name, each in students.items())]
+    return [*lines, "", f"All in {first['dtype']}.", *(f"{name}: {each['gains']}." for name, each in students.items())]
 
 
 def with_table(page: str, lines: list[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from benchmarks.gains import README, RESULTS, STUDENTS, table, with_table
 from xarch_kd.evaluation.speed_suite import ContextFigures, ModelFigures, SpeedResult, speed_to_json
 from xarch_kd.evaluation.timing import Timing
@@ -34,6 +36,7 @@ def test_a_cell_has_prefill_decoding_and_cache() -> None:
         "| 1,024 | 0.25 s, 250 ms, 4 MiB | 0.12 s, 125 ms, 2 MiB | 0.12 s, 125 ms, 2 MiB |",
         "| 8,192 | 32 MiB | 16 MiB | 16 MiB |",
         "",
+        "All in bfloat16.",
         "half: smaller.",
         "most: smaller.",
     ]
@@ -46,6 +49,8 @@ def test_the_readme_has_the_recorded_table() -> None:
     assert RESULTS.with_suffix(".md").read_text().splitlines() == lines
     page = README.read_text()
     assert with_table(page, lines) == page and with_table(page, ["none"]) != page
-    # Bytes are the same on every machine.
-    for context in next(iter(result["students"].values()))["contexts"]:
-        assert context["teacher"]["cache_bytes"] == context["tokens"] * 30 * 2 * 3 * 64 * 2
+    # Bytes are the same on every machine: keys and values of 3 heads of 64 in 30 layers.
+    first = next(iter(result["students"].values()))
+    for context in first["contexts"]:
+        number = getattr(torch, first["dtype"]).itemsize
+        assert context["teacher"]["cache_bytes"] == context["tokens"] * 30 * 2 * 3 * 64 * number
