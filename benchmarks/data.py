@@ -86,8 +86,8 @@ def opened(path: Path, store: Path) -> Any:
     from xarch_kd.mapping_file.schema import Text
     from xarch_kd.run.report import Reporter
 
-    reporter = Reporter(Console(file=io.StringIO()))
-    return open_documents(Text(files=(str(path),)), tokenizer_of(path.parent), reporter=reporter, cache=store)
+    text, tokenizer = Text(files=(str(path),)), tokenizer_of(path.parent)
+    return open_documents(text, tokenizer, reporter=Reporter(Console(file=io.StringIO())), cache=store)
 
 
 def timed(compute: Callable[[], object]) -> float:
@@ -132,10 +132,13 @@ def second_start(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
 def speed(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     """Return the tokens per second of a new store, relative to those of `datasets.map`, both from a JSONL file.
 
-    Both use the threads of the tokenizer in one process.
+    Both use one process per processor that may be used.
     """
     import datasets
 
+    from xarch_kd.data.workers import available_processors
+
+    processes = available_processors()
     datasets.disable_progress_bars()
     tokenizer, path = tokenizer_of(folder), folder / "speed.jsonl"
     write_texts(path, sizes["speed_tokens"])
@@ -145,6 +148,7 @@ def speed(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
         rows.map(
             lambda batch: {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]},
             batched=True,
+            num_proc=processes,
             remove_columns=["text"],
         )
 
@@ -153,7 +157,12 @@ def speed(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
         ours.append(timed(lambda number=number: opened(path, folder / f"ours-{number}")))
         theirs.append(timed(lambda number=number: mapped(folder / f"theirs-{number}")))
     ratio = statistics.median(theirs) / statistics.median(ours)
-    return {"tokenization ÷ datasets.map": ratio, "seconds": ours, "seconds of datasets.map": theirs}
+    return {
+        "tokenization ÷ datasets.map": ratio,
+        "processes": processes,
+        "seconds": ours,
+        "seconds of datasets.map": theirs,
+    }
 
 
 def reading(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from xarch_kd.data import identity, sources
 from xarch_kd.data.documents import TokenizedDocuments
 from xarch_kd.data.sources import open_documents
+from xarch_kd.data.tokenization import DocumentTokenizer
 from xarch_kd.errors import DataError, UsageError
 from xarch_kd.mapping_file.schema import Text
 from xarch_kd.run.report import Reporter
@@ -264,3 +266,56 @@ def test_datasets_that_are_none_are_refused(opened: Any, tmp_path: Path) -> None
         opened(Text(dataset=str(tmp_path / "a.jsonl")))
     with pytest.raises(DataError, match="there is no folder"):
         opened(Text(dataset=str(tmp_path / "absent")))
+
+
+def test_tokens_are_the_same_whatever_the_number_of_processes(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xarch_kd.data.tokenization.BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("xarch_kd.data.long_text.LONGEST_CALL", 50)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    rows = [{"messages": [{"role": "user", "content": f"number {n}"}, {"role": "assistant", "content": "x" * n}]}
+            for n in range(1, 40)]  # fmt: skip
+    path = str(write(tmp_path / "a.jsonl", rows))
+    found = []
+    for processes in (1, 2, 3):
+        reporter, seen = Reporter(Console(file=io.StringIO())), tmp_path / f"cache-{processes}"
+        found.append(open_documents(Text(files=(path,)), tokenizer, reporter=reporter, cache=seen, processes=processes))
+    assert len({documents.fingerprint for documents in found}) == 1 and len(found[0]) == len(rows)
+    assert found[1].hashes.tolist() == found[0].hashes.tolist()
+    text, mask = found[2].ids(38), found[2].counted(38)
+    assert mask is not None and tokenizer.decode(text[mask]) == f"assistant:{'x' * 39}\n"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def test_workers_are_other_processes_and_one_that_is_killed_is_reported(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xarch_kd.data.tokenization.BATCH_DOCUMENTS", 1)
+    here, calls = os.getpid(), tmp_path / "calls"
+    prepare = DocumentTokenizer.prepare
+
+    def noted(self: DocumentTokenizer, batch: Any) -> Any:
+        with calls.open("a") as file:
+            file.write(f"{os.getpid()} {os.environ.get('TOKENIZERS_PARALLELISM')}\n")
+        if os.getpid() != here and batch[0].text == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if batch[0].text == "wrong":
+            raise DataError("row 9: wrong", found="this", fix="that")
+        return prepare(self, batch)
+
+    monkeypatch.setattr(DocumentTokenizer, "prepare", noted)
+
+    def open_rows(last: str) -> TokenizedDocuments:
+        path = write(tmp_path / f"{last}.jsonl", [*({"text": f"row {n}"} for n in range(8)), {"text": last}])
+        reporter = Reporter(Console(file=io.StringIO()))
+        return open_documents(Text(files=(str(path),)), tokenizer, reporter=reporter, cache=tmp_path, processes=2)
+
+    assert len(open_rows("fine")) == 9
+    seen = [line.split() for line in calls.read_text().splitlines()]
+    assert [pid == str(here) for pid, _ in seen] == [True] * 4 + [False] * 5
+    assert {value for pid, value in seen if pid != str(here)} == {"false"}
+    with pytest.raises(DataError, match=r"ended before its batch was done[\s\S]*processes: 1"):
+        open_rows("kill")
+    with pytest.raises(DataError, match="row 9: wrong\n  found:   this\n  fix:     that"):
+        open_rows("wrong")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,21 +13,16 @@ from xarch_kd.data.corpus import builtin_corpus
 from xarch_kd.data.documents import TokenizedDocuments
 from xarch_kd.data.hub import NamedDataset
 from xarch_kd.data.identity import file_states, files_identity, sha256_json, tokenizer_identity
-from xarch_kd.data.long_text import LongText
 from xarch_kd.data.paths import FoundFiles, find_files
 from xarch_kd.data.reading import read_records
 from xarch_kd.data.records import Record
 from xarch_kd.data.shapes import Shapes, wanted_columns
 from xarch_kd.data.store import DamagedStore, StoreWriter, cache_folder, locked, open_store, write_store
-from xarch_kd.data.tokenization import DocumentTokenizer, TokenizedPart
+from xarch_kd.data.tokenization import DocumentTokenizer
+from xarch_kd.data.workers import default_processes, tokenized
 from xarch_kd.errors import DataError
 from xarch_kd.mapping_file.schema import Text
 from xarch_kd.run.report import Reporter
-
-# The tokenizer uses all processors; a second thread has work for it while the first makes Python lists of its ids.
-THREADS: Final = 2
-# Batches that are tokenized, or wait for it, while the next is read.
-AHEAD: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +38,19 @@ class _Source:
 
 
 def open_documents(
-    text: Text, tokenizer: PreTrainedTokenizerBase, *, reporter: Reporter, cache: Path | None = None
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reporter: Reporter,
+    cache: Path | None = None,
+    processes: int | None = None,
 ) -> TokenizedDocuments:
     """Return the documents of a text source as token ids, from the token store where they are in it.
 
-    `cache` is the folder of the token store, by default `cache_folder()`. A store that is damaged is written again,
-    with a notice. Notices about documents that were left out are printed through `reporter` at every start.
+    `cache` is the folder of the token store, by default `cache_folder()`. `processes` tokenize a text of more than four
+    million characters, by default one per processor that this process may use; the tokens are the same. A store that
+    is damaged is written again, with a notice. Notices about documents that were left out are printed through
+    `reporter` at every start.
 
     Raises:
         DataError: the source cannot be read or has no text, a document does not fit, no token is to be predicted, a
@@ -70,7 +70,7 @@ def open_documents(
         except DamagedStore as damage:
             if folder.exists():
                 reporter.line(f"the token store {folder} is damaged ({damage}): the text is tokenized again")
-            write_store(folder, lambda new: _write(new, source, text, tokenizer, reporter))
+            write_store(folder, lambda new: _write(new, source, text, tokenizer, reporter, processes))
             documents, notices = open_store(folder, name=source.name, description=source.description)
     for notice in (*source.notices, *notices):
         reporter.line(f"{source.name}: {notice}")
@@ -125,13 +125,21 @@ def _file_records(found: FoundFiles, text: Text) -> Iterator[Record]:
         yield from read_records(file, wanted_columns(text))
 
 
-def _write(folder: Path, source: _Source, text: Text, tokenizer: PreTrainedTokenizerBase, reporter: Reporter) -> None:
+def _write(
+    folder: Path,
+    source: _Source,
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+    processes: int | None,
+) -> None:
     """Tokenize the source into a new store. Raises DataError as `open_documents` does."""
     before = file_states(source.files())
     documents = DocumentTokenizer(tokenizer, text)
     writer = StoreWriter(folder, limit=len(tokenizer))
     with reporter.work(f"tokenizing {source.name}", None, "tokens") as work:
-        for tokens in writer.write(_parts(documents, Shapes(text).documents(source.records()))):
+        batches = documents.batches(Shapes(text).documents(source.records()))
+        for tokens in writer.write(tokenized(documents, batches, processes or default_processes())):
             work.at(tokens)
     if file_states(source.files()) != before:
         raise DataError(f"a file of '{source.name}' changed while it was read", fix="start again when it is complete")
@@ -157,20 +165,3 @@ def _write(folder: Path, source: _Source, text: Text, tokenizer: PreTrainedToken
             fix="train_on: all, or data with labels other than -100",
         )
     writer.finish(notices)
-
-
-def _parts(documents: DocumentTokenizer, source: Iterable[Any]) -> Iterator[TokenizedPart]:
-    """Yield what documents are as token ids, in order; the next batches are read while others are tokenized."""
-    pending: deque[Future[list[TokenizedPart]]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for batch in documents.batches(source):
-            is_long = isinstance(batch, LongText)
-            while len(pending) >= (1 if is_long else AHEAD):
-                yield from pending.popleft().result()
-            if is_long:
-                # Its pieces are still to be read, before anything that follows.
-                yield from documents.tokenize(batch)
-            else:
-                pending.append(pool.submit(lambda batch=batch: list(documents.tokenize(batch))))
-        while pending:
-            yield from pending.popleft().result()

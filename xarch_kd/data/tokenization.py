@@ -39,7 +39,7 @@ class TokenizedPart:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
     """A document that is ready for the tokenizer: its text, or the ids and labels that it has already."""
 
     text: RenderedText | None
@@ -51,11 +51,25 @@ class _Prepared:
     place: str
 
 
+@dataclass(frozen=True, slots=True)
+class ShortText:
+    """A plain text that one call of the tokenizer takes, with the hash [8 bytes] of its content."""
+
+    place: str
+    text: str
+    digest: bytes
+
+
+# Documents of a batch before templates and tokenizer, which processes can send each other.
+RawDocument = ShortText | PromptCompletion | Conversation | TokenIds
+RawBatch = list[RawDocument]
+
+
 class DocumentTokenizer:
     """Tokenizer of documents as a text source of a mapping file sets it: `train_on`, `bos`, `eos`.
 
-    `blank` counts the plain texts without a character that is no blank, which are left out. Batches may be tokenized in
-    several threads.
+    `blank` counts the texts without a character that is no blank, which are left out. Prepared batches may be tokenized
+    in several threads, and a copy of this object in another process gives the same tokens.
 
     Raises DataError for `bos: always` or `eos: always` with a tokenizer that has no such token.
     """
@@ -79,58 +93,71 @@ class DocumentTokenizer:
         adds_bos = self._bos == "always" or (self._bos == "auto" and bool(self._front))
         return adds_bos or self._eos == "never" or self.tokenizer.eos_token_id is not None
 
-    def batches(self, documents: Iterable[Document]) -> Iterator[list[_Prepared] | LongText]:
-        """Yield documents in batches for `tokenize`: of one call of the tokenizer each, or one long text."""
-        batch: list[_Prepared] = []
+    def batches(self, documents: Iterable[Document]) -> Iterator[RawBatch | LongText]:
+        """Yield documents in batches for `tokenize`, of one call of the tokenizer each, or one long text.
+
+        Texts without a character that is no blank are left out and counted.
+        """
+        batch: RawBatch = []
         size = 0
         for document in documents:
-            long = LongText(document) if isinstance(document, PlainText) else None
-            if long is not None and not long.is_short:
+            raw = self._raw(document)
+            if isinstance(raw, LongText):
                 if batch:
                     yield batch
                 batch, size = [], 0
-                yield long
+                yield raw
                 continue
-            prepared = self._prepare(document, long)
-            if prepared is None:
+            if raw is None:
                 continue
-            batch.append(prepared)
-            size += len(prepared.text.text) if prepared.text else 0
+            batch.append(raw)
+            size += _characters(raw)
             if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
                 yield batch
                 batch, size = [], 0
         if batch:
             yield batch
 
-    def tokenize(self, batch: list[_Prepared] | LongText) -> Iterator[TokenizedPart]:
-        """Yield what one batch is as token ids."""
-        if isinstance(batch, LongText):
-            yield from self._long(batch)
-            return
+    def prepare(self, batch: RawBatch) -> list[Prepared]:
+        """Return the documents of a batch as texts for the tokenizer, conversations through the chat template."""
+        return [self._prepare(document) for document in batch]
+
+    def tokenize(self, batch: RawBatch | LongText) -> Iterator[TokenizedPart]:
+        """Return what one batch is as token ids."""
+        return self._long(batch) if isinstance(batch, LongText) else self.encode(self.prepare(batch))
+
+    def encode(self, batch: list[Prepared]) -> Iterator[TokenizedPart]:
+        """Yield what prepared documents are as token ids."""
         texts = [prepared.text for prepared in batch if prepared.text is not None]
         found = iter(encoded(self.tokenizer, texts)) if texts else iter(())
         for prepared in batch:
             ids, counted = next(found) if prepared.text is not None else (prepared.ids, prepared.counted)
             yield self._finished(prepared, ids, counted)
 
-    def _prepare(self, document: Document, short: LongText | None) -> _Prepared | None:
+    def _raw(self, document: Document) -> RawDocument | LongText | None:
+        """Return a document with all of its text, or the beginning of a long one; None for blanks."""
+        if isinstance(document, PlainText):
+            long = LongText(document)
+            if not long.is_short:
+                return long
+            is_blank = not long.start.strip()
+            raw: RawDocument = ShortText(document.place, long.start, long.digest)
+        else:
+            is_blank = isinstance(document, PromptCompletion) and not (document.prompt + document.completion).strip()
+            raw = document
+        self.blank += is_blank
+        return None if is_blank else raw
+
+    def _prepare(self, document: RawDocument) -> Prepared:
         match document:
-            case PlainText():
-                assert short is not None
+            case ShortText(place=place, text=text, digest=digest):
                 if self.train_on in ("completions", "assistant"):
-                    raise self._without_parts(document.place, "plain text has no")
-                if not short.start.strip():
-                    self.blank += 1
-                    return None
-                text = RenderedText(document.place, short.start)
-                return _prepared(document.place, text, content=short.digest)
+                    raise self._without_parts(place, "plain text has no")
+                return _prepared(place, RenderedText(place, text), content=digest)
             case PromptCompletion(place=place, prompt=prompt, completion=completion):
                 if self.train_on == "assistant":
                     raise self._without_parts(place, "prompt and completion have no")
                 text = prompt + completion
-                if not text.strip():
-                    self.blank += 1
-                    return None
                 spans = None if self.train_on == "all" else ((len(prompt), len(text)),)
                 content = content_digest([prompt, completion])
                 return _prepared(place, RenderedText(place, text, spans), content=content)
@@ -145,7 +172,7 @@ class DocumentTokenizer:
                 ends = counted is None or counted[-1]
                 return _prepared(place, None, ids=ids, counted=counted, content=content, is_chat=True, ends=ends)
 
-    def _conversation(self, document: Conversation) -> _Prepared:
+    def _conversation(self, document: Conversation) -> Prepared:
         train_on = self.train_on
         if train_on == "auto":
             train_on = "assistant" if document.completion is None else "completions"
@@ -157,7 +184,7 @@ class DocumentTokenizer:
         text = self._chat.render(document, train_on)
         return _prepared(document.place, text, content=content, is_chat=True, ends=ends)
 
-    def _finished(self, prepared: _Prepared, ids: Any, counted: Any) -> TokenizedPart:
+    def _finished(self, prepared: Prepared, ids: Any, counted: Any) -> TokenizedPart:
         """Return the token ids of a document with the bos and eos tokens that its settings give it."""
         front, back = self._around(ids, is_chat=prepared.is_chat)
         dropped = self._dropped(ids, is_chat=prepared.is_chat)
@@ -227,6 +254,19 @@ class DocumentTokenizer:
         )
 
 
+def _characters(document: RawDocument) -> int:
+    """Return about how many characters of a document go through the tokenizer."""
+    match document:
+        case ShortText(text=text):
+            return len(text)
+        case PromptCompletion(prompt=prompt, completion=completion):
+            return len(prompt) + len(completion)
+        case Conversation(messages=messages):
+            return sum(len(str(message.get("content"))) for message in messages)
+        case TokenIds(ids=ids):
+            return len(ids)
+
+
 def content_digest(content: Any) -> bytes:
     """Return the hash [8 bytes] of a document's content, from JSON values; a plain text's is that of its UTF-8."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=8).digest()
@@ -241,8 +281,8 @@ def _prepared(
     counted: list[bool] | None = None,
     is_chat: bool = False,
     ends: bool = True,
-) -> _Prepared:
-    return _Prepared(text, ids or [], counted, content, is_chat, ends, place)
+) -> Prepared:
+    return Prepared(text, ids or [], counted, content, is_chat, ends, place)
 
 
 def _added_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -44,7 +44,8 @@ def evaluated_inputs(plan: Plan, tokenizer: PreTrainedTokenizerBase, text: RunTe
 
 def mapping_fingerprint(plan: Plan) -> str:
     """Return the SHA-256 of the mapping file's content, without layout and comments, and of custom objects' names."""
-    content = plan.mapping.model_dump(mode="json")
+    # The number of processes that tokenize changes no token.
+    content = plan.mapping.model_dump(mode="json", exclude={"data": {"processes"}})
     names = plan.custom.qualified_names()
     if names:
         content["custom"] = names

@@ -106,13 +106,15 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
         sides = [_first_of(stream, plan)]
     else:
         share = data.held_out_share
-        documents = (open_documents(source, tokenizer, reporter=reporter) for source in sources)
+        documents = (
+            open_documents(source, tokenizer, reporter=reporter, processes=data.processes) for source in sources
+        )
         sides = [split_documents(part, share, seed=seed) for part in documents]
     parts = tuple(_packed(training, data) for training, _ in sides)
     held = tuple(held_out for _, held_out in sides if held_out is not None)
     trained_on = 0
     if data.evaluation is not None:
-        named = open_documents(data.evaluation, tokenizer, reporter=reporter)
+        named = open_documents(data.evaluation, tokenizer, reporter=reporter, processes=data.processes)
         seen = numpy.concatenate([documents.hashes for documents, _ in sides])
         held, trained_on = (named,), int(numpy.isin(named.hashes, seen).sum())
     elif len(held) != len(sides):
@@ -148,7 +150,7 @@ def evaluation_texts(
     rows: dict[str, Rows] = {HELD_OUT: held_out}
     descriptions = {HELD_OUT: held_out.description}
     for source in settings.also:
-        found = _held_out_rows(open_documents(source, tokenizer, reporter=reporter), data)
+        found = _held_out_rows(open_documents(source, tokenizer, reporter=reporter, processes=data.processes), data)
         rows[found.name] = found
         descriptions[found.name] = f"another kind: {found.description}"
     return {name: read_batches(part, settings.tokens, data.batch_size) for name, part in rows.items()}, descriptions
@@ -160,7 +162,9 @@ def named_hashes(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Repor
     What is held out of the training text itself is other text by construction.
     """
     also = () if plan.mapping.evaluate is None else plan.mapping.evaluate.also
-    named = [open_documents(source, tokenizer, reporter=reporter) for source in also]
+    named = [
+        open_documents(source, tokenizer, reporter=reporter, processes=plan.mapping.data.processes) for source in also
+    ]
     if plan.mapping.data.evaluation is not None:
         named += text.held_out_documents
     return {int(value) for documents in named for value in documents.hashes}

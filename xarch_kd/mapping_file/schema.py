@@ -177,10 +177,11 @@ class Data(Text):
     """Training text: tokenized by the teacher's tokenizer, packed into rows of `sequence_length` tokens.
 
     `mixture` has several sources, drawn by weight. `packing`: rows cut across documents (`wrapped`), documents kept
-    whole where they fit (`best_fit`), or one document per row (`none`). With `documents: isolated`, no document of a
-    row is read in the context of another. `held_out` is the share of documents kept for evaluation, chosen by a hash of
-    their content, 0.1 unless `evaluation` names other text for it; `batch_size` is rows per micro-batch. With
-    `streaming`, a dataset is read and tokenized while it is trained on, in its own order. With `order: shared` all
+    whole where they fit (`best_fit`), or one document per row (`none`). With `documents: isolated`, no document of
+    a row is read in the context of another. `held_out` is the share of documents kept for evaluation, chosen by a
+    hash of their content, 0.1 unless `evaluation` names other text for it; `batch_size` is rows per micro-batch.
+    With `streaming`, a dataset is read and tokenized while it is trained on, in its own order. `processes`
+    tokenize, by default one per processor; the tokens are the same whatever their number. With `order: shared` all
     stages draw the same batches in the same order and keep the teacher's features in one cache.
     """
 
@@ -194,6 +195,7 @@ class Data(Text):
     held_out: Annotated[Number, Field(ge=0, lt=1)] | None = None
     evaluation: Text | None = None
     streaming: bool = False
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = None
     order: Literal["per_stage", "shared"] = "per_stage"
 
     @property
