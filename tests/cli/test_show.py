@@ -49,7 +49,7 @@ def run_folder(teacher: Path, tmp_path: Path) -> Path:
         by_position=(),
     )
     whole = Evaluation(
-        teacher="teacher", student="student", level=0.95, resamples=1000, seed=0, likelihood=(likelihood,)
+        teacher="teacher", student="student", level=0.95, resamples=1000, seed=0, results={"likelihood": (likelihood,)}
     )
     write_evaluation(whole, run / "evaluation.json")
     return run

@@ -65,7 +65,7 @@ def test_the_result_is_part_of_the_evaluation() -> None:
     copying = CopyingResult(
         lists=24, items=48, filler=64, teacher=0.5, student=0.4, difference=-0.1, low=-0.12, high=-0.08
     )
-    whole = Evaluation(teacher="T", student="S", level=0.95, resamples=9, seed=0, likelihood=(), copying=copying)
+    whole = Evaluation(teacher="T", student="S", level=0.95, resamples=9, seed=0, results={"copying": copying})
     assert from_json(to_json(whole)) == whole
     assert "copying: teacher 0.500, student 0.400, 80% of the teacher's; difference -0.100" in render_plain(whole)
     assert dataclasses.replace(copying, teacher=0.0).ratio is None

@@ -90,16 +90,23 @@ def test_json_comes_back_the_same(evaluation: Evaluation, tmp_path: Path) -> Non
     write_evaluation(evaluation, path)
     assert read_evaluation(path) == evaluation
     data = json.loads(path.read_text())
-    assert data["likelihood"][0]["teacher_perplexity"] == pytest.approx(evaluation.likelihood[0].teacher_perplexity)
+    assert data["results"]["likelihood"][0]["teacher_perplexity"] == pytest.approx(
+        evaluation.likelihood[0].teacher_perplexity
+    )
     assert [entry.name for entry in tmp_path.iterdir()] == ["evaluation.json"]
     hopeless = dataclasses.replace(evaluation.likelihood[0], student_nll=1e4, low=None, high=None, p_value=None)
-    extreme = dataclasses.replace(evaluation, likelihood=(hopeless,))
+    extreme = dataclasses.replace(evaluation, results={"likelihood": (hopeless,)})
     assert from_json(to_json(extreme)) == extreme
 
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("{", "not an evaluation"), ("[]", "not an evaluation"), ('{"format": 1}', "KeyError"), ('{"format": 9}', "9")],
+    [
+        ("{", "not an evaluation"),
+        ("[]", "not an evaluation"),
+        ('{"format": 2}', "KeyError"),
+        ('{"format": 1}', "another format"),
+    ],
 )
 def test_another_file_is_refused(text: str, word: str, tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
@@ -131,7 +138,7 @@ def test_both_kinds_of_text_are_shown_apart(evaluation: Evaluation) -> None:
 
 def test_markup_in_a_name_is_text(evaluation: Evaluation) -> None:
     odd = dataclasses.replace(evaluation.likelihood[0], text="[red]x[/]", description="[bold]")
-    assert "[red]x[/]" in shown(dataclasses.replace(evaluation, likelihood=(odd,)))
+    assert "[red]x[/]" in shown(dataclasses.replace(evaluation, results={"likelihood": (odd,)}))
 
 
 def test_the_fingerprint_stands_for_the_tokens(evaluation: Evaluation) -> None:

@@ -129,7 +129,7 @@ def test_a_model_that_does_not_run_with_a_cache_is_reported() -> None:
     assert result.contexts[0].student == ModelFigures(cache_bytes=None, batch=None)
     assert result.contexts[0].teacher.cache_bytes is not None
     assert [line for line in result.notices if "RwkvForCausalLM returns no cache" in line]
-    evaluation = Evaluation(teacher="T", student="S", level=0.95, resamples=1, seed=0, speed=result)
+    evaluation = Evaluation(teacher="T", student="S", level=0.95, resamples=1, seed=0, results={"speed": result})
     assert "96 KiB → ?" in shown(evaluation) and "cache is smaller" not in shown(evaluation)
 
 
@@ -177,7 +177,7 @@ def test_a_table_with_times() -> None:
         prefill_from=None,
         decode_from=150.0,
     )
-    evaluation = Evaluation(teacher="T", student="S", level=0.95, resamples=1, seed=0, speed=result)
+    evaluation = Evaluation(teacher="T", student="S", level=0.95, resamples=1, seed=0, results={"speed": result})
     text = shown(evaluation)
     assert "33.4 ms → 33.4 ms" in text and "10.0 s → 9.0 s" in text and "1 MiB → 1 MiB" in text
     assert "the student's cache is smaller at no length up to 200 tokens" in text

@@ -47,7 +47,7 @@ def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: p
     assert "Not measured." in (run / "student" / "README.md").read_text()
     capsys.readouterr()
     assert main(["evaluate", str(run), "--tokens", "128", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)["results"]
     figures = printed["likelihood"][0]
     assert figures["text"] == "held-out"
     assert figures["rows"] == 128 // 16
@@ -62,8 +62,8 @@ def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: p
 
 def test_one_suite_is_measured_and_others_keep_their_figures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--suites", "speed", "--lengths", "16,32", "--seconds", "30", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["likelihood"] is None
+    figures = json.loads(capsys.readouterr().out)["results"]
+    assert "likelihood" not in figures
     assert [(entry["tokens"], entry["student"]["decode"]["repeats"]) for entry in figures["speed"]["contexts"]] == [
         (16, 12),
         (32, 12),

@@ -53,7 +53,7 @@ def test_a_run_from_a_dict_carries_its_metrics(run: Run) -> None:
             event["parts"],
         )
         assert stage.seconds is not None and stage.peak_bytes is not None
-    measured = json.loads((run.path / "evaluation.json").read_text())
+    measured = json.loads((run.path / "evaluation.json").read_text())["results"]
     result, copying = measured["likelihood"][0], measured["copying"]
     expected = {f"{name}/loss": event["loss"] for name, event in last.items()}
     expected |= {f"{name}/{part}": value for name, event in last.items() for part, value in event["parts"].items()}

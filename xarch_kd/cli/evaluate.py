@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from xarch_kd.errors import UsageError
+
+if TYPE_CHECKING:
+    from xarch_kd.mapping_file.schema import EvaluationSize
 
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by `xarch-kd train`.")],
     suites: Annotated[
         str | None,
-        typer.Option(metavar="NAME,…", help="likelihood, copying, speed; default: from the mapping file."),
+        typer.Option(metavar="NAME,…", help="likelihood, exposure, copying, speed; default: from the mapping file."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=64, help="Tokens of each text; default: from the mapping file.")
+        int | None,
+        typer.Option(
+            min=64, help="Tokens of each text, and those that a model writes; default: from the mapping file."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="quick or standard: prompts and tokens of the suites that sample.")
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(metavar="N,…", help="Context lengths of the suite speed, in tokens.")
@@ -40,7 +49,8 @@ def command(
 
     The suite likelihood reports negative log-likelihood and perplexity of both models on the same tokens, by position,
     with paired bootstrap intervals of the difference: on held-out text of the training corpus, and on each text under
-    `evaluate.also`. The suite copying reports how much of a list of random tokens each copies. The suite speed reports
+    `evaluate.also`. The suite exposure reports how much more the student errs on text that it wrote itself than on its
+    teacher's. The suite copying reports how much of a list of random tokens each copies. The suite speed reports
     bytes of cache, times of prefill and decoding, and peak memory by context length. Figures of a suite that is not
     named stay as they were measured before.
     """
@@ -55,6 +65,7 @@ def command(
         run,
         suites=None if suites is None else [name.strip() for name in suites.split(",") if name.strip()],
         tokens=tokens,
+        size=cast("EvaluationSize | None", size),  # checked there
         speed={name: value for name, value in given.items() if value is not None},
         console=console,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Final, get_args
 
 from xarch_kd.errors import check_table
-from xarch_kd.evaluation.base import Suite
+from xarch_kd.evaluation.base import Subjects, Suite
 from xarch_kd.evaluation.copying import CopyingResult, copying_lines, copying_markdown, measure_copying
+from xarch_kd.evaluation.cost import Cost
+from xarch_kd.evaluation.exposure import exposure_cost, measure_exposure
 from xarch_kd.evaluation.likelihood_suite import (
     likelihood_from_json,
     likelihood_markdown,
@@ -22,7 +25,35 @@ from xarch_kd.evaluation.speed_suite import (
     speed_tables,
     speed_to_json,
 )
+from xarch_kd.evaluation.suite_result import (
+    SuiteResult,
+    result_from_json,
+    result_markdown,
+    result_tables,
+    result_to_json,
+)
 from xarch_kd.mapping_file.schema import SuiteName
+
+
+def _suite(
+    name: str,
+    title: str,
+    measure: Callable[[Subjects], SuiteResult],
+    cost: Callable[[Subjects], Mapping[str, Cost]],
+    *,
+    needs_text: bool = True,
+) -> Suite:
+    """Return a suite whose result is a `SuiteResult`."""
+    return Suite(
+        measure=measure,
+        to_json=result_to_json,
+        from_json=result_from_json,
+        tables=lambda evaluation: result_tables(title, evaluation.results[name]),
+        markdown=lambda evaluation: result_markdown(title, evaluation.results[name]),
+        cost=cost,
+        needs_text=needs_text,
+    )
+
 
 # In the order in which they are measured and printed: `speed` rounds both models to its dtype, so it is the last.
 SUITES: Final[dict[str, Suite]] = {
@@ -33,12 +64,14 @@ SUITES: Final[dict[str, Suite]] = {
         tables=likelihood_tables,
         markdown=likelihood_markdown,
     ),
+    "exposure": _suite("exposure", "Exposure: errors on the student's own text", measure_exposure, exposure_cost),
     "copying": Suite(
         measure=measure_copying,
         to_json=dataclasses.asdict,
         from_json=lambda data: CopyingResult(**data),
         tables=copying_lines,
         markdown=copying_markdown,
+        needs_text=False,
     ),
     "speed": Suite(
         measure=measure_speed,
@@ -46,6 +79,7 @@ SUITES: Final[dict[str, Suite]] = {
         from_json=speed_from_json,
         tables=speed_tables,
         markdown=speed_markdown,
+        needs_text=False,
     ),
 }
 

@@ -1,11 +1,10 @@
-"""Result of an evaluation: one field per suite, its JSON, and its tables."""
+"""Results of an evaluation by suite, their JSON, and their tables."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.speed_suite import SpeedResult
 from xarch_kd.files import write_text
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results of each suite of `SUITES`, in a field of its name; empty or None for one that was not measured.
+    """Results by name of the suite, in the order of `SUITES`, without those that were not measured.
 
     `level`, `resamples` and `seed` are those of the intervals. Texts are in the given order.
     """
@@ -33,9 +32,22 @@ class Evaluation:
     level: float
     resamples: int
     seed: int
-    likelihood: tuple[LikelihoodResult, ...] = ()
-    copying: CopyingResult | None = None
-    speed: SpeedResult | None = None
+    results: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def likelihood(self) -> tuple[LikelihoodResult, ...]:
+        """The likelihood on each text, empty if it was not measured."""
+        return self.results.get("likelihood", ())
+
+    @property
+    def copying(self) -> CopyingResult | None:
+        """The accuracy of copying, None if it was not measured."""
+        return self.results.get("copying")
+
+    @property
+    def speed(self) -> SpeedResult | None:
+        """Bytes and times, None if they were not measured."""
+        return self.results.get("speed")
 
     def result(self, text: str) -> LikelihoodResult:
         """Return the likelihood on the text of that name."""
@@ -50,16 +62,17 @@ class Evaluation:
 
     def measured(self) -> Iterator[str]:
         """Yield the names of the suites that were measured, in the order of `SUITES`."""
-        yield from (name for name in SUITES if getattr(self, name))
+        yield from (name for name in SUITES if name in self.results)
 
 
 def to_json(evaluation: Evaluation) -> str:
     """Return the evaluation as indented JSON, perplexities included, ending with a newline."""
-    data = {field.name: getattr(evaluation, field.name) for field in dataclasses.fields(evaluation)}
-    measured = set(evaluation.measured())
-    for name, suite in SUITES.items():
-        data[name] = suite.to_json(data[name]) if name in measured else None
-    return json.dumps({"format": FORMAT, **data}, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    data = {
+        "format": FORMAT,
+        **{name: getattr(evaluation, name) for name in _FIELDS},
+        "results": {name: SUITES[name].to_json(evaluation.results[name]) for name in evaluation.measured()},
+    }
+    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def from_json(text: str, *, source: str = "evaluation") -> Evaluation:
@@ -67,16 +80,26 @@ def from_json(text: str, *, source: str = "evaluation") -> Evaluation:
     try:
         data = json.loads(text)
         if data["format"] != FORMAT:
-            raise DataError(f"{source} has another format.", found=data["format"], allowed=FORMAT)
-        values: dict[str, Any] = {
-            field.name: data[field.name] for field in dataclasses.fields(Evaluation) if field.name not in SUITES
+            raise DataError(
+                f"{source} has another format.",
+                found=data["format"],
+                allowed=FORMAT,
+                fix="measure again: xarch-kd evaluate RUN",
+            )
+        results = {
+            name: suite.from_json(data["results"][name]) for name, suite in SUITES.items() if name in data["results"]
         }
-        for name, suite in SUITES.items():
-            if data.get(name) is not None:
-                values[name] = suite.from_json(data[name])
-        return Evaluation(**values)
-    except (ValueError, KeyError, TypeError) as error:
+        unknown = sorted(set(data["results"]) - set(SUITES))
+        if unknown:
+            raise DataError(
+                f"{source} has results of unknown suites.", found=", ".join(unknown), allowed=", ".join(SUITES)
+            )
+        return Evaluation(**{name: data[name] for name in _FIELDS}, results=results)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{source} is not an evaluation.", found=f"{type(error).__name__}: {error}") from None
+
+
+_FIELDS = ("teacher", "student", "level", "resamples", "seed")
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:

@@ -123,7 +123,7 @@ def sample(
     seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(rows):
         raise UsageError("Each prompt needs one seed.", asked=f"{len(seeds)} seeds", found=f"{len(rows)} prompts")
-    ends = _end_tokens(model) if end_of_sequence is None else list(end_of_sequence)
+    ends = end_tokens(model) if end_of_sequence is None else list(end_of_sequence)
     found: dict[int, _Row] = {}
     with _eval_mode(model):
         for group in _groups([len(row) for row in rows], ignores_left_padding(model), batch_size):
@@ -315,7 +315,7 @@ def _check_prompts(model: PreTrainedModel, prompts: Sequence[Tensor], sampling: 
             )
 
 
-def _end_tokens(model: PreTrainedModel) -> list[int]:
+def end_tokens(model: PreTrainedModel) -> list[int]:
     """Return the end-of-sequence ids of the model's generation config."""
     settings = model.generation_config
     given = None if settings is None else settings.eos_token_id

@@ -15,12 +15,13 @@ from xarch_kd.errors import DataError, GateFailed, UsageError, suggest
 from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render, write_evaluation
+from xarch_kd.evaluation.sizes import SIZES
 from xarch_kd.job.card import write_card
 from xarch_kd.job.fingerprint import evaluated_inputs, teacher_inputs
 from xarch_kd.job.layer_choice import read_selection
 from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
 from xarch_kd.job.texts import HELD_OUT, RunText, evaluation_texts, run_text
-from xarch_kd.mapping_file.schema import Evaluate, Speed
+from xarch_kd.mapping_file.schema import Evaluate, EvaluationSize, Speed
 from xarch_kd.models.loading.load import DTYPES
 from xarch_kd.planning.context_lengths import speed_problems
 from xarch_kd.planning.plan import Plan
@@ -31,6 +32,7 @@ from xarch_kd.run.report import Reporter
 
 # Seconds of timing where the suite `speed` is named and its settings have none.
 NAMED_SECONDS: Final = 300.0
+_TEXT_SUITES: Final = tuple(name for name, suite in SUITES.items() if suite.needs_text)
 
 
 def evaluate(
@@ -38,14 +40,16 @@ def evaluate(
     *,
     suites: Sequence[str] | None = None,
     tokens: int | None = None,
+    size: EvaluationSize | None = None,
     speed: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Evaluation:
     """Measure the student of `run`, write `evaluation.json`, model card and manifest, and return the figures.
 
     `suites` are the names of those to measure (default: the mapping file's `evaluate.suites`); figures of other suites
-    stay as they were measured before. `tokens` bounds the tokens of each text (default: `evaluate.tokens`). `speed` are
-    keys of `evaluate.speed` to replace; where `suites` names `speed`, times are measured for up to 300 seconds unless
+    stay as they were measured before. `tokens` bounds the tokens of each text, and those that each model writes
+    (default: `evaluate.tokens`); `size` is that of the suites that sample (default: `evaluate.size`). `speed` are keys
+    of `evaluate.speed` to replace; where `suites` names `speed`, times are measured for up to 300 seconds unless
     `seconds` is given. Relative paths of the mapping file start where the run was trained.
 
     Raises UsageError when `run` is not a finished run folder, or its text, tokenizer or teacher is not the one that it
@@ -70,11 +74,11 @@ def evaluate(
         plan = plan_of_run(folder.mapping)
         if folder.selection.is_file():
             plan = selected_plan(plan, read_selection(folder.selection, plan))
-        settings = _settings(plan.mapping.evaluate or Evaluate(), suites, tokens, speed)
+        settings = _settings(plan.mapping.evaluate or Evaluate(), suites, tokens, size, speed)
         plan = replace(plan, mapping=plan.mapping.model_copy(update={"evaluate": settings}))
         _check_speed(plan)
         tokenizer = load_run_tokenizer(plan)
-        if "likelihood" in settings.suites:
+        if set(_TEXT_SUITES) & set(settings.suites):
             text = run_text(plan, tokenizer, reporter)
             inputs = evaluated_inputs(plan, tokenizer, text)
         else:
@@ -105,10 +109,16 @@ def _finished_run(path: Path) -> RunFolder:
 
 
 def _settings(
-    settings: Evaluate, suites: Sequence[str] | None, tokens: int | None, speed: Mapping[str, Any] | None
+    settings: Evaluate,
+    suites: Sequence[str] | None,
+    tokens: int | None,
+    size: EvaluationSize | None,
+    speed: Mapping[str, Any] | None,
 ) -> Evaluate:
     """Return the settings of a mapping file with what was given instead. Raises UsageError."""
-    changes: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+    changes: dict[str, Any] = {name: value for name, value in (("tokens", tokens), ("size", size)) if value is not None}
+    if size is not None and size not in SIZES:
+        raise UsageError(f"There is no size '{size}'.{suggest(size, SIZES)}", allowed=", ".join(SIZES))
     for name in suites or ():
         if name not in SUITES:
             raise UsageError(f"There is no suite '{name}'.{suggest(name, SUITES)}", allowed=", ".join(SUITES))
@@ -117,12 +127,12 @@ def _settings(
     if suites is not None:
         changes["suites"] = tuple(suites)
     chosen = changes.get("suites", settings.suites)
-    for given, suite in ((tokens, "likelihood"), (speed, "speed")):
-        if given and suite not in chosen:
+    for given, served in ((tokens or size, _TEXT_SUITES), (speed, ("speed",))):
+        if given and not set(served) & set(chosen):
             raise UsageError(
-                f"An option of the suite '{suite}' was given, which is not measured.",
+                f"An option of the suite '{served[0]}' was given, which is not measured.",
                 asked=f"suites {', '.join(chosen)}",
-                fix=f"name it too: --suites {','.join((*chosen, suite))}",
+                fix=f"name it too: --suites {','.join((*chosen, served[0]))}",
             )
     values = {**settings.speed.model_dump(), **(speed or {})}
     if suites is not None and "speed" in suites and not values["seconds"] and "seconds" not in (speed or {}):
@@ -155,7 +165,7 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
     tokenizer = load_run_tokenizer(plan)
     texts: dict[str, list[Batch]] = {}
     descriptions: dict[str, str] = {}
-    if "likelihood" in settings.suites:
+    if set(_TEXT_SUITES) & set(settings.suites):
         texts, descriptions = evaluation_texts(plan, tokenizer, reporter, text)
         sizes = {name: sum(batch.tokens for batch in batches) for name, batches in texts.items()}
         reporter.line(f"measuring on {', '.join(f'{tokens:,} tokens of {name}' for name, tokens in sizes.items())}")
@@ -185,14 +195,15 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
         tokenizer=tokenizer,
         copying=settings.copying,
         speed=settings.speed,
+        size=SIZES[settings.size].within(settings.tokens),
         reporter=reporter,
     )
     before = _earlier(folder.evaluation)
     if before is not None:
         for text_name in _changed_texts(before, evaluation):
             reporter.line(f"warning: {text_name} has other tokens than when the run was measured before")
-        kept = {name: getattr(before, name) for name in before.measured() if name not in settings.suites}
-        evaluation = replace(evaluation, **kept)
+        kept = {name: before.results[name] for name in before.measured() if name not in settings.suites}
+        evaluation = replace(evaluation, results={**evaluation.results, **kept})
     write_evaluation(evaluation, folder.evaluation)
     reporter.show(render(evaluation))
     return evaluation

@@ -1,0 +1,55 @@
+"""Cost of the suites of an evaluation, in tokens and in seconds, before it begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from xarch_kd.evaluation.rollouts import CPU_ROWS
+from xarch_kd.taps.layout import run_base
+
+if TYPE_CHECKING:
+    from xarch_kd.evaluation.base import Subjects
+
+# Tokens of the pass that is timed.
+TIMED_TOKENS: Final = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Work of each of the two models: tokens that it reads in whole rows, and steps of writing a batch of texts."""
+
+    read: int = 0
+    steps: int = 0
+
+
+def sampling_cost(prompts: int, prompt: int, tokens: int, *, read_by_both: bool = True) -> Cost:
+    """Return the cost of continuations of both models, each of which both models read."""
+    width = prompt + tokens
+    return Cost(read=prompts * (prompt + (2 * width if read_by_both else 0)), steps=-(-prompts // CPU_ROWS) * tokens)
+
+
+def total_cost(parts: Iterable[Mapping[str, Cost]]) -> Cost:
+    """Return the cost of all suites, parts of one name counted once."""
+    every = {name: cost for suite in parts for name, cost in suite.items()}
+    return Cost(read=sum(cost.read for cost in every.values()), steps=sum(cost.steps for cost in every.values()))
+
+
+@torch.inference_mode()
+def expected_seconds(subjects: Subjects, cost: Cost) -> float:
+    """Return about how long both models need for a cost, from one timed pass and one timed step of each."""
+    found = 0.0
+    for layout in subjects.layouts:
+        limit = getattr(layout.model.config.get_text_config(), "max_position_embeddings", None) or TIMED_TOKENS
+        times = []
+        for shape in ((1, 8), (1, min(TIMED_TOKENS, limit)), (CPU_ROWS, 1)):
+            ids = torch.ones(shape, dtype=torch.long, device=layout.head_weight.device)
+            began = time.perf_counter()
+            run_base(layout, ids)
+            times.append((time.perf_counter() - began) / shape[1])
+        found += cost.read * times[1] + cost.steps * times[2]
+    return found
