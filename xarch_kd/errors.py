@@ -77,12 +77,6 @@ class MappingFileError(UsageError):
         super().__init__("\n".join(self.problems))
 
 
-class NotMeasured(XarchError):
-    """A suite of an evaluation that these models or texts cannot serve."""
-
-    exit_code = 2
-
-
 class ModelError(XarchError):
     """A model, checkpoint or tokenizer that cannot be read or is not what was asked for."""
 

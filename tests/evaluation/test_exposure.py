@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from xarch_kd.errors import NotMeasured
 from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.exposure import accumulated_excess
+from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.evaluation.results import Evaluation, from_json, render, to_json
 from xarch_kd.evaluation.sizes import Size
 from xarch_kd.evaluation.suite_result import SuiteResult

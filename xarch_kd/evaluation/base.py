@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.data.batches import Batch
-from xarch_kd.errors import NotMeasured
 from xarch_kd.evaluation.cost import Cost
 from xarch_kd.evaluation.likelihood import ModelPaths
+from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.evaluation.rollouts import Rollouts, fitting_tokens, prompts_of, sample_both
 from xarch_kd.evaluation.sizes import SIZES, Size
 from xarch_kd.evaluation.statistics import LEVEL, RESAMPLES

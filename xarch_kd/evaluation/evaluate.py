@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.data.batches import Batch
-from xarch_kd.errors import NotMeasured
 from xarch_kd.evaluation.base import Subjects, Suite
 from xarch_kd.evaluation.cost import expected_seconds, total_cost
 from xarch_kd.evaluation.likelihood import ModelPaths, batches_of
+from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.results import Evaluation
 from xarch_kd.evaluation.sizes import SIZES, Size

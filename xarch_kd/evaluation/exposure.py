@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from xarch_kd.errors import NotMeasured
 from xarch_kd.evaluation.base import Subjects
 from xarch_kd.evaluation.cost import Cost, sampling_cost
+from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.evaluation.rollouts import Continuations, Rollouts, first_token, sample_both, sampled, scored, values_of
 from xarch_kd.evaluation.suite_result import Curve, Figure, SuiteResult, band, finite, line, signature_text
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from xarch_kd.data.batches import Batch
-from xarch_kd.errors import NotMeasured
 from xarch_kd.evaluation.divergences import NAMES, TokenDivergences, token_divergences
+from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.evaluation.sizes import Size
 from xarch_kd.generation.sampling import Sampling, end_tokens, sample
 
