@@ -11,6 +11,12 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Final, ParamSpec, TypeVar
 
+# Share of letters, in their order, from which on a word is taken for a misspelling; a word of how many letters may be
+# left unfinished, and one of how many may have two of them wrong.
+SIMILAR: Final = 0.85
+SHORT_WORD: Final = 4
+LONG_WORD: Final = 8
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -133,9 +139,37 @@ def _shown(name: object) -> str:
 
 
 def suggest(word: str, options: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the option closest to `word`, or an empty string."""
-    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return ` Did you mean 'x'?` for an option that `word` may be a misspelling of, or an empty string.
+
+    That is one at a distance of one letter (left out, added, exchanged or swapped with the next), two in words of at
+    least eight letters, one that it is the beginning of, or one that shares most letters with it in their order.
+    """
+    scored = {option: difflib.SequenceMatcher(None, word, option).ratio() for option in dict.fromkeys(options)}
+    near = [
+        option
+        for option, ratio in scored.items()
+        if ratio >= SIMILAR
+        or (len(word) >= SHORT_WORD and option.startswith(word))
+        or _misspelt(word, option) <= (2 if min(len(word), len(option)) >= LONG_WORD else 1)
+    ]
+    return f" Did you mean '{max(near, key=lambda option: scored[option])}'?" if near else ""
+
+
+def _misspelt(word: str, option: str) -> int:
+    """Return how many letters must be left out, added, exchanged or swapped with the next to get from one to another.
+
+    The distance of Damerau and Levenshtein without repeated changes of a letter; more than 2 need not be exact.
+    """
+    if abs(len(word) - len(option)) > 2:
+        return 3
+    before, row = list[int](), list(range(len(option) + 1))
+    for i, letter in enumerate(word, 1):
+        oldest, before, row = before, row, [i]
+        for j, other in enumerate(option, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other)))
+            if i > 1 and j > 1 and (letter, word[i - 2]) == (option[j - 2], other):
+                row[j] = min(row[j], oldest[j - 2] + 1)
+    return row[-1]
 
 
 def renamed(word: str, now: str, *, kind: str) -> str:

@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import xarch_kd
 from xarch_kd.errors import XarchError, printable
+from xarch_kd.mapping_file.answers import answer
 
 
 class CommandHelp(NamedTuple):
@@ -187,7 +188,9 @@ def _report(error: Exception) -> int:
         case typer.TyperException():
             context = getattr(error, "ctx", None)
             usage = f"\n{context.get_usage()}\nTry '{context.command_path} --help'." if context is not None else ""
-            text, code = error.format_message() + usage, 2
+            # An option of another tool is answered as a key of the mapping file would be.
+            instead = answer(getattr(error, "option_name", ""))
+            text, code = error.format_message() + (f"\nIn the mapping file: {instead}" if instead else "") + usage, 2
         case typer.Abort():
             text, code = "stopped", 130
         case OSError():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from xarch_kd.errors import renamed, suggest
+from xarch_kd.mapping_file.answers import answer
 from xarch_kd.mapping_file.scalars import ConfigModel
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.mapping_file.source_map import Problem, SourceMap, YamlPath, shortened
@@ -34,21 +36,6 @@ RENAMED: Final = {
     "initialisation": "init",
     "standardise": "standardize",
     "width": "hidden",
-}
-_DATA_PARALLEL = (
-    "not supported. Several processes train data-parallel: python -m torch.distributed.run --nproc-per-node 2 "
-    "-m xarch_kd train FILE --output FOLDER. Less memory: gradient_checkpointing: true, optimizer: {optim: adafactor}, "
-    "a smaller batch_size with gradient_accumulation"
-)
-_ADAPTERS = "not a key here. Name adapters in train of a stage: train: [{lora: {rank: 16, on: [attention, mlp]}}]"
-# Key of other training tools -> what to do instead.
-UNSUPPORTED: Final = {
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "zero_stage"), _DATA_PARALLEL),
-    **dict.fromkeys(("lora", "peft", "qlora", "peft_config", "lora_config"), _ADAPTERS),
-    "num_train_epochs": "not a key here. Use epochs in each stage",
-    "max_steps": "not a key here. Use steps in each stage",
-    "fp16": "not supported. Use precision: bfloat16 in the stage",
-    "bf16": "not a key here. Use precision: bfloat16 in the stage",
 }
 # Keys that discriminate between the parts of a union.
 TAGS = ("kind", "strategy")
@@ -126,11 +113,11 @@ def _unknown_key(place: YamlPath, data: Any) -> str:
     allowed = sorted(part.model_fields, key=lambda name: name not in TAGS) if part is not None else []
     if RENAMED.get(key) in allowed:
         return renamed(key, RENAMED[key], kind="key")
-    if key in UNSUPPORTED:
-        return UNSUPPORTED[key]
     suggestion = suggest(key, allowed)
     if suggestion:
         return f"unknown key.{suggestion}"
+    if instead := answer(key):
+        return instead
     siblings = _value_at(place[:-1], data)
     fields = part.model_fields if part is not None else {}
     for sibling, value in siblings.items() if isinstance(siblings, dict) else ():
@@ -140,7 +127,36 @@ def _unknown_key(place: YamlPath, data: Any) -> str:
                 return (
                     f"unknown key here. It is a key of '{sibling}', which is empty: indent it further than '{sibling}'."
                 )
-    return f"unknown key. Allowed here: {', '.join(allowed)}"
+    here = {step for step in place[-3:-1] if isinstance(step, str)}
+    elsewhere = sorted(_owners(key, MappingFile, "") - here)
+    owners = f" here, a key of {' and of '.join(elsewhere)}" if elsewhere else ""
+    return f"unknown key{owners}. Allowed here: {', '.join(allowed)}"
+
+
+def own_keys() -> frozenset[str]:
+    """Return all keys of the format, wherever they stand."""
+    return _keys(MappingFile)
+
+
+@functools.cache
+def _keys(part: type[ConfigModel]) -> frozenset[str]:
+    children = {child for field in part.model_fields.values() for child in _children(field.annotation)}
+    return frozenset(part.model_fields).union(*(_keys(child) for child in children))
+
+
+def _children(annotation: Any) -> Iterator[type[ConfigModel]]:
+    for option in _options(annotation):
+        yield from {"mapping": [option], "list": _item_parts(option)}.get(_kind(option), [])
+
+
+@functools.cache
+def _owners(key: str, part: type[ConfigModel], name: str) -> frozenset[str]:
+    """Return the keys whose mappings have `key`, below a part of that name."""
+    found = {name or "the file itself"} if key in part.model_fields else set()
+    for inner, field in part.model_fields.items():
+        for child in _children(field.annotation):
+            found |= _owners(key, child, inner)
+    return frozenset(found)
 
 
 def _missing_key(place: YamlPath, data: Any) -> str:
