@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from xarch_kd.cli.app import main
 from xarch_kd.errors import CheckpointError, DataError, Interrupted, MappingFileError, UsageError
+from xarch_kd.files import read_tensors
 from xarch_kd.job import layer_choice
 from xarch_kd.job.evaluate import evaluate
 from xarch_kd.job.run import Run
@@ -83,6 +84,37 @@ def test_a_run_chooses_its_layers_once(write_mapping: Write, tmp_path: Path, mea
     assert same(student_of(folder), student_of(tmp_path / "list"))
 
 
+def test_mixers_are_aligned_before_they_are_measured_and_the_student_starts_with_them(
+    write_mapping: Write, tmp_path: Path
+) -> None:
+    frozen = {**ONE_STEP, "train": ["norms"], "optimizer": {"lr": 1.0e-9}}
+    runs = {}
+    for name, options in (("plain", {}), ("aligned", {"aligned": 6})):
+        folder = tmp_path / name
+        mapping = write_mapping(frozen, student=chosen(**options), name=f"{name}.yaml")
+        with signal_after(1), pytest.raises(Interrupted):
+            train(mapping, folder)
+        # The second part reads the choice, and the mixers, from the folder.
+        train(mapping, folder, resume=True)
+        runs[name] = Run(folder).selection, student_of(folder)
+    plain, aligned = (runs[name][0] for name in ("plain", "aligned"))
+    assert plain is not None and aligned is not None
+    assert (plain.aligned_steps, aligned.aligned_steps) == (0, 6)
+    # Each mixer alone costs less, and so do all that are replaced.
+    assert sum(layer.kl for layer in aligned.layers) < 0.9 * sum(layer.kl for layer in plain.layers)
+    assert aligned.compared[0].kl < plain.compared[0].kl
+    mixers, _ = read_tensors(tmp_path / "aligned" / layer_choice.MIXERS)
+    student = runs["aligned"][1]
+    assert mixers
+    for key, tensor in mixers.items():
+        layer, _, name = key.partition(".")
+        assert torch.equal(student[f"model.layers.{layer}.mamba.{name}"], tensor)
+    (tmp_path / "aligned" / layer_choice.MIXERS).write_bytes(b"damaged")
+    (tmp_path / "aligned" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="selection-mixers"):
+        train(tmp_path / "aligned.yaml", tmp_path / "aligned", resume=True)
+
+
 def test_a_selection_that_is_not_of_the_run_is_refused(write_mapping: Write, tmp_path: Path) -> None:
     mapping, folder = write_mapping(MIXER_STAGE, student=chosen()), tmp_path / "run"
     with signal_after(1), pytest.raises(Interrupted):
@@ -114,7 +146,7 @@ def test_plan_calibrate_shows_the_table(write_mapping: Write, capsys: pytest.Cap
     assert main(["plan", str(mapping), "--calibrate", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert 0 in found["conversion"]["replace"]
-    assert {"layer", "kl", "recall", "rank", "kept"} == set(found["selection"]["layers"][0])
+    assert {"layer", "kl", "recall", "rank", "kept", "gate"} == set(found["selection"]["layers"][0])
 
 
 def test_strategies_without_measurement_are_resolved_at_once(write_mapping: Write) -> None:

@@ -33,7 +33,8 @@ def calibrate(plan: Plan, reporter: Reporter) -> Plan:
         return plan
     tokenizer = load_run_tokenizer(plan)
     text = run_text(plan, tokenizer, reporter)
-    plan, teacher = select_layers(plan, tokenizer, text, reporter)
+    chosen = select_layers(plan, tokenizer, text, reporter)
+    plan, teacher = chosen.plan, chosen.teacher
     if not plan.uncalibrated:
         return plan
     return calibrated(plan, load_models(plan, tokenizer, reporter, teacher=teacher), text.training, reporter)

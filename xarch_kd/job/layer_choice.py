@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from xarch_kd.calibration.aligned_mixers import align_mixers, mixer_weights
 from xarch_kd.calibration.sensitivity import MeasuredText, measured_text, mixer_pool, scored_layers
 from xarch_kd.calibration.substitution import Effect, SubstitutedTeacher
+from xarch_kd.data.batches import Batch
+from xarch_kd.data.rows import Rows, rows_of_tokens, select_rows
 from xarch_kd.errors import CheckpointError, DataError
 from xarch_kd.evaluation.statistics import paired_bootstrap
-from xarch_kd.files import write_json
+from xarch_kd.files import read_tensors, write_json, write_tensors
 from xarch_kd.job.fingerprint import mapping_fingerprint
 from xarch_kd.job.models import device_of, load_teacher
 from xarch_kd.job.texts import RunText, named_hashes
@@ -40,29 +44,60 @@ from xarch_kd.taps.layout import Layout, layout_of
 RANDOM_SETS: Final = 3
 # Name of the mean over the random sets.
 RANDOM: Final = "random, mean"
+# File beside the selection with the mixers that were aligned for it.
+MIXERS: Final = "selection-mixers.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The plan with the layers that its strategy chose, and what else is known since.
+
+    `teacher` is the teacher if it was loaded for the choice, `mixers` the weights of new mixers that were aligned.
+    """
+
+    plan: Plan
+    teacher: PreTrainedModel | None = None
+    mixers: Mapping[str, Tensor] | None = None
 
 
 def select_layers(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, text: RunText, reporter: Reporter, *, kept: Path | None = None
-) -> tuple[Plan, PreTrainedModel | None]:
-    """Return the plan with the layers that its strategy chooses, and the teacher if it was loaded for that.
+) -> Chosen:
+    """Return the plan with the layers that its strategy chooses.
 
-    The choice is read from the file `kept` if it exists, and is written there otherwise. Raises CheckpointError for a
-    file of another mapping file, DataError for text that the student is evaluated on too, or too little of it.
+    The choice is read from the file `kept` if it exists, and is written there otherwise, beside the mixers that were
+    aligned for it. Raises CheckpointError for a file of another mapping file, DataError for text that the student is
+    evaluated on too, or too little of it.
     """
     if not plan.is_unselected:
-        return plan, None
+        return Chosen(plan=plan)
     if kept is not None and kept.exists():
-        return selected_plan(plan, read_selection(kept, plan)), None
+        selection = read_selection(kept, plan)
+        mixers = _read_mixers(kept, selection) if selection.aligned_steps else None
+        return Chosen(plan=selected_plan(plan, selection), mixers=mixers)
     texts = _texts(plan, tokenizer, text, reporter)
     teacher = load_teacher(plan, reporter)
-    selection = _measured(plan, teacher, texts, reporter)
+    selection, mixers = _measured(plan, teacher, texts, text.training, reporter)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
+        if mixers is not None:
+            write_tensors(kept.with_name(MIXERS), mixers, {"made_for": selection.made_for})
+        # Last: where it is, the mixers are.
         write_json(kept, selection.as_dict())
     for line in selection_lines(selection):
         reporter.line(line)
-    return selected_plan(plan, selection), teacher
+    return Chosen(plan=selected_plan(plan, selection), teacher=teacher, mixers=mixers)
+
+
+def _read_mixers(kept: Path, selection: LayerSelection) -> Mapping[str, Tensor]:
+    """Return the aligned mixers beside a selection. Raises CheckpointError if they are damaged or of another one."""
+    mixers, described = read_tensors(kept.with_name(MIXERS))
+    if described.get("made_for") != selection.made_for:
+        raise CheckpointError(
+            f"{MIXERS} is not of this mapping file.",
+            fix=f"delete it and {kept.name}, and run again with --resume: the layers are then chosen again",
+        )
+    return mixers
 
 
 def read_selection(path: Path, plan: Plan) -> LayerSelection:
@@ -89,23 +124,28 @@ def read_selection(path: Path, plan: Plan) -> LayerSelection:
 
 def selection_lines(selection: LayerSelection) -> list[str]:
     """Return the choice and its comparison with other sets, as lines to print."""
+    aligned = f", with mixers of {selection.aligned_steps} steps" if selection.aligned_steps else ""
     lines = [
         f"layers chosen by {selection.strategy} ({selection.metric}) in {selection.seconds:.1f} s on "
-        f"{selection.tokens:,} tokens: attention is kept in {', '.join(map(str, selection.kept))}"
+        f"{selection.tokens:,} tokens{aligned}: attention is kept in {', '.join(map(str, selection.kept))}"
     ]
+    state = "aligned" if selection.aligned_steps else "untrained"
     for one in selection.compared:
         difference = f", KL {difference_text(one)}" if one.difference is not None else ""
-        lines.append(f"  on other text, untrained, {one.name}: KL {one.kl:.3f}, copying {one.copying:.2f}{difference}")
+        lines.append(f"  on other text, {state}, {one.name}: KL {one.kl:.3f}, copying {one.copying:.2f}{difference}")
     uniform = next(one for one in selection.compared if one.name == "uniform")
     if uniform.kept != selection.kept and (uniform.low if uniform.low is not None else uniform.difference or 0) <= 0:
-        lines.append("warning: on other text the chosen layers are not better than evenly spaced ones, untrained")
+        lines.append(f"warning: on other text the chosen layers are not better than evenly spaced ones, {state}")
     return lines
 
 
 def _measured(
-    plan: Plan, teacher: PreTrainedModel, texts: tuple[MeasuredText, MeasuredText], reporter: Reporter
-) -> LayerSelection:
-    """Score each new mixer alone, choose the layers, and compare the choice with others on other text."""
+    plan: Plan, teacher: PreTrainedModel, texts: tuple[MeasuredText, MeasuredText], training: Rows, reporter: Reporter
+) -> tuple[LayerSelection, Mapping[str, Tensor] | None]:
+    """Score each new mixer alone, choose the layers, and compare the choice with others on other text.
+
+    With `aligned` the mixers are trained first, and those of the replaced layers are returned.
+    """
     conversion, strategy, key = _asked(plan)
     own, other = texts
     began = time.perf_counter()
@@ -113,11 +153,16 @@ def _measured(
     layout = layout_of(teacher, plan.mapping.teacher.paths)
     reporter.line("choosing layers: making a new mixer for every block")
     pool = mixer_pool(teacher, conversion, seed=plan.mapping.seed)
+    steps = strategy.aligned_steps
+    if steps:
+        batches = _alignment_batches(plan, training, steps)
+        align_mixers(layout, pool, batches, steps=steps, reporter=reporter)
     scored = scored_layers(_substituted(layout, pool, own), strategy, key, reporter=reporter)
     kept = tuple(score.layer for score in scored if score.kept)
     compared, copying = _compared(_substituted(layout, pool, other), other, kept, plan, reporter)
+    mixers = mixer_weights(pool, _complement(kept, len(layout.blocks))) if steps else None
     teacher.cpu()
-    return LayerSelection(
+    selection = LayerSelection(
         strategy=strategy.strategy,
         metric=strategy.metric,
         kept=kept,
@@ -127,7 +172,19 @@ def _measured(
         seconds=round(time.perf_counter() - began, 2),
         teacher_copying=copying,
         made_for=mapping_fingerprint(plan),
+        aligned_steps=steps,
     )
+    return selection, mixers
+
+
+def _alignment_batches(plan: Plan, training: Rows, steps: int) -> list[Batch]:
+    """Return the batches that mixers are aligned on: none of the rows that choices are compared on."""
+    _, strategy, _ = _asked(plan)
+    size = plan.mapping.data.batch_size
+    compared = min(rows_of_tokens(training, strategy.tokens // 2), len(training) // 2)
+    count = max(1, min(steps * size, len(training) - compared))
+    rows = select_rows(training, count, seed=_seed(plan))
+    return list(rows.batches(size, origin="text to align mixers on"))
 
 
 def _asked(plan: Plan) -> tuple[ConversionOptions, LayerStrategy, Key]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from xarch_kd.calibration.aligned_mixers import set_mixer_weights
 from xarch_kd.calibration.head import fold_projector
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
 from xarch_kd.data.mixture import MixedRows
@@ -29,7 +30,7 @@ from xarch_kd.job.card import write_card
 from xarch_kd.job.evaluate import measure
 from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.held_out import held_out_batches, held_out_rows
-from xarch_kd.job.layer_choice import select_layers
+from xarch_kd.job.layer_choice import Chosen, select_layers
 from xarch_kd.job.models import RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.resuming import restore_stage, resume_point, usable_checkpoint
 from xarch_kd.job.run import Run
@@ -151,8 +152,10 @@ class _Job:
         for line in text.lines:
             self.reporter.line(line)
         self.held_out = held_out_rows(text, self.plan)
-        teacher = self._choose_layers(tokenizer, fingerprint, made_from)
-        models = load_models(self.plan, tokenizer, self.reporter, self.processes, teacher=teacher)
+        chosen = self._choose_layers(tokenizer, fingerprint, made_from)
+        models = load_models(self.plan, tokenizer, self.reporter, self.processes, teacher=chosen.teacher)
+        if chosen.mixers is not None:
+            set_mixer_weights(layout_of(models.student), chosen.mixers)
         self.processes.check_same(
             {
                 "data": rows.fingerprint,
@@ -188,19 +191,16 @@ class _Job:
             self.folder.finish()
         self.processes.barrier()
 
-    def _choose_layers(
-        self, tokenizer: PreTrainedTokenizerBase, fingerprint: str, made_from: Fingerprint
-    ) -> PreTrainedModel | None:
-        """Give the plan the layers that its strategy chooses; return the teacher if it was loaded for that."""
+    def _choose_layers(self, tokenizer: PreTrainedTokenizerBase, fingerprint: str, made_from: Fingerprint) -> Chosen:
+        """Give the plan the layers that its strategy chooses."""
         if not self.plan.is_unselected:
-            return None
+            return Chosen(plan=self.plan)
         # Recorded first, so that a selection that is kept is known to be of these inputs.
         self.folder.start(self.plan.source, plan_as_dict(self.plan), fingerprint, made_from)
         with self.processes.main_first():
-            self.plan, teacher = select_layers(
-                self.plan, tokenizer, self.text, self.reporter, kept=self.folder.selection
-            )
-        return teacher
+            chosen = select_layers(self.plan, tokenizer, self.text, self.reporter, kept=self.folder.selection)
+        self.plan = chosen.plan
+        return chosen
 
     def _checked_inputs(self, found: Fingerprint, state: State) -> Fingerprint:
         """Return what the run was made from when it started. Raises UsageError if anything differs by now."""

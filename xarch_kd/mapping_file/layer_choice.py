@@ -12,6 +12,9 @@ from xarch_kd.mapping_file.scalars import ConfigModel, LayerIndex
 ChoiceStrategy = Literal["sensitivity", "one_in", "greedy", "gates", "window", "uniform", "random"]
 Metric = Literal["kl", "recall", "both"]
 
+# Steps of `aligned: true`.
+ALIGNED_STEPS: Final = 24
+
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB|GiB)")
 _UNITS: Final = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -47,7 +50,8 @@ class LayerStrategy(ConfigModel):
     how much of each layer's attention a model needs that mixes it with the new mixers, and `window` measures as
     `sensitivity` does, with a sliding window of attention in place of the new mixer. `uniform` spaces the layers
     evenly, `random` draws them with `seed` (the run's by default). `always` and `never` are layers that are certainly
-    chosen, or not; `spacing` is the smallest distance of two layers that keep attention.
+    chosen, or not; `spacing` is the smallest distance of two layers that keep attention. `aligned` first trains each
+    new mixer alone on its attention's output, for that many steps (24 for true); the student starts with these mixers.
     """
 
     strategy: ChoiceStrategy = "sensitivity"
@@ -58,7 +62,13 @@ class LayerStrategy(ConfigModel):
     metric: Metric = "kl"
     tokens: Annotated[int, Field(ge=64)] = 512
     steps: Annotated[int, Field(ge=1)] = 200
+    aligned: bool | Annotated[int, Field(ge=1)] = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+
+    @property
+    def aligned_steps(self) -> int:
+        """Steps for which new mixers are trained before they are measured."""
+        return ALIGNED_STEPS * self.aligned if isinstance(self.aligned, bool) else self.aligned
 
     @property
     def is_measured(self) -> bool:
@@ -79,7 +89,9 @@ class LayerStrategy(ConfigModel):
         both = sorted(set(self.always) & set(self.never))
         if both:
             raise ValueError(f"layers are both in always and in never: {', '.join(map(str, both))}")
-        ignored = [name for name in ("metric", "tokens") if name in self.model_fields_set and not self.is_measured]
+        ignored = [
+            name for name in ("metric", "tokens", "aligned") if name in self.model_fields_set and not self.is_measured
+        ]
         if self.strategy == "uniform":
             ignored += [name for name in ("spacing", "seed") if name in self.model_fields_set]
         if self.strategy != "gates":
