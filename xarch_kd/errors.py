@@ -103,6 +103,10 @@ class NonFiniteLoss(XarchError):
     """A loss or gradient that is NaN or infinite; raised before the optimizer step."""
 
 
+class RolloutCollapse(XarchError):
+    """Continuations of the student that repeat themselves or do not end, in a stage that stops for it."""
+
+
 class CheckpointError(XarchError):
     """A checkpoint that cannot be written or does not belong to this run."""
 

@@ -17,6 +17,7 @@ from xarch_kd.errors import MappingFileError
 from xarch_kd.mapping_file.json_schema import FILE_NAME
 from xarch_kd.mapping_file.load import load_mapping, parse_mapping
 from xarch_kd.mapping_file.objectives import Align, Tokens
+from xarch_kd.mapping_file.prefixes import Prefixes
 from xarch_kd.mapping_file.schema import Data, Evaluate, MappingFile, Model, Stage, Student
 from xarch_kd.mapping_file.training import Optimizer, StageEvaluation
 from xarch_kd.mapping_file.yaml_core import read_yaml
@@ -36,6 +37,7 @@ PARTS: dict[str, Any] = {
     "evaluate": Evaluate,
     "evaluation": StageEvaluation,
     "optimizer": Optimizer,
+    "prefixes": Prefixes,
 }
 
 needs_teacher = pytest.mark.skipif(

@@ -20,6 +20,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -44,14 +45,16 @@ LARGEST_SHARE = 1 - 2.0**-32
 class Sampling:
     """Decoding settings: greedy at temperature 0, else sampling from the tempered distribution, truncated.
 
-    `top_k` keeps the k most likely tokens, then `top_p` the most likely ones that together have this probability; None
-    and 1 keep all. Raises UsageError for a setting out of range.
+    `top_k` keeps the k most likely tokens, then `top_p` the most likely ones that together have this probability, then
+    `min_p` those with at least this share of the most likely one's probability; None, 1 and 0 keep all. Raises
+    UsageError for a setting out of range.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, holds, allowed in (
@@ -59,6 +62,7 @@ class Sampling:
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or above, finite"),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1, or None for all tokens"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
         ):
             if not holds:
                 raise UsageError(f"Sampling cannot use {name} {value}.", asked=f"{name}: {value}", allowed=allowed)
@@ -100,14 +104,16 @@ def sample(
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
     end_of_sequence: Sequence[int] | None = None,
+    vocabulary: int | None = None,
 ) -> Samples:
     """Sample a continuation of each prompt (token ids) and return all of them, on the model's device.
 
     A prompt's samples follow from its tokens, its seed and the settings; the prompts beside it change its logits by
     rounding at most. `seed` is one for all prompts or one per prompt: equal prompts with equal seeds have equal
     samples. A row ends with a token of `end_of_sequence`, by default those of the model's generation config; other
-    settings of that config, a repetition penalty for example, do not apply. At most `batch_size` rows run at once. The
-    model runs in eval mode without gradients and is left as it was found, as is torch's random state.
+    settings of that config, a repetition penalty for example, do not apply. At most `batch_size` rows run at once. Only
+    the first `vocabulary` tokens are sampled, by default all. The model runs in eval mode without gradients and is left
+    as it was found, as is torch's random state.
 
     Raises UsageError for no prompt or an empty one, token ids outside the vocabulary, more tokens than the model has
     positions, and another number of seeds than of prompts; ModelError for logits that are not finite.
@@ -128,7 +134,8 @@ def sample(
     with _eval_mode(model):
         for group in _groups([len(row) for row in rows], ignores_left_padding(model), batch_size):
             shares = [_shares(rows[index], seeds[index], sampling) for index in group]
-            written = _generate(model, [rows[index] for index in group], torch.stack(shares), sampling, ends)
+            draw = _Draw(sampling, torch.stack(shares).to(model.device), vocabulary)
+            written = _generate(model, [rows[index] for index in group], draw, ends)
             found.update(zip(group, written, strict=True))
     return _assemble(rows, [found[index] for index in range(len(rows))], ends)
 
@@ -176,9 +183,10 @@ class _Draw(LogitsProcessor):
     `generate` decodes greedily with it, so torch's generator, which all rows would share, is never used.
     """
 
-    def __init__(self, sampling: Sampling, shares: Tensor) -> None:
+    def __init__(self, sampling: Sampling, shares: Tensor, vocabulary: int | None) -> None:
         self.sampling = sampling
         self.shares = shares
+        self.vocabulary = vocabulary
         self.log_probs: list[Tensor] = []
         self.sampling_log_probs: list[Tensor] = []
         self.warpers = LogitsProcessorList()
@@ -188,8 +196,11 @@ class _Draw(LogitsProcessor):
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self.warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+        if sampling.min_p > 0:
+            self.warpers.append(MinPLogitsWarper(float(sampling.min_p)))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]  # LongTensor
+        full, scores = scores, scores[:, : self.vocabulary]
         own = scores.float().log_softmax(-1)
         if self.sampling.is_greedy:
             token = own.argmax(-1, keepdim=True)
@@ -203,20 +214,17 @@ class _Draw(LogitsProcessor):
             drawn_from = warped.gather(-1, token)
         self.log_probs.append(own.gather(-1, token)[:, 0])
         self.sampling_log_probs.append(drawn_from[:, 0])
-        return torch.full_like(scores, -math.inf).scatter_(-1, token, 0.0)
+        return torch.full_like(full, -math.inf).scatter_(-1, token, 0.0)
 
 
-def _generate(
-    model: PreTrainedModel, prompts: Sequence[Tensor], shares: Tensor, sampling: Sampling, ends: list[int]
-) -> list[_Row]:
+def _generate(model: PreTrainedModel, prompts: Sequence[Tensor], draw: _Draw, ends: list[int]) -> list[_Row]:
     """Continue prompts, padded on the left to one length, and return each one's tokens up to its end."""
     width = max(len(prompt) for prompt in prompts)
     padding = ends[0] if ends else 0
     ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0), value=padding) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts])
-    draw = _Draw(sampling, shares.to(model.device))
     settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=draw.sampling.max_new_tokens,
         do_sample=False,
         use_cache=can_use_cache(model),
         eos_token_id=ends or None,

@@ -32,6 +32,7 @@ from xarch_kd.job.fingerprint import mapping_fingerprint, run_fingerprint
 from xarch_kd.job.held_out import held_out_batches, held_out_rows
 from xarch_kd.job.layer_choice import Chosen, select_layers
 from xarch_kd.job.models import RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
+from xarch_kd.job.prefixes import check_prefixes, stage_prefixes
 from xarch_kd.job.resuming import restore_stage, resume_point, usable_checkpoint
 from xarch_kd.job.run import Run
 from xarch_kd.job.split import split_notices
@@ -156,6 +157,7 @@ class _Job:
         models = load_models(self.plan, tokenizer, self.reporter, self.processes, teacher=chosen.teacher)
         if chosen.mixers is not None:
             set_mixer_weights(layout_of(models.student), chosen.mixers)
+        check_prefixes(self.plan, models)
         self.processes.check_same(
             {
                 "data": rows.fingerprint,
@@ -361,6 +363,7 @@ class _Job:
             tracking=mapping.tracking,
             signals=self.signals,
             held_out=held_out_batches(stage, self.held_out),
+            prefixes=stage_prefixes(self.plan, stage, aligner, self.processes),
         )
 
     def _save(self, models: RunModels, projectors: dict[str, Tensor], seconds: float) -> None:

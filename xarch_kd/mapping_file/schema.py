@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from xarch_kd.mapping_file.layer_choice import LayerStrategy
 from xarch_kd.mapping_file.mixer_sizes import Mamba2Options
 from xarch_kd.mapping_file.objectives import Align, Tokens
+from xarch_kd.mapping_file.prefixes import Prefixes, PresetName, prefix_settings
 from xarch_kd.mapping_file.scalars import ConfigModel, ConfigValues, LayerIndex, Name, NonNegative, Number, Positive
 from xarch_kd.mapping_file.text import MixtureSource, Text
 from xarch_kd.mapping_file.training import Cache, Lora, LoraPart, Optimizer, StageEvaluation, WeightAveraging
@@ -264,6 +265,12 @@ class Stage(ConfigModel):
     evaluation: StageEvaluation | None = None
     ema: WeightAveraging | None = None
     head: Literal["keep", "from_projector"] = "keep"
+    prefixes: PresetName | Prefixes | None = None
+
+    @property
+    def prefix_settings(self) -> Prefixes | None:
+        """Sources of the stage's rows with all their settings, None for data alone."""
+        return None if self.prefixes is None else prefix_settings(self.prefixes)
 
     @property
     def parts(self) -> tuple[Trainable, ...]:

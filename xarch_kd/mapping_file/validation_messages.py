@@ -356,8 +356,9 @@ def _branch_fits(label: str, value: Any) -> bool:
         return isinstance(value, tuple)
     if label.startswith("literal[") or label == "str":
         return isinstance(value, str)
-    # A mapping was not written for a branch of numbers.
-    return isinstance(value, dict) and label not in ("int", "float")
+    if label in ("int", "float") or "[_number()" in label:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, dict)
 
 
 def _some_branch_fits(annotation: Any, value: Any) -> bool:
@@ -366,4 +367,6 @@ def _some_branch_fits(annotation: Any, value: Any) -> bool:
         return bool(kinds & {"choice", "text"})
     if isinstance(value, tuple):
         return "list" in kinds
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return bool(kinds & {"number", "whole"})
     return isinstance(value, dict) and bool(kinds & {"mapping", "values"})

@@ -17,6 +17,7 @@ from xarch_kd.planning.objective_checks import batch_warnings, objective_problem
 from xarch_kd.planning.optimizers import optimizer_problems
 from xarch_kd.planning.pairs import align_pairs
 from xarch_kd.planning.plan import PairPlan, StagePlan
+from xarch_kd.planning.prefix_checks import prefix_problems, prefix_warnings
 from xarch_kd.planning.problems import Diagnostics, one_line
 from xarch_kd.taps.layout import trainable_names
 from xarch_kd.taps.sites import Site
@@ -58,13 +59,20 @@ def stage_plan(
         return None
     _note_unreached(stage, pairs, reachable, models, diagnostics)
     rows = stage.batch_size or data.batch_size
-    diagnostics.problems += objective_problems(stage, pairs, place)
+    diagnostics.problems += [
+        *objective_problems(stage, pairs, place),
+        *prefix_problems(stage, data, models, place),
+    ]
     if stage.evaluation is not None and data.evaluation is None and data.held_out_share == 0:
         message = "needs held-out text, and data.held_out is 0. Raise it, or name other text under data.evaluation."
         diagnostics.problems.append(Problem((*place, "evaluation"), message, on="key"))
     if diagnostics.for_training:
         diagnostics.problems += optimizer_problems(stage, (*place, "optimizer"))
-    diagnostics.warnings += [*batch_warnings(stage, pairs, rows * data.sequence_length), *redraw_warnings(stage)]
+    diagnostics.warnings += [
+        *batch_warnings(stage, pairs, rows * data.sequence_length),
+        *redraw_warnings(stage),
+        *prefix_warnings(stage, data, stage.steps or 1),
+    ]
     if len(diagnostics.problems) > known:
         return None
     resolved = _Resolved(

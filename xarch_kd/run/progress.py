@@ -16,7 +16,10 @@ PLAIN_LINES_PER_STAGE = 10
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """Figures of one optimizer step, over all ranks. `parts` are the weighted terms of `loss`, by objective name."""
+    """Figures of one optimizer step, over all ranks. `parts` are the weighted terms of `loss`, by objective name.
+
+    `prefixes` are figures of a stage whose prefixes are sampled, as JSON values, and `note` their text.
+    """
 
     step: int
     loss: float
@@ -24,6 +27,8 @@ class StepFigures:
     tokens: int
     learning_rate: float
     gradient_norm: float | None
+    prefixes: Mapping[str, Any] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +95,12 @@ class StageProgress:
             eta_seconds=round(eta, 1),
             learning_rate=figures.learning_rate,
             gradient_norm=figures.gradient_norm,
+            **({} if figures.prefixes is None else {"prefixes": dict(figures.prefixes)}),
         )
         speed = f"{rate:,.0f} tokens/s"
         losses = f"loss {figures.loss:.4f}  {shown_parts(figures.parts)}"
+        if figures.note:
+            losses += f"  {figures.note}"
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=figures.step, figures=f"{speed}  {losses}")
         elif (
@@ -120,6 +128,11 @@ class StageProgress:
             f"{self.stage}  step {figures.step}/{self.steps}  held-out loss {figures.loss:.4f}  "
             f"{shown_parts(figures.parts)}  NLL {figures.nll:.4f}{best}"
         )
+
+    def warning(self, text: str) -> None:
+        """Record and show a warning about the stage."""
+        self.folder.event("warning", stage=self.stage, text=text)
+        self.reporter.line(f"warning: stage {self.stage}: {text}")
 
     def balanced(self, balance: Mapping[str, Any]) -> None:
         """Record and show the scales that make the gradients of balanced objectives as large as the anchor's."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xarch_kd.errors import CheckpointError
-from xarch_kd.files import sha256_of, write_json, write_tensors
+from xarch_kd.files import cannot_write, sha256_of, write_json, write_tensors
+from xarch_kd.planning.disk import KEPT_CHECKPOINTS
+from xarch_kd.run.processes import Processes
 from xarch_kd.training.aligner import Aligner
 from xarch_kd.training.loss_balancing import write_balance
 
@@ -61,6 +66,42 @@ def seal(folder: Path) -> None:
     """Write the checksums of all other files of a checkpoint, the last of its files. Raises CheckpointError."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     write_json(folder / CHECKSUM_FILE, {"files": {str(path.relative_to(folder)): sha256_of(path) for path in files}})
+
+
+def staging_of(folder: Path) -> Path:
+    """Return the folder in which a checkpoint of a stage is written."""
+    return folder / "saving"
+
+
+@contextmanager
+def staged_checkpoint(folder: Path, step: int, processes: Processes) -> Iterator[Path | None]:
+    """Yield the folder to write the checkpoint of a step into, on every rank; then rename it to its final name.
+
+    Yields None if the checkpoint is there. Older ones are removed. Raises CheckpointError if it cannot be written.
+    """
+    final = folder / f"checkpoint-{step}"
+    if processes.from_main(final.exists):
+        yield None
+        return
+    staging = staging_of(folder)
+    if processes.is_main:
+        shutil.rmtree(staging, ignore_errors=True)
+    try:
+        processes.barrier()
+        yield staging / final.name
+        processes.barrier()
+        if processes.is_main:
+            seal(staging / final.name)
+            os.replace(staging / final.name, final)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its zip writer.
+        raise cannot_write(final, error) from error
+    finally:
+        if processes.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+    if processes.is_main:
+        for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
 
 
 def damage_of(folder: Path) -> str | None:

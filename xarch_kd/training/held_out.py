@@ -143,7 +143,7 @@ class HeldOut:
         balance = self._aligner.balance
         if self.settings.metric == "loss" and balance is not None and not balance.done:
             return False
-        value = figures.loss if self.settings.metric == "loss" else figures.nll
+        value = self.metric_of(figures)
         self.record = self.record.after(figures.step, value)
         is_best = self.record.best_step == figures.step
         if is_best and self.settings.keep == "best":
@@ -151,6 +151,10 @@ class HeldOut:
                 name: value.detach().to("cpu", copy=True) for name, value in self._aligner.trained_state().items()
             }
         return is_best
+
+    def metric_of(self, figures: HeldOutFigures) -> float:
+        """Return the value of the stage's metric."""
+        return figures.loss if self.settings.metric == "loss" else figures.nll
 
     @property
     def must_stop(self) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,10 +16,9 @@ from transformers import PrinterCallback, Trainer
 
 from xarch_kd.data.batches import Batch, BatchSource
 from xarch_kd.errors import NonFiniteLoss, XarchError
-from xarch_kd.files import cannot_write, write_json
+from xarch_kd.files import write_json
 from xarch_kd.objectives.normalizers import LossNormalizers
 from xarch_kd.ops import checks
-from xarch_kd.planning.disk import KEPT_CHECKPOINTS
 from xarch_kd.planning.plan import StagePlan
 from xarch_kd.run.processes import Processes
 from xarch_kd.run.progress import StageProgress, StepFigures
@@ -37,7 +34,8 @@ from xarch_kd.training.checkpoints import (
     STATE_FILE,
     checkpoints,
     read_source_state,
-    seal,
+    staged_checkpoint,
+    staging_of,
     step_of,
     write_state,
 )
@@ -47,6 +45,7 @@ from xarch_kd.training.held_out import HeldOut, read_record
 from xarch_kd.training.loss_balancing import observe_gradients
 from xarch_kd.training.micro_batches import MicroBatchStream
 from xarch_kd.training.optimizer import build_optimizer, set_mode
+from xarch_kd.training.prefixes import PrefixMixture
 from xarch_kd.training.stage_setup import cpu_chunks
 
 # Every process holds all parameters and, once they are reduced, all gradients.
@@ -75,8 +74,10 @@ class StageTrainer(Trainer):
         signals: StopSignals,
         processes: Processes | None = None,
         held_out: Iterable[Batch] = (),
+        prefixes: PrefixMixture | None = None,
     ) -> None:
         self.aligner = aligner
+        self.prefixes = prefixes
         self.processes = processes or Processes()
         self.reader = reader
         self.plan = plan
@@ -158,7 +159,11 @@ class StageTrainer(Trainer):
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         drawn = [next(epoch_iterator) for _ in range(num_batches)]
         self._tokens = sum(batch.tokens for batch in drawn)
-        divided = [self.aligner.parts(batch.shard(rank, ranks)) for batch in drawn]
+        if self.prefixes is None:
+            own = [batch.shard(rank, ranks) for batch in drawn]
+        else:
+            own = [self.prefixes.own_rows(batch, self._step) for batch in drawn]
+        divided = [self.aligner.parts(batch) for batch in own]
         ahead = self.aligner.needs_full_step_features or (num_batches == 1 and len(divided[0]) == 1)
         self._checks = checks.DeferredChecks()
         normalizers = LossNormalizers()
@@ -300,17 +305,22 @@ class StageTrainer(Trainer):
         parts = dict(zip(self._figures, self._summed_figures(), strict=True))
         loss = sum(parts.values())
         gradient_norm = logs.get("grad_norm")
+        prefixes = None if self.prefixes is None else self.prefixes.settle(self._step - 1, self._summed_over_ranks)
         if self.progress is not None:
             self.progress.step(
                 StepFigures(
                     step=self.state.global_step,
                     loss=loss,
                     parts=parts,
-                    tokens=self._tokens,
+                    tokens=self._tokens if prefixes is None else round(prefixes.tokens),
                     learning_rate=float(logs.get("learning_rate", math.nan)),
                     gradient_norm=None if gradient_norm is None else float(gradient_norm),
+                    prefixes=None if prefixes is None else prefixes.event(),
+                    note="" if prefixes is None else prefixes.line,
                 )
             )
+            if self.prefixes is not None and (reason := self.prefixes.collapse()) is not None:
+                self.progress.warning(reason)
         named = {f"{self.plan.stage.name}/{name}": value for name, value in parts.items()}
         super().log({**logs, "loss": loss, **named}, start_time)
 
@@ -320,6 +330,8 @@ class StageTrainer(Trainer):
         with self._evaluated_weights():
             figures = self.held_out.measure(self._step, self._summed_over_ranks)
             is_best = self.held_out.observe(figures)
+        if self.prefixes is not None:
+            self.prefixes.observe(self.held_out.metric_of(figures))
         if self.progress is not None:
             self.progress.evaluation(figures, is_best=is_best)
         named = {f"eval_{self.plan.stage.name}/{name}": value for name, value in figures.parts.items()}
@@ -359,42 +371,21 @@ class StageTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         self.aligner.load_trained_state(folder / STATE_FILE)
         self.source.load_state_dict(read_source_state(folder / SOURCE_FILE))
+        if self.prefixes is not None:
+            self.prefixes.load(folder)
         if self.held_out is not None:
             self.held_out.load(folder)
         if self.average is not None:
             self.average.load(folder)
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging())
-
-    def _staging(self) -> Path:
-        return Path(str(self.args.output_dir)) / "saving"
+        return str(staging_of(Path(str(self.args.output_dir))))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint beside its final name and rename it when it is complete.
-
-        Every rank adds the state of its random numbers; all else is written by rank 0.
-        """
-        folder = Path(str(self.args.output_dir))
-        final = folder / f"checkpoint-{self.state.global_step}"
-        if self.processes.from_main(final.exists):
-            return
-        staging = self._staging()
-        if self.processes.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-        try:
-            self.processes.barrier()
-            super()._save_checkpoint(model, trial)
-            self.processes.barrier()
-            if self.processes.is_main:
-                seal(staging / final.name)
-                os.replace(staging / final.name, final)
-        except (OSError, RuntimeError) as error:
-            # torch.save reports a full disk as a RuntimeError of its zip writer.
-            raise cannot_write(final, error) from error
-        finally:
-            if self.processes.is_main:
-                shutil.rmtree(staging, ignore_errors=True)
-        if self.processes.is_main:
-            for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
+        """Write the checkpoint, to which every rank adds its random numbers and prefixes; rank 0 writes all else."""
+        folder, step = Path(str(self.args.output_dir)), self._step
+        with staged_checkpoint(folder, step, self.processes) as staged:
+            if staged is not None:
+                super()._save_checkpoint(model, trial)
+                if self.prefixes is not None:
+                    self.prefixes.save(staged)
