@@ -40,7 +40,7 @@ def render(path: Path) -> None:
         plots = draw(result, path)
     except ImportError as error:
         # The table is complete without plots.
-        print(f"No plots: matplotlib (extra bench) does not load: {error}")
+        print(f"No plots: matplotlib does not load: {error}")
         plots = []
     path.with_suffix(".md").write_text(document(result, plots), encoding="utf-8")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -37,6 +37,16 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the token store, and what the library datasets writes, out of the home folder; subprocesses inherit it."""
     os.environ["XARCH_KD_CACHE"] = str(tmp_path_factory.mktemp("xarch-kd-cache"))
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets-cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_reports() -> Iterator[None]:
+    """Draw no report at the end of tiny runs, which takes longer than they do; tests/report draws reports."""
+    from xarch_kd.job import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "written", lambda root: root / "report.html")
+        yield
 
 
 # Files whose fixtures take long. Tests are taken over from the end of another worker's, so that these are not divided.

@@ -12,7 +12,7 @@ import pytest
 
 import xarch_kd as xkd
 
-MODULES = ("layer_mapping", "losses", "ops", "projectors")
+MODULES = ("layer_mapping", "losses", "ops", "plots", "projectors")
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 

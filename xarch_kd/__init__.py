@@ -12,7 +12,7 @@ from xarch_kd.errors import XarchError
 from xarch_kd.models.in_place.registration import register_when_loaded as _register_when_loaded
 
 if TYPE_CHECKING:
-    from xarch_kd import layer_mapping, losses, ops, projectors
+    from xarch_kd import layer_mapping, losses, ops, plots, projectors
     from xarch_kd.job.evaluate import evaluate
     from xarch_kd.job.run import Run
     from xarch_kd.job.train import train
@@ -45,6 +45,7 @@ __all__ = [
     "losses",
     "ops",
     "plan",
+    "plots",
     "projectors",
     "trace",
     "train",
@@ -66,6 +67,7 @@ _ORIGINS: dict[str, tuple[str, str | None]] = {
     "losses": ("xarch_kd.losses", None),
     "ops": ("xarch_kd.ops", None),
     "plan": ("xarch_kd.planning.resolve", "make_plan"),
+    "plots": ("xarch_kd.plots", None),
     "projectors": ("xarch_kd.projectors", None),
     "trace": ("xarch_kd.taps.trace", "trace"),
     "train": ("xarch_kd.job.train", "train"),

@@ -71,3 +71,27 @@ def ranges(indices: Iterable[int]) -> str:
         else:
             runs.append([index, index])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def byte_text(count: float) -> str:
+    """Return bytes in words: `540 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a rough time in words: `40 s`, `3 min`, `2.5 h`."""
+    if seconds < 100:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def count_text(count: float) -> str:
+    """Return a count with a suffix: `6.70 M`."""
+    for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= limit:
+            return f"{count / limit:.2f}{suffix}"
+    return f"{count:.0f}"

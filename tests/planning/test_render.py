@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from xarch_kd.display import byte_text, count_text, duration
 from xarch_kd.errors import ModelError, UsageError
 from xarch_kd.mapping_file.load import parse_mapping
 from xarch_kd.planning.plan import Plan
-from xarch_kd.planning.render import byte_text, count_text, duration, plan_as_dict, render_plan
+from xarch_kd.planning.render import plan_as_dict, render_plan
 from xarch_kd.planning.template import mapping_text, write_mapping
 
 PlanOf = Callable[[str], Plan]

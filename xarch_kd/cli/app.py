@@ -58,6 +58,10 @@ COMMANDS: dict[str, CommandHelp] = {
         "Show a run's figures, generated text and code to load the student.",
         ("xarch-kd show runs/first", 'xarch-kd show runs/first --prompt "Once upon a time" --tokens 60'),
     ),
+    "report": CommandHelp(
+        "Write a run's report, or that of several runs compared, as one HTML file.",
+        ("xarch-kd report runs/first", "xarch-kd report runs/first runs/second --output compared.html"),
+    ),
     "convert": CommandHelp(
         "Convert a Transformer into an untrained stock hybrid checkpoint.",
         ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),

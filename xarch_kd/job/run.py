@@ -13,11 +13,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from xarch_kd.display import AsIs, as_html, as_text
+from xarch_kd.display import AsIs, as_html, as_text, byte_text, duration
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render
 from xarch_kd.planning.layer_choice import LayerSelection
-from xarch_kd.planning.render import byte_text, duration
 from xarch_kd.planning.render_selection import render_selection
 from xarch_kd.run.folder import RunFolder
 

@@ -19,7 +19,7 @@ from xarch_kd.data.splitting import split_documents
 from xarch_kd.data.streaming import DocumentStream, StreamedRows, first_documents
 from xarch_kd.errors import DataError
 from xarch_kd.mapping_file.schema import Data, Evaluate, Text
-from xarch_kd.planning.plan import Plan
+from xarch_kd.planning.plan import Plan, StagePlan
 from xarch_kd.run.report import Reporter
 
 HELD_OUT = "held-out"
@@ -195,3 +195,15 @@ def _held_out_rows(documents: TokenizedDocuments, data: Data) -> PackedRows:
         isolated = data.documents == "isolated"
         return pack(documents, data.sequence_length, packing="best_fit", isolated=isolated)
     return _packed(documents, data)
+
+
+def draw_lines(stage: StagePlan, order: BatchOrder, rows: Rows) -> Iterator[str]:
+    """Yield a line per source of a mixture: how many rows a stage draws of it."""
+    if not isinstance(rows, MixedRows):
+        return
+    total = order.distinct * order.batch_size
+    for part, count in zip(rows.parts, order.drawn(), strict=True):
+        yield (
+            f"stage {stage.stage.name}: {count:,} rows of {part.name}, {count / total:.1%} of the stage's rows and "
+            f"{count / len(part):.2f} times that source"
+        )

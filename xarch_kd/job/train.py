@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from xarch_kd.calibration.aligned_mixers import set_mixer_weights
 from xarch_kd.calibration.head import fold_projector
 from xarch_kd.calibration.projector_report import ProjectorCheck, ProjectorReport, write_reports
-from xarch_kd.data.mixture import MixedRows
 from xarch_kd.data.rows import BatchOrder, Rows
+from xarch_kd.display import byte_text
 from xarch_kd.errors import UsageError
 from xarch_kd.files import write_tensors
 from xarch_kd.job.caches import StageCaches
@@ -33,10 +33,11 @@ from xarch_kd.job.held_out import held_out_batches, held_out_rows
 from xarch_kd.job.layer_choice import Chosen, select_layers
 from xarch_kd.job.models import RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.prefixes import check_prefixes, stage_prefixes
+from xarch_kd.job.report import report_at_end
 from xarch_kd.job.resuming import restore_stage, resume_point, usable_checkpoint
 from xarch_kd.job.run import Run
 from xarch_kd.job.split import split_notices
-from xarch_kd.job.texts import run_text
+from xarch_kd.job.texts import draw_lines, run_text
 from xarch_kd.job.tracking import tracked
 from xarch_kd.mapping_file.schema import MappingFile
 from xarch_kd.models.loading.load import DTYPES
@@ -44,7 +45,7 @@ from xarch_kd.models.loading.save import save_student
 from xarch_kd.models.mamba_ssm.format import export_mamba_ssm
 from xarch_kd.planning.disk import check_disk
 from xarch_kd.planning.plan import Plan, StagePlan
-from xarch_kd.planning.render import byte_text, disk_line, plan_as_dict
+from xarch_kd.planning.render import disk_line, plan_as_dict
 from xarch_kd.planning.resolve import make_plan, with_steps
 from xarch_kd.run.fingerprint import Fingerprint, changed_patches, changed_releases, check_unchanged
 from xarch_kd.run.folder import RunFolder, State
@@ -191,6 +192,7 @@ class _Job:
             write_card(self.plan, self.folder)
             self.folder.event("finished", seconds=round(time.perf_counter() - started, 2))
             self.folder.finish()
+            report_at_end(self.folder, self.reporter)
         self.processes.barrier()
 
     def _choose_layers(self, tokenizer: PreTrainedTokenizerBase, fingerprint: str, made_from: Fingerprint) -> Chosen:
@@ -377,18 +379,6 @@ class _Job:
         if self.reports:
             write_reports(self.folder.projector_reports, self.reports)
         self.folder.event("saved", training_seconds=round(seconds, 2), peak_bytes=peak_bytes())
-
-
-def draw_lines(stage: StagePlan, order: BatchOrder, rows: Rows) -> Iterator[str]:
-    """Yield a line per source of a mixture: how many rows a stage draws of it."""
-    if not isinstance(rows, MixedRows):
-        return
-    total = order.distinct * order.batch_size
-    for part, count in zip(rows.parts, order.drawn(), strict=True):
-        yield (
-            f"stage {stage.stage.name}: {count:,} rows of {part.name}, {count / total:.1%} of the stage's rows and "
-            f"{count / len(part):.2f} times that source"
-        )
 
 
 def peak_bytes() -> int:

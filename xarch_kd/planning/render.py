@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from xarch_kd.display import ranges
+from xarch_kd.display import byte_text, count_text, duration, ranges
 from xarch_kd.layer_mapping import similarity_text_plot
 from xarch_kd.mapping_file.objectives import Align
 from xarch_kd.models.serving import SERVING_COLUMNS
@@ -83,30 +83,6 @@ def disk_line(plan: Plan) -> str:
     return (
         f"up to {byte_text(plan.disk.peak)} in the run folder while it trains, {byte_text(plan.disk.kept)} at the end"
     )
-
-
-def byte_text(count: float) -> str:
-    """Return bytes in words: `540 MiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Return a rough time in words: `40 s`, `3 min`, `2.5 h`."""
-    if seconds < 100:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def count_text(count: float) -> str:
-    """Return a count with a suffix: `6.70 M`."""
-    for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= limit:
-            return f"{count / limit:.2f}{suffix}"
-    return f"{count:.0f}"
 
 
 def _table(*columns: str, title: str) -> Table:

@@ -90,6 +90,11 @@ class RunFolder:
         return self.root / "evaluation.json"
 
     @property
+    def report(self) -> Path:
+        """The report as one HTML page."""
+        return self.root / "report.html"
+
+    @property
     def manifest(self) -> Path:
         """SHA-256 of every other file; written last."""
         return self.root / "manifest.json"
