@@ -59,8 +59,8 @@ COMMANDS: dict[str, CommandHelp] = {
         ("xarch-kd show runs/first", 'xarch-kd show runs/first --prompt "Once upon a time" --tokens 60'),
     ),
     "report": CommandHelp(
-        "Write a run's report, or that of several runs compared, as one HTML file.",
-        ("xarch-kd report runs/first", "xarch-kd report runs/first runs/second --output compared.html"),
+        "Write a run's report as one HTML file.",
+        ("xarch-kd report runs/first",),
     ),
     "convert": CommandHelp(
         "Convert a Transformer into an untrained stock hybrid checkpoint.",
