@@ -78,7 +78,7 @@ def test_verdict_names_what_was_lost_where_and_what_was_gained(write_run: WriteR
     assert verdict.headline.startswith("The student loses 0.250 nats per token on held-out")
     assert "1 other measure is below the teacher's" in verdict.headline
     lost, diversity = verdict.lost
-    assert "+0.250 nats per token (95 % interval +0.125 to +0.375)" in lost
+    assert "+0.250 nats per token (interval +0.125 to +0.375)" in lost
     # exp(-0.25) of the probability; the position with the largest difference.
     assert "77.9%" in lost and "largest after 2 to 7 tokens of context (+0.750)" in lost
     assert diversity == ("Diversity, distinct-2: 0.5 times the teacher's (0.4 to 0.6), teacher 0.8, student 0.4.")

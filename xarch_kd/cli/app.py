@@ -59,8 +59,12 @@ COMMANDS: dict[str, CommandHelp] = {
         ("xarch-kd show runs/first", 'xarch-kd show runs/first --prompt "Once upon a time" --tokens 60'),
     ),
     "report": CommandHelp(
-        "Write a run's report as one HTML file.",
-        ("xarch-kd report runs/first",),
+        "Write a run's report, or that of several runs compared, as one HTML file.",
+        ("xarch-kd report runs/first", "xarch-kd report runs/first runs/second --output compared.html"),
+    ),
+    "compare": CommandHelp(
+        "Compare runs that were evaluated alike: quality, cost, and which differences are real.",
+        ("xarch-kd compare runs/first runs/second", "xarch-kd compare runs/* --sort seconds --csv"),
     ),
     "convert": CommandHelp(
         "Convert a Transformer into an untrained stock hybrid checkpoint.",

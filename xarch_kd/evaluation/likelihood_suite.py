@@ -42,7 +42,8 @@ class LikelihoodResult:
 
     `text` is its name and `description` its kind: held-out text of the training corpus, or another kind of text.
     `difference` is student - teacher, `low` and `high` its bootstrap interval over rows; they and `p_value` are None
-    for a single row. `fingerprint` is a hash of the tokens.
+    for a single row. `fingerprint` is a hash of the tokens. `row_tokens` and `row_nll` are the tokens of each row and
+    the sum of the student's NLL over them, by which students are compared.
     """
 
     text: str
@@ -57,6 +58,8 @@ class LikelihoodResult:
     high: float | None
     p_value: float | None
     by_position: tuple[PositionResult, ...]
+    row_tokens: tuple[int, ...] = ()
+    row_nll: tuple[float, ...] = ()
 
     @property
     def teacher_perplexity(self) -> float:
@@ -190,6 +193,7 @@ def _range(part: PositionResult) -> str:
 def _likelihood(entry: dict[str, Any]) -> LikelihoodResult:
     values = {field.name: entry[field.name] for field in dataclasses.fields(LikelihoodResult)}
     values["by_position"] = tuple(PositionResult(**part) for part in entry["by_position"])
+    values |= {name: tuple(entry[name]) for name in ("row_tokens", "row_nll")}
     return LikelihoodResult(**values)
 
 
@@ -214,6 +218,8 @@ def _result(
         high=difference.high,
         p_value=difference.p_value,
         by_position=_positions(teacher, student),
+        row_tokens=tuple((~student.isnan()).sum(1).tolist()),
+        row_nll=tuple(student.double().nansum(1).tolist()),
     )
 
 

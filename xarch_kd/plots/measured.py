@@ -105,10 +105,11 @@ def bars(
             places = [place + offset for place in range(len(names))]
             known = [(x, y) for x, y in zip(places, heights, strict=True) if y is not None]
             axes.bar([x for x, _ in known], [y for _, y in known], width * 0.92, color=color, label=label(series, 24))
-        turned = sum(len(name) for name in names) > 60
-        every = -(-len(names) // 15) if turned and all(name.isdigit() for name in names) else 1
+        numbered = all(name.isdigit() for name in names)
+        turned = not numbered and sum(len(name) for name in names) > 36
+        every = -(-len(names) // 12) if numbered else 1
         axes.set_xticks(range(0, len(names), every), [label(name, 18) for name in names[::every]])
-        if turned and every == 1:
+        if turned:
             axes.tick_params(axis="x", rotation=35)
             for tick in axes.get_xticklabels():
                 tick.set_horizontalalignment("right")

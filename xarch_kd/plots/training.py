@@ -67,6 +67,18 @@ def stage_panels(stages: Sequence[StageCurves]) -> Figure:
     return figure
 
 
+def losses(stage: str, curves: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Return a figure of the losses of one stage by step, a line per run."""
+    with house_style():
+        figure, (axes,) = new_figure()
+        for index, (name, curve) in enumerate(curves.items()):
+            axes.plot(*thinned(curve), color=series_color(index), label=label(name, 24))
+        axes.set_title(label(stage))
+        axes.set_xlabel("step")
+        axes.legend()
+    return figure
+
+
 def _panel(axes: Axes, stage: StageCurves) -> None:
     from matplotlib.ticker import MaxNLocator
 

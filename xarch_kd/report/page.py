@@ -66,7 +66,8 @@ def run_page(run: RunRecord) -> str:
     plan = run.plan
     teacher, student = plan.get("teacher") or {}, plan.get("student") or {}
     return render_page(
-        title=f"{run.name}: {student.get('model_type', 'student')} from {teacher.get('reference', 'its teacher')}",
+        title=run.name,
+        subtitle=f"{student.get('model_type', 'student')} distilled from {teacher.get('reference', 'its teacher')}",
         verdict=verdict_of(run),
         facts=_facts(run),
         problems=run.problems,
@@ -79,8 +80,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     replaced = sum(bool(row.get("replaced")) for row in student.get("layers") or ())
     facts = [
         ("state", "finished" if run.is_finished else "not finished"),
-        ("teacher", str(teacher.get("reference", "?"))),
-        ("student", f"{student.get('model_type', '?')}, {int(student.get('parameters', 0)):,} parameters"),
+        ("parameters", f"{int(student.get('parameters', 0)):,} (teacher {int(teacher.get('parameters', 0)):,})"),
         ("replaced", f"{replaced} of {len(student.get('layers') or ())} blocks"),
         ("trained on", f"{run.tokens:,} tokens"),
     ]
@@ -94,6 +94,7 @@ def _damaged(name: str) -> Section:
 def render_page(
     *,
     title: str,
+    subtitle: str,
     verdict: Any,
     facts: Sequence[tuple[str, str]],
     problems: Sequence[str],
@@ -111,6 +112,7 @@ def render_page(
         .get_template("page.html")
         .render(
             title=title,
+            subtitle=subtitle,
             verdict=verdict,
             facts=facts,
             problems=problems,

@@ -11,6 +11,7 @@ from typing import Any, Final
 from xarch_kd.evaluation.likelihood_suite import LikelihoodResult, likelihood_from_json
 from xarch_kd.evaluation.speed_suite import ContextFigures, SpeedResult, gains, size_text, speed_from_json
 from xarch_kd.plots.measured import Curve, Difference, intervals, lines
+from xarch_kd.plots.style import label
 from xarch_kd.report.content import Folded, Item, Lines, Picture, Section, Table, Texts, attempt, interval, number
 from xarch_kd.report.read import RunRecord
 
@@ -59,20 +60,23 @@ def likelihood_section(name: str, data: Any) -> Section:
             ),
         )
     )
-    section.items += [_positions(result) for result in results if len(result.by_position) > 1]
+    with_positions = [result for result in results if len(result.by_position) > 1]
+    if with_positions:
+        section.items.append(_position_differences(with_positions))
+    section.items += [_positions(result) for result in with_positions]
     section.items.append(
         Table(
             caption="Likelihood on the same tokens, nats per token",
             headings=("text", ">tokens", ">teacher", ">student", ">difference", ">interval", ">p", ">perplexity"),
             rows=[
                 (
-                    f"{one.text}: {one.description}" if one.description else one.text,
+                    label(f"{one.text}: {one.description}" if one.description else one.text, 110),
                     f"{one.tokens:,}",
                     f"{one.teacher_nll:.4f}",
                     f"{one.student_nll:.4f}",
                     f"{one.difference:+.4f}",
-                    interval(one.low, one.high, sign=True),
-                    number(one.p_value),
+                    "-" if one.low is None or one.high is None else f"{one.low:+.4f} to {one.high:+.4f}",
+                    "-" if one.p_value is None else f"{one.p_value:.2g}",
                     f"{one.teacher_perplexity:.2f} → {one.student_perplexity:.2f}",
                 )
                 for one in results
@@ -82,9 +86,33 @@ def likelihood_section(name: str, data: Any) -> Section:
     return section
 
 
+def _places(result: LikelihoodResult) -> list[float]:
+    """Return the geometric middle of each range of positions."""
+    return [math.sqrt(max(part.start, 1) * max(part.stop - 1, 1)) for part in result.by_position]
+
+
+def _position_differences(results: Sequence[LikelihoodResult]) -> Picture:
+    colors = ("student", "green", "purple", "pink", "teal", "gold")
+    found = [
+        Curve(
+            name=one.text,
+            x=_places(one),
+            y=[part.student_nll - part.teacher_nll for part in one.by_position],
+            color=colors[index % len(colors)],
+        )
+        for index, one in enumerate(results)
+    ]
+    ends = ", ".join(f"{one.name} {one.y[-1]:+.3f}" for one in found)
+    return Picture(
+        figure=lines(found, title="Difference by position", x_label="tokens of context", log_x=True, zero=True),
+        caption="Student minus teacher by the number of tokens before the predicted one, nats per token.",
+        alternative=f"Difference of NLL by position; at the longest context: {ends} nats per token",
+    )
+
+
 def _positions(result: LikelihoodResult) -> Picture:
     parts = result.by_position
-    at = [math.sqrt(max(part.start, 1) * max(part.stop - 1, 1)) for part in parts]
+    at = _places(result)
     found = [
         Curve(name="teacher", x=at, y=[part.teacher_nll for part in parts], color="teacher"),
         Curve(name="student", x=at, y=[part.student_nll for part in parts], color="student"),

@@ -10,6 +10,7 @@ from typing import Any, Final
 from xarch_kd.evaluation.likelihood_suite import LikelihoodResult, likelihood_from_json
 from xarch_kd.evaluation.speed_suite import size_text, speed_from_json
 from xarch_kd.evaluation.statistics import LEVEL
+from xarch_kd.plots.style import label
 from xarch_kd.report.content import interval, number
 from xarch_kd.report.read import RunRecord
 from xarch_kd.report.suites import NEUTRAL, TITLES
@@ -41,7 +42,8 @@ def verdict_of(run: RunRecord) -> Verdict:
         if name not in ("likelihood", "speed"):
             comparisons += _judge_figures(name, data, verdict)
     worse = len(verdict.lost) - before
-    verdict.gained += _speed_gains(run)
+    for line, is_better in _speed_changes(run):
+        (verdict.gained if is_better else verdict.lost).append(line)
     verdict.headline = _headline(run, results, worse)
     if run.results:
         level = float(run.evaluation.get("level") or LEVEL)
@@ -65,11 +67,11 @@ def _likelihood(run: RunRecord) -> tuple[LikelihoodResult, ...]:
 
 
 def _judge_likelihood(result: LikelihoodResult, verdict: Verdict) -> None:
-    bounds = (
-        f"95 % interval {interval(result.low, result.high, sign=True)}" if result.low is not None else "no interval"
-    )
+    bounds = "no interval"
+    if result.low is not None and result.high is not None:
+        bounds = f"interval {result.low:+.3f} to {result.high:+.3f}"
     perplexity = f"perplexity {result.teacher_perplexity:.2f} → {result.student_perplexity:.2f}"
-    kind = f" ({result.description})" if result.description else ""
+    kind = f" ({label(result.description, 70)})" if result.description else ""
     figures = f"{result.difference:+.3f} nats per token ({bounds}), {perplexity}"
     if result.low is None or result.high is None:
         verdict.undecided.append(f"{result.text}{kind}: {figures}; too few rows for an interval.")
@@ -144,7 +146,8 @@ def _sentence(name: str, figure: Mapping[str, Any]) -> str:
     )
 
 
-def _speed_gains(run: RunRecord) -> Iterator[str]:
+def _speed_changes(run: RunRecord) -> Iterator[tuple[str, bool]]:
+    """Yield what changes in bytes of cache and in decoding time, and whether the student is better."""
     try:
         result = speed_from_json(run.results["speed"])
         longest = result.contexts[-1]
@@ -156,7 +159,8 @@ def _speed_gains(run: RunRecord) -> Iterator[str]:
         since = f", smaller from {result.smaller_from:,} tokens on" if result.smaller_from is not None else ""
         yield (
             f"Cache of one sequence of {longest.tokens:,} tokens: {size_text(other)} → {size_text(own)} "
-            f"({change:+.0%}{since})."
+            f"({change:+.0%}{since}).",
+            change < 0,
         )
     timed = result.timed
     if timed:
@@ -164,7 +168,8 @@ def _speed_gains(run: RunRecord) -> Iterator[str]:
         if own_time is not None and other_time is not None:
             yield (
                 f"One token after {timed[-1].tokens:,}: {1000 * other_time.median:.3g} → "
-                f"{1000 * own_time.median:.3g} ms ({own_time.median / other_time.median - 1:+.0%})."
+                f"{1000 * own_time.median:.3g} ms ({own_time.median / other_time.median - 1:+.0%}), the median here.",
+                own_time.median < other_time.median,
             )
 
 

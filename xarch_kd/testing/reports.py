@@ -34,6 +34,8 @@ def likelihood(difference: float = 0.25, *, text: str = "held-out", fingerprint:
             {"start": 1, "stop": 2, "teacher_nll": 3.0, "student_nll": 3.0},
             {"start": 2, "stop": 8, "teacher_nll": 2.0, "student_nll": 2.75},
         ],
+        "row_tokens": [15, 15, 15, 15],
+        "row_nll": [15 * (2.0 + difference) + offset for offset in (-0.5, 0.5, 0.25, -0.25)],
         "teacher_perplexity": 7.39,
         "student_perplexity": 9.49,
     }
