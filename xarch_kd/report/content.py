@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure with its caption and its description for readers who do not see it. A wide one has a row of its own."""
+    """A figure with its caption, and its description for readers who do not see it."""
 
     figure: Figure
     caption: str
     alternative: str
-    wide: bool = False
     kind: str = "picture"
 
 

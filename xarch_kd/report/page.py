@@ -16,7 +16,7 @@ from xarch_kd.display import duration
 from xarch_kd.errors import printable
 from xarch_kd.files import write_text
 from xarch_kd.plots.style import as_svg
-from xarch_kd.report.content import Item, Lines, Picture, Section, attempt
+from xarch_kd.report.content import Item, Lines, Picture, Section, Table, attempt
 from xarch_kd.report.read import RunRecord, read_run
 from xarch_kd.report.sections import (
     cost_section,
@@ -124,14 +124,21 @@ def render_page(
     )
 
 
-def groups(items: Sequence[Item]) -> list[list[Item]]:
-    """Return items with neighboring pictures together, which share rows of the page."""
-    found: list[list[Item]] = []
+def groups(items: Sequence[Item]) -> list[tuple[list[Picture], list[Item]]]:
+    """Return neighboring pictures, which share rows of the page, each with the tables and lines after them.
+
+    Texts and folded parts are groups of their own: they take the whole width.
+    """
+    found: list[tuple[list[Picture], list[Item]]] = []
     for item in items:
-        if isinstance(item, Picture) and found and isinstance(found[-1][0], Picture):
-            found[-1].append(item)
+        if isinstance(item, Picture):
+            if not found or found[-1][1]:
+                found.append(([], []))
+            found[-1][0].append(item)
+        elif isinstance(item, Table | Lines) and found:
+            found[-1][1].append(item)
         else:
-            found.append([item])
+            found.append(([], [item]))
     return found
 
 

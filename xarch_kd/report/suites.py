@@ -233,12 +233,13 @@ def _interval_pictures(figures: Sequence[Mapping[str, Any]]) -> Iterator[Picture
     for (kind, unit), members in groups.items():
         if len(members) < 2:
             continue
+        axis = unit or ("ratio" if kind == "ratio" else "")
         what = {"ratio": "Student / teacher", "difference": "Student minus teacher", "excess": "Excess"}[kind]
         bounds = [
             Difference(name=str(one["name"]), value=one["value"], low=one["low"], high=one["high"]) for one in members
         ]
         yield Picture(
-            figure=intervals(bounds, title=what, x_label=unit or "ratio", neutral=NEUTRAL[kind]),
+            figure=intervals(bounds, title=what, x_label=axis, neutral=NEUTRAL[kind]),
             caption=f"{what}{f', {unit}' if unit else ''}, with intervals; the line is no difference.",
             alternative=f"{what}: "
             + "; ".join(f"{one.name} {number(one.value)} ({interval(one.low, one.high)})" for one in bounds),

@@ -207,7 +207,9 @@ def _headline(run: RunRecord, results: tuple[LikelihoodResult, ...], worse: int)
         amount = (
             "as much cache" if round(change, 2) == 0 else f"{abs(change):.0%} {'less' if change < 0 else 'more'} cache"
         )
-        parts.append(f"it needs {amount} at the longest context")
+        parts.append(f"{'it' if parts else 'The student'} needs {amount} at the longest context")
     if worse:
-        parts.append(f"{worse} other {'measure is' if worse == 1 else 'measures are'} below the teacher's")
+        parts.append(
+            f"{worse} {'other ' if parts else ''}{'measure is' if worse == 1 else 'measures are'} below the teacher's"
+        )
     return "; ".join(parts) + "." if parts else "The results are below; none of them compares student and teacher."
