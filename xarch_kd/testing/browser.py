@@ -93,7 +93,7 @@ class Browser:
         """Return what `MEASURE` finds on the page, and its `requests`, and `errors` of the console."""
         self.events.clear()
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=True)
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self._call("Emulation.setEmulatedMedia", features=scheme)
         self._call("Page.navigate", url=page.as_uri())
         deadline = time.monotonic() + TIMEOUT
