@@ -299,7 +299,7 @@ def test_a_mass_rounded_above_1_is_taken_as_1() -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_named(impl: str, value: float) -> None:
     hidden, weight, logits = make(torch.float32)
     logits[1, 1, 1] = value

@@ -59,7 +59,7 @@ def test_a_name_added_to_an_operation_needs_a_formula(what: str) -> None:
 def test_tables_and_kernels_name_the_same_formulas() -> None:
     from xarch_kd.kernels import linear_divergence, projected_distance
 
-    assert {row.kernel for row in divergences.FORMULAS.values()} == set(linear_divergence.KINDS)
+    assert {row.kernel for row in divergences.FORMULAS.values()} - {None} == set(linear_divergence.KINDS)
     assert {row.kernel for row in feature_distances.FORMULAS.values()} == set(projected_distance.KINDS)
 
 

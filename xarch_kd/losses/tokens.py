@@ -14,6 +14,7 @@ from xarch_kd.ops.dispatch import Impl
 from xarch_kd.ops.divergences import Divergence, DivergenceFormula, DivergenceKind
 from xarch_kd.ops.heads import Head
 from xarch_kd.ops.linear_divergence import linear_divergence
+from xarch_kd.ops.streaming.top_k import streamed_top_k
 
 IGNORED_LABEL: Final = -100
 
@@ -88,11 +89,15 @@ def token_loss(
     vocabulary: int | None = None,
     logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     impl: Impl | str = "auto",
+    top_k: int | None = None,
 ) -> TokenLoss:
     """Return this micro-batch's share of weight * T² * D + cross_entropy * CE, means over the step's tokens.
 
     Hidden states are [batch, time, dim] after the final norm; `labels` [batch, time] come from `next_token_labels`;
     `normalizer` is the sum over the micro-batches, and ranks, of the step of `label_count`.
+
+    With `top_k` the teacher's k likeliest tokens and one bucket for all others are compared (`ops.TeacherTopK`).
+    Without the bucket reverse KL would be lowest for a student that avoids these tokens: it cannot be left out.
 
     Raises:
         UsageError: shapes or options that do not fit.
@@ -107,11 +112,19 @@ def token_loss(
     True
     """
     factor = temperature**2 if temperature_squared else 1.0
+    entries = None
+    if top_k is not None:
+        rows = min(student_head.weight.shape[0], teacher_head.weight.shape[0]) if vocabulary is None else vocabulary
+        if top_k >= rows:
+            raise UsageError(
+                "top_k leaves no token for the bucket of all others.", asked=top_k, allowed=f"at most {rows - 1}"
+            )
+        entries = streamed_top_k(teacher_hidden, teacher_head, top_k, temperature=temperature, vocabulary=rows)
     sums = linear_divergence(
         student_hidden,
         student_head,
-        teacher_hidden,
-        teacher_head,
+        teacher_hidden if entries is None else entries,
+        teacher_head if entries is None else None,
         divergence=divergence,
         temperature=temperature,
         labels=labels,

@@ -142,6 +142,31 @@ class RenyiDivergence(ConfigModel):
     alpha: Positive = 0.5
 
 
+class AlphaBetaDivergence(ConfigModel):
+    """Σ [a p^s / s + b q^s / s - p^a q^b] / (a b), s = a + b, with alpha and beta above 0 (ABKD)."""
+
+    kind: Literal["alpha_beta"]
+    alpha: Positive = 0.2
+    beta: Positive = 0.7
+
+
+class EntropyAwareDivergence(ConfigModel):
+    """KL(q ‖ p) where the teacher is sure, KL(p ‖ q) where the entropy of p is above `threshold`, in nats."""
+
+    kind: Literal["entropy_aware"]
+    threshold: NonNegative = 1.0
+
+
+class AdaptiveDivergence(ConfigModel):
+    """w KL(p ‖ q) + (1-w) KL(q ‖ p), w the share of Σ |p - q| in the teacher's likeliest entries (AKL).
+
+    These have at most `head_mass` together, and are one at least.
+    """
+
+    kind: Literal["adaptive_kl"]
+    head_mass: Fraction = 0.5
+
+
 class CustomDivergenceOptions(ConfigModel):
     """Divergence passed from Python as `divergences={name: …}`."""
 
@@ -150,10 +175,28 @@ class CustomDivergenceOptions(ConfigModel):
 
 
 DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha", "renyi"
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha",
+    "renyi",
+    "alpha_beta",
+    "entropy_aware",
+    "adaptive_kl",
 ]
 DivergenceWithParameter = Annotated[
-    PlainDivergence | JensenShannon | SkewDivergence | AlphaDivergence | RenyiDivergence | CustomDivergenceOptions,
+    PlainDivergence
+    | JensenShannon
+    | SkewDivergence
+    | AlphaDivergence
+    | RenyiDivergence
+    | AlphaBetaDivergence
+    | EntropyAwareDivergence
+    | AdaptiveDivergence
+    | CustomDivergenceOptions,
     Field(discriminator="kind"),
 ]
 DIVERGENCE_OPTIONS: Final[tuple[type[ConfigModel], ...]] = get_args(get_args(DivergenceWithParameter)[0])
@@ -162,6 +205,7 @@ DIVERGENCE_OPTIONS: Final[tuple[type[ConfigModel], ...]] = get_args(get_args(Div
 class Tokens(ConfigModel):
     """Next tokens: weight · T² · divergence + cross_entropy · cross-entropy with the data's next token.
 
+    With `top_k` the distributions that are compared are the teacher's k likeliest tokens and one bucket for all others.
     `schedule` changes both weights over the stage. `logits_dtype` is that of the two chunks of logits: `auto` is
     float32, bfloat16 is faster and drowns the gradient near convergence.
     """
@@ -171,6 +215,7 @@ class Tokens(ConfigModel):
     weight: NonNegative = 1.0
     cross_entropy: NonNegative = 0.0
     temperature_squared: bool = True
+    top_k: Annotated[int, Field(ge=1)] | None = None
     logits_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     schedule: Schedule | None = None
 

@@ -55,6 +55,7 @@ class NextTokenObjective:
             temperature_squared=self.options.temperature_squared,
             vocabulary=min(student_head.weight.shape[0], teacher_head.weight.shape[0]),
             logits_dtype=self.options.logits_dtype,
+            top_k=self.options.top_k,
         ).total
 
 

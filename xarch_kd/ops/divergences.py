@@ -31,19 +31,31 @@ from xarch_kd.ops import divergence_values as dense
 from xarch_kd.ops.tables import look_up, table
 
 DivergenceKind = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "alpha", "renyi"
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha",
+    "renyi",
+    "alpha_beta",
+    "entropy_aware",
+    "adaptive_kl",
 ]
+# Keyword arguments of the formulas.
+PARAMETERS: Final = ("beta", "alpha", "threshold", "head_mass")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """The one parameter of a divergence: `beta` or `alpha`, its default, and the range in which D is a divergence.
+    """A parameter of a divergence: its name, its default, and the range in which D is a divergence.
 
     `limits` are the ends of the range where the formula divides by 0 or is 0, and the divergence without a parameter
     that it is there.
     """
 
-    name: Literal["beta", "alpha"]
+    name: Literal["beta", "alpha", "threshold", "head_mass"]
     default: float
     allowed: str
     contains: Callable[[float], bool]
@@ -55,8 +67,9 @@ class DivergenceFormula:
     """Formula of a divergence D(p, q) of the teacher's p and the student's q.
 
     `values(log_q=, log_p=)` returns D [tokens] from log-probabilities [tokens, entries] of student and teacher, plus
-    the keyword arguments of `parameter`, if any, and `normalised` if `normalizable`. It is called by keyword, so that
-    the two cannot be swapped, and must be differentiable in log_q; the value of a row depends on that row alone.
+    the keyword arguments of `parameter` and `second`, if any, and `normalised` if `normalizable`. It is called by
+    keyword, so that the two cannot be swapped, and must be differentiable in log_q; the value of a row depends on that
+    row alone.
 
     `rows(q, p, gradient)` is its closed form (`ops.divergence_rows`), None for autograd; `kernel` is its code in
     `kernels/linear_divergence.py`, None if there is none. `saturates`: the gradient vanishes where student and teacher
@@ -77,6 +90,7 @@ class DivergenceFormula:
     rows: Callable[..., closed.Rows] | None = None
     kernel: str | None = None
     parameter: Parameter | None = None
+    second: Parameter | None = None
     normalizable: bool = False
     saturates: bool = False
 
@@ -102,6 +116,10 @@ def _below_one(value: float) -> bool:
 
 def _positive(value: float) -> bool:
     return value > 0 and math.isfinite(value)
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0 and math.isfinite(value)
 
 
 def _skew(end: str) -> Parameter:
@@ -179,6 +197,23 @@ FORMULAS: Final[Mapping[str, DivergenceFormula]] = table(
                 limits={1.0: "forward_kl"},
             ),
         ),
+        DivergenceFormula(
+            name="alpha_beta",
+            values=dense.alpha_beta,
+            parameter=Parameter(name="alpha", default=0.2, allowed="a finite alpha > 0", contains=_positive),
+            second=Parameter(name="beta", default=0.7, allowed="a finite beta > 0", contains=_positive),
+        ),
+        DivergenceFormula(
+            name="entropy_aware",
+            values=dense.entropy_aware,
+            rows=closed.entropy_aware,
+            parameter=Parameter(name="threshold", default=1.0, allowed="nats, at least 0", contains=_not_negative),
+        ),
+        DivergenceFormula(
+            name="adaptive_kl",
+            values=dense.adaptive_kl,
+            parameter=Parameter(name="head_mass", default=0.5, allowed="0 <= head_mass <= 1", contains=_fraction),
+        ),
     ),
 )
 
@@ -197,6 +232,10 @@ class Divergence:
     | `total_variation` | ½ Σ abs(p - q) |
     | `alpha` | (Σ p^a q^(1-a) - 1) / (a (a-1)), Amari; forward KL at a=1, reverse KL at a=0 |
     | `renyi` | log Σ p^a q^(1-a) / (a-1), forward KL at a=1 |
+    | `alpha_beta` | Σ [a p^s / s + b q^s / s - p^a q^b] / (a b), s = a + b (ABKD, arXiv 2505.04560) |
+    | `entropy_aware` | KL(p ‖ q) where the entropy of p is above `threshold`, KL(q ‖ p) where the teacher is sure |
+    | `adaptive_kl` | w KL(p ‖ q) + (1-w) KL(q ‖ p), w the share of Σ abs(p - q) in the head of p: its likeliest entries
+    with at most `head_mass` together, one at least (AKL, arXiv 2404.02657) |
 
     `kind` is a name of this table or a `DivergenceFormula`. `normalised` (only `jsd`) divides by β(1-β), so that the
     family runs continuously from forward KL at β=0 to reverse KL at β=1. Without it β=0 is forward KL and β=1 reverse
@@ -213,31 +252,32 @@ class Divergence:
     beta: float | None = None
     alpha: float | None = None
     normalised: bool = False
+    threshold: float | None = None
+    head_mass: float | None = None
 
     def __post_init__(self) -> None:
-        parameter, name = self.formula.parameter, self.name
-        own = None if parameter is None else parameter.name
-        for other in ("beta", "alpha"):
-            if getattr(self, other) is not None and other != own:
+        name = self.name
+        own = {parameter.name: parameter for parameter in (self.formula.parameter, self.formula.second) if parameter}
+        for other in PARAMETERS:
+            if getattr(self, other) is not None and other not in own:
                 raise UsageError(
                     f"The divergence '{name}' takes no {other}.",
                     found=f"{other}={getattr(self, other)}",
-                    allowed=own or "no parameter",
+                    allowed=" | ".join(own) or "no parameter",
                 )
         if self.normalised and not self.formula.normalizable:
             takers = " | ".join(row.name for row in FORMULAS.values() if row.normalizable)
             raise UsageError(f"The divergence '{name}' takes no normalised.", allowed=f"only {takers} takes it")
-        if parameter is None:
-            return
-        if getattr(self, parameter.name) is None:
-            object.__setattr__(self, parameter.name, parameter.default)
-        value = getattr(self, parameter.name)
-        if not parameter.contains(value):
-            raise UsageError(
-                f"The {own} of the divergence '{name}' is out of range.",
-                found=f"{own}={value}",
-                allowed=parameter.allowed,
-            )
+        for parameter in own.values():
+            if getattr(self, parameter.name) is None:
+                object.__setattr__(self, parameter.name, parameter.default)
+            value = getattr(self, parameter.name)
+            if not parameter.contains(value):
+                raise UsageError(
+                    f"The {parameter.name} of the divergence '{name}' is out of range.",
+                    found=f"{parameter.name}={value}",
+                    allowed=parameter.allowed,
+                )
 
     @property
     def formula(self) -> DivergenceFormula:
@@ -253,15 +293,15 @@ class Divergence:
 
     @property
     def parameter(self) -> float | None:
-        """The one parameter of this kind, or None."""
+        """The first parameter of this kind, or None."""
         own = self.formula.parameter
         return None if own is None else getattr(self, own.name)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the formula."""
-        own = self.formula.parameter
-        given = {} if own is None else {own.name: getattr(self, own.name)}
+        own = (self.formula.parameter, self.formula.second)
+        given = {parameter.name: getattr(self, parameter.name) for parameter in own if parameter is not None}
         return given | {"normalised": self.normalised} if self.formula.normalizable else given
 
     def values(self, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -298,7 +338,7 @@ def as_divergence(value: str | Mapping[str, Any] | Divergence | DivergenceFormul
         return value
     if isinstance(value, str | DivergenceFormula):
         return Divergence(kind=value)
-    known = ("kind", "beta", "alpha", "normalised")
+    known = ("kind", *PARAMETERS, "normalised")
     unknown = sorted(set(value) - set(known))
     if unknown or "kind" not in value:
         raise UsageError(
