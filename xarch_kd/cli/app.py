@@ -66,6 +66,10 @@ COMMANDS: dict[str, CommandHelp] = {
         "Compare runs that were evaluated alike: quality, cost, and which differences are real.",
         ("xarch-kd compare runs/first runs/second", "xarch-kd compare runs/* --sort seconds --csv"),
     ),
+    "sweep": CommandHelp(
+        "Train a grid of settings and seeds into one folder, and compare the runs.",
+        ("xarch-kd sweep mapping.yaml --set stages.0.optimizer.lr=1e-3,3e-3 --seeds 3 --output runs/sweep",),
+    ),
     "convert": CommandHelp(
         "Convert a Transformer into an untrained stock hybrid checkpoint.",
         ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),
