@@ -13,6 +13,7 @@ import xarch_kd
 from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
 from xarch_kd.evaluation.results import read_evaluation, render_markdown
 from xarch_kd.files import write_text
+from xarch_kd.job.model_index import model_index
 from xarch_kd.job.run import Run
 from xarch_kd.mapping_file.schema import Text
 from xarch_kd.models.loading.licence import licence_of
@@ -94,12 +95,15 @@ def card(plan: Plan, steps: Mapping[str, int], evaluation: Path, reports: Sequen
     licence = licence_of(teacher.reference, plan.mapping.teacher.revision)
     is_on_hub = HUB_ID.fullmatch(teacher.reference) is not None and not Path(teacher.reference).exists()
     data = plan.mapping.data
+    results = model_index(read_evaluation(evaluation)) if evaluation.is_file() else []
     made = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
             license=licence,
             base_model=teacher.reference if is_on_hub else None,
             tags=["distillation", "xarch_kd"],
+            model_name=folder_title(plan) if results else None,
+            eval_results=results or None,
         ),
         template_str=TEMPLATE,
         title=folder_title(plan),
