@@ -55,12 +55,17 @@ class Subjects:
         """The layouts of teacher and student."""
         return layout_of(self.teacher, self.teacher_paths), layout_of(self.student, self.student_paths)
 
+    @property
+    def first_text(self) -> Sequence[Batch]:
+        """Batches of the first text. Raises NotMeasured without text."""
+        if not self.texts:
+            raise NotMeasured("there is no text to take prompts from", allowed="at least one text")
+        return next(iter(self.texts.values()))
+
     @functools.cached_property
     def prompts(self) -> Tensor:
         """Prompts [prompts, tokens] of the first text. Raises NotMeasured without text."""
-        if not self.texts:
-            raise NotMeasured("there is no text to take prompts from", allowed="at least one text")
-        return prompts_of(next(iter(self.texts.values())), self.size)
+        return prompts_of(self.first_text, self.size)
 
     @property
     def new_tokens(self) -> int:

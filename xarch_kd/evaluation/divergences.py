@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from xarch_kd.errors import NonFiniteLoss
 from xarch_kd.ops.heads import Head
@@ -17,6 +17,8 @@ from xarch_kd.taps.layout import Layout, run_base
 
 # Bytes of one model's logits that exist at a time.
 CHUNK_BYTES: Final = 64 << 20
+# log sigmoid of 0, as float32 rounds it.
+HALF: Final = float(logsigmoid(torch.zeros(())))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,14 +110,14 @@ def _figures(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
     """Return the figures [figures, tokens] of log-probabilities [tokens, vocabulary], in the order of NAMES."""
     p, q = log_p.exp(), log_q.exp()
     gap = log_p - log_q
-    half = torch.logaddexp(log_p, log_q).sub_(math.log(2))
     at = labels[:, None]
     best_p, best_q = log_p.argmax(-1), log_q.argmax(-1)
     return torch.stack(
         [
             (p * gap).sum(-1),
             -(q * gap).sum(-1),
-            0.5 * ((p * (log_p - half)).sum(-1) + (q * (log_q - half)).sum(-1)),
+            # log p - log((p + q) / 2) = log 2 + log sigmoid(log p - log q), exactly 0 for equal models.
+            0.5 * ((p * (logsigmoid(gap) - HALF)).sum(-1) + (q * (logsigmoid(-gap) - HALF)).sum(-1)),
             0.5 * (p - q).abs().sum(-1),
             -log_p.gather(-1, at)[:, 0],
             -log_q.gather(-1, at)[:, 0],

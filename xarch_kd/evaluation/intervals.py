@@ -33,17 +33,26 @@ class Interval:
 
 
 def resampled_weights(
-    units: int, *, resamples: int = RESAMPLES, seed: int = 0, groups: Sequence[int | str] | None = None
+    units: int,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    groups: Sequence[int | str] | None = None,
+    strata: Sequence[int] = (),
 ) -> Array:
     """Return how often each unit is in each bootstrap resample [resamples, units].
 
     Units are drawn with replacement. With `groups`, one label per unit (the training seed of a prompt's run), groups
-    are drawn first and then units of each drawn group, so that prompts of one seed do not count as independent runs.
+    are drawn first and then units of each drawn group, so that prompts of one seed do not count as independent runs. With
+    `strata`, numbers of consecutive units, units are drawn within each stratum.
 
     >>> from xarch_kd.evaluation.intervals import resampled_weights
     >>> resampled_weights(3, resamples=4).sum(1).tolist()
     [3.0, 3.0, 3.0, 3.0]
     """
+    if strata:
+        parts = enumerate(strata)
+        return np.hstack([resampled_weights(size, resamples=resamples, seed=seed + place) for place, size in parts])
     generator = np.random.default_rng(seed)
     if groups is None:
         return _counts(generator.integers(units, size=(resamples, units)), units)
@@ -78,12 +87,13 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
     groups: Sequence[int | str] | None = None,
+    strata: Sequence[int] = (),
 ) -> list[Interval]:
     """Return the percentile intervals of a statistic, one for each of its values.
 
     `statistic` maps weights [resamples, units] to values [resamples, values]. The p-value is that of `null`,
     2 (n + 1) / (resamples + 1) and at most 1, with n the resamples on its other side; values that never differ from it
-    have p = 1. Raises UsageError for no unit, no resample and a level outside of 0 to 1.
+    have p = 1. `groups` and `strata` are those of `resampled_weights`. Raises UsageError for no unit, no resample and a level outside of 0 to 1.
 
     >>> import numpy as np
     >>> from xarch_kd.evaluation.intervals import bootstrap
@@ -101,7 +111,7 @@ def bootstrap(
     values = statistic(np.ones((1, units)))[0]
     if units < 2 or (groups is not None and len(set(groups)) < 2):
         return [Interval(value=float(value), low=None, high=None, p_value=None) for value in values]
-    drawn = statistic(resampled_weights(units, resamples=resamples, seed=seed, groups=groups))
+    drawn = statistic(resampled_weights(units, resamples=resamples, seed=seed, groups=groups, strata=strata))
     return [
         _interval(float(value), column[np.isfinite(column)], null, level)
         for value, column in zip(values, drawn.T, strict=True)
@@ -130,7 +140,7 @@ def subsampling(
     `statistic` maps indices [m] to values. A bootstrap would compare units with copies of themselves. Deviations of the
     subsamples from their mean are scaled by sqrt(m / (n - m)), which makes the variance that of a mean of n units
     (Politis, Romano and Wolf, Subsampling, 1999, with the correction for a finite population), around the value of all
-    units. Fewer than 8 units have no interval.
+    units. Fewer than 8 units and no draws have no interval.
 
     >>> import numpy as np
     >>> from xarch_kd.evaluation.intervals import subsampling
@@ -140,7 +150,7 @@ def subsampling(
     True
     """
     everything = statistic(np.arange(units))
-    if units < 8:
+    if units < 8 or not draws:
         return [Interval(value=float(value), low=None, high=None, p_value=None) for value in everything]
     size = max(2, round(share * units))
     generator = np.random.default_rng(seed)

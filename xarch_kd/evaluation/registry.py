@@ -10,7 +10,9 @@ from xarch_kd.errors import check_table
 from xarch_kd.evaluation.base import Subjects, Suite
 from xarch_kd.evaluation.copying import CopyingResult, copying_lines, copying_markdown, measure_copying
 from xarch_kd.evaluation.cost import Cost
+from xarch_kd.evaluation.diversity import diversity_cost, measure_diversity
 from xarch_kd.evaluation.exposure import exposure_cost, measure_exposure
+from xarch_kd.evaluation.generation_suite import generation_cost, measure_generation
 from xarch_kd.evaluation.likelihood_suite import (
     likelihood_from_json,
     likelihood_markdown,
@@ -18,6 +20,7 @@ from xarch_kd.evaluation.likelihood_suite import (
     likelihood_to_json,
     measure_likelihood,
 )
+from xarch_kd.evaluation.long_range import long_range_cost, measure_long_range
 from xarch_kd.evaluation.speed_suite import (
     measure_speed,
     speed_from_json,
@@ -65,6 +68,13 @@ SUITES: Final[dict[str, Suite]] = {
         markdown=likelihood_markdown,
     ),
     "exposure": _suite("exposure", "Exposure: errors on the student's own text", measure_exposure, exposure_cost),
+    "generation": _suite(
+        "generation", "Generation: the same questions by likelihood and by writing", measure_generation, generation_cost
+    ),
+    "diversity": _suite("diversity", "Diversity of what the models write", measure_diversity, diversity_cost),
+    "long_range": _suite(
+        "long_range", "Long range: accuracy of finding again what was read", measure_long_range, long_range_cost
+    ),
     "copying": Suite(
         measure=measure_copying,
         to_json=dataclasses.asdict,

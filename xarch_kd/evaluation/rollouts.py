@@ -63,18 +63,31 @@ def prompts_of(texts: Sequence[Batch], size: Size) -> Tensor:
     Rows shorter than a prompt are left out, unless all are: then prompts are half as long as the longest row. Raises
     NotMeasured without text.
     """
-    rows = [row for batch in texts for part in batch.apart() for row in _unpadded(part)]
-    longest = max((len(row) for row in rows), default=0)
+    longest = max((len(row) for row in _unpadded_rows(texts)), default=0)
     if longest < 2:
         raise NotMeasured("there is no text to take prompts from", found=f"rows of at most {longest} tokens")
-    tokens = max(1, min(size.prompt_tokens, longest // 2))
+    return text_rows(texts, max(1, min(size.prompt_tokens, longest // 2)), size.prompts)
+
+
+def text_rows(texts: Sequence[Batch], tokens: int, count: int) -> Tensor:
+    """Return at most `count` pieces [pieces, tokens]: the start of each row of text, then later parts of all rows.
+
+    They have fewer tokens where no row has as many.
+    """
+    rows = _unpadded_rows(texts)
+    longest = max(len(row) for row in rows)
+    tokens = min(tokens, longest)
     found = [
         row[start : start + tokens]
         for start in range(0, longest - tokens + 1, tokens)
         for row in rows
         if start + tokens <= len(row)
     ]
-    return torch.stack(found[: size.prompts]).cpu().long()
+    return torch.stack(found[:count]).cpu().long()
+
+
+def _unpadded_rows(texts: Sequence[Batch]) -> list[Tensor]:
+    return [row for batch in texts for part in batch.apart() for row in _unpadded(part)]
 
 
 def _unpadded(batch: Batch) -> list[Tensor]:

@@ -22,7 +22,7 @@ from xarch_kd.mapping_file.training import Cache, Lora, LoraPart, Optimizer, Sta
 Dtype = Literal["float32", "bfloat16", "float16"]
 MixerName = Literal["mamba2", "gated_delta", "window"]
 TargetName = Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"]
-SuiteName = Literal["likelihood", "exposure", "copying", "speed"]
+SuiteName = Literal["likelihood", "exposure", "generation", "diversity", "long_range", "copying", "speed"]
 EvaluationSize = Literal["quick", "standard"]
 Control = Literal["none", "unchanged", "shuffled"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
