@@ -52,9 +52,9 @@ def test_a_run_is_measured_and_its_card_and_manifest_follow(run: Path, capsys: p
     assert figures["text"] == "held-out"
     assert figures["rows"] == 128 // 16
     assert f"{figures['student_nll']:.4f}" in (run / "student" / "README.md").read_text()
-    copying = printed["copying"]
-    assert (copying["lists"], copying["items"], copying["filler"]) == (24, 48, 64)
-    assert f"Copying: teacher {copying['teacher']:.3f}" in (run / "student" / "README.md").read_text()
+    assert list(printed) == ["likelihood", "exposure", "generation", "diversity", "long_range", "speed"]
+    copying = next(figure for figure in printed["long_range"]["figures"] if figure["name"] == "repeat copy")
+    assert f"| repeat copy | {copying['teacher']:.4g} |" in (run / "student" / "README.md").read_text()
     files = json.loads((run / "manifest.json").read_text())["files"]
     assert files == {name: sha256_of(run / name) for name in files}
     assert "evaluation.json" in files
@@ -176,7 +176,7 @@ def relative_run(tmp_path: Path, teacher_folder: Path, monkeypatch: pytest.Monke
         "data": {"files": ["text.txt"], "sequence_length": 16, "batch_size": 2},
         "device": "cpu",
         "stages": [{**MIXER_STAGE, "steps": 1}],
-        "evaluate": {"tokens": 128},
+        "evaluate": {"suites": ["likelihood", "exposure"], "tokens": 128},
     }
     (project / "mapping.yaml").write_text(yaml.safe_dump(mapping))
     monkeypatch.chdir(project)
@@ -200,7 +200,7 @@ def test_a_run_is_measured_on_its_own_text_from_any_folder(
 def test_another_text_of_another_kind_is_warned_of(relative_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     project, name = relative_run.parent.parent, "also.txt"
     mapping = yaml.safe_load((project / "mapping.yaml").read_text())
-    mapping["evaluate"] = {"tokens": 64, "also": [{"files": [name]}]}
+    mapping["evaluate"] = {"suites": ["likelihood"], "tokens": 64, "also": [{"files": [name]}]}
     (project / "mapping.yaml").write_text(yaml.safe_dump(mapping))
     for text, warns in ((TEXT * 4, False), (TEXT.upper() * 4, True)):
         (project / name).write_text(text)

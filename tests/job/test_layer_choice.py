@@ -48,7 +48,10 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_run_chooses_its_layers_once(write_mapping: Write, tmp_path: Path, measured_once: list[int]) -> None:
-    mapping, folder = write_mapping(student=chosen(), evaluate={"tokens": 64}), tmp_path / "run"
+    mapping, folder = (
+        write_mapping(student=chosen(), evaluate={"suites": ["likelihood"], "tokens": 64}),
+        tmp_path / "run",
+    )
     plan = make_plan(mapping)
     assert plan.is_unselected
     assert any("2 of 4 layers are replaced, which are chosen by measurement" in notice for notice in plan.warnings)

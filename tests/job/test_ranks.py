@@ -117,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, str], t
 
 @pytest.mark.timeout(1000)
 def test_the_command_line_trains_on_two_processes_and_prints_once(tmp_path: Path, write_mapping: Write) -> None:
-    mapping = write_mapping({**LOGIT_STAGE, "steps": 2}, evaluate={"tokens": 64})
+    mapping = write_mapping({**LOGIT_STAGE, "steps": 2}, evaluate={"suites": ["likelihood"], "tokens": 64})
     done = launch(2, "-m", "xarch_kd", "train", str(mapping), "--output", str(tmp_path / "run"), timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("logits  step 2/2") == done.stdout.count("finished: ") == 1

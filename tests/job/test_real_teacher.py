@@ -21,7 +21,7 @@ def test_the_demo_in_a_few_steps(tmp_path: Path, smollm2: PreTrainedModel) -> No
     # Its choice of layers and its mixture of texts have tests on tiny models.
     mapping["student"]["convert"]["replace"] = [6, 13, 20, 27]
     mapping["data"] = {"builtin": "python-docs", "sequence_length": 64, "batch_size": 2}
-    mapping["evaluate"] |= {"tokens": 128, "copying": 1, "speed": {"seconds": 0}}
+    mapping["evaluate"] |= {"suites": ["likelihood", "speed"], "tokens": 128, "speed": {"seconds": 0}}
     # The mixers see each of two batches three times.
     mixers, logits = mapping["stages"]
     mixers |= {"steps": 6, "batches": 2, "batch_size": 2, "cache": "memory"}

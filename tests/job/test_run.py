@@ -36,7 +36,7 @@ def run(run_folder: Path, write_mapping: Write) -> Run:
     if run_folder.exists():
         return Run(run_folder)
     content["stages"] = tuple(content["stages"])
-    content["evaluate"] = {"tokens": 128}
+    content["evaluate"] = {"suites": ["likelihood", "long_range"], "tokens": 128}
     return xkd.train(content, str(run_folder))
 
 
@@ -54,16 +54,16 @@ def test_a_run_from_a_dict_carries_its_metrics(run: Run) -> None:
         )
         assert stage.seconds is not None and stage.peak_bytes is not None
     measured = json.loads((run.path / "evaluation.json").read_text())["results"]
-    result, copying = measured["likelihood"][0], measured["copying"]
+    result, figures = measured["likelihood"][0], measured["long_range"]["figures"]
     expected = {f"{name}/loss": event["loss"] for name, event in last.items()}
     expected |= {f"{name}/{part}": value for name, event in last.items() for part, value in event["parts"].items()}
     expected |= {
         "held-out/teacher": result["teacher_nll"],
         "held-out/student": result["student_nll"],
         "held-out/difference": result["difference"],
-        "copying/teacher": copying["teacher"],
-        "copying/student": copying["student"],
+        **{f"long_range/{figure['name']}": figure["value"] for figure in figures if figure["value"] is not None},
     }
+    assert "long_range/repeat copy" in expected
     assert run.metrics == expected
     assert run.is_finished and run.evaluation is not None
     assert run.seconds == sum(stage.seconds or 0 for stage in run.stages.values())

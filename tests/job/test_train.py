@@ -27,7 +27,7 @@ def test_every_stage_through_the_command_line(
     write_mapping: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    mapping = write_mapping(evaluate={"tokens": 256, "also": [{"builtin": "licences"}]})
+    mapping = write_mapping(evaluate={"suites": ["likelihood"], "tokens": 256, "also": [{"builtin": "licences"}]})
     assert main(["train", str(mapping), "--output", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "stage mixers: 4 steps" in printed

@@ -155,7 +155,7 @@ def test_a_mapping_file_trains_the_replaced_blocks(tmp_path: Path) -> None:
         "data": {"files": [str(tmp_path / "text.txt")], "sequence_length": 16, "batch_size": 2},
         "device": "cpu",
         "stages": [{**LOGIT_STAGE, "steps": 2, "train": ["mixers"]}],
-        "evaluate": {"tokens": 256},
+        "evaluate": {"suites": ["likelihood"], "tokens": 256},
     }
     plan = make_plan(content, rates=RATES)
     assert [row.replaced for row in plan.student.layers] == [True, False, True]

@@ -95,7 +95,7 @@ def mapping(folders: dict[str, Path], align: dict[str, Any], divergence: Any) ->
         "data": {"files": [str(text)], "sequence_length": 16, "batch_size": 2},
         "device": "cpu",
         "stages": [stage],
-        "evaluate": {"tokens": 64},
+        "evaluate": {"suites": ["likelihood"], "tokens": 64},
     }
     return MappingFile.model_validate_json(json.dumps(whole))
 

@@ -17,7 +17,10 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by `xarch-kd train`.")],
     suites: Annotated[
         str | None,
-        typer.Option(metavar="NAME,…", help="likelihood, exposure, copying, speed; default: from the mapping file."),
+        typer.Option(
+            metavar="NAME,…",
+            help="e.g. likelihood,exposure,generation,diversity,long_range,speed; default: from the mapping file.",
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -50,7 +53,8 @@ def command(
     The suite likelihood reports negative log-likelihood and perplexity of both models on the same tokens, by position,
     with paired bootstrap intervals of the difference: on held-out text of the training corpus, and on each text under
     `evaluate.also`. The suite exposure reports how much more the student errs on text that it wrote itself than on its
-    teacher's. The suite copying reports how much of a list of random tokens each copies. The suite speed reports
+    teacher's, generation the same questions by likelihood and by writing, diversity how different from each other the
+    texts of each model are, long_range how well each finds again what it read. The suite speed reports
     bytes of cache, times of prefill and decoding, and peak memory by context length. Figures of a suite that is not
     named stay as they were measured before.
     """

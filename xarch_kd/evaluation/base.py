@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 class Subjects:
     """Teacher and student in evaluation mode, and the settings of all suites.
 
-    `texts` are batches by name, `descriptions` the kind of each text; prompts are taken from the first text. `copying`
-    is the number of lists of random tokens of the `tokenizer` by which copying is measured. `level`, `resamples` and
-    `seed` are those of the intervals; `seed` is that of the samples too. What several suites need is computed once.
+    `texts` are batches by name, `descriptions` the kind of each text; prompts are taken from the first text, and
+    random tokens from the `tokenizer`. `level`, `resamples` and `seed` are those of the intervals; `seed` is that of
+    the samples too. What several suites need is computed once.
     """
 
     teacher: PreTrainedModel
@@ -45,7 +45,6 @@ class Subjects:
     resamples: int = RESAMPLES
     seed: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
-    copying: int = 24
     speed: Speed = field(default_factory=Speed)
     size: Size = SIZES["quick"]
     reporter: Reporter = field(default_factory=Reporter.silent)

@@ -39,7 +39,6 @@ def compare_models(
     resamples: int = RESAMPLES,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    copying: int = 24,
     speed: Speed | None = None,
     size: Size | None = None,
     reporter: Reporter | None = None,
@@ -48,7 +47,7 @@ def compare_models(
 
     `texts` maps a name to packed rows [rows, T] (integers, no padding), or to batches, whose padding and tokens left
     out by labels do not count; rows may differ in length between texts. `descriptions` gives the kind of each text,
-    which is printed beside its name. The suite `copying` measures `copying` lists of tokens of `tokenizer`. `size` is
+    which is printed beside its name. Random tokens are those of `tokenizer`. `size` is
     that of the suites that sample, by default `quick`. Models stay on their device; the suite `speed` rounds both to
     the dtype of its settings, `speed`. `reporter` shows the expected cost and the progress. A suite that these models
     or texts cannot serve is left out with a warning.
@@ -69,7 +68,6 @@ def compare_models(
         resamples=resamples,
         seed=seed,
         tokenizer=tokenizer,
-        copying=copying,
         speed=speed or Speed(),
         size=size or SIZES["quick"],
         reporter=reporter or Reporter.silent(),

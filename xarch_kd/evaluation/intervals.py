@@ -43,8 +43,8 @@ def resampled_weights(
     """Return how often each unit is in each bootstrap resample [resamples, units].
 
     Units are drawn with replacement. With `groups`, one label per unit (the training seed of a prompt's run), groups
-    are drawn first and then units of each drawn group, so that prompts of one seed do not count as independent runs. With
-    `strata`, numbers of consecutive units, units are drawn within each stratum.
+    are drawn first and then units of each drawn group, so that prompts of one seed do not count as independent runs.
+    With `strata`, numbers of consecutive units, units are drawn within each stratum.
 
     >>> from xarch_kd.evaluation.intervals import resampled_weights
     >>> resampled_weights(3, resamples=4).sum(1).tolist()
@@ -93,7 +93,8 @@ def bootstrap(
 
     `statistic` maps weights [resamples, units] to values [resamples, values]. The p-value is that of `null`,
     2 (n + 1) / (resamples + 1) and at most 1, with n the resamples on its other side; values that never differ from it
-    have p = 1. `groups` and `strata` are those of `resampled_weights`. Raises UsageError for no unit, no resample and a level outside of 0 to 1.
+    have p = 1. `groups` and `strata` are those of `resampled_weights`. Raises UsageError for no unit, no resample and a
+    level outside of 0 to 1.
 
     >>> import numpy as np
     >>> from xarch_kd.evaluation.intervals import bootstrap

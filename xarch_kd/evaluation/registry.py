@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Final, get_args
 
 from xarch_kd.errors import check_table
 from xarch_kd.evaluation.base import Subjects, Suite
-from xarch_kd.evaluation.copying import CopyingResult, copying_lines, copying_markdown, measure_copying
 from xarch_kd.evaluation.cost import Cost
 from xarch_kd.evaluation.diversity import diversity_cost, measure_diversity
 from xarch_kd.evaluation.exposure import exposure_cost, measure_exposure
@@ -74,14 +72,6 @@ SUITES: Final[dict[str, Suite]] = {
     "diversity": _suite("diversity", "Diversity of what the models write", measure_diversity, diversity_cost),
     "long_range": _suite(
         "long_range", "Long range: accuracy of finding again what was read", measure_long_range, long_range_cost
-    ),
-    "copying": Suite(
-        measure=measure_copying,
-        to_json=dataclasses.asdict,
-        from_json=lambda data: CopyingResult(**data),
-        tables=copying_lines,
-        markdown=copying_markdown,
-        needs_text=False,
     ),
     "speed": Suite(
         measure=measure_speed,

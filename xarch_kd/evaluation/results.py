@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Group
 
 from xarch_kd.errors import DataError
-from xarch_kd.evaluation.copying import CopyingResult
 from xarch_kd.evaluation.likelihood_suite import COLUMNS, LikelihoodResult, likelihood_cells, likelihood_footnote
 from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.speed_suite import SpeedResult
@@ -38,11 +37,6 @@ class Evaluation:
     def likelihood(self) -> tuple[LikelihoodResult, ...]:
         """The likelihood on each text, empty if it was not measured."""
         return self.results.get("likelihood", ())
-
-    @property
-    def copying(self) -> CopyingResult | None:
-        """The accuracy of copying, None if it was not measured."""
-        return self.results.get("copying")
 
     @property
     def speed(self) -> SpeedResult | None:
@@ -127,10 +121,9 @@ def render_markdown(evaluation: Evaluation) -> str:
 
 
 def render_plain(evaluation: Evaluation) -> str:
-    """Return likelihood and copying as plain text, one paragraph per text, for logs."""
+    """Return the likelihood as plain text, one paragraph per text, for logs."""
     lines = []
     for cells in likelihood_cells(evaluation):
         lines.append(f"{cells[0]}: {cells[1]}" if cells[1] else cells[0])
         lines += [f"  {heading}: {cell}" for heading, cell in zip(COLUMNS[2:], cells[2:], strict=True)]
-    copying = [] if evaluation.copying is None else [evaluation.copying.line()]
-    return "\n".join([*lines, likelihood_footnote(evaluation), *copying])
+    return "\n".join([*lines, likelihood_footnote(evaluation)])

@@ -158,7 +158,7 @@ def _check_speed(plan: Plan) -> None:
 def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | None = None) -> Evaluation:
     """Measure the student saved in `folder`, and write and print the result.
 
-    Likelihood and copying are those of both models in float32. `text` is that of the run, read here if it is not given.
+    All but speed is that of both models in float32. `text` is that of the run, read here if it is not given.
     Figures of suites that are not measured stay as they are in the folder.
     """
     settings = plan.mapping.evaluate or Evaluate()
@@ -193,7 +193,6 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
         student_paths=plan.mapping.student.paths,
         seed=plan.mapping.seed,
         tokenizer=tokenizer,
-        copying=settings.copying,
         speed=settings.speed,
         size=SIZES[settings.size].within(settings.tokens),
         reporter=reporter,

@@ -16,6 +16,7 @@ from rich.text import Text
 from xarch_kd.display import AsIs, as_html, as_text, byte_text, duration
 from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render
+from xarch_kd.evaluation.suite_result import SuiteResult
 from xarch_kd.planning.layer_choice import LayerSelection
 from xarch_kd.planning.render_selection import render_selection
 from xarch_kd.run.folder import RunFolder
@@ -149,8 +150,9 @@ class Run:
     def metrics(self) -> Mapping[str, float]:
         """Last losses and evaluation results by name, e.g. `mixers/loss`, `mixers/mixer-output.6`, `held-out/student`.
 
-        Losses are those of each stage's last step; results are NLL per token in nats, and of `copying` the accuracy.
-        Stages that are evaluated while they train add `mixers/held-out/loss`, `mixers/held-out/nll` and their parts
+        Losses are those of each stage's last step; results are NLL per token in nats, and of other suites the numbers
+        that compare the student with its teacher, e.g. `long_range/repeat copy`. Stages that are evaluated while they
+        train add `mixers/held-out/loss`, `mixers/held-out/nll` and their parts
         (`StageMetrics.held_out`).
         """
         found: dict[str, float] = {}
@@ -163,9 +165,9 @@ class Run:
             found[f"{result.text}/teacher"] = result.teacher_nll
             found[f"{result.text}/student"] = result.student_nll
             found[f"{result.text}/difference"] = result.difference
-        if self.evaluation is not None and self.evaluation.copying is not None:
-            found["copying/teacher"] = self.evaluation.copying.teacher
-            found["copying/student"] = self.evaluation.copying.student
+        for name, result in (self.evaluation.results if self.evaluation is not None else {}).items():
+            if isinstance(result, SuiteResult):
+                found |= {f"{name}/{each.name}": each.value for each in result.figures if each.value is not None}
         return found
 
     def _stage(self, stage: Mapping[str, Any]) -> StageMetrics:

@@ -57,6 +57,7 @@ _SEED = "not a key here. Write seed: 0 at the top of the file; runs on a CPU are
 _EMA = "not a key here. Write ema: {decay: 0.999} in the stage"
 _LOADING = "not a key here: the teacher is read into memory whole, in teacher: {dtype: bfloat16}"
 _POSITIONS = "not a key here. Positions follow the teacher's config; change them in its config.json"
+_COPYING = "not a key here. Copying is a task of the suite long_range: evaluate: {suites: [likelihood, long_range]}"
 _VERBOSE = "not a key here. `--debug` on the command line shows tracebacks"
 
 
@@ -66,6 +67,7 @@ def _each(answer: str, *keys: str) -> dict[str, str]:
 
 # Key of other training tools → what to do here.
 ANSWERS: Final[dict[str, str]] = {
+    "copying": _COPYING,
     **_each(_PROCESSES, "deepspeed", "fsdp", "fsdp_config", "zero_stage", "zero_optimization", "tensor_parallel"),
     **_each(_PROCESSES, "tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size", "sequence_parallel"),
     **_each(_PROCESSES, "num_gpus", "gpus", "n_gpus", "nproc_per_node", "nodes", "num_nodes", "local_rank"),

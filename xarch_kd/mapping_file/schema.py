@@ -22,7 +22,7 @@ from xarch_kd.mapping_file.training import Cache, Lora, LoraPart, Optimizer, Sta
 Dtype = Literal["float32", "bfloat16", "float16"]
 MixerName = Literal["mamba2", "gated_delta", "window"]
 TargetName = Literal["auto", "bamba", "granitemoehybrid", "qwen3_5", "olmo_hybrid", "in_place"]
-SuiteName = Literal["likelihood", "exposure", "generation", "diversity", "long_range", "copying", "speed"]
+SuiteName = Literal["likelihood", "exposure", "generation", "diversity", "long_range", "speed"]
 EvaluationSize = Literal["quick", "standard"]
 Control = Literal["none", "unchanged", "shuffled"]
 Trainable = Literal["mixers", "blocks", "embeddings", "norms", "head", "all"]
@@ -340,15 +340,20 @@ class Speed(ConfigModel):
 class Evaluate(ConfigModel):
     """Evaluation after training, on at most `tokens` of the held-out text and of each text of `also`.
 
-    `size` is that of the suites that sample; each model writes at most `tokens` tokens after their prompts. `copying`
-    is the number of lists of random tokens of the suite `copying`; 0 leaves it out.
+    `size` is that of the suites that sample; each model writes at most `tokens` tokens after their prompts.
     """
 
-    suites: Annotated[tuple[SuiteName, ...], Field(min_length=1)] = ("likelihood", "copying", "speed")
+    suites: Annotated[tuple[SuiteName, ...], Field(min_length=1)] = (
+        "likelihood",
+        "exposure",
+        "generation",
+        "diversity",
+        "long_range",
+        "speed",
+    )
     size: EvaluationSize = "quick"
     tokens: Annotated[int, Field(ge=64)] = 16_384
     also: tuple[Text, ...] = ()
-    copying: Annotated[int, Field(ge=0, le=4096)] = 24
     speed: Speed = Speed()
 
 

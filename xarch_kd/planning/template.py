@@ -49,7 +49,6 @@ stages:
     tokens: {{divergence: forward_kl, temperature: 1.0}}
     optimizer: {{lr: 1.0e-3}}
 evaluate:
-  suites: [likelihood, copying, speed]
   also:
     - builtin: licences             # texts of other kinds than the training text
     - builtin: library-docs

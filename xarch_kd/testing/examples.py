@@ -19,7 +19,7 @@ stages:
     train: [mixers]
     inputs: teacher
     align: [{name: output, tap: mixer_output, layers: replaced, loss: {kind: relative_mse}}]
-evaluate: {tokens: 64}
+evaluate: {suites: [likelihood, speed], tokens: 64}
 """
 
 

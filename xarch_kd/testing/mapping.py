@@ -58,6 +58,6 @@ stages:
     train: [mixers]
     tokens: {divergence: forward_kl}
 evaluate:
-  suites: [likelihood, copying, speed]
+  suites: [likelihood, long_range, speed]
   also: [{builtin: licences}]
 """
