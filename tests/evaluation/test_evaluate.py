@@ -81,7 +81,8 @@ def test_progress_names_text_and_model_with_a_rate() -> None:
     assert lines[0].startswith(f"measuring held-out, teacher  {read:,}/{tokens:,} tokens  {read / 4:,.0f} tokens/s")
     assert lines[0].endswith("ETA 0:02")
     assert [line.split("  ")[0] for line in lines if "ETA" in line] == [
-        f"measuring {text}, {model}" for text in texts() for model in ("teacher", "student")
+        *(f"measuring {text}, {model}" for text in texts() for model in ("teacher", "student")),
+        "comparing distributions, both models",
     ]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 
 from xarch_kd.cli.app import main
 from xarch_kd.errors import CheckpointError
+from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.results import read_evaluation
 from xarch_kd.files import sha256_of
 from xarch_kd.job.train import train
@@ -104,6 +106,26 @@ def test_measuring_twice_gives_the_same_figures(run: Path) -> None:
         assert main(["evaluate", str(run), "--tokens", "128"]) == 0
         evaluations.append(read_evaluation(run / "evaluation.json"))
     assert evaluations[0] == evaluations[1]
+
+
+def test_an_interrupted_evaluation_continues_after_its_last_suite(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(run), "--suites", "likelihood,long_range", "--tokens", "64"]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(SUITES, "long_range", replace(SUITES["long_range"], measure=interrupted))
+        assert main(command) == 130
+    assert not (run / "evaluation.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setitem(SUITES, "likelihood", replace(SUITES["likelihood"], measure=interrupted))
+        assert main(command) == 0
+    assert "measured before the interruption: likelihood" in capsys.readouterr().out
+    assert list(read_evaluation(run / "evaluation.json").results) == ["likelihood", "long_range"]
+    assert not list(run.glob("*partial*"))
 
 
 @pytest.mark.parametrize(("gate", "code"), [("-1000", 1), ("1000", 0)])

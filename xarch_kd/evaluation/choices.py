@@ -15,9 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.data.batches import Batch
 from xarch_kd.data.copying import WORDS
+from xarch_kd.evaluation.divergences import head_of
 from xarch_kd.evaluation.likelihood import ModelPaths, token_nll
 from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.generation.sampling import Sampling, end_tokens, sample
+from xarch_kd.ops.streaming.logits import logits_into
+from xarch_kd.taps.layout import Layout, run_base
 
 if TYPE_CHECKING:
     from xarch_kd.evaluation.base import Subjects
@@ -105,8 +108,12 @@ def answers(subjects: Subjects, side: int, questions: Sequence[Question], progre
     """
     model = (subjects.teacher, subjects.student)[side]
     paths = (subjects.teacher_paths, subjects.student_paths)[side]
-    likelihood = _by_likelihood(model, paths, questions, progress)
     tokens = len(questions[0].options[0])
+    likelihood = (
+        _by_next_token(subjects.layouts[side], questions, progress)
+        if tokens == 1
+        else _by_likelihood(model, paths, questions, progress)
+    )
     written = sample(
         model,
         [question.prompt for question in questions],
@@ -128,6 +135,19 @@ def _nearest(found: Sequence[int], question: Question) -> int:
         shared.append(length)
     best = max(shared)
     return -1 if best == 0 or shared.count(best) > 1 else shared.index(best)
+
+
+@torch.inference_mode()
+def _by_next_token(layout: Layout, questions: Sequence[Question], progress: Callable[[int], None]) -> Ids:
+    """Return the most likely option [questions] of those that are one token each, from one pass per question."""
+    head, chosen = head_of(layout), []
+    for question in questions:
+        ids = torch.tensor([question.prompt], device=head.weight.device)
+        hidden = run_base(layout, ids)[0, -1:].float()
+        logits = logits_into(torch.empty(1, len(head.weight), device=hidden.device), hidden, head)[0]
+        chosen.append(int(logits[[option[0] for option in question.options]].argmax()))
+        progress(1)
+    return np.array(chosen)
 
 
 def _by_likelihood(

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
+from transformers import PreTrainedModel
 
 from xarch_kd.evaluation.rollouts import CPU_ROWS
+from xarch_kd.generation.sampling import Sampling, sample
 from xarch_kd.taps.layout import run_base
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 # Tokens of the pass that is timed.
 TIMED_TOKENS: Final = 128
+# Steps of writing that are timed.
+TIMED_STEPS: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +45,26 @@ def total_cost(parts: Iterable[Mapping[str, Cost]]) -> Cost:
 
 @torch.inference_mode()
 def expected_seconds(subjects: Subjects, cost: Cost) -> float:
-    """Return about how long both models need for a cost, from one timed pass and one timed step of each."""
+    """Return about how long both models need for a cost, from a timed pass and timed steps of each."""
     found = 0.0
     for layout in subjects.layouts:
         limit = getattr(layout.model.config.get_text_config(), "max_position_embeddings", None) or TIMED_TOKENS
-        times = []
-        for shape in ((1, 8), (1, min(TIMED_TOKENS, limit)), (CPU_ROWS, 1)):
-            ids = torch.ones(shape, dtype=torch.long, device=layout.head_weight.device)
-            began = time.perf_counter()
-            run_base(layout, ids)
-            times.append((time.perf_counter() - began) / shape[1])
-        found += cost.read * times[1] + cost.steps * times[2]
+        ids = torch.ones((1, min(TIMED_TOKENS, limit)), dtype=torch.long, device=layout.head_weight.device)
+        run_base(layout, ids[:, :8])
+        began = time.perf_counter()
+        run_base(layout, ids)
+        found += cost.read * (time.perf_counter() - began) / ids.shape[1]
+        if cost.steps and hasattr(layout.model, "generate"):
+            found += cost.steps * _step_seconds(layout.model, limit)
     return found
+
+
+def _step_seconds(model: PreTrainedModel, limit: int) -> float:
+    """Return the seconds of a step that adds a token to a batch of texts, a pass over the prompts left out."""
+    prompts = [[1] * min(8, max(1, limit - TIMED_STEPS - 1))] * CPU_ROWS
+    times = []
+    for steps in (1, 1 + TIMED_STEPS):
+        began = time.perf_counter()
+        sample(model, prompts, Sampling(max_new_tokens=steps), end_of_sequence=[])
+        times.append(time.perf_counter() - began)
+    return max(0.0, times[1] - times[0]) / TIMED_STEPS

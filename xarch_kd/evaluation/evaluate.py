@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,8 @@ def compare_models(
     tokenizer: PreTrainedTokenizerBase | None = None,
     speed: Speed | None = None,
     size: Size | None = None,
+    measured: Mapping[str, Any] | None = None,
+    on_result: Callable[[str, Any], None] | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Return the results of `suites` for two models, by default their likelihood on each text.
@@ -50,7 +53,8 @@ def compare_models(
     which is printed beside its name. Random tokens are those of `tokenizer`. `size` is
     that of the suites that sample, by default `quick`. Models stay on their device; the suite `speed` rounds both to
     the dtype of its settings, `speed`. `reporter` shows the expected cost and the progress. A suite that these models
-    or texts cannot serve is left out with a warning.
+    or texts cannot serve is left out with a warning. Results in `measured`, by suite, are taken as they are;
+    `on_result` is called with each other one as soon as it is there.
 
     Raises:
         DataError: no text, or rows that are empty, too short or hold tokens outside a vocabulary.
@@ -72,9 +76,12 @@ def compare_models(
         size=size or SIZES["quick"],
         reporter=reporter or Reporter.silent(),
     )
-    chosen = {name: suite for name, suite in SUITES.items() if name in suites}
+    earlier = measured or {}
+    results = {name: earlier[name] for name in SUITES if name in suites and name in earlier}
+    if results:
+        subjects.reporter.line(f"measured before the interruption: {', '.join(results)}")
+    chosen = {name: suite for name, suite in SUITES.items() if name in suites and name not in results}
     _print_cost(subjects, chosen)
-    results = {}
     for name, suite in chosen.items():
         try:
             result = suite.measure(subjects)
@@ -83,6 +90,8 @@ def compare_models(
             continue
         if result is not None:
             results[name] = result
+            if on_result is not None:
+                on_result(name, result)
     return Evaluation(
         teacher=teacher_name, student=student_name, level=level, resamples=resamples, seed=seed, results=results
     )

@@ -86,7 +86,7 @@ def generation_cost(subjects: Subjects) -> Mapping[str, Cost]:
     """Return the work: continuations of prompts, and questions with all their options."""
     prompts, width = subjects.prompts.shape
     count = subjects.size.prompts
-    read = count * OPTIONS * (min(CONTEXT, width) + CONTINUATION + LETTER_TOKENS)
+    read = count * (OPTIONS * (min(CONTEXT, width) + CONTINUATION) + 2 * LETTER_TOKENS)
     return {
         "rollouts": sampling_cost(prompts, width, subjects.new_tokens),
         "questions": Cost(read=read, steps=-(-count // CPU_ROWS) * (CONTINUATION + 1)),

@@ -18,8 +18,10 @@ from torch import Tensor
 from xarch_kd.data.batches import Batch
 from xarch_kd.errors import DataError
 from xarch_kd.evaluation.base import Subjects
+from xarch_kd.evaluation.distributions import measure_distributions
 from xarch_kd.evaluation.likelihood import batches_of, position_buckets, position_curve, token_nll
 from xarch_kd.evaluation.statistics import PairedDifference, paired_bootstrap
+from xarch_kd.evaluation.suite_result import SuiteResult, result_from_json, result_markdown, result_tables
 from xarch_kd.losses.tokens import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class LikelihoodResult:
     `text` is its name and `description` its kind: held-out text of the training corpus, or another kind of text.
     `difference` is student - teacher, `low` and `high` its bootstrap interval over rows; they and `p_value` are None
     for a single row. `fingerprint` is a hash of the tokens. `row_tokens` and `row_nll` are the tokens of each row and
-    the sum of the student's NLL over them, by which students are compared.
+    the sum of the student's NLL over them, by which students are compared. `details` compares the distributions
+    themselves, on the first text alone.
     """
 
     text: str
@@ -60,6 +63,7 @@ class LikelihoodResult:
     by_position: tuple[PositionResult, ...]
     row_tokens: tuple[int, ...] = ()
     row_nll: tuple[float, ...] = ()
+    details: SuiteResult | None = None
 
     @property
     def teacher_perplexity(self) -> float:
@@ -102,6 +106,7 @@ def measure_likelihood(subjects: Subjects) -> tuple[LikelihoodResult, ...]:
         )
         description = subjects.descriptions.get(name, "")
         found.append(_result(name, description, batches, nll["teacher"], nll["student"], difference))
+    found[0] = dataclasses.replace(found[0], details=measure_distributions(subjects))
     return tuple(found)
 
 
@@ -140,6 +145,9 @@ def likelihood_tables(evaluation: Evaluation) -> Iterator[RenderableType]:
         gaps = {_range(part): f"{part.student_nll - part.teacher_nll:+.3f}" for part in result.by_position}
         curves.add_row(Text(result.text), *(gaps.get(bucket, "") for bucket in buckets))
     yield curves
+    for result in evaluation.likelihood:
+        if result.details is not None:
+            yield from result_tables(f"Distributions on {result.text}", result.details)
 
 
 def likelihood_markdown(evaluation: Evaluation) -> Iterator[str]:
@@ -154,6 +162,10 @@ def likelihood_markdown(evaluation: Evaluation) -> Iterator[str]:
         )
     yield ""
     yield "Nats per token; the interval is a paired bootstrap over rows."
+    for result in evaluation.likelihood:
+        if result.details is not None:
+            yield ""
+            yield from result_markdown(f"Distributions on {result.text}", result.details)
 
 
 COLUMNS = ("text", "kind", "tokens", "teacher", "student", "difference", "interval", "perplexity")
@@ -192,6 +204,7 @@ def _range(part: PositionResult) -> str:
 
 def _likelihood(entry: dict[str, Any]) -> LikelihoodResult:
     values = {field.name: entry[field.name] for field in dataclasses.fields(LikelihoodResult)}
+    values["details"] = None if entry["details"] is None else result_from_json(entry["details"])
     values["by_position"] = tuple(PositionResult(**part) for part in entry["by_position"])
     values |= {name: tuple(entry[name]) for name in ("row_tokens", "row_nll")}
     return LikelihoodResult(**values)

@@ -30,8 +30,6 @@ from xarch_kd.ops.streaming.logits import logits_into
 from xarch_kd.taps.layout import Layout, run_base
 
 VERSION: Final = 1
-# Lengths in shares of the rows that were trained on.
-SHARES: Final = (0.5, 1.0, 2.0, 4.0)
 SHORTEST: Final = 16
 MOST_ROWS: Final = 32
 KEY_TOKENS: Final = 5
@@ -177,7 +175,7 @@ def lengths_of(subjects: Subjects) -> tuple[int, ...]:
     most = min(
         (limit for config in limits if (limit := getattr(config, "max_position_embeddings", None))), default=None
     )
-    found = sorted({max(SHORTEST, round(share * row)) for share in SHARES})
+    found = sorted({max(SHORTEST, round(share * row)) for share in subjects.size.probe_shares})
     allowed = tuple(length for length in found if most is None or length <= most)
     if not allowed:
         raise NotMeasured("the models have too few positions", found=most, allowed=f"at least {found[0]}")
@@ -220,7 +218,7 @@ def measure_long_range(subjects: Subjects) -> SuiteResult:
                 teacher, student = (row_accuracy(layout, rows, work.advance) for layout in subjects.layouts)
                 by_length[length] = (teacher, student)
     found = {task: by_length for task, by_length in found.items() if by_length}
-    if len(lengths) < len(SHARES):
+    if len(lengths) < len(subjects.size.probe_shares):
         notices.append(f"no rows longer than {lengths[-1]} tokens: the models have no positions for them")
     return SuiteResult(
         signature=signature_text("long_range", VERSION, _settings(subjects, lengths)),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xarch_kd.evaluation.base import Subjects
 
 # Rows that one model samples at a time, on a CPU and elsewhere.
-CPU_ROWS: Final = 16
+CPU_ROWS: Final = 32
 DEVICE_ROWS: Final = 128
 SIDES: Final = ("teacher", "student")
 

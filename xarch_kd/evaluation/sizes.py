@@ -16,8 +16,8 @@ class Size:
 
     `prompts` prompts of `prompt_tokens` tokens are continued by `new_tokens` tokens; `unconditional` continuations
     start from one token. `swaps` are the shares of the new tokens after which prefixes are swapped. `probe_tokens` are
-    the tokens of each task and length of `long_range`, at least two rows. `pairs` are pairs of rows of text for tasks
-    and similarity.
+    the tokens of each task and length of `long_range`, at least two rows, of lengths that are `probe_shares` of the
+    rows that were trained on.
     """
 
     prompts: int
@@ -26,6 +26,7 @@ class Size:
     unconditional: int
     swaps: tuple[float, ...]
     probe_tokens: int
+    probe_shares: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
 
     def within(self, tokens: int) -> Size:
         """Return a size of at most `tokens` sampled tokens per model and condition, and of as many of a probe."""
@@ -40,9 +41,23 @@ class Size:
 
 
 SIZES: Final[dict[str, Size]] = {
-    "quick": Size(prompts=32, prompt_tokens=32, new_tokens=64, unconditional=16, swaps=(0.5,), probe_tokens=1024),
+    "quick": Size(
+        prompts=24,
+        prompt_tokens=32,
+        new_tokens=32,
+        unconditional=8,
+        swaps=(0.5,),
+        probe_tokens=512,
+        probe_shares=(0.5, 1.0, 4.0),
+    ),
     "standard": Size(
-        prompts=256, prompt_tokens=32, new_tokens=128, unconditional=128, swaps=(0.25, 0.5, 0.75), probe_tokens=8192
+        prompts=256,
+        prompt_tokens=32,
+        new_tokens=128,
+        unconditional=128,
+        swaps=(0.25, 0.5, 0.75),
+        probe_tokens=8192,
+        probe_shares=(0.5, 1.0, 2.0, 4.0),
     ),
 }
 

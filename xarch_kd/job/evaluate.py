@@ -20,6 +20,7 @@ from xarch_kd.job.card import write_card
 from xarch_kd.job.fingerprint import evaluated_inputs, teacher_inputs
 from xarch_kd.job.layer_choice import read_selection
 from xarch_kd.job.models import device_of, load_run_tokenizer, load_weights
+from xarch_kd.job.partial import PartialResults, evaluation_key
 from xarch_kd.job.texts import HELD_OUT, RunText, evaluation_texts, run_text
 from xarch_kd.mapping_file.schema import Evaluate, EvaluationSize, Speed
 from xarch_kd.models.loading.load import DTYPES
@@ -159,7 +160,8 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
     """Measure the student saved in `folder`, and write and print the result.
 
     All but speed is that of both models in float32. `text` is that of the run, read here if it is not given.
-    Figures of suites that are not measured stay as they are in the folder.
+    Figures of suites that are not measured stay as they are in the folder. After an interruption it continues with the
+    suite that was interrupted.
     """
     settings = plan.mapping.evaluate or Evaluate()
     tokenizer = load_run_tokenizer(plan)
@@ -173,6 +175,8 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
     teacher = plan.mapping.teacher
     # Accuracies are those in float32; bytes and times are rounded to their own dtype by the suite.
     dtype = DTYPES[settings.speed.dtype if settings.suites == ("speed",) else "float32"]
+    key = evaluation_key(folder, settings, plan.mapping.seed, teacher.model, texts)
+    partial = PartialResults(folder, key)
     evaluation = compare_models(
         load_weights(
             teacher.model,
@@ -195,6 +199,8 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
         tokenizer=tokenizer,
         speed=settings.speed,
         size=SIZES[settings.size].within(settings.tokens),
+        measured=partial.results,
+        on_result=partial.add,
         reporter=reporter,
     )
     before = _earlier(folder.evaluation)
@@ -204,6 +210,7 @@ def measure(plan: Plan, folder: RunFolder, reporter: Reporter, text: RunText | N
         kept = {name: before.results[name] for name in before.measured() if name not in settings.suites}
         evaluation = replace(evaluation, results={**evaluation.results, **kept})
     write_evaluation(evaluation, folder.evaluation)
+    partial.remove()
     reporter.show(render(evaluation))
     return evaluation
 
