@@ -189,8 +189,6 @@ def test_a_mixture_is_drawn_by_weight_and_counted(
         ({"mixture": []}, r"data\.mixture"),
         ({"mixture": [{"files": ["a"], "weight": 1}], "files": ["b"]}, "exactly one of builtin"),
         ({"mixture": [{"files": ["a"], "weight": 1}], "column": "body"}, "column: move it there"),
-        ({"files": ["a"], "streaming": True}, "streaming is for a dataset"),
-        ({"dataset": "a", "streaming": True, "packing": "best_fit"}, "streaming is for a dataset"),
         ({"dataset": "a", "streaming": True}, "streamed rows cannot be drawn again: leave out batches of stage mixers"),
         ({"dataset": "a", "streaming": True, "held_out": 0.5, "evaluation": {"files": ["b"]}}, "give one of them"),
         ({"files": ["a"], "held_out": 0.1, "evaluation": {"files": ["b"]}}, "give one of them"),

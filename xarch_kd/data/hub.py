@@ -79,18 +79,21 @@ class NamedDataset:
         revision = self._text.revision or ""
         return revision if not self.is_local and COMMIT.fullmatch(revision) else None
 
-    def records(self) -> Iterator[Record]:
-        """Yield the rows in order. Raises DataError for a dataset, config, split or revision that cannot be loaded."""
+    def records(self, first: int = 0) -> Iterator[Record]:
+        """Yield the rows in order, from row `first` on (the first is 0).
+
+        Raises DataError for a dataset, config, split or revision that cannot be loaded.
+        """
         dataset = self.load()
         names = tuple(dataset.column_names)
         table = dataset.select_columns([name for name in names if name in wanted_columns(self._text)])
         table = table.with_format("arrow")
         batches = (
             batch
-            for start in range(0, len(table), ROWS)
+            for start in range(first, len(table), ROWS)
             for batch in table[start : min(start + ROWS, len(table))].to_batches()
         )
-        yield from table_rows(self.name, batches, names)
+        yield from table_rows(self.name, batches, names, first=first)
 
     def load(self) -> Any:
         """Return the dataset, loaded once."""

@@ -158,15 +158,15 @@ class BatchOrder:
     def batch(self, index: int) -> int:
         """Return the number (0 to `distinct` - 1) of the batch that micro-batch `index` of the stage uses."""
         turn, place = divmod(index, self.distinct)
-        return place if turn == 0 else int(_permutation(self.distinct, (self.seed, self.stage, 1, turn))[place])
+        return place if turn == 0 else int(permutation(self.distinct, (self.seed, self.stage, 1, turn))[place])
 
     def row(self, draw: int) -> int:
         """Return the row of draw `draw` of the stage, which batch `draw // batch_size` has."""
-        source, own = (0, draw) if len(self.sizes) == 1 else self._source(draw)
+        source, own = self._source(draw)
         size = self.sizes[source]
         epoch, position = divmod(own, size)
         key = (self.seed, self.stage, 2 * source, epoch)
-        return sum(self.sizes[:source]) + int(_permutation(size, key)[position])
+        return sum(self.sizes[:source]) + int(permutation(size, key)[position])
 
     def rows(self, batch: int, lengths: numpy.ndarray | None = None) -> list[int]:
         """Return the rows of batch `batch`.
@@ -180,7 +180,7 @@ class BatchOrder:
         batches = min(WINDOW_BATCHES, self.distinct - first)
         drawn = [self.row(first * self.batch_size + draw) for draw in range(batches * self.batch_size)]
         drawn.sort(key=lambda row: int(lengths[row]))
-        at = int(_permutation(batches, (self.seed, self.stage, 3, window))[place]) * self.batch_size
+        at = int(permutation(batches, (self.seed, self.stage, 3, window))[place]) * self.batch_size
         return drawn[at : at + self.batch_size]
 
     def drawn(self) -> list[int]:
@@ -202,8 +202,14 @@ class BatchOrder:
     def _counts(self, draws: int) -> list[int]:
         return _apportioned(self.weights, draws)
 
+    def source(self, draw: int) -> int:
+        """Return the source of draw `draw` of the stage, 0 where there is one."""
+        return self._source(draw)[0]
+
     def _source(self, draw: int) -> tuple[int, int]:
         """Return the source of a draw, and which draw of that source it is."""
+        if len(self.sizes) == 1:
+            return 0, draw
         block, place = divmod(draw, self._block)
         sources = self._sources(block)
         source = int(sources[place])
@@ -214,11 +220,12 @@ class BatchOrder:
         own = numpy.repeat(
             numpy.arange(len(self.sizes)), [last - first for first, last in zip(before, after, strict=True)]
         )
-        return own[_permutation(self._block, (self.seed, self.stage, 5, block))]
+        return own[permutation(self._block, (self.seed, self.stage, 5, block))]
 
 
 @lru_cache(maxsize=16)
-def _permutation(count: int, key: tuple[int, ...]) -> numpy.ndarray:
+def permutation(count: int, key: tuple[int, ...]) -> numpy.ndarray:
+    """Return the numbers from 0 to `count` - 1 in the random order that `key` gives."""
     mixed = 0
     for part in key:
         mixed = (mixed * 1_000_003 + part + 1) % (2**63)

@@ -70,9 +70,9 @@ def arrow_records(file: DataFile, wanted: Collection[str]) -> Iterator[Record]:
         yield from table_rows(str(file.path), (batch.select(chosen) for batch in batches), names)
 
 
-def table_rows(place: str, batches: Iterable[Any], names: tuple[str, ...]) -> Iterator[Record]:
-    """Yield the rows of Arrow record batches, numbered from 1."""
-    number = 0
+def table_rows(place: str, batches: Iterable[Any], names: tuple[str, ...], *, first: int = 0) -> Iterator[Record]:
+    """Yield the rows of Arrow record batches, numbered from 1, or after the `first` rows of the table."""
+    number = first
     for batch in batches:
         rows = max(1, min(ROWS, batch.num_rows * ROW_BYTES // max(1, batch.nbytes)))
         for start in range(0, batch.num_rows, rows):

@@ -60,7 +60,7 @@ def rows_fingerprint(rows: Rows) -> str:
 def held_out_fingerprint(text: RunText) -> str:
     """Return size and hash of the documents that a run is evaluated on."""
     documents = f"{sum(len(part) for part in text.held_out_documents):,} documents"
-    if text.stream is not None:
+    if text.streams:
         documents = "streamed documents"
     return f"{documents}, sha256 {text.held_out_fingerprint[:16]}"
 

@@ -16,7 +16,8 @@ from xarch_kd.data.packing import PackedRows, pack
 from xarch_kd.data.rows import BatchOrder, Rows, StageRows, first_rows, rows_of_tokens
 from xarch_kd.data.sources import open_documents
 from xarch_kd.data.splitting import split_documents
-from xarch_kd.data.streaming import DocumentStream, StreamedRows, first_documents
+from xarch_kd.data.streamed_rows import StreamedRows
+from xarch_kd.data.streaming import DocumentStream, first_documents
 from xarch_kd.errors import DataError
 from xarch_kd.mapping_file.schema import Data, Evaluate, Text
 from xarch_kd.planning.plan import Plan, StagePlan
@@ -31,33 +32,33 @@ CALIBRATION_ROWS = 32
 class RunText:
     """Text of a run: the rows it trains on, and the documents held out of each source or named for evaluation.
 
-    Of a `stream`, `training` has the first rows, which calibration reads. `trained_on` counts the documents named for
-    evaluation that are in the training text too.
+    With `streams`, one per source, `training` has the first rows of each, which calibration reads. `trained_on` counts
+    the documents named for evaluation that are in the training text too.
     """
 
     training: Rows
     held_out_documents: tuple[TokenizedDocuments, ...]
     data: Data
-    stream: DocumentStream | None = None
+    streams: tuple[DocumentStream, ...] = ()
     trained_on: int = 0
 
     def source(self, order: BatchOrder) -> BatchSource:
-        """Return the batches of a stage, in `order`, or in the order of the stream."""
-        if self.stream is None:
+        """Return the batches of a stage, in `order`, or of streams, drawn in the shares of `order`."""
+        if not self.streams:
             return StageRows(self.training, order)
         return StreamedRows(
-            self.stream,
+            self.streams,
+            order,
             sequence_length=self.data.sequence_length,
-            batch_size=order.batch_size,
+            packing=self.data.packing,
             held_out=self.data.held_out_share,
-            seed=order.seed,
             isolated=self.data.documents == "isolated",
         )
 
     @property
     def held_out_fingerprint(self) -> str:
-        """SHA-256 of the held-out documents in order; of a stream, whose end is not known, of the first one alone."""
-        if self.stream is not None and self.data.evaluation is None:
+        """SHA-256 of the held-out documents in order; of streams, whose end is not known, of the first ones alone."""
+        if self.streams and self.data.evaluation is None:
             first = b"".join(part.hashes[:1].tobytes() for part in self.held_out_documents)
             return hashlib.sha256(first).hexdigest()
         parts = "\n".join(part.fingerprint for part in self.held_out_documents)
@@ -101,9 +102,9 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
     """Return the text of a run, tokenized, split and packed. Raises DataError for a source without enough text."""
     data, seed = plan.mapping.data, plan.mapping.seed
     sources: Sequence[Text] = data.mixture or (data,)
-    stream = DocumentStream(data, tokenizer) if data.streaming else None
-    if stream is not None:
-        sides = [_first_of(stream, plan)]
+    streams = tuple(DocumentStream(source, tokenizer) for source in sources) if data.streaming else ()
+    if streams:
+        sides = [_first_of(stream, plan) for stream in streams]
     else:
         share = data.held_out_share
         documents = (
@@ -121,7 +122,7 @@ def run_text(plan: Plan, tokenizer: PreTrainedTokenizerBase, reporter: Reporter)
         # A mixture is measured as it is trained on, or not at all.
         held = ()
     training = MixedRows(parts=parts, weights=_weights(data)) if data.mixture else parts[0]
-    return RunText(training=training, held_out_documents=held, data=data, stream=stream, trained_on=trained_on)
+    return RunText(training=training, held_out_documents=held, data=data, streams=streams, trained_on=trained_on)
 
 
 def _first_of(stream: DocumentStream, plan: Plan) -> tuple[TokenizedDocuments, TokenizedDocuments | None]:

@@ -182,9 +182,9 @@ class Data(Text):
     whole where they fit (`best_fit`), or one document per row (`none`). With `documents: isolated`, no document of
     a row is read in the context of another. `held_out` is the share of documents kept for evaluation, chosen by a
     hash of their content, 0.1 unless `evaluation` names other text for it; `batch_size` is rows per micro-batch.
-    With `streaming`, a dataset is read and tokenized while it is trained on, in its own order. `processes`
-    tokenize, by default one per processor; the tokens are the same whatever their number. With `order: shared` all
-    stages draw the same batches in the same order and keep the teacher's features in one cache.
+    With `streaming`, text is read and tokenized while it is trained on, in its own order. `processes` tokenize, by
+    default one per processor; the tokens are the same whatever their number. With `order: shared` all stages draw
+    the same batches in the same order and keep the teacher's features in one cache.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("builtin", "files", "dataset", "mixture")
@@ -211,14 +211,6 @@ class Data(Text):
     def _one_held_out_text(self) -> Data:
         if self.evaluation is not None and self.held_out:
             raise ValueError("held_out is the text to measure on unless evaluation names other text: give one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_streamed(self) -> Data:
-        if self.streaming and (self.dataset is None or self.packing != "wrapped"):
-            raise ValueError(
-                "streaming is for a dataset with packing: wrapped, as nothing is known of documents to come"
-            )
         return self
 
     @model_validator(mode="after")
