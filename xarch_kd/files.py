@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Key of the checksum in the metadata of a file of tensors.
 CHECKSUM: Final = "sha256"
+# SHA-256 of every other file of a folder, written last.
+CHECKSUM_FILE: Final = "checksums.json"
 
 
 def expanded(path: str | Path) -> Path:
@@ -135,6 +137,68 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums of all other files of a folder, the last of its files. Raises CheckpointError."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUM_FILE)
+    write_json(folder / CHECKSUM_FILE, {"files": {str(path.relative_to(folder)): sha256_of(path) for path in files}})
+
+
+def seal_again(folder: Path, *written: Path) -> None:
+    """Put files of a sealed folder that were just written into its checksums; all others keep theirs.
+
+    Raises CheckpointError for damaged checksums.
+    """
+    own = {str(path.relative_to(folder)): sha256_of(path) for path in written}
+    write_json(folder / CHECKSUM_FILE, {"files": dict(sorted({**checksums(folder), **own}.items()))})
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a sealed folder. Raises CheckpointError if they are missing or damaged."""
+    try:
+        digests = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))["files"]
+        return {str(name): str(digest) for name, digest in digests.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{CHECKSUM_FILE} is missing", asked=folder) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{CHECKSUM_FILE} is damaged", asked=folder) from None
+
+
+def damages_of(folder: Path, digests: Mapping[str, str]) -> Iterator[str]:
+    """Yield one line for each file of `digests` that is missing in a folder or not as it was written."""
+    for name, digest in digests.items():
+        try:
+            if sha256_of(folder / name) != digest:
+                yield f"{name} is damaged"
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            yield f"{name} is missing" if missing else f"{name} cannot be read: {error.strerror}"
+
+
+def damage_of(folder: Path) -> str | None:
+    """Return the first file of a sealed folder that is missing or not as it was written, None if it is whole."""
+    try:
+        return next(damages_of(folder, checksums(folder)), None)
+    except CheckpointError as error:
+        return error.message
+
+
+def check_sealed(folder: Path) -> None:
+    """Raise CheckpointError for the first file of a folder that is not as its `checksums.json`, if any, lists it.
+
+    The model card is not compared, since nothing is loaded from it.
+    """
+    if not (folder / CHECKSUM_FILE).exists():
+        return
+    digests = {name: digest for name, digest in checksums(folder).items() if name != "README.md"}
+    for damage in damages_of(folder, digests):
+        raise CheckpointError(
+            f"{damage}: the model is not what was written",
+            asked=folder,
+            allowed=f"files as {CHECKSUM_FILE} lists them",
+            fix=f"restore it from a copy; if you changed it on purpose, delete {folder / CHECKSUM_FILE}",
+        )
 
 
 def write_folder(folder: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> Path:

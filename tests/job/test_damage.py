@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 from xarch_kd.errors import CheckpointError, Interrupted
+from xarch_kd.files import damage_of
 from xarch_kd.job.train import train
 from xarch_kd.testing.mapping import LOGIT_STAGE, MIXER_STAGE, Write
 from xarch_kd.testing.runs import events_of, flip_bit, same, signal_after, student_of
-from xarch_kd.training.checkpoints import damage_of
 
 STAGE: dict[str, Any] = {**MIXER_STAGE, "steps": 6, "checkpoint_every": 2}
 Started = Callable[[], tuple[Path, Path, Mapping[str, Tensor]]]
@@ -52,16 +52,16 @@ def cut(path: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "trained.safetensors": (flip_bit, "damaged"),
-    "optimizer.pt": (cut, "damaged"),
-    "scheduler.pt": (Path.unlink, "missing"),
-    "rng_state.pth": (Path.unlink, "missing"),
+    "optimizer.safetensors": (cut, "damaged"),
+    "scheduler.safetensors": (Path.unlink, "missing"),
+    "random.safetensors": (Path.unlink, "missing"),
     "source.json": (flip_bit, "damaged"),
     "trainer_state.json": (Path.unlink, "missing"),
     "checksums.json": (cut, "damaged"),
 }
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "scheduler.pt", "optimizer.pt"])
+@pytest.mark.parametrize("name", ["trained.safetensors", "scheduler.safetensors", "optimizer.safetensors"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     started: Started, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -29,7 +29,7 @@ def test_the_forecast_is_what_a_run_writes(write_mapping: Write, tmp_path: Path)
     with signal_after(MIXER_STAGE["steps"] + 1), pytest.raises(Interrupted):
         train(mapping, run)
     newest = sorted((run / "stages" / "02-logits").glob("checkpoint-*"))[-1]
-    checkpoint = bytes_of(newest, "trained.safetensors", "optimizer.pt")
+    checkpoint = bytes_of(newest, "trained.safetensors", "optimizer.safetensors")
     assert checkpoint == pytest.approx(CHECKPOINT_BYTES * plan.stages[1].trainable_parameters, rel=0.1)
     before = bytes_of(run / "stages" / "01-mixers", "*")
     assert plan.disk.peak == pytest.approx(before + 3 * checkpoint, rel=0.1)

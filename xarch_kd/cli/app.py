@@ -70,6 +70,10 @@ COMMANDS: dict[str, CommandHelp] = {
         "Train a grid of settings and seeds into one folder, and compare the runs.",
         ("xarch-kd sweep mapping.yaml --set stages.0.optimizer.lr=1e-3,3e-3 --seeds 3 --output runs/sweep",),
     ),
+    "verify": CommandHelp(
+        "Compare the files of a run or a student with their hashes.",
+        ("xarch-kd verify runs/first", "xarch-kd verify runs/first/student --json"),
+    ),
     "convert": CommandHelp(
         "Convert a Transformer into an untrained stock hybrid checkpoint.",
         ('xarch-kd convert ./teacher --mixer mamba2 --keep-attention "every 4" --output ./student',),

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 import xarch_kd
 from xarch_kd.calibration.projector_report import ProjectorReport, read_reports, warnings_of
 from xarch_kd.evaluation.results import read_evaluation, render_markdown
-from xarch_kd.files import write_text
+from xarch_kd.files import seal_again, write_text
 from xarch_kd.job.model_index import model_index
 from xarch_kd.job.run import Run
 from xarch_kd.mapping_file.schema import Text
@@ -82,7 +82,9 @@ def write_card(plan: Plan, folder: RunFolder) -> None:
     """Write `student/README.md` from the plan, the evaluation of the run and the reports on its projectors."""
     reports = read_reports(folder.projector_reports) if folder.projector_reports.is_file() else ()
     steps = {name: stage.step for name, stage in Run(folder.root).stages.items()}
-    write_text(folder.student / "README.md", card(plan, steps, folder.evaluation, reports))
+    path = folder.student / "README.md"
+    write_text(path, card(plan, steps, folder.evaluation, reports))
+    seal_again(folder.student, path)
 
 
 def card(plan: Plan, steps: Mapping[str, int], evaluation: Path, reports: Sequence[ProjectorReport] = ()) -> str:

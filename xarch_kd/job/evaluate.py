@@ -16,6 +16,7 @@ from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.registry import SUITES
 from xarch_kd.evaluation.results import Evaluation, read_evaluation, render, write_evaluation
 from xarch_kd.evaluation.sizes import SIZES
+from xarch_kd.files import CHECKSUM_FILE
 from xarch_kd.job.card import write_card
 from xarch_kd.job.fingerprint import evaluated_inputs, teacher_inputs
 from xarch_kd.job.layer_choice import read_selection
@@ -87,7 +88,7 @@ def evaluate(
         check_recorded(folder.recorded(), inputs, folder=folder.root)
         evaluation = measure(plan, folder, reporter, text)
         write_card(plan, folder)
-        folder.update_manifest(folder.evaluation, folder.student / "README.md")
+        folder.update_manifest(folder.evaluation, folder.student / "README.md", folder.student / CHECKSUM_FILE)
     return evaluation
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xarch_kd.errors import CheckpointError
-from xarch_kd.files import cannot_write, sha256_of, write_json, write_tensors
+from xarch_kd.files import cannot_write, damage_of, seal, write_tensors
 from xarch_kd.planning.disk import KEPT_CHECKPOINTS
 from xarch_kd.run.processes import Processes
 from xarch_kd.training.aligner import Aligner
@@ -22,8 +22,6 @@ from xarch_kd.training.loss_balancing import write_balance
 STATE_FILE = "trained.safetensors"
 # State of the batch source, beside it.
 SOURCE_FILE = "source.json"
-# SHA-256 of every other file of a checkpoint.
-CHECKSUM_FILE = "checksums.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -62,12 +60,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def seal(folder: Path) -> None:
-    """Write the checksums of all other files of a checkpoint, the last of its files. Raises CheckpointError."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    write_json(folder / CHECKSUM_FILE, {"files": {str(path.relative_to(folder)): sha256_of(path) for path in files}})
-
-
 def staging_of(folder: Path) -> Path:
     """Return the folder in which a checkpoint of a stage is written."""
     return folder / "saving"
@@ -94,7 +86,7 @@ def staged_checkpoint(folder: Path, step: int, processes: Processes) -> Iterator
             seal(staging / final.name)
             os.replace(staging / final.name, final)
     except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its zip writer.
+        # Formats of sharded parameters report a full disk as a RuntimeError of torch's writer.
         raise cannot_write(final, error) from error
     finally:
         if processes.is_main:
@@ -102,24 +94,6 @@ def staged_checkpoint(folder: Path, step: int, processes: Processes) -> Iterator
     if processes.is_main:
         for old in checkpoints(folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
-
-
-def damage_of(folder: Path) -> str | None:
-    """Return the first file of a checkpoint that is missing or not as it was written, None if it is whole."""
-    try:
-        digests = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))["files"]
-        expected = {str(name): str(digest) for name, digest in digests.items()}
-    except FileNotFoundError:
-        return f"{CHECKSUM_FILE} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{CHECKSUM_FILE} is damaged"
-    for name, digest in expected.items():
-        try:
-            if sha256_of(folder / name) != digest:
-                return f"{name} is damaged"
-        except OSError as error:
-            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name} cannot be read: {error}"
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)

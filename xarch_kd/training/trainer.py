@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 
 from xarch_kd.data.batches import Batch, BatchSource
 from xarch_kd.errors import NonFiniteLoss, XarchError
@@ -47,12 +46,10 @@ from xarch_kd.training.micro_batches import MicroBatchStream
 from xarch_kd.training.optimizer import build_optimizer, set_mode
 from xarch_kd.training.prefixes import PrefixMixture
 from xarch_kd.training.stage_setup import cpu_chunks
-
-# Every process holds all parameters and, once they are reduced, all gradients.
-REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+from xarch_kd.training.state_trainer import StateTrainer
 
 
-class StageTrainer(Trainer):
+class StageTrainer(StateTrainer):
     """Trainer of one stage on the batches of `source`, in `folder`; steps are shown by `progress`.
 
     All checks of values of a step are settled by one read of the device, before the optimizer steps. Each of several
@@ -268,13 +265,13 @@ class StageTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip gradients as the Trainer does, so that those that are not finite can still be named."""
-        if self.accelerator.distributed_type not in REPLICATED:
+        if not self.is_replicated:
             return super()._clip_grad_norm(model)
         return clip_gradients(model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of all gradients, whose finiteness is the last check of the step."""
-        if grad_norm is None and self.accelerator.distributed_type in REPLICATED:
+        if grad_norm is None and self.is_replicated:
             # Where nothing is clipped; the Trainer would multiply all gradients by a factor, NaN if their norm is.
             grad_norm = gradient_norm(model)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from xarch_kd.errors import ModelError, suggest
-from xarch_kd.files import expanded
+from xarch_kd.files import check_sealed, expanded
 from xarch_kd.models.loading.fit import (
     check_placed,
     check_scales,
@@ -128,8 +128,11 @@ def load_model(
     If `dtype` is None, it is the checkpoint's. A folder in mamba_ssm's format is loaded as the stock class that it
     equals. A frozen teacher may be quantized: with `allow_quantized` in its checkpoint, with `quantization` on the fly,
     by torchao; its head stays plain. Raises `ModelError` for weights that are missing, truncated, pickled, or not those
-    of the config, and for a quantized checkpoint where it is not allowed.
+    of the config, and for a quantized checkpoint where it is not allowed; `CheckpointError` for files of a student
+    that are not as they were written.
     """
+    if (folder := expanded(reference)).is_dir():
+        check_sealed(folder)
     source = resolve(reference, revision)
     if quantization is not None and (source.kind == "gguf" or is_mamba_ssm_folder(source)):
         raise ModelError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xarch_kd.files import write_folder
+from xarch_kd.files import seal, write_folder
 from xarch_kd.models.conversion.weights import check_finite
 from xarch_kd.models.layer_names import LayerNames, check_layer_names, rename_layers
 from xarch_kd.models.loading.stored import check_weights
@@ -22,10 +22,11 @@ def save_student(
 ) -> Path:
     """Write `model` and `tokenizer` to `folder`, for plain `AutoModelForCausalLM.from_pretrained`, and return it.
 
-    Everything is written beside `folder` first and renamed into place, so a full disk or a crash leaves what was there
-    intact. `layer_names` are those in its config (`models/layer_names.py`). Raises `UsageError` if `folder` holds
-    something and `overwrite` is False, `ConversionError` for layer names that its class does not have, `ModelError` for
-    NaN or infinite weights, `CheckpointError` if it cannot be written.
+    Everything is written beside `folder` first and renamed into place, so a full disk or a crash leaves what was
+    there intact; `checksums.json`, written last, has the SHA-256 of each file. `layer_names` are those in its
+    config (`models/layer_names.py`). Raises `UsageError` if `folder` holds something and `overwrite` is False,
+    `ConversionError` for layer names that its class does not have, `ModelError` for NaN or infinite weights,
+    `CheckpointError` if it cannot be written.
     """
     check_layer_names(model.config, layer_names)
     check_finite(model.state_dict(), what="The student")
@@ -37,5 +38,6 @@ def save_student(
         check_weights(scratch)
         if layer_names != "transformers":
             rename_layers(scratch)
+        seal(scratch)
 
     return write_folder(Path(folder), write, overwrite=overwrite)

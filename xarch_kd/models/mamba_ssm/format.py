@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from xarch_kd.errors import ModelError
-from xarch_kd.files import write_folder
+from xarch_kd.files import check_sealed, seal, write_folder
 from xarch_kd.models.conversion.check import runnable
 from xarch_kd.models.conversion.weights import check_finite
 from xarch_kd.models.loading.reference import read_config_json
@@ -56,6 +56,7 @@ def export_mamba_ssm(
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+        seal(scratch)
 
     return write_folder(Path(folder), write, overwrite=overwrite)
 
@@ -67,6 +68,7 @@ def import_mamba_ssm(folder: str | Path, *, dtype: torch.dtype | None = None) ->
     format, for one that no stock class equals, and for weights that are not those of the config.
     """
     folder = Path(folder)
+    check_sealed(folder)
     config = mamba_ssm_folder_config(folder)
     state = _weights(folder)
     dtype = dtype or state.get("backbone.embedding.weight", torch.zeros(0)).dtype
