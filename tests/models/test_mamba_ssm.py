@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GraniteMoeHybridConfig, PreTrainedConfig, PreTrainedModel
 
 from xarch_kd.errors import ConversionError, ModelError, UsageError
+from xarch_kd.files import CHECKSUM_FILE
 from xarch_kd.models.conversion.check import logits_tolerance
 from xarch_kd.models.conversion.convert import convert, plan_conversion
 from xarch_kd.models.loading.load import load_config, load_model, load_tokenizer, read_student_config
@@ -139,6 +140,7 @@ def test_the_dtype_is_that_of_the_file_or_the_one_asked_for(tmp_path: Path) -> N
 
 def test_padding_that_was_trained_is_kept(tmp_path: Path) -> None:
     folder = export_mamba_ssm(model_of("bamba"), tmp_path / "student")
+    (folder / CHECKSUM_FILE).unlink()
     state = torch.load(folder / WEIGHTS, weights_only=True)
     # One of three is zero: the channel still adds nothing.
     state["backbone.layers.2.mlp.fc1.weight"][100] = 1.0
@@ -156,6 +158,7 @@ def test_padding_that_was_trained_is_kept(tmp_path: Path) -> None:
 
 def test_a_bias_in_one_projection_of_attention_alone(tmp_path: Path) -> None:
     folder = export_mamba_ssm(model_of("biases"), tmp_path / "student")
+    (folder / CHECKSUM_FILE).unlink()
     state = torch.load(folder / WEIGHTS, weights_only=True)
     del state["backbone.layers.1.mixer.out_proj.bias"]
     torch.save(state, folder / WEIGHTS)
@@ -272,6 +275,7 @@ class Trap:
 
 def test_nothing_in_a_pickle_is_run(tmp_path: Path) -> None:
     folder = export_mamba_ssm(model_of("mamba"), tmp_path / "student")
+    (folder / CHECKSUM_FILE).unlink()
     torch.save({"backbone.embedding.weight": Trap(tmp_path / "sprung")}, folder / WEIGHTS)
     with pytest.raises(ModelError, match="nothing else in it is run"):
         import_mamba_ssm(folder)
@@ -280,6 +284,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_those_of_the_config(tmp_path: Path) -> None:
     folder = export_mamba_ssm(model_of("bamba"), tmp_path / "student")
+    (folder / CHECKSUM_FILE).unlink()
     state: dict[str, Tensor] = torch.load(folder / WEIGHTS, weights_only=True)
 
     def given(**changes: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.mamba_ssm_peer import needs_mamba_ssm
 from tests.models.mamba_ssm_logits import main
 from tests.models.test_mamba_ssm import CASES, GRANITES, model_of
+from xarch_kd.files import CHECKSUM_FILE
 from xarch_kd.models.mamba_ssm.format import WEIGHTS, export_mamba_ssm, import_mamba_ssm
 from xarch_kd.testing.launch import in_a_fork
 from xarch_kd.testing.tiny import VOCABULARY
@@ -45,6 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         export_mamba_ssm(model_of(name), root / name)
     for name, change in WRONG.items():
         folder = export_mamba_ssm(model_of("bamba"), root / name)
+        (folder / CHECKSUM_FILE).unlink()
         state = torch.load(folder / WEIGHTS, weights_only=True)
         change(state)
         torch.save(state, folder / WEIGHTS)
