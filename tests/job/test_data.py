@@ -55,7 +55,7 @@ def test_rows_packed_each_way_train_and_are_measured(write_mapping: Write, tmp_p
     train(mapping, tmp_path / "run")
     losses = [event["loss"] for event in events_of(tmp_path / "run") if event["event"] == "step"]
     assert len(losses) == LOGIT_STAGE["steps"] and all(loss > 0 for loss in losses)
-    (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"]
+    (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]["likelihood"]
     assert figures["student_nll"] > 0 and figures["tokens"] > 30
 
 
@@ -149,7 +149,7 @@ def test_a_streamed_dataset_is_trained_on_measured_and_resumed(write_mapping: Wr
         LOGIT_STAGE, data=data, evaluate={"suites": ["likelihood"], "tokens": 64}, calibration={"tokens": 64}
     )
     train(mapping, tmp_path / "whole")
-    (figures,) = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["likelihood"]
+    (figures,) = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["results"]["likelihood"]
     assert figures["student_nll"] > 0 and 30 < figures["tokens"] <= 64
     more = evaluate(tmp_path / "whole", suites=["likelihood"], tokens=128, console=Console(quiet=True))
     assert 64 < more.result("held-out").tokens <= 128
@@ -230,7 +230,7 @@ def test_completions_alone_are_measured(write_mapping: Write, tmp_path: Path) ->
     )
     stage = {**LOGIT_STAGE, "align": [{**END_TO_END["align"][0], "tokens": "labelled"}]}
     run = train(write_mapping(stage, data=data, evaluate={"suites": ["likelihood"], "tokens": 4096}), tmp_path / "run")
-    (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["likelihood"]
+    (figures,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]["likelihood"]
     tokenizer, student = AutoTokenizer.from_pretrained(run.student), AutoModelForCausalLM.from_pretrained(run.student)
     values: list[float] = []
     for prompt, end in pairs:
