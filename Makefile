@@ -1,5 +1,5 @@
 # demo: train and show the demo's student    test: the whole suite    check: format, lint, types, import contract
-# bench: the recorded measurements           docs: generated files, and every snippet of README.md    clean
+# bench: the recorded measurements           docs: generated pages, and the site of docs/ in site/    clean
 # serve-check: students in vLLM, in an environment of its own; not part of CI
 
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -40,15 +40,17 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.gains
 
-docs: $(VENV)/dev.stamp
+docs: $(VENV)/docs.stamp
 	$(BIN)/python -m xarch_kd.testing.families_page
-	$(BIN)/python -m pytest tests/test_readme.py
+	$(BIN)/python -m xarch_kd.testing.docs_pages
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_readme.py
+	$(BIN)/zensical build --clean --strict
 
 serve-check: $(VENV)/run.stamp $(SERVING)/vllm-$(VLLM).stamp
 	$(BIN)/python -m benchmarks.serving --run $(RUN) --server $(SERVING)/bin/python
 
 clean:
-	rm -rf $(VENV) $(SERVING) build dist xarch_kd.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(SERVING) build dist site .cache xarch_kd.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 # An environment with the package and some of its extras. torch is installed first and separately, so that its options
 # apply to nothing else.
@@ -81,3 +83,8 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install -c constraints.txt --no-deps \
 		--no-build-isolation --upgrade --target $(VENV)/peers mamba_ssm torchao compressed-tensors loguru
 	touch $(VENV)/run.stamp $@
+
+# The generator of the site, which tests do not need. Building it uses no network.
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@

@@ -18,7 +18,7 @@ _CODE = "not supported: nothing that a model folder holds is run. The model's cl
 _TEMPLATE = "not a key here. The chat template is the tokenizer's own; change it in the tokenizer's folder"
 _TOKENIZER = "not a key here. Write tokenizer in teacher, or in student for a student that exists"
 _CACHE = (
-    "not a key here. Hub files are cached as HF_HOME says, a stage's teacher features as cache: memory or disk says"
+    "not a key here. HF_HOME is the cache of hub files; cache: memory or disk of a stage keeps the teacher's features"
 )
 _OUTPUT = "not a key here. The run folder is given on the command line: xarch-kd train FILE --output FOLDER"
 _RESUME = "not a key here. Resume on the command line: xarch-kd train FILE --output FOLDER --resume"
@@ -27,7 +27,7 @@ _LAYER_MAP = "not a key here. Name layers in an entry of align: layers: same, un
 _REPLACED = "not a key here. Name layers in student: {convert: {replace: [5, 6, 7]}} or {keep_attention: …}"
 _SIZES = "not a key here. Sizes of a fresh student are in student: {config: {model_type: mamba2, …}}"
 _MIXERS = "not a key here. Sizes of converted mixers are in student: {convert: {mamba2: {expand: 2}}}"
-_SAVED = "not a key here. Checkpoints are written as checkpoint_every of a stage says, and the last two are kept"
+_SAVED = "not a key here. checkpoint_every of a stage is the distance of checkpoints in steps; the last two are kept"
 _LOGS = "not a key here. Every step is written to events.jsonl of the run folder; tracking: [tensorboard] adds a writer"
 _TRACKING = "not a key here. Write tracking: [wandb] or [tensorboard]; their own environment variables set the rest"
 _EVALUATED = "not a key here. Evaluate in training by evaluation: {every: 100} of a stage, after it by evaluate"
