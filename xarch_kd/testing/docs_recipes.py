@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Recorded tables, in the order of the page.
-TABLES: Final = ("recipes", "selection", "strategies-cpu", "gains-cpu", "serving-cpu")
+TABLES: Final = ("recipes", "selection", "strategies-cpu", "gains-cpu", "serving-cpu", "serving-demo-cpu")
 # Heading of a table whose file has none.
 TITLES: Final = {"gains-cpu": "Cache and state of one sequence"}
 ABOUT = """\
@@ -51,8 +51,9 @@ def demo_page() -> str:
     if found is None:
         raise ValueError("README.md has no section `Demo`")
     body = re.sub(r"<!-- (?!part=)[^>]*-->\n", "", found[1])
-    # A page of the site stands for what README links to in the repository.
-    return "# Demo\n" + re.sub(r"\[([^\]]*)\]\(benchmarks/results/[^)]*\)", r"[\1](results.md)", body)
+    # Pages of the site stand for what README links to in the repository.
+    body = re.sub(r"\]\(mappings/[^)]*\)", "](reference/mapping-file.md)", body)
+    return "# Demo\n" + re.sub(r"\]\(benchmarks/results/[^)]*\)", "](results.md)", body)
 
 
 def _recipe(path: Path) -> str:
