@@ -33,6 +33,7 @@ from xarch_kd.job.held_out import held_out_batches, held_out_rows
 from xarch_kd.job.layer_choice import Chosen, select_layers
 from xarch_kd.job.models import RunModels, config_fingerprint, device_of, load_models, load_run_tokenizer
 from xarch_kd.job.prefixes import check_prefixes, stage_prefixes
+from xarch_kd.job.record_mixing import record_mixing
 from xarch_kd.job.report import report_at_end
 from xarch_kd.job.resuming import restore_stage, resume_point, usable_checkpoint
 from xarch_kd.job.run import Run
@@ -369,6 +370,7 @@ class _Job:
         )
 
     def _save(self, models: RunModels, projectors: dict[str, Tensor], seconds: float) -> None:
+        record_mixing(self.plan, models, self.text.training, self.folder, self.reporter)
         student = models.student.cpu()  # type: ignore[call-arg]  # stubs expect a bound method
         student.requires_grad_(True).to(DTYPES[self.plan.mapping.student.dtype])  # type: ignore[arg-type]
         save_student(student, models.student_tokenizer, self.folder.student, overwrite=True)

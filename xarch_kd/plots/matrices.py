@@ -57,7 +57,7 @@ def mixing(
     if teacher is not None:
         sides.insert(0, (names[1], _by_layer(teacher)))
     common = sorted(set.intersection(*(set(matrices) for _, matrices in sides)))
-    chosen = _spread(common, LAYERS) if layers is None else list(layers)
+    chosen = spread(common, LAYERS) if layers is None else list(layers)
     missing = [layer for layer in chosen if layer not in common]
     if missing or not chosen:
         raise UsageError("No mixing of this layer was traced.", asked=missing or "mixing", found=common or "none")
@@ -65,7 +65,7 @@ def mixing(
     for layer in chosen:
         dense = [(name, _dense(matrices[layer], sequence)) for name, matrices in sides]
         most = max(len(matrix) for _, matrix in dense)
-        picked = _spread(list(range(most)), HEADS) if heads is None else list(heads)
+        picked = spread(list(range(most)), HEADS) if heads is None else list(heads)
         outside = [head for head in picked if not 0 <= head < most]
         if outside:
             raise UsageError("A layer has no such head.", asked=outside[0], allowed=f"0 to {most - 1}")
@@ -167,7 +167,7 @@ def _shares(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(weights, totals, out=np.zeros_like(weights), where=totals > 0)
 
 
-def _spread(items: Sequence[int], count: int) -> list[int]:
+def spread(items: Sequence[int], count: int) -> list[int]:
     """Return up to `count` items, evenly spaced, the first and the last among them."""
     if len(items) <= count:
         return list(items)

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from xarch_kd.errors import UsageError
+from xarch_kd.errors import CheckpointError, UsageError
 from xarch_kd.run.curves import CurveReader, StageCurves
 from xarch_kd.run.folder import RunFolder
 
@@ -48,6 +48,7 @@ class RunRecord:
     projectors: Json
     environment: Json
     mapping: str
+    mixing: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     name: str = ""
 
@@ -135,6 +136,18 @@ class _Reading:
         except OSError:
             return ""
 
+    def tensors(self, path: Path) -> Json:
+        """Return the tensors of a file by name, empty if there is none or it is damaged."""
+        if not path.is_file():
+            return {}
+        from xarch_kd.files import read_tensors
+
+        try:
+            return read_tensors(path)[0]
+        except CheckpointError as error:
+            self.problems.append(error.message)
+            return {}
+
     def events(self) -> tuple[Json, ...]:
         """Return the events that are not steps; damaged lines are left out."""
         found = []
@@ -165,7 +178,7 @@ def read_run(path: str | Path) -> RunRecord:
             fix="give the folder that `xarch-kd train --output` wrote",
         )
     files = (folder.plan, folder.events, folder.evaluation, folder.selection, folder.projector_reports, folder.mapping)
-    folder.verify(*files)
+    folder.verify(*files, folder.mixing)
     reading = _Reading(folder)
     reader = CurveReader(folder.events)
     reader.update()
@@ -188,6 +201,7 @@ def read_run(path: str | Path) -> RunRecord:
         projectors=reading.json(folder.projector_reports),
         environment=reading.json(folder.root / "environment.json"),
         mapping=reading.text(folder.mapping),
+        mixing=reading.tensors(folder.mixing),
         problems=tuple(reading.problems),
         name=folder.root.resolve().name,
     )

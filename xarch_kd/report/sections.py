@@ -9,7 +9,7 @@ from typing import Any, Final
 from xarch_kd.display import byte_text, count_text, duration
 from xarch_kd.errors import UsageError
 from xarch_kd.plots.layer_maps import layer_map, links
-from xarch_kd.plots.matrices import similarity
+from xarch_kd.plots.matrices import HEADS, mixing_panels, similarity
 from xarch_kd.plots.measured import bars
 from xarch_kd.plots.training import stage_panels
 from xarch_kd.report.content import Folded, Lines, Picture, Section, Table, interval, number
@@ -160,6 +160,7 @@ def selection_section(run: RunRecord) -> Section:
 def features_section(run: RunRecord) -> Section:
     """Return the section of layer similarity and of the projectors; empty where neither was recorded."""
     section = Section(name="features", title="Features")
+    section.items += _mixing_pictures(run)
     for name, matrix in (run.plan.get("similarities") or {}).items():
         try:
             figure = similarity(matrix, name=f"CKA for {name}")
@@ -187,6 +188,23 @@ def features_section(run: RunRecord) -> Section:
             )
         )
     return section
+
+
+def _mixing_pictures(run: RunRecord) -> Iterator[Picture]:
+    """Yield a picture per layer of the student: matrices of the teacher at the left, of the student at the right."""
+    names = sorted(run.mixing)
+    for start in range(0, len(names), 2 * HEADS):
+        panels, titles = [], []
+        for name in names[start : start + 2 * HEADS]:
+            _, side, layer, head = name.split(".")
+            titles.append(f"{side}, layer {layer}, head {head}")
+            panels.append((f"{side} {layer}.{head}", run.mixing[name].double().numpy()))
+        yield Picture(
+            figure=mixing_panels(panels, columns=2),
+            caption="Token-mixing matrices after training, on training text: what each token (down) reads from "
+            "earlier ones, as shares of its row. Titles: layer.head.",
+            alternative=f"Token-mixing matrices: {'; '.join(titles)}",
+        )
 
 
 def _projector_row(entry: Json) -> tuple[str, ...]:

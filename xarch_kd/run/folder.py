@@ -90,6 +90,11 @@ class RunFolder:
         return self.root / "evaluation.json"
 
     @property
+    def mixing(self) -> Path:
+        """Token-mixing matrices of a few layers and heads of both models, for the report."""
+        return self.root / "mixing.safetensors"
+
+    @property
     def report(self) -> Path:
         """The report as one HTML page."""
         return self.root / "report.html"
