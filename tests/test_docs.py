@@ -8,9 +8,11 @@ import shlex
 import tomllib
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from rich.console import Console
 
 import xarch_kd
 from xarch_kd.cli.app import COMMANDS, load_command
@@ -22,6 +24,7 @@ from xarch_kd.mapping_file.training import Optimizer, StageEvaluation
 from xarch_kd.mapping_file.yaml_core import read_yaml
 from xarch_kd.testing.docs_pages import DOCS, PAGES, markdown_of, page, signature
 from xarch_kd.testing.docs_schema import sections
+from xarch_kd.testing.examples import write_example_files
 
 ROOT = DOCS.parent
 FILES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -161,6 +164,24 @@ def test_python_compiles_and_imports_what_exists(snippet: Snippet) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "xkd":
             assert hasattr(xarch_kd, node.attr), node.attr
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages name: a tiny teacher and a finished run."""
+    folder = tmp_path_factory.mktemp("workshop")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_example_files()
+        xarch_kd.train("mapping.yaml", "runs/first", console=Console(quiet=True))
+    return folder
+
+
+# The page on custom objects is run by test_readme.py, with its own mapping file.
+@pytest.mark.parametrize("snippet", [one for one in snippets("python") if not str(one.id).startswith("custom-")])
+def test_python_runs(snippet: Snippet, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workshop)
+    exec(compile(snippet.text, snippet.page, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("snippet", snippets("bash"))
