@@ -86,7 +86,7 @@ def test_without_a_gradient_the_logits_stay_and_the_values_are_the_same() -> Non
         assert steepest.shape == (0,)
 
 
-@pytest.mark.parametrize("kind", divergences.FORMULAS)
+@pytest.mark.parametrize("kind", [row.name for row in divergences.FORMULAS.values() if row.kernel is not None])
 def test_steepest_is_the_largest_slope_of_the_divergence_alone(kind: str) -> None:
     """Not that of the cross-entropy, whatever scale, weight and softcap make of it."""
     inputs = _rows(4, rows=1)
