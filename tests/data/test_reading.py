@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from xarch_kd.data.paths import DataFile, find_files
 from xarch_kd.data.reading import read_records
@@ -194,6 +195,26 @@ def test_a_record_without_an_end_is_refused_before_all_of_it_is_held(
     (tmp_path / name).write_bytes(start + b"x" * 2**23)
     with pytest.raises(DataError, match=rf"{name}:\d.*: a record that is too long[\s\S]*plain text"):
         texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_the_bound_of_a_record_is_the_same_in_every_format(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("records", "json_files", "tables"):
+        monkeypatch.setattr(f"xarch_kd.data.{module}.LONGEST_RECORD", 3000)
+    for length, is_read in ((2900, True), (3100, False)):
+        text = "x" * length
+        if name == "a.parquet":
+            Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / name)
+        else:
+            content = {"a.jsonl": json.dumps({"text": text}), "a.json": json.dumps([{"text": text}])}
+            (tmp_path / name).write_text(content.get(name, f"text\n{text}\n"))
+        if is_read:
+            assert texts(tmp_path / name) == [text]
+        else:
+            with pytest.raises(DataError, match=rf"{name}:.*1.*: a record that is too long|{name}:2: a record"):
+                texts(tmp_path / name)
 
 
 def test_folders_lists_and_patterns_name_files_in_order(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ class _JsonText:
             except (_RepeatedKeyError, RecursionError) as error:
                 raise self.error(str(error)) from error
         start = self._at
+        if end - start > LONGEST_RECORD:
+            raise too_long(self.place())
         _check_surrogates(self._text[start:end], value, lambda at: self.place(start + at))
         self._at = end
         return value

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from xarch_kd.data.paths import DataFile
-from xarch_kd.data.records import LONGEST_RECORD, Record, decoded_lines
+from xarch_kd.data.records import LONGEST_RECORD, Record, decoded_lines, too_long
 from xarch_kd.errors import DataError
 
 # Rows that are Python objects at once: as many as this, or fewer where they are longer.
@@ -81,6 +81,8 @@ def table_rows(place: str, batches: Iterable[Any], names: tuple[str, ...], *, fi
             values = part.to_pylist() if part.num_columns else [{}] * part.num_rows
             for row in values:
                 number += 1
+                if any(isinstance(value, str) and len(value) > LONGEST_RECORD for value in row.values()):
+                    raise too_long(f"{place}: row {number}")
                 yield Record(f"{place}: row {number}", {name: without_missing(row[name]) for name in row}, names=names)
 
 
