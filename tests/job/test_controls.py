@@ -55,7 +55,7 @@ def test_a_control_is_recorded_and_not_resumed_with_another(
         assert "control" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert "control: shuffled" in (run / "mapping.yaml").read_text()
-    assert main(["evaluate", str(run), "--tokens", "64"]) == 0
+    assert main(["evaluate", str(run), "--suites", "likelihood", "--tokens", "64"]) == 0
     train(make_plan(mapping, control="shuffled", rates=RATES), tmp_path / "whole")
     assert same(student_of(run), student_of(tmp_path / "whole"))
 

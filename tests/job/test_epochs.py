@@ -68,7 +68,7 @@ def test_a_run_of_an_epoch_is_the_run_of_its_steps_and_resumes(write_mapping: Wr
     assert same(student_of(tmp_path / "stopped"), student_of(tmp_path / "steps"))
     assert train(mapping, tmp_path / "stopped").was_finished
     # Evaluating plans the mapping file again, which does not have the number of steps.
-    evaluate(tmp_path / "stopped", tokens=64, console=Console(quiet=True))
+    evaluate(tmp_path / "stopped", suites=["likelihood"], tokens=64, console=Console(quiet=True))
     card = (run.student / "README.md").read_text()
     assert f"`mixers`: {steps} steps, {steps * 64} tokens," in card
     assert f"`mixers`: {steps} steps, {steps * 64} tokens," in (tmp_path / "stopped/student/README.md").read_text()
