@@ -107,6 +107,17 @@ def test_subsamples_of_pairs_cover_what_a_bootstrap_does_not() -> None:
     assert np.mean(shifted) > 0.01, "which is a 60th of what differs"
 
 
+def test_a_subsampled_interval_holds_its_own_value() -> None:
+    # Seven units are rarely all left out of a half: fewer than one draw in a hundred, so both quantiles are above it.
+    def found_any(index: np.ndarray) -> Array:
+        return np.array([float((index < 7).any())])
+
+    (found,) = subsampling(found_any, 40, draws=100)
+    assert found.low is not None and found.high is not None
+    assert found.low <= found.value == 1.0 <= found.high
+    assert found.high - found.low < 0.05
+
+
 def test_holm_is_the_closed_test_of_bonferroni() -> None:
     """Holm rejects a hypothesis if Bonferroni rejects every set of hypotheses that it is in."""
     p_values = {"a": 0.001, "b": 0.02, "c": 0.04, "d": 0.5}

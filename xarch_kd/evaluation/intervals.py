@@ -157,7 +157,9 @@ def subsampling(
     generator = np.random.default_rng(seed)
     drawn = np.stack([statistic(np.sort(generator.permutation(units)[:size])) for _ in range(draws)])
     spread = (drawn - drawn.mean(0)) * math.sqrt(size / (units - size))
-    bounds = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    # A statistic that hardly ever differs has quantiles on one side of its mean.
+    bounds = np.minimum(low, 0.0), np.maximum(high, 0.0)
     return [
         Interval(value=float(value), low=float(value + low), high=float(value + high), p_value=None)
         for value, low, high in zip(everything, *bounds, strict=True)

@@ -203,8 +203,10 @@ def _range(part: PositionResult) -> str:
 
 
 def _likelihood(entry: dict[str, Any]) -> LikelihoodResult:
-    values = {field.name: entry[field.name] for field in dataclasses.fields(LikelihoodResult)}
-    values["details"] = None if entry["details"] is None else result_from_json(entry["details"])
+    names = [field.name for field in dataclasses.fields(LikelihoodResult) if field.name != "details"]
+    values = {name: entry[name] for name in names}
+    details = entry.get("details")
+    values["details"] = None if details is None else result_from_json(details)
     values["by_position"] = tuple(PositionResult(**part) for part in entry["by_position"])
     values |= {name: tuple(entry[name]) for name in ("row_tokens", "row_nll")}
     return LikelihoodResult(**values)
