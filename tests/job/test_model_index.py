@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
@@ -24,8 +25,9 @@ def test_figures_signatures_and_intervals_are_read_back() -> None:
     measured = evaluation(likelihood=[likelihood(0.25)], exposure=suite(figures=[figure, without, unknown]))
     data = ModelCardData(model_name="run: α", eval_results=model_index(measured))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
-    assert card.data.model_name == "run: α"
-    found = {(one.dataset_type, one.metric_type): one for one in card.data.eval_results or ()}
+    stored: Any = card.data
+    assert stored.model_name == "run: α"
+    found = {(one.dataset_type, one.metric_type): one for one in stored.eval_results}
     assert set(found) == {
         ("held-out", "perplexity"),
         ("held-out", "nll_difference"),

@@ -39,7 +39,7 @@ def test_layer_map_draws_each_pair_as_pale_as_its_share_of_the_student_layer() -
         "b$x$": [(2, 2, 1.0)],
     }
     (axes,) = layer_map(data).axes
-    drawn = [(list(line.get_ydata()), line.get_alpha()) for line in axes.lines]
+    drawn = [(np.asarray(line.get_ydata()).tolist(), float(line.get_alpha() or 0.0)) for line in axes.lines]
     # From the teacher's block at the left to the student's at the right, half a row below its top.
     assert [ends for ends, _ in drawn] == [[0.5, 0.5], [1.5, 1.5], [3.5, 1.5], [2.5, 2.5]]
     assert drawn[1][1] < drawn[2][1] < drawn[0][1]
@@ -52,7 +52,7 @@ def test_mixing_draws_shares_of_each_row_teacher_first() -> None:
     figure = mixing({5: student}, {5: teacher, 6: teacher}, heads=[1])
     assert [axes.get_title("left") for axes in figure.axes] == ["teacher 5.0", "student 5.1"]
     figure = mixing({5: student})
-    shown = np.ma.filled(figure.axes[0].images[0].get_array(), 0.0)
+    shown = np.ma.filled(np.ma.asarray(figure.axes[0].images[0].get_array()), 0.0)
     assert shown.tolist() == [[1.0, 0.0], [0.25, 0.75]]
     with pytest.raises(UsageError, match="no such head"):
         mixing({5: student}, heads=[2])
@@ -64,7 +64,7 @@ def test_mixing_draws_shares_of_each_row_teacher_first() -> None:
 
 def test_similarity_marks_the_nearest_layer_and_refuses_what_is_no_matrix() -> None:
     axes = similarity([[0.1, 0.9, 0.2], [0.8, 0.1, 0.3]]).axes[0]
-    assert list(axes.lines[0].get_xdata()) == [1, 0]
+    assert np.asarray(axes.lines[0].get_xdata()).tolist() == [1, 0]
     for wrong in ([1.0, 2.0], [[math.nan, 1.0]], np.zeros((0, 2))):
         with pytest.raises(UsageError, match="matrix of finite numbers"):
             similarity(wrong)  # type: ignore[arg-type]  # wrong on purpose

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,11 +32,11 @@ def test_pairs_are_compared_on_the_same_rows_and_adjusted(write_run: WriteRun) -
     assert other.is_real
 
 
-def test_cost_is_beside_quality_and_runs_are_sorted(write_run: WriteRun, plan_data: dict[str, object]) -> None:
+def test_cost_is_beside_quality_and_runs_are_sorted(write_run: WriteRun, plan_data: dict[str, Any]) -> None:
     first = write_run("a", {"likelihood": [likelihood(0.5)], "diversity": suite(samples=[])})
     second = write_run("b", {"likelihood": [likelihood(0.25)], "diversity": suite(samples=[])})
     found = compare([first, second])
-    (stage,) = plan_data["stages"]  # type: ignore[misc]  # a list of one stage
+    (stage,) = plan_data["stages"]
     run = found.runs[0].measures
     assert run["tokens"] == 2 * stage["tokens_per_step"] and run["flops"] == stage["flops"]
     assert (run["seconds"], run["peak_bytes"]) == (120.0, 3 << 20)

@@ -70,8 +70,13 @@ def test_hostile_text_is_shown_as_text_and_nothing_is_loaded(write_run: WriteRun
 
 
 def test_verdict_names_what_was_lost_where_and_what_was_gained(write_run: WriteRun) -> None:
+    details = suite(figures=[suite()["figures"][0] | {"name": "agreement", "low": 0.7, "high": 1.2}])
     results = {
-        "likelihood": [likelihood(0.25), likelihood(0.0625, text="other"), likelihood(-0.5, text="third")],
+        "likelihood": [
+            likelihood(0.25) | {"details": details},
+            likelihood(0.0625, text="other"),
+            likelihood(-0.5, text="third"),
+        ],
         "diversity": suite(),
     }
     verdict = verdict_of(read_run(write_run(results=results)))
@@ -84,7 +89,8 @@ def test_verdict_names_what_was_lost_where_and_what_was_gained(write_run: WriteR
     assert diversity == ("Diversity, distinct-2: 0.5 times the teacher's (0.4 to 0.6), teacher 0.8, student 0.4.")
     (gained,) = verdict.gained
     assert gained.startswith("third") and "better than its teacher" in gained
-    (undecided,) = verdict.undecided
+    undecided, agreement = verdict.undecided
+    assert agreement.startswith("Likelihood, agreement: 0.5 times the teacher's (0.7 to 1.2)")
     assert "a loss above 0.188 nats per token is excluded" in undecided
 
 

@@ -24,24 +24,26 @@ def model_index(evaluation: Evaluation) -> list[EvalResult]:
 
 def _likelihood(evaluation: Evaluation) -> Iterator[EvalResult]:
     for text in evaluation.likelihood:
-        where = {"dataset_type": text.text, "dataset_name": text.description or text.text}
-        where |= {"dataset_revision": text.fingerprint}
         interval = {"low": text.low, "high": text.high, "level": evaluation.level, "tokens": text.tokens}
         yield EvalResult(
             task_type=TASK,
+            dataset_type=text.text,
+            dataset_name=text.description or text.text,
+            dataset_revision=text.fingerprint,
             metric_type="perplexity",
             metric_name="Perplexity",
             metric_value=text.student_perplexity,
             metric_args={"teacher": text.teacher_perplexity, "tokens": text.tokens},
-            **where,
         )
         yield EvalResult(
             task_type=TASK,
+            dataset_type=text.text,
+            dataset_name=text.description or text.text,
+            dataset_revision=text.fingerprint,
             metric_type="nll_difference",
             metric_name="NLL above the teacher's, nats per token",
             metric_value=text.difference,
             metric_args=_known(interval),
-            **where,
         )
 
 
@@ -54,7 +56,7 @@ def _figures(evaluation: Evaluation) -> Iterator[EvalResult]:
             if value is None:
                 continue
             compared = "value" if figure.value is None else figure.compared
-            details = {"compared": compared, "teacher": figure.teacher, "student": figure.student}
+            details: dict[str, Any] = {"compared": compared, "teacher": figure.teacher, "student": figure.student}
             details |= {"low": figure.low, "high": figure.high, "level": evaluation.level, figure.of: figure.count}
             yield EvalResult(
                 task_type=TASK,

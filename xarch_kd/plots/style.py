@@ -35,7 +35,7 @@ COLORS: Final[dict[str, str]] = {
 # Colors of curves that are neither the teacher's nor the student's, in this order.
 SERIES: Final = ("student", "teacher", "green", "purple", "pink", "teal", "gold", "muted")
 _ROLES: Final = {color: role for role, color in COLORS.items()}
-_STYLE: Final[dict[str, Any]] = {
+_STYLE: Final[dict[Any, Any]] = {
     "axes.axisbelow": True,
     "axes.edgecolor": COLORS["muted"],
     "axes.facecolor": "none",

@@ -151,6 +151,8 @@ def signature_of(record: RunRecord) -> dict[str, str]:
         if suite == "likelihood":
             for text in _likelihood(data):
                 found[f"likelihood, {text.text}"] = f"{text.fingerprint}, {text.rows} rows"
+                if text.details is not None:
+                    found[f"likelihood, {text.text}, details"] = text.details.signature
         elif suite not in OWN_SIGNATURE:
             found[suite] = str(data.get("signature")) if isinstance(data, Mapping) else "unknown"
     return found

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from xarch_kd.evaluation.likelihood_suite import LikelihoodResult, likelihood_from_json
 from xarch_kd.evaluation.speed_suite import ContextFigures, SpeedResult, gains, size_text, speed_from_json
+from xarch_kd.evaluation.suite_result import result_to_json
 from xarch_kd.plots.measured import Curve, Difference, intervals, lines
 from xarch_kd.plots.style import label
 from xarch_kd.report.content import Folded, Item, Lines, Picture, Section, Table, Texts, attempt, interval, number
@@ -83,6 +84,9 @@ def likelihood_section(name: str, data: Any) -> Section:
             ],
         )
     )
+    for one in results:
+        if one.details is not None:
+            section.items += figures_section(name, result_to_json(one.details)).items
     return section
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from xarch_kd.evaluation.likelihood_suite import LikelihoodResult, likelihood_from_json
 from xarch_kd.evaluation.speed_suite import size_text, speed_from_json
 from xarch_kd.evaluation.statistics import LEVEL
+from xarch_kd.evaluation.suite_result import result_to_json
 from xarch_kd.plots.style import label
 from xarch_kd.report.content import interval, number
 from xarch_kd.report.read import RunRecord
@@ -38,6 +39,9 @@ def verdict_of(run: RunRecord) -> Verdict:
     for result in results:
         _judge_likelihood(result, verdict)
     comparisons, before = len(results), len(verdict.lost)
+    for result in results:
+        if result.details is not None:
+            comparisons += _judge_figures("likelihood", result_to_json(result.details), verdict)
     for name, data in run.results.items():
         if name not in ("likelihood", "speed"):
             comparisons += _judge_figures(name, data, verdict)

@@ -36,6 +36,7 @@ def likelihood(difference: float = 0.25, *, text: str = "held-out", fingerprint:
         ],
         "row_tokens": [15, 15, 15, 15],
         "row_nll": [15 * (2.0 + difference) + offset for offset in (-0.5, 0.5, 0.25, -0.25)],
+        "details": None,
         "teacher_perplexity": 7.39,
         "student_perplexity": 9.49,
     }
