@@ -242,3 +242,11 @@ def test_completions_alone_are_measured(write_mapping: Write, tmp_path: Path) ->
         values += nll[first - 1 :].tolist()
     assert figures["tokens"] == len(values)
     assert figures["student_nll"] == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_a_stream_without_a_held_out_document_is_refused_before_training(write_mapping: Write, tmp_path: Path) -> None:
+    file = _lines(tmp_path / "t.jsonl", ["word " * 40])
+    mapping = write_mapping(LOGIT_STAGE, data=_data(file, streaming=True, held_out=0.001))
+    with pytest.raises(DataError, match=r"no document of .* is held out\n  found:   1 documents in a whole pass"):
+        train(mapping, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

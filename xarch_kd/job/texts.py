@@ -129,7 +129,7 @@ def _first_of(stream: DocumentStream, plan: Plan) -> tuple[TokenizedDocuments, T
     """Return the documents of a stream that calibration and evaluation read, training and held out."""
     data, row = plan.mapping.data, plan.mapping.data.sequence_length
     evaluated = [stage.stage.evaluation.batches * stage.batch_size for stage in plan.stages if stage.stage.evaluation]
-    return first_documents(
+    training, held_out = first_documents(
         stream,
         # Calibration reads the first half, and the projector report the other.
         training_tokens=max(2 * plan.mapping.calibration.tokens, CALIBRATION_ROWS * row),
@@ -137,6 +137,14 @@ def _first_of(stream: DocumentStream, plan: Plan) -> tuple[TokenizedDocuments, T
         held_out=data.held_out_share,
         seed=plan.mapping.seed,
     )
+    if held_out is None and data.held_out_share:
+        raise DataError(
+            f"no document of '{stream.name}' is held out",
+            found=f"{len(training):,} documents in a whole pass, and held_out: {data.held_out_share:g}",
+            fix="data: {held_out: …} with a larger share, evaluation: {files: …} for other text to measure on, "
+            "held_out: 0 for none, or leave out streaming",
+        )
+    return training, held_out
 
 
 def evaluation_texts(
