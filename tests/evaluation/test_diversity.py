@@ -29,6 +29,7 @@ from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.evaluation.results import from_json, to_json
 from xarch_kd.evaluation.rollouts import Continuations
 from xarch_kd.evaluation.sizes import Size
+from xarch_kd.testing.markov import never_ending
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = np.random.default_rng(0).integers(0, 6, size=(7, 12))
@@ -153,8 +154,7 @@ def collapsed(templates: int) -> Any:
 
 
 def test_a_sampler_that_collapsed_is_found_here_and_by_no_other_suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", eos_token_id=None)
-    model.generation_config.eos_token_id = None
+    model = never_ending(tiny_model("llama", eos_token_id=None))
     rows = torch.randint(2, 97, (24, 8), generator=torch.Generator().manual_seed(0))
     for name in ("rollouts", "exposure"):
         monkeypatch.setattr(f"xarch_kd.evaluation.{name}.sampled", collapsed(5))
@@ -181,8 +181,7 @@ def test_a_sampler_that_collapsed_is_found_here_and_by_no_other_suite(monkeypatc
 
 
 def test_a_student_equal_to_its_teacher_writes_the_same_texts() -> None:
-    model = tiny_model("llama", eos_token_id=None)
-    model.generation_config.eos_token_id = None
+    model = never_ending(tiny_model("llama", eos_token_id=None))
     rows = torch.randint(2, 97, (8, 8), generator=torch.Generator().manual_seed(0))
     found = compare_models(model, model, {"text": rows}, suites=["diversity"], size=SIZE).results["diversity"]
     for figure in found.figures:

@@ -13,6 +13,8 @@ from xarch_kd.evaluation.evaluate import compare_models
 from xarch_kd.evaluation.refusal import NotMeasured
 from xarch_kd.evaluation.results import from_json, to_json
 from xarch_kd.evaluation.sizes import Size
+from xarch_kd.taps.layout import layout_of
+from xarch_kd.testing.markov import never_ending
 from xarch_kd.testing.tiny import tiny_model, tiny_tokenizer
 
 SIZE = Size(prompts=12, prompt_tokens=8, new_tokens=6, unconditional=2, swaps=(), probe_tokens=64)
@@ -36,8 +38,7 @@ def test_questions_have_one_right_answer_and_every_letter_is_right_equally_often
 
 
 def test_answers_are_those_of_the_models_own_logits() -> None:
-    model = tiny_model("llama", eos_token_id=None)
-    model.generation_config.eos_token_id = None
+    model = never_ending(tiny_model("llama", eos_token_id=None))
     questions = [
         Question(
             prompt=tuple(row[:4].tolist()),
@@ -75,7 +76,7 @@ def favoring(letter: str) -> PreTrainedModel:
     """Return a Llama that answers with `letter` after a colon and a space, and is as it was everywhere else."""
     model, tokenizer = tiny_model("llama", seed=3), tiny_tokenizer()
     colon, space, favored = (tokenizer.encode(text)[0] for text in (":", " ", letter))
-    direction = model.lm_head.weight[favored].detach()
+    direction = layout_of(model).head_weight[favored].detach()
     inner = model.model.forward
 
     def forward(input_ids: torch.Tensor | None = None, **inputs: object) -> object:
@@ -113,9 +114,7 @@ def test_a_bias_towards_a_letter_is_found_here_and_not_by_likelihood() -> None:
 def test_texts_that_end_at_once_are_counted() -> None:
     model = tiny_model("llama")
     ends = tiny_model("llama")
-    ends.lm_head.bias = torch.nn.Parameter(torch.zeros(97))
-    with torch.no_grad():
-        ends.lm_head.bias[0] = 100.0
+    ends.lm_head.bias = torch.nn.Parameter(100.0 * (torch.arange(97) == 0).float())
     result = compare_models(model, ends, {"text": ROWS}, suites=["generation"], size=SIZE).results["generation"]
     assert result.figure("texts that end").student == 1.0 and result.figure("length").student == 1.0
     assert any("12 of the student are empty" in notice for notice in result.notices)

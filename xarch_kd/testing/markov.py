@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ def markov_model(transitions: NDArray[np.float64]) -> PreTrainedModel:
         eos_token_id=None,
         bos_token_id=0,
     )
-    model.generation_config.eos_token_id = None
+    never_ending(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -40,6 +42,13 @@ def markov_model(transitions: NDArray[np.float64]) -> PreTrainedModel:
             elif name == "lm_head.weight":
                 # The norm multiplies a one-hot vector by sqrt(tokens).
                 parameter.copy_(torch.from_numpy(np.log(transitions).T / np.sqrt(tokens)))
+    return model
+
+
+def never_ending(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose texts no token ends any more."""
+    settings: Any = model.generation_config
+    settings.eos_token_id = None
     return model
 
 
