@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = (
     *("taps/", "mixing/", "in_place/", "testing/", "generation/"),
     *("planning/mixing_sizes.py", "models/cache_size.py"),
+    # The meanings of keys, which CONTRIBUTING.md names for every name.
+    "mapping_file/key_help.py",
 )
 
 

@@ -307,7 +307,6 @@ KEYS: Final[dict[str, dict[str, str]]] = {
         "size": "prompts and new tokens of the suites that sample",
         "tokens": "size of each text at most [tokens]",
         "also": "texts of other kinds",
-        "copying": "lists of random tokens of the suite `copying`",
         "speed": "settings of the suite `speed`",
     },
     "Speed": {
