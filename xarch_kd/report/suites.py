@@ -271,10 +271,8 @@ def _curve_picture(curve: Mapping[str, Any]) -> Picture:
     ends = ", ".join(f"{one.name} {number(one.y[-1])}" for one in drawn if one.y)
     banded = "; bands are intervals" if any(one.low is not None for one in drawn) else ""
     return Picture(
-        figure=lines(
-            drawn, title=f"{title} ({unit})" if unit else title, x_label=str(curve["x"]), log_x=log_x, zero=unit == "%"
-        ),
-        caption=f"{title.capitalize()} by {curve['x']}{banded}.",
+        figure=lines(drawn, title=title, y_label=unit, x_label=str(curve["x"]), log_x=log_x, zero=unit == "%"),
+        caption=f"{title[:1].upper()}{title[1:]} by {curve['x']}{banded}.",
         alternative=f"{title} by {curve['x']}, {len(at)} points; at the last: {ends or 'nothing'}",
     )
 
