@@ -210,7 +210,7 @@ def check_options(name: str, words: list[str]) -> None:
 def test_every_command_and_public_name_has_a_section() -> None:
     assert {f"## {name}" for name in COMMANDS} <= set(text_of("reference/cli.md").splitlines())
     named = "".join(text_of(name) for name in FILES if name.startswith("reference/"))
-    modules = {"layer_mapping", "losses", "ops", "projectors"}
+    modules = {"layer_mapping", "losses", "ops", "plots", "projectors"}
     expected = [f"## xkd.{name}" for name in xarch_kd.__all__ if name not in {*modules, "__version__"}]
     expected += [f"## xkd.{module}.{name}" for module in modules for name in getattr(xarch_kd, module).__all__]
     assert [heading for heading in expected if f"{heading}\n" not in named] == []

@@ -24,11 +24,11 @@ ROWS = torch.randint(40, 97, (12, 20), generator=torch.Generator().manual_seed(0
 def test_questions_have_one_right_answer_and_every_letter_is_right_equally_often() -> None:
     tokenizer = tiny_tokenizer()
     for question in (found := letter_questions(tokenizer, 8, 0)):
-        text = str(tokenizer.decode(question.prompt))
+        text = str(tokenizer.decode(list(question.prompt)))
         listed = text.split(".")[0].removeprefix("The list: ").split(", ")
         lines = dict(line.split(". ") for line in text.splitlines()[2:6])
         assert [letter for letter, word in lines.items() if word in listed] == ["ABCD"[question.answer]]
-        assert [str(tokenizer.decode(option)) for option in question.options] == list("ABCD")
+        assert [str(tokenizer.decode(list(option))) for option in question.options] == list("ABCD")
     assert [question.answer for question in found] == [0, 1, 2, 3] * 2
     for index, question in enumerate(continuation_questions(ROWS)):
         assert (*question.prompt, *question.options[question.answer]) == tuple(ROWS[index].tolist())

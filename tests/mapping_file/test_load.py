@@ -72,8 +72,8 @@ CASES = {
         "divergence: forward_kl",
         "divergence: forwardkl",
         "map.yaml:29:26: stages[1].tokens.divergence: 'forwardkl' is not forward_kl | reverse_kl | jsd | "
-        "skew_forward_kl | skew_reverse_kl | total_variation | alpha | renyi, or a mapping with a 'kind'. Did you mean "
-        "'forward_kl'?",
+        "skew_forward_kl | skew_reverse_kl | total_variation | alpha | renyi | alpha_beta | entropy_aware | "
+        "adaptive_kl, or a mapping with a 'kind'. Did you mean 'forward_kl'?",
     ),
     "beta out of range": (
         "divergence: forward_kl",

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from xarch_kd.data.corpus import builtin_corpus
 from xarch_kd.data.hub import NamedDataset
@@ -50,7 +50,9 @@ def record_stream(text: Text) -> RecordStream:
     if text.builtin is not None:
         return CorpusStream(text)
     dataset = NamedDataset(text)
-    return SavedStream(text, dataset) if dataset.is_saved else DatasetStream(text)
+    if dataset.is_saved:
+        return SavedStream(text, dataset)
+    return DatasetStream(text)
 
 
 class FileStream:
@@ -114,11 +116,14 @@ class SavedStream:
 class DatasetStream:
     """Rows of a dataset of the hub or of a folder of data files, which the library `datasets` streams."""
 
-    content: Final = None
-
     def __init__(self, text: Text) -> None:
         assert text.dataset is not None
         self._text, self.name = text, text.dataset
+
+    @property
+    def content(self) -> Any:
+        """Nothing is known of the rows without reading them."""
+        return None
 
     def records(self, place: Any) -> Iterator[tuple[Record, Place]]:
         """Yield the rows; a place is a state of the library."""

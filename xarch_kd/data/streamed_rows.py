@@ -112,7 +112,8 @@ class _PackedWindows:
     def __init__(
         self, documents: _TrainingDocuments, *, length: int, packing: Packing, isolated: bool, batch: int, seed: int
     ) -> None:
-        self._documents, self._length, self._packing, self._isolated = documents, length, packing, isolated
+        self._documents, self._length, self._isolated = documents, length, isolated
+        self._packing: Packing = packing
         self._batch, self._seed = batch, seed
         self._place = documents.place
         self._rows: list[Row] = []

@@ -33,16 +33,17 @@ def clusters(vectors: Array, number: int, seed: int) -> NDArray[np.int64]:
                 break
             centers = np.vstack([centers, vectors[generator.choice(len(vectors), p=nearest / nearest.sum())]])
         labels = np.zeros(len(vectors), dtype=np.int64)
-        for _ in range(ROUNDS):
-            distance = squares[:, None] - 2 * vectors @ centers.T + (centers**2).sum(1)
+        distance = squares[:, None] - 2 * vectors @ centers.T + (centers**2).sum(1)
+        for turn in range(ROUNDS):
             new = distance.argmin(1)
-            if np.array_equal(new, labels) and _ > 0:
+            if np.array_equal(new, labels) and turn > 0:
                 break
             labels = new
             for cluster in range(len(centers)):
                 members = vectors[labels == cluster]
                 if len(members):
                     centers[cluster] = members.mean(0)
+            distance = squares[:, None] - 2 * vectors @ centers.T + (centers**2).sum(1)
         inertia = float(np.maximum(distance[np.arange(len(vectors)), labels], 0).sum())
         if inertia < best:
             best, found = inertia, labels

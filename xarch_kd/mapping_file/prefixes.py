@@ -121,7 +121,8 @@ class Replay(ConfigModel):
     @property
     def fresh_share(self) -> FreshShare:
         """The share of fresh continuations, for both spellings."""
-        return FreshShare(initial=self.fresh, final=self.fresh) if isinstance(self.fresh, float) else self.fresh
+        fresh = self.fresh
+        return fresh if isinstance(fresh, FreshShare) else FreshShare(initial=fresh, final=fresh)
 
 
 class Collapse(ConfigModel):
@@ -176,7 +177,7 @@ class Prefixes(ConfigModel):
     def source(self, name: Literal["student", "teacher"]) -> SampledSource:
         """Return how a model samples, however its share was written."""
         given = self.student if name == "student" else self.teacher
-        return SampledSource(share=given) if isinstance(given, float) else given
+        return given if isinstance(given, SampledSource) else SampledSource(share=given)
 
     def share(self, name: Source) -> float:
         """Return the share of a source at the start of the stage."""

@@ -67,7 +67,7 @@ def prefix_warnings(stage: Stage, data: Data, steps: int) -> Iterator[str]:
     row = data.sequence_length
     prompt = settings.prompt_tokens or max(1, row // 4)
     batches = steps * stage.gradient_accumulation * (stage.batch_size or data.batch_size)
-    mixtures = [{name: settings.share(name) for name in SAMPLED}]
+    mixtures: list[dict[Literal["student", "teacher"], float]] = [{name: settings.share(name) for name in SAMPLED}]
     if settings.schedule is not None:
         mixtures.append({name: getattr(settings.schedule.to, name) for name in SAMPLED})
     most = max(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import xarch_kd
-from xarch_kd import errors, layer_mapping, losses, ops, projectors
+from xarch_kd import errors, layer_mapping, losses, ops, plots, projectors
 from xarch_kd.cli.app import COMMANDS, load_command
 from xarch_kd.mapping_file.answers import ANSWERS
 from xarch_kd.testing.docs_recipes import demo_page, recipes_page, results_page
@@ -22,6 +22,7 @@ MODULES: Final[dict[str, Any]] = {
     "losses": losses,
     "projectors": projectors,
     "layer_mapping": layer_mapping,
+    "plots": plots,
 }
 SECTIONS = ("Raises:", "Warns:", "Example:", "Args:", "Returns:")
 
@@ -249,6 +250,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "reference/losses.md": lambda: module_page("losses"),
     "reference/projectors.md": lambda: module_page("projectors"),
     "reference/layer-mapping.md": lambda: module_page("layer_mapping"),
+    "reference/plots.md": lambda: module_page("plots"),
 }
 
 

@@ -40,7 +40,7 @@ class PrefixFigures:
     """
 
     tokens: float
-    mixture: Mapping[str, float]
+    mixture: Mapping[Source, float]
     batches: Mapping[str, int]
     replayed: int
     rollouts: Mapping[str, RolloutFigures]

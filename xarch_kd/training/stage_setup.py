@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -78,8 +78,8 @@ def cpu_chunks(module: nn.Module) -> Iterator[None]:
 
     The size of the chunks changes the rounding of a mixer's output and nothing else.
     """
-    sizes = [
-        (part, part.chunk_size)
+    sizes: list[tuple[Any, int]] = [
+        (part, part.__dict__["chunk_size"])
         for part in module.modules()
         if isinstance(part.__dict__.get("chunk_size"), int)
         and isinstance(decay := getattr(part, "A_log", None), nn.Parameter)

@@ -38,15 +38,19 @@ class StateTrainer(Trainer):
         if not self.is_replicated:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            write_tree(Path(output_dir) / OPTIMIZER_FILE, self.optimizer.state_dict())
-            write_tree(Path(output_dir) / SCHEDULER_FILE, self.lr_scheduler.state_dict())
+            for name, part in self._stateful().items():
+                write_tree(Path(output_dir) / name, part.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_replicated:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
-            self.optimizer.load_state_dict(read_tree(Path(checkpoint) / OPTIMIZER_FILE))
-            self.lr_scheduler.load_state_dict(read_tree(Path(checkpoint) / SCHEDULER_FILE))
+            for name, part in self._stateful().items():
+                part.load_state_dict(read_tree(Path(checkpoint) / name))
+
+    def _stateful(self) -> dict[str, Any]:
+        """Return optimizer and scheduler by the file that holds their state."""
+        return {OPTIMIZER_FILE: self.optimizer, SCHEDULER_FILE: self.lr_scheduler}
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler: Any = getattr(self.accelerator, "scaler", None)
