@@ -39,6 +39,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.gains
+	$(BIN)/python -m benchmarks.rollouts
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/python -m xarch_kd.testing.families_page

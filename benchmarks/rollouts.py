@@ -91,7 +91,7 @@ def main() -> int:
         "stamp": stamp(device="cpu", threads=torch.get_num_threads()),
         "sizes": sizes,
         "bound": BOUND,
-        "cases": found,
+        "models": found,
     }
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     return int(any(row["ratio"] < BOUND for row in found.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -176,7 +177,8 @@ def likelihood_cells(evaluation: Evaluation) -> list[tuple[str, ...]]:
     return [
         (
             result.text,
-            result.description,
+            # That of a mixture has a line for each source; the file of the evaluation has all of it.
+            textwrap.shorten(result.description, 60, placeholder=" …"),
             f"{result.tokens:,}",
             f"{result.teacher_nll:.3f}",
             f"{result.student_nll:.3f}",

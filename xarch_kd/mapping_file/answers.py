@@ -47,6 +47,7 @@ _OPTIM = "not a key here. Write optimizer: {optim: adamw_torch, args: {}} in the
 _PRECISION = "not a key here. Use precision: bfloat16 in the stage"
 _DEVICE = "not a key here. Write device: cpu, cuda or cuda:1 at the top of the file"
 _TOKENS = "not a key here. Write tokens: {divergence: forward_kl, temperature: 2.0, weight: 1.0} in the stage"
+_PREFIXES = "not a key here. Write prefixes: gkd in the stage, or seqkd, imitkd, distillm, on_policy, stable_on_policy"
 _CHECKPOINTING = "not a key here. Write gradient_checkpointing: true in the stage"
 _KERNELS = "not a key here. Kernels are chosen by what the device runs; impl in an objective names one"
 _TEACHER = "not a key here. Write teacher: {model: …}"
@@ -123,7 +124,8 @@ ANSWERS: Final[dict[str, str]] = {
     **_each(_DEVICE, "no_cuda", "use_cpu", "use_cuda", "cuda", "gpu", "device_map"),
     **_each(_LOADING, "low_cpu_mem_usage", "max_memory", "torch_dtype"),
     **_each(_TOKENS, "temperature_kd", "kd_temperature", "distillation_temperature", "kd_ratio", "kd_alpha", "kd_loss"),
-    **_each(_TOKENS, "kd_loss_type", "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_kd", "lmbda", "gkd_beta"),
+    **_each(_TOKENS, "kd_loss_type", "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_kd", "gkd_beta"),
+    **_each(_PREFIXES, "lmbda", "seq_kd", "on_policy", "student_data_fraction", "gkd", "distillm"),
     **_each(_CHECKPOINTING, "activation_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"),
     **_each(_KERNELS, "attn_implementation", "flash_attention", "flash_attn", "use_flash_attn", "use_flash_attention"),
     **_each(_KERNELS, "liger", "use_liger_kernel", "unsloth", "torch_compile", "compile", "compile_mode"),
