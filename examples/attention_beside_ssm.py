@@ -1,4 +1,4 @@
-"""What a converted mixer does to tokens, beside the attention that it replaces: both as time × time matrices.
+"""A converted mixer beside the attention that it replaces: both as time × time matrices of what they do to tokens.
 
 python examples/attention_beside_ssm.py ./teacher "The quick brown fox jumps over the lazy dog" --layer 1
 """

@@ -1,4 +1,4 @@
-"""Which teacher layer should a smaller student's layer learn from: the same training under several layer maps.
+"""Layer maps of a smaller student compared: the same training, with other teacher layers for its layers to learn from.
 
 python examples/layer_maps.py ./teacher text.txt --output runs/maps --steps 200
 """
